@@ -1,0 +1,125 @@
+"""What a network asks of the patch size, found by asking it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from medseg_supcon.errors import ConfigError
+
+from ._build import build_network
+
+_DIVISORS = (1, 2, 4, 8, 16, 32, 64, 128)
+_BASE = 128  # divisible by all of them
+
+
+def size_divisor(
+    network: nn.Module | Mapping[str, Any] | str, in_channels: int, spatial_dims: int = 3
+) -> tuple[int, ...]:
+    """The number that a patch's extent must be divisible by, per axis.
+
+    Found by running shapes through the network with weights that hold nothing (PyTorch's meta device), so it
+    costs a second at most and no memory. A network that pads for itself (BasicUNet) gives 1. In training an
+    instance norm needs two voxels or more: let some axis have at least twice its divisor.
+
+    Args:
+        network: a network, or its ``network_def``.
+        in_channels: channels of the scan.
+        spatial_dims: axes of the scan.
+
+    Returns:
+        A power of two per axis.
+
+    Raises:
+        ConfigError: the network takes no patch of 128 voxels per axis, whose cure the message gives.
+
+    Example:
+        >>> size_divisor(torch.nn.Conv3d(1, 2, 3, padding=1), in_channels=1)
+        (1, 1, 1)
+    """
+    if not isinstance(network, nn.Module):
+        network = build_network(network)
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        base = (_BASE,) * spatial_dims
+        failure = _failure(network, in_channels, base)
+        if failure is not None:
+            raise ConfigError(
+                f"{type(network).__name__} does not run on a patch of {base} voxels with {in_channels} "
+                f"channel(s): {failure}. Give a network that takes any patch size, with in_channels as "
+                "the scans have."
+            )
+        return tuple(
+            _divisor_of_axis(network, in_channels, spatial_dims, axis) for axis in range(spatial_dims)
+        )
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def round_patch(
+    patch_size: Sequence[int], divisor: Sequence[int] | int, mode: Literal["up", "down", "nearest"] = "up"
+) -> tuple[int, ...]:
+    """The patch size brought to multiples of ``divisor``, at least one multiple per axis.
+
+    Args:
+        patch_size: voxels per axis.
+        divisor: per axis, or one for all.
+        mode: ``"up"``, ``"down"`` or ``"nearest"`` (a tie goes up).
+
+    Raises:
+        ValueError: a size or divisor is not positive, the lengths differ, or the mode is unknown.
+
+    Example:
+        >>> round_patch((40, 50, 33), 8)
+        (40, 56, 40)
+    """
+    divisors = [divisor] * len(patch_size) if isinstance(divisor, int) else list(divisor)
+    if len(divisors) != len(patch_size) or min([*divisors, *patch_size]) < 1:
+        raise ValueError(
+            f"patch_size and divisor must be as many positive numbers, got {patch_size}, {divisor}."
+        )
+    if mode not in ("up", "down", "nearest"):
+        raise ValueError(f"mode is 'up', 'down' or 'nearest', got {mode!r}.")
+    lift = {
+        "up": [d - 1 for d in divisors],
+        "down": [0] * len(divisors),
+        "nearest": [d // 2 for d in divisors],
+    }
+    return tuple(
+        max((n + extra) // d, 1) * d for n, d, extra in zip(patch_size, divisors, lift[mode], strict=True)
+    )
+
+
+def _divisor_of_axis(network: nn.Module, in_channels: int, spatial_dims: int, axis: int) -> int:
+    for divisor in _DIVISORS:
+        shape = [_BASE] * spatial_dims
+        # an odd multiple, about as large as the base, is divisible by nothing more
+        shape[axis] = _BASE + divisor
+        if _failure(network, in_channels, shape) is None:
+            return divisor
+    raise ConfigError(
+        f"{type(network).__name__} takes 128 voxels along axis {axis} but no other size that was tried "
+        f"({', '.join(str(_BASE + d) for d in _DIVISORS)}): give a network that takes any patch size."
+    )
+
+
+def _failure(network: nn.Module, in_channels: int, shape: Sequence[int]) -> str | None:
+    """Why the network does not map ``shape`` to itself, or None."""
+    state = [*network.named_parameters(), *network.named_buffers()]
+    x = torch.empty(1, in_channels, *shape, device="meta")
+    try:
+        with torch.no_grad():
+            output = functional_call(network, {name: tensor.to("meta") for name, tensor in state}, (x,))
+    # networks refuse a shape in whatever way the layer that meets it first does
+    except Exception as error:
+        return str(error).strip().split("\n")[0] or type(error).__name__
+    first = output[0] if isinstance(output, list | tuple) else output
+    if tuple(first.shape[-len(shape) :]) != tuple(shape):
+        return f"its output has {tuple(first.shape[-len(shape) :])} voxels"
+    return None
