@@ -1,0 +1,368 @@
+"""The command line ``medseg``: names, overrides, messages. The work is in the rooms."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from medseg_supcon import __version__
+from medseg_supcon.errors import ConfigError, MedsegError, RunError
+
+app = typer.Typer(
+    name="medseg",
+    help="3-D medical image segmentation from few labels: train a MONAI bundle, turn new scans into masks.",
+    epilog="Start with 'medseg demo'. For your own scans: 'medseg check DATASET', 'medseg train DATASET --out RUN', "
+    "'medseg predict RUN SCANS --out MASKS'. Not a medical device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+DatasetArg = Annotated[Path, typer.Argument(help="Decathlon folder, nnU-Net v2 raw folder, or MONAI datalist JSON.")]
+RunArg = Annotated[Path, typer.Argument(help="A trained run (a MONAI bundle).")]
+DeviceOption = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one.")]
+CasesOption = Annotated[Optional[Path], typer.Option(help="File with the case names to use, one a line.")]
+MismatchOption = Annotated[
+    bool, typer.Option("--allow-affine-mismatch", help="Where a label map's affine differs, trust the scan's.")
+]
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        out.print(f"medseg_supcon {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("medseg_demo"),
+    device: DeviceOption = None,
+    epochs: Annotated[Optional[int], typer.Option(help="Shorten the training.", min=1)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
+) -> None:
+    """The whole job on phantoms made on the spot: train, predict unseen scans, measure, draw."""
+    from medseg_supcon.demo import run_demo
+
+    run_demo(out_dir, out, device=device, epochs=epochs, overwrite=overwrite)
+
+
+@app.command()
+def check(
+    dataset: DatasetArg,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the findings for machines.")] = None,
+    cases: CasesOption = None,
+    allow_affine_mismatch: MismatchOption = False,
+) -> None:
+    """What is wrong with this data set, case by case. Exit code 2 on errors, 0 on warnings alone."""
+    from medseg_supcon.data import check_dataset
+
+    report = check_dataset(_dataset(dataset, cases), allow_affine_mismatch=allow_affine_mismatch)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    _print_report(report, out)
+    if report.has_errors:
+        raise typer.Exit(2)
+
+
+@app.command()
+def plan(
+    dataset: DatasetArg,
+    run: Annotated[Path, typer.Option("--out", help="The run to write.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or a .yaml file of your own.")] = "joint",
+    epochs: Annotated[Optional[int], typer.Option(min=1, help="Length; default: what fits the planned time.")] = None,
+    cases: CasesOption = None,
+    labels: Annotated[Optional[int], typer.Option(min=1, help="Labelled scans to use, validation included.")] = None,
+    unlabelled: Annotated[Optional[Path], typer.Option(help="Folder of further scans without labels.")] = None,
+    init: Annotated[Optional[Path], typer.Option(help="An earlier run to fine-tune.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: DeviceOption = None,
+    settings: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any key of train.yaml, or plan::KEY.")] = None,
+    allow_affine_mismatch: MismatchOption = False,
+) -> None:
+    """The bundle that would be trained, with its expected time and memory. 'medseg train' goes on from it."""
+    _plan(dataset, run, recipe, epochs, cases, labels, unlabelled, init, seed, device, settings, allow_affine_mismatch)
+    out.print(f"\nEdit {run / 'configs' / 'plan.json'} if you like, then: medseg train {dataset} --out {run}")
+
+
+@app.command()
+def train(
+    dataset: DatasetArg,
+    run: Annotated[Path, typer.Option("--out", help="The run to write: a folder, which becomes a MONAI bundle.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or a .yaml file of your own.")] = "joint",
+    epochs: Annotated[Optional[int], typer.Option(min=1, help="Length; default: what fits the planned time.")] = None,
+    cases: CasesOption = None,
+    labels: Annotated[Optional[int], typer.Option(min=1, help="Labelled scans to use, validation included.")] = None,
+    unlabelled: Annotated[Optional[Path], typer.Option(help="Folder of further scans without labels.")] = None,
+    init: Annotated[Optional[Path], typer.Option(help="An earlier run to fine-tune.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: DeviceOption = None,
+    settings: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any key of train.yaml, or plan::KEY.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
+    allow_affine_mismatch: MismatchOption = False,
+) -> None:
+    """Train a segmentation network on a data set; the run is a MONAI bundle."""
+    from medseg_supcon.training import check_device, is_finished, is_planned, is_started, train_run
+
+    check_device(device)
+    if is_started(run) and not resume:
+        raise RunError(f"{run} already holds a trained run. Choose another --out, or go on with it: --resume.")
+    if resume and is_finished(run):
+        out.print(f"{run} is finished: nothing to resume.")
+        return
+    if is_planned(run):
+        given = [n for n, v in (("--cases", cases), ("--labels", labels), ("--init", init), ("--set", settings), ("--epochs", epochs)) if v]
+        if given:
+            raise RunError(
+                f"{run} is planned already; {', '.join(given)} would be ignored. Leave {'it' if len(given) == 1 else 'them'} "
+                "out, edit the run's configs, or choose another --out."
+            )
+        err.print(f"Training what is planned in {run}.")
+    else:
+        _plan(dataset, run, recipe, epochs, cases, labels, unlabelled, init, seed, device, settings, allow_affine_mismatch)
+    train_run(run, device=device, resume=resume)
+    _print_metrics(run / "eval" / "metrics.json")
+    out.print(
+        f"\nThe run is in {run} (a MONAI bundle; {run / 'docs' / 'README.md'} describes it).\n"
+        f"Masks of new scans: medseg predict {run} SCANS --out MASKS"
+    )
+
+
+@app.command()
+def predict(
+    run: Annotated[list[Path], typer.Argument(metavar="RUN... SCAN...", help="A run (several are an ensemble), then scans: files, folders, DICOM series folders.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the masks.")],
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write each class's probability.")] = False,
+    tta: Annotated[bool, typer.Option("--tta", help="Average over mirrored scans where laterality allows it.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo masks that exist.")] = False,
+    device: DeviceOption = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Run a bundle's own code: only for bundles you trust.")] = False,
+) -> None:
+    """Masks of new scans, each in its scan's own space."""
+    from medseg_supcon.inference import predict_paths
+    from medseg_supcon.training import check_device, is_planned
+
+    check_device(device)
+    runs = [p for p in run if is_planned(p)]
+    scans = [p for p in run if p not in runs]
+    if not runs:
+        raise RunError(f"{run[0]} is not a run: it has no configs/plan.json. Usage: medseg predict RUN SCAN... --out DIR")
+    if not scans:
+        raise ConfigError(f"No scan given. Usage: medseg predict {runs[0]} SCAN... --out DIR")
+    code = predict_paths(
+        runs, scans, out_dir, probabilities=probabilities, tta=tta, overwrite=overwrite, device=device, trust=trust
+    )
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Optional[Path], typer.Argument(help="A trained run.")] = None,
+    dataset: Annotated[Optional[Path], typer.Argument(help="A data set with labels.")] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for metrics.csv and metrics.json.")] = Path("evaluation"),
+    cases: CasesOption = None,
+    predictions: Annotated[Optional[Path], typer.Option(help="Folder of masks, instead of RUN and DATASET.")] = None,
+    references: Annotated[Optional[Path], typer.Option(help="Folder of label maps to compare the masks with.")] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Dice, HD95 (mm), surface Dice and volumes (ml) per case and class, as CSV and JSON."""
+    if (predictions is None) != (references is None):
+        raise ConfigError("--predictions and --references belong together: give both folders.")
+    if predictions is not None and references is not None:
+        from medseg_supcon.evaluation import evaluate_folders
+
+        evaluate_folders(predictions, references, out=out_dir)
+    elif run is not None and dataset is not None:
+        _evaluate_run(run, dataset, out_dir, cases, device)
+    else:
+        raise ConfigError("Give RUN and DATASET, or --predictions DIR and --references DIR.")
+    _print_metrics(out_dir / "metrics.json")
+    out.print(f"Every case: {out_dir / 'metrics.csv'}")
+
+
+@app.command()
+def export(
+    run: RunArg,
+    file: Annotated[Path, typer.Option("--out", help="File to write.")],
+    format: Annotated[str, typer.Option(help="torchscript or onnx.")] = "torchscript",
+) -> None:
+    """The trained network alone, for programs that have neither MONAI nor this package."""
+    from medseg_supcon.inference import export_model
+
+    result = export_model(run, format, file)
+    out.print(f"Wrote {file} ({format}); largest difference from the network: {result['max_abs_difference']:.1e}")
+
+
+def _dataset(path: Path, cases: Path | None) -> Any:
+    from medseg_supcon.data import read_case_names, read_dataset
+
+    dataset = read_dataset(path)
+    return dataset if cases is None else dataset.select(read_case_names(cases))
+
+
+def _plan(
+    path: Path,
+    run: Path,
+    recipe: str,
+    epochs: int | None,
+    cases: Path | None,
+    labels: int | None,
+    unlabelled: Path | None,
+    init: Path | None,
+    seed: int,
+    device: str | None,
+    settings: list[str] | None,
+    allow_affine_mismatch: bool,
+) -> None:
+    from medseg_supcon.data import add_unlabelled, check_dataset, split_cases
+    from medseg_supcon.training import check_device, is_planned, parse_setting, prepare_run, read_recipe
+
+    check_device(device)
+    read_recipe(recipe)
+    if is_planned(run):
+        raise RunError(f"{run} already holds a run. Choose another --out, or go on with it: medseg train ... --resume.")
+    parsed = [parse_setting(s) for s in settings or ()]
+    dataset = _dataset(path, cases)
+    split = split_cases(dataset, labels=labels, seed=seed)
+    if unlabelled is not None:
+        split = add_unlabelled(split, unlabelled, dataset)
+    chosen = dataset.select([c.name for c in (*split.training, *split.validation)])
+    report = check_dataset(chosen, allow_affine_mismatch=allow_affine_mismatch)
+    if report.has_errors or report.findings:
+        _print_report(report, err)
+    if report.has_errors:
+        raise MedsegError(f"The data set has errors (above): mend them and run 'medseg check {path}' until it is content.")
+    result = prepare_run(
+        dataset, split, run, recipe=recipe, settings=parsed, epochs=epochs, seed=seed, init=init, device=device,
+        trust_scan_affine=allow_affine_mismatch,
+    )
+    _print_plan(result, split, run)
+
+
+def _evaluate_run(run: Path, dataset: Path, out_dir: Path, cases: Path | None, device: str | None) -> None:
+    from medseg_supcon.data import items
+    from medseg_supcon.training import run_config
+
+    found = _dataset(dataset, cases)
+    labelled = [c for c in found.cases if c.label is not None]
+    if not labelled:
+        raise MedsegError(f"{dataset} has no labelled case to evaluate on.")
+    listing = {"training": [], "validation": items(labelled, found.root), "unlabelled": []}
+    run_config(
+        run, "evaluate", "infer", device=device, datalist=listing, dataset_dir=str(found.root.resolve()),
+        output_dir=str(out_dir.resolve()),
+    )
+
+
+def _print_report(report: Any, console: Console) -> None:
+    rows = report.rows()
+    if rows:
+        table = Table("case", "severity", "what", box=None, pad_edge=False)
+        for row in rows:
+            color = "red" if row["severity"] == "error" else "yellow"
+            table.add_row(escape(row["case"]), f"[{color}]{row['severity']}[/]", escape(row["message"]))
+        console.print(table)
+    console.print(report.summary())
+
+
+def _print_plan(plan: dict[str, Any], split: Any, run: Path) -> None:
+    expected = plan["expected"]
+    rows = [
+        ("cases", f"{len(split.training)} to train on, {len(split.validation)} to validate, {len(split.unlabelled)} unlabelled"),
+        ("classes", ", ".join(plan["labels"])),
+        ("spacing", " x ".join(f"{s:g}" for s in plan["spacing"]) + f" mm ({plan['orientation']})"),
+        ("patch", " x ".join(map(str, plan["patch_size"])) + f" voxels, {2 * plan['batch_size']} a step"),
+        ("length", f"{plan['epochs']} epochs of {plan['steps_per_epoch']} steps"),
+        ("expected", f"about {expected['minutes']:.0f} min, {expected['memory_gib']:.1f} GiB on {expected['machine']}"),
+    ]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    err.print(f"Plan: {run / 'configs' / 'plan.json'}", markup=False)
+    err.print(table)
+
+
+def _print_metrics(path: Path) -> None:
+    summary = json.loads(path.read_text())["summary"]
+    table = Table("class", "Dice", "HD95 mm", "surface Dice", "cases", box=None, pad_edge=False)
+
+    def number(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    for name, row in {**summary["classes"], "mean": summary["mean"]}.items():
+        cells = (number(row["dice"], 4), number(row["hd95_mm"], 2), number(row["surface_dice"], 4), str(row.get("n", "")))
+        table.add_row(escape(name), *cells)
+    out.print(table)
+
+
+def main() -> None:
+    """Run ``medseg``; every expected fault is a sentence on stderr and an exit code."""
+    _quieten()
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except MedsegError as error:
+        _stop(f"medseg: {error}", 2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _stop("medseg: stopped. What was finished is kept.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        _fault(error)
+
+
+def _fault(error: Exception) -> None:
+    """Usage faults are the person's (2), a full disk or a missing permission too; anything else is ours (1)."""
+    show: Callable[[], None] | None = getattr(error, "show", None)
+    if show is not None:  # a usage error of the command line parser
+        show()
+        sys.exit(2)
+    if isinstance(error, OSError):
+        _stop(f"medseg: {error.strerror or error}: {error.filename or 'no file named'}. Check the disk and permissions.", 2)
+    import traceback
+
+    traceback.print_exc()
+    _stop("medseg: this is a fault of the program, not of your data. Please report it with the lines above.", 1)
+
+
+def _stop(message: str, code: int) -> None:
+    err.print(message, markup=False)
+    sys.exit(code)
+
+
+def _quieten() -> None:
+    """Third parties' warnings are for us, not for a person at a terminal."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    logging.captureWarnings(True)
+    for name in ("ignite", "py.warnings", "monai"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The one preprocessing: the scan's from the bundle's inference config, and the label map's that follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from monai.transforms import Compose, LoadImage, ResampleToMatch
+
+from medseg_supcon.data._plan_file import label_mapping
+from medseg_supcon.errors import DataError, RunError
+
+
+def read_preprocessing(bundle_root: str | Path) -> Compose:
+    """The scan's preprocessing as ``configs/inference.yaml`` of a run defines it (key ``image``).
+
+    Args:
+        bundle_root: the run's folder.
+
+    Raises:
+        RunError: the folder is not a run.
+    """
+    path = Path(bundle_root) / "configs" / "inference.yaml"
+    if not path.is_file():
+        raise RunError(
+            f"{path} does not exist: {bundle_root} is not a run. Make one with medseg plan or medseg train."
+        )
+    parser = ConfigParser()
+    parser.read_config(str(path))
+    parser["bundle_root"] = str(bundle_root)
+    transform: Compose = parser.get_parsed_content("preprocessing")
+    return transform
+
+
+class LabelPreprocessingd:
+    """Loads a case's label map, turns its values into class indices and brings it to the grid of ``image``.
+
+    Runs after the scan's preprocessing. Nearest neighbour; -1 where the data set says "not annotated".
+    A case without ``label`` passes through unchanged.
+
+    Args:
+        plan: the run's plan (``labels``, ``ignore_label``).
+        trust_scan_affine: take the scan's affine for the label map too (``--allow-affine-mismatch``).
+
+    Shape:
+        adds ``label`` (1, X, Y, Z), float32 class indices on the grid of ``image`` (C, X, Y, Z).
+    """
+
+    def __init__(self, plan: Mapping[str, Any], trust_scan_affine: bool | None = None) -> None:
+        self.values, self.indices = label_mapping(plan)
+        trusted = plan.get("trust_scan_affine", False) if trust_scan_affine is None else trust_scan_affine
+        self.trust_scan_affine = bool(trusted)
+        self.load = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float64)
+        self.match = ResampleToMatch(mode="nearest", padding_mode="zeros")
+
+    def to_indices(self, label: torch.Tensor, file: object = "the label map") -> torch.Tensor:
+        """File values to class indices; a value that the data set does not declare is a DataError."""
+        out = torch.full(label.shape, torch.nan, dtype=torch.float32)
+        for value, index in zip(self.values, self.indices, strict=True):
+            out[label == value] = index
+        if torch.isnan(out).any():
+            unknown = torch.unique(torch.as_tensor(label)[torch.isnan(out)])[:5].tolist()
+            raise DataError(
+                f"{file} holds label values {unknown} that the data set does not declare "
+                f"(declared: {list(self.values)}). Add them to dataset.json or mend the label map."
+            )
+        return out
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        if d.get("label") is None:
+            return d
+        file, image = d["label"], d["image"]
+        label = self.load(file)
+        affine = label.affine
+        if self.trust_scan_affine:
+            affine = torch.as_tensor(image.meta["original_affine"], dtype=torch.float64)
+        indices = MetaTensor(self.to_indices(torch.as_tensor(label.as_tensor()), file), affine=affine)
+        d["label"] = self.match(indices, image)
+        d["label"].meta["filename_or_obj"] = str(file)
+        return d

@@ -1,0 +1,123 @@
+"""Changing a commented YAML config without losing its comments: recipes and --set."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.representer import RoundTripRepresenter
+
+from medseg_supcon.errors import ConfigError
+
+SEPARATOR = "::"
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$")
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes floats so that PyYAML reads them as floats: 1e-05 would come back as a string."""
+
+
+def _float(representer: Any, value: float) -> Any:
+    text = repr(value)
+    if "e" in text and "." not in text:
+        text = text.replace("e", ".0e")
+    return representer.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Representer.add_representer(float, _float)
+
+
+def _yaml() -> YAML:
+    tool = YAML()
+    tool.Representer = _Representer
+    tool.preserve_quotes = True
+    tool.width = 4096
+    tool.indent(mapping=2, sequence=2, offset=0)
+    return tool
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` of the command line; the value is YAML, and 1e-4 is a number.
+
+    >>> parse_setting("learning_rate=1e-4"), parse_setting("view_1::flip_axes=[0, 1]")
+    (('learning_rate', 0.0001), ('view_1::flip_axes', [0, 1]))
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set expects KEY=VALUE, got {text!r}. Example: --set learning_rate=1e-3")
+    value = value.strip()
+    if _NUMBER.match(value):
+        return key.strip(), float(value)
+    if value[:1] in ("$", "@"):
+        return key.strip(), value
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: {value!r} is not YAML ({str(error).splitlines()[0]}).") from error
+
+
+def set_key(config: Any, key: str, value: Any, where: str, create: bool = False) -> None:
+    """Set ``a::b::0`` in nested dicts and lists, in place.
+
+    Args:
+        config: the config's tree.
+        key: path with ``::`` (or MONAI's ``#``) between the parts.
+        value: what to put there.
+        where: the config's name for messages.
+        create: allow a new last part.
+
+    Raises:
+        ConfigError: the config has no such key; close names are offered.
+    """
+    parts = key.replace("#", SEPARATOR).split(SEPARATOR)
+    node = config
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(f"{where} has no entry {part!r} in {SEPARATOR.join(parts[:depth])} ({len(node)} entries).")
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            if part not in node and not (create and last):
+                raise ConfigError(_unknown(config, node, key, part, where))
+            index = part
+        else:
+            raise ConfigError(
+                f"{where}: {SEPARATOR.join(parts[:depth])} is the value {node!r} and has no part {part!r}. "
+                f"Set {SEPARATOR.join(parts[:depth])} as a whole."
+            )
+        if last:
+            node[index] = value
+        else:
+            node = node[index]
+
+
+def _unknown(config: Any, node: Mapping[str, Any], key: str, part: str, where: str) -> str:
+    near = get_close_matches(part, [str(k) for k in node], n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(near)}?" if near else f" Known here: {', '.join(map(str, node))}."
+    return f"{where} has no key {key!r}.{hint}"
+
+
+def merge(config: dict[str, Any], overlay: Mapping[str, Any], where: str) -> None:
+    """Lay an overlay over a config, in place: ``a::b`` keys set a part, plain keys replace the whole value."""
+    for key, value in overlay.items():
+        set_key(config, str(key), value, where, create=True)
+
+
+def load_commented(path: Path) -> dict[str, Any]:
+    """A YAML file as a tree that remembers its comments."""
+    tree: dict[str, Any] = _yaml().load(path.read_text())
+    return tree
+
+
+def dump_commented(tree: Mapping[str, Any]) -> str:
+    """The text of a tree, comments included, as PyYAML and MONAI read it."""
+    stream = io.StringIO()
+    _yaml().dump(tree, stream)
+    return stream.getvalue()

@@ -1,0 +1,50 @@
+"""Where the bundle template and the recipes lie, in a checkout and in an installed wheel."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medseg_supcon.errors import ConfigError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def shared_folder(name: str) -> Path:
+    """``bundles`` or ``configs``: in the wheel under ``_share``, in a checkout beside the package."""
+    for root in (PACKAGE / "_share", PACKAGE.parent):
+        if (root / name).is_dir():
+            return root / name
+    raise ConfigError(f"The folder {name!r} is missing from this installation. Install medseg-supcon again.")
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(p.stem for p in shared_folder("configs").glob("*.yaml"))
+
+
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """A recipe's overlay on ``train.yaml``: a name from ``configs/``, or a YAML file of one's own.
+
+    Raises:
+        ConfigError: no such recipe, or not a mapping of keys to values.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = shared_folder("configs") / f"{name}.yaml"
+    if not path.is_file():
+        near = get_close_matches(str(name), recipe_names(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"There is no recipe {str(name)!r}.{hint} Known: {', '.join(recipe_names())}, or a path to a .yaml file."
+        )
+    try:
+        overlay = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Recipe {path} is not YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(overlay, dict):
+        raise ConfigError(f"Recipe {path} must be a mapping of train.yaml's keys to values, found a {type(overlay).__name__}.")
+    return overlay

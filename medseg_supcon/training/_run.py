@@ -1,0 +1,196 @@
+"""A run on disk: the bundle that is trained, written from the template, the plan and the recipe."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medseg_supcon.data import Dataset, Split, fingerprint, make_plan, read_plan, validate_plan, write_datalist, write_plan
+from medseg_supcon.errors import ConfigError, RunError
+from medseg_supcon.networks import build_network, round_patch, size_divisor
+from medseg_supcon.training._bundle_docs import write_metadata, write_model_card, write_twins
+from medseg_supcon.training._overlay import dump_commented, load_commented, merge, set_key
+from medseg_supcon.training._recipes import read_recipe, shared_folder
+from medseg_supcon.training._timing import default_minutes, epochs_within, time_training
+
+TEMPLATE = "segmentation"
+FROM_INIT = ("channels", "orientation", "spacing", "intensity", "patch_size", "network_def")
+PLAN_PREFIX = "plan::"
+
+
+def is_planned(run: Path) -> bool:
+    """The folder holds a plan."""
+    return (run / "configs" / "plan.json").is_file() and (run / "configs" / "train.yaml").is_file()
+
+
+def is_started(run: Path) -> bool:
+    """Training has left something in the folder."""
+    return (run / "models" / "model.pt").exists() or (run / "models" / "checkpoint.pt").exists()
+
+
+def prepare_run(
+    dataset: Dataset,
+    split: Split,
+    run: Path,
+    *,
+    recipe: str | Path = "joint",
+    settings: Sequence[tuple[str, Any]] = (),
+    epochs: int | None = None,
+    seed: int = 0,
+    init: Path | None = None,
+    device: str | None = None,
+    minutes: float | None = None,
+    trust_scan_affine: bool = False,
+) -> dict[str, Any]:
+    """Write the bundle that would be trained, and measure how long that would take.
+
+    Args:
+        dataset: what was read.
+        split: training, validation and unlabelled cases.
+        run: folder to write; must not hold a run.
+        recipe: name or file of the overlay on ``train.yaml``.
+        settings: (key, value) overrides of ``train.yaml``, or of the plan: ``plan::key`` and ``network_def``.
+        epochs: length of training; by default as many as fit in ``minutes``.
+        seed: the run's seed.
+        init: an earlier run to fine-tune: its weights, and the parts of its plan that they depend on.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; by default a GPU where there is one.
+        minutes: time that training may take (default: 22 on a CPU, 60 on a GPU).
+        trust_scan_affine: label maps take their scan's affine (``--allow-affine-mismatch``).
+
+    Returns:
+        the plan, as written.
+
+    Raises:
+        ConfigError: a setting, recipe or plan that cannot be.
+        RunError: the folder already holds a run.
+    """
+    if is_planned(run):
+        raise RunError(f"{run} already holds a run. Choose another --out, or go on with medseg train --resume.")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    plan = make_plan(fingerprint(split.training), dataset, device=where.type)
+    if trust_scan_affine:
+        plan["trust_scan_affine"] = True
+    if init is not None:
+        _inherit(plan, init)
+    of_plan, of_config = _sort_settings(settings)
+    for key, value in of_plan:
+        set_key(plan, key, value, "The plan (configs/plan.json)")
+    _fit_patch(plan)
+    validate_plan(plan)
+    _write_template(run)
+    write_plan(plan, run / "configs" / "plan.json")
+    write_datalist(split, run / "configs" / "datalist.json", dataset.root)
+    _write_train_config(run, dataset.root, recipe, of_config, seed, init)
+    timing = time_training(run, device)
+    budget = minutes if minutes is not None else default_minutes(where)
+    plan["epochs"] = epochs or epochs_within(budget, plan, timing, len(split.validation))
+    plan["expected"] = _expected(plan, timing, len(split.validation))
+    write_plan(plan, run / "configs" / "plan.json")
+    refresh_documents(run)
+    return plan
+
+
+def refresh_documents(run: Path) -> None:
+    """Write what follows from the rest of the run: JSON twins, metadata, model card."""
+    write_metadata(run)
+    write_twins(run)
+    write_model_card(run)
+
+
+def _inherit(plan: dict[str, Any], init: Path) -> None:
+    if not is_planned(init) or not is_started(init):
+        raise RunError(f"--init {init}: not a trained run (configs/plan.json and models/model.pt are needed).")
+    earlier = read_plan(init / "configs" / "plan.json")
+    if len(earlier["channels"]) != len(plan["channels"]):
+        raise ConfigError(
+            f"--init {init} was trained on {len(earlier['channels'])} channel(s) per scan, this data set has "
+            f"{len(plan['channels'])}. Choose a run with the same channels."
+        )
+    classes = len(plan["labels"])
+    for key in FROM_INIT:
+        plan[key] = earlier[key]
+    if len(earlier["labels"]) != classes:
+        raise ConfigError(
+            f"--init {init} knows {len(earlier['labels'])} classes ({', '.join(earlier['labels'])}), this data set has "
+            f"{classes}. Fine-tune on a data set with the same classes."
+        )
+
+
+def _sort_settings(settings: Sequence[tuple[str, Any]]) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+    of_plan, of_config = [], []
+    for key, value in settings:
+        if key.startswith(PLAN_PREFIX):
+            of_plan.append((key[len(PLAN_PREFIX) :], value))
+        elif key.split("::")[0] == "network_def":
+            of_plan.append((key, value))
+        else:
+            of_config.append((key, value))
+    return of_plan, of_config
+
+
+def _fit_patch(plan: dict[str, Any]) -> None:
+    """The patch must be what the network divides by; the class count must be what the data has."""
+    network = build_network(plan["network_def"], in_channels=len(plan["channels"]), out_channels=len(plan["labels"]))
+    divisor = size_divisor(network, in_channels=len(plan["channels"]))
+    plan["patch_size"] = [int(n) for n in round_patch(plan["patch_size"], divisor)]
+
+
+def _write_template(run: Path) -> None:
+    template = shared_folder("bundles") / TEMPLATE
+    run.mkdir(parents=True, exist_ok=True)
+    for source in sorted(template.rglob("*")):
+        target = run / source.relative_to(template)
+        if source.is_file() and source.suffix != ".j2" and source.name != "train.yaml":
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+
+def _write_train_config(
+    run: Path,
+    dataset_dir: Path,
+    recipe: str | Path,
+    settings: Sequence[tuple[str, Any]],
+    seed: int,
+    init: Path | None,
+) -> None:
+    tree = load_commented(shared_folder("bundles") / TEMPLATE / "configs" / "train.yaml")
+    tree["dataset_dir"] = str(dataset_dir.resolve())
+    tree["seed"] = seed
+    tree["recipe"] = Path(recipe).stem
+    if init is not None:
+        tree["init_weights"] = str((init / "models" / "model.pt").resolve())
+    merge(tree, read_recipe(recipe), "train.yaml")
+    for key, value in settings:
+        set_key(tree, key, value, "train.yaml")
+    (run / "configs" / "train.yaml").write_text(dump_commented(tree))
+    evaluate = run / "configs" / "evaluate.yaml"
+    if evaluate.exists():
+        other = load_commented(evaluate)
+        other["dataset_dir"] = str(dataset_dir.resolve())
+        evaluate.write_text(dump_commented(other))
+
+
+def _expected(plan: Mapping[str, Any], timing: Mapping[str, Any], validation_cases: int) -> dict[str, Any]:
+    seconds = plan["epochs"] * plan["steps_per_epoch"] * timing["seconds_per_step"]
+    seconds += 10 * validation_cases * timing["seconds_per_validation_case"]
+    return {
+        "minutes": round(seconds / 60, 1),
+        "seconds_per_step": round(timing["seconds_per_step"], 3),
+        "memory_gib": timing["memory_gib"],
+        "machine": timing["machine"],
+    }
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a run; a RunError sentence where it is missing or broken."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{path} does not exist: is {path.parents[1]} a run?") from None
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}.") from None

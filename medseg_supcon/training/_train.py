@@ -1,0 +1,102 @@
+"""Training a planned run, and what follows it: evaluation, curves, model card."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigWorkflow
+
+from medseg_supcon.errors import ConfigError, MedsegError, RunError
+from medseg_supcon.evaluation import curves_figure
+from medseg_supcon.training._checkpoint import load_tensors
+from medseg_supcon.training._run import is_planned, read_json, refresh_documents
+
+
+def is_finished(run: Path) -> bool:
+    """The run was trained to its planned end (or to its early stop)."""
+    path = run / "models" / "checkpoint.pt"
+    if not path.exists():
+        return False
+    saved = load_tensors(path)
+    return bool(saved["finished"]) and saved["max_epochs"] >= _epochs(run)
+
+
+def _epochs(run: Path) -> int:
+    return int(read_json(run / "configs" / "plan.json")["epochs"])
+
+
+def check_device(device: str | None) -> str | None:
+    """A device name that this machine has, else a sentence."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"--device {device!r} is no device. Use cpu, cuda, or cuda:0, cuda:1, ...") from None
+    if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()):
+        raise ConfigError(f"--device {device}: torch finds {torch.cuda.device_count()} CUDA device(s) here. Use --device cpu.")
+    return device
+
+
+def run_config(run: Path, name: str, workflow_type: str, **overrides: Any) -> ConfigWorkflow:
+    """Run one of the bundle's configs, as ``python -m monai.bundle run`` does, and return its workflow.
+
+    Args:
+        run: the bundle's folder.
+        name: ``train``, ``evaluate`` or ``inference``.
+        workflow_type: ``"train"`` or ``"infer"``.
+        overrides: config keys and values.
+    """
+    if not is_planned(run):
+        raise RunError(f"{run} is not a run: it has no configs/plan.json. Make one with medseg plan or medseg train.")
+    device = overrides.pop("device", None)
+    if device is not None:
+        overrides["device"] = f"$torch.device('{check_device(device)}')"
+    workflow = ConfigWorkflow(
+        config_file=str(run / "configs" / f"{name}.yaml"),
+        workflow_type=workflow_type,
+        bundle_root=str(run.resolve()),
+        **overrides,
+    )
+    with _own_errors():
+        workflow.initialize()
+        workflow.run()
+        workflow.finalize()
+    return workflow
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """MONAI wraps errors raised while a config is resolved: bring ours back out."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, MedsegError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise
+
+
+def train_run(run: Path, device: str | None = None, resume: bool = False, quiet: bool = False) -> None:
+    """Train a planned run to its end, evaluate it on its validation cases and write its documents.
+
+    Args:
+        run: the run's folder.
+        device: overrides the config's.
+        resume: go on from ``models/checkpoint.pt`` (afresh where there is none).
+        quiet: no progress display.
+    """
+    if not (resume and is_finished(run)):
+        overrides: dict[str, Any] = {"resume": resume}
+        if quiet:
+            overrides["quiet"] = True
+        run_config(run, "train", "train", device=device, **overrides)
+    run_config(run, "evaluate", "infer", device=device)
+    curves_figure(run / "logs" / "history.csv", run / "docs" / "curves.png")
+    refresh_documents(run)
