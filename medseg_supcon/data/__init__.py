@@ -1,1 +1,36 @@
+"""Data sets: find and check one, split it, take its fingerprint, plan for it, or make one of phantoms."""
 
+from medseg_supcon.data._dataset import Case, Dataset, read_case_names
+from medseg_supcon.data._fingerprint import CaseFingerprint, Fingerprint, fingerprint
+from medseg_supcon.data._items import items, load_items, write_datalist
+from medseg_supcon.data._labels import class_indices, label_mapping
+from medseg_supcon.data._layouts import read_dataset, read_unlabelled
+from medseg_supcon.data._phantoms import PHANTOM_LABELS, make_phantoms
+from medseg_supcon.data._plan import make_plan, network_definition
+from medseg_supcon.data._plan_file import read_plan, validate_plan, write_plan
+from medseg_supcon.data._split import Split, split_cases
+
+__all__ = [
+    "PHANTOM_LABELS",
+    "Case",
+    "CaseFingerprint",
+    "Dataset",
+    "Fingerprint",
+    "Split",
+    "class_indices",
+    "fingerprint",
+    "items",
+    "label_mapping",
+    "load_items",
+    "make_phantoms",
+    "make_plan",
+    "network_definition",
+    "read_case_names",
+    "read_dataset",
+    "read_plan",
+    "read_unlabelled",
+    "split_cases",
+    "validate_plan",
+    "write_datalist",
+    "write_plan",
+]

@@ -1,0 +1,169 @@
+"""Label values: what a data set declares, what its files hold, and the class index of each value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medseg_supcon.data._volume import count_values, in_parallel, read_volume
+from medseg_supcon.errors import ConfigError, DataError
+
+__all__ = ["class_indices", "label_mapping", "parse_labels", "scan_labels"]
+
+IGNORE_INDEX = -1
+
+Labels = dict[str, "int | float"]
+
+# Values of float label files carry rounding of the scaling; a value this close to a declared one is that one.
+TOLERANCE = 1e-3
+
+
+def plain(value: float) -> int | float:
+    """An int where the number is whole: it reads better in a file."""
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple[Labels, int | float | None]:
+    """Class name -> value, background first and then by value, and the ignore label.
+
+    Takes the decathlon's ``{"0": "background", "1": "tumour"}`` and nnU-Net's ``{"background": 0, "tumour":
+    1}``. A class called "ignore" is no class: its value means "not annotated".
+
+    Raises:
+        ConfigError: a label is a region, a list of values.
+        DataError: the labels are not a mapping, ambiguous, or hold no class besides the background.
+    """
+    if not isinstance(declared, Mapping):
+        raise DataError(
+            f'{source}: "labels" must map class names to values, such as {{"background": 0, "tumour": 1}}; '
+            f"found {type(declared).__name__}."
+        )
+    by_value = all(_number(key) is not None for key in declared) and not all(
+        _number(value) is not None for value in declared.values()
+    )
+    pairs: list[tuple[str, float]] = []
+    for key, entry in declared.items():
+        if isinstance(entry, list | tuple):
+            raise ConfigError(
+                f"{source}: label {key!r} is a region, the values {list(entry)}. Regions are not supported: "
+                f"give every class one value of its own."
+            )
+        name, value = (str(entry), _number(key)) if by_value else (str(key), _number(entry))
+        if value is None:
+            raise DataError(f"{source}: label {key!r} must have a number as its value, found {entry!r}.")
+        pairs.append((name.strip(), value))
+    ignored = _number(ignore)
+    if ignore is not None and ignored is None:
+        raise DataError(f'{source}: "ignore_label" must be a number, found {ignore!r}.')
+    for name, value in pairs:
+        if name.lower() == "ignore":
+            ignored = value
+    pairs = [(name, value) for name, value in pairs if name.lower() != "ignore" and value != ignored]
+    for what in (0, 1):
+        seen = [pair[what] for pair in pairs]
+        twice = next((entry for entry in seen if seen.count(entry) > 1), None)
+        if twice is not None:
+            kind = "name" if what == 0 else "value"
+            raise DataError(
+                f'{source}: "labels" uses the {kind} {twice!r} twice. Give each class its own {kind}.'
+            )
+    ground = next((pair for pair in pairs if pair[0].lower() == "background"), None)
+    ground = ground or next((pair for pair in pairs if pair[1] == 0), None) or ("background", 0.0)
+    rest = sorted((pair for pair in pairs if pair != ground), key=lambda pair: pair[1])
+    if not rest:
+        raise DataError(f'{source}: "labels" names no class besides the background. Declare at least one.')
+    labels = {name: plain(value) for name, value in [ground, *rest]}
+    return labels, None if ignored is None else plain(ignored)
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if np.isfinite(number) else None
+
+
+def scan_labels(
+    files: Iterable[Path], source: Path, ignore: object = None
+) -> tuple[Labels, int | float | None]:
+    """Labels as the label files themselves show them: ``{"background": 0, "label 1": 1, ...}``.
+
+    Files that cannot be read are passed over; `check_dataset` reports them.
+
+    Raises:
+        DataError: no file holds a value besides the background, or there are too many to be a label map.
+    """
+
+    def values(path: Path) -> set[float]:
+        try:
+            data = read_volume(path).data
+        except DataError:
+            return set()
+        return set(count_values(data))
+
+    found = sorted(set().union(*in_parallel(values, files)))
+    if len(found) > 256 or any(value != int(value) for value in found):
+        raise DataError(
+            f'{source}: declares no "labels", and the label files hold {len(found)} different values, '
+            f'perhaps fractions. Declare the classes: "labels": {{"background": 0, "tumour": 1}}.'
+        )
+    declared = {f"label {int(value)}": value for value in found if value != 0}
+    if not declared:
+        raise DataError(
+            f"{source}: the label files hold no value besides 0. At least one structure must be drawn."
+        )
+    return parse_labels({"background": 0, **declared}, source, ignore)
+
+
+def label_mapping(plan: Mapping[str, Any]) -> tuple[list[int | float], list[int]]:
+    """Values of the label files and the class index of each, as `MapLabelValued` takes them.
+
+    The ignore label becomes `losses.IGNORE_INDEX`. `MapLabelValued` lets any other value pass as it is; use
+    `class_indices` where values that nobody declared must be refused.
+
+    Example:
+        >>> from medseg_supcon.data import label_mapping
+        >>> label_mapping({"labels": {"background": 0, "tumour": 4}, "ignore_label": 255})
+        ([0, 4, 255], [0, 1, -1])
+    """
+    values = list(plan["labels"].values())
+    indices = list(range(len(values)))
+    if plan.get("ignore_label") is not None:
+        values.append(plan["ignore_label"])
+        indices.append(IGNORE_INDEX)
+    return values, indices
+
+
+def class_indices(
+    label: npt.NDArray[Any], plan: Mapping[str, Any], source: str | Path = "label map"
+) -> npt.NDArray[np.int16]:
+    """Class indices of a label map: values of the files in, 0..C-1 and `IGNORE_INDEX` out, same shape.
+
+    Raises:
+        DataError: the label map holds a value that the plan does not declare.
+
+    Example:
+        >>> from medseg_supcon.data import class_indices
+        >>> plan = {"labels": {"background": 0, "tumour": 4}, "ignore_label": 255}
+        >>> class_indices(np.array([0.0, 4.0, 255.0]), plan).tolist()
+        [0, 1, -1]
+    """
+    values, indices = label_mapping(plan)
+    out = np.full(label.shape, np.iinfo(np.int16).min, dtype=np.int16)
+    for value, index in zip(values, indices, strict=True):
+        out[label == value if label.dtype.kind in "bui" else np.abs(label - value) <= TOLERANCE] = index
+    stray = out == np.iinfo(np.int16).min
+    if stray.any():
+        found = sorted({float(value) for value in np.unique(label[stray])[:5]})
+        raise DataError(
+            f"{source}: holds {', '.join(f'{value:g}' for value in found)}, but the declared values are "
+            f"{', '.join(f'{value:g}' for value in values)}. Correct the label map or declare the value."
+        )
+    return out

@@ -1,0 +1,135 @@
+"""Reading one NIfTI file, with every fault told as a sentence."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import nibabel
+import numpy as np
+import numpy.typing as npt
+
+from medseg_supcon.errors import DataError
+
+__all__ = ["NIFTI_ENDINGS", "Volume", "count_values", "in_parallel", "read_header", "read_volume", "stem"]
+
+NIFTI_ENDINGS = (".nii.gz", ".nii")
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A scan or label map as stored.
+
+    Attributes:
+        data: voxels (X, Y, Z) or (X, Y, Z, C), scaling applied; a trailing axis of one is dropped.
+        affine: (4, 4), voxel indices to RAS+ mm.
+    """
+
+    data: npt.NDArray[Any]
+    affine: npt.NDArray[np.float64]
+
+
+def stem(path: str | Path) -> str:
+    """File name without the NIfTI ending: ``stem("x/a.b.nii.gz") == "a.b"``."""
+    name = Path(path).name
+    for ending in NIFTI_ENDINGS:
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return Path(name).stem
+
+
+def _open(path: Path) -> Any:
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file. Correct the data list or put the file in its place.")
+    if not path.name.lower().endswith(NIFTI_ENDINGS):
+        raise DataError(f"{path}: training data must be NIfTI (.nii or .nii.gz). Convert this file.")
+    try:
+        return nibabel.load(path)
+    except Exception as error:  # nibabel raises a dozen kinds for broken headers
+        raise DataError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return f"{path}: cannot be read as NIfTI ({reason}). It is damaged or cut short: copy or export it again."
+
+
+def read_header(path: Path) -> tuple[tuple[int, ...], npt.NDArray[np.float64]]:
+    """Shape and affine of a NIfTI file, without its voxels.
+
+    Raises:
+        DataError: the file is missing, not NIfTI or damaged.
+    """
+    image = _open(path)
+    return _squeezed(tuple(int(n) for n in image.shape)), np.asarray(image.affine, dtype=np.float64)
+
+
+def read_volume(path: Path) -> Volume:
+    """Voxels and affine of a NIfTI file.
+
+    Raises:
+        DataError: the file is missing, not NIfTI, damaged, cut short, or holds colours or complex numbers.
+    """
+    image = _open(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # overflow in the scaling shows up as Inf, which is reported
+            data = np.asanyarray(image.dataobj)
+    except Exception as error:  # gzip, zlib, OS and nibabel errors alike
+        raise DataError(_unreadable(path, error)) from error
+    if data.dtype.kind not in "buif":
+        raise DataError(
+            f"{path}: voxels must be plain numbers, found {data.dtype}. Export a grey-value image."
+        )
+    return Volume(data.reshape(_squeezed(data.shape)), np.asarray(image.affine, dtype=np.float64))
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def count_values(data: npt.NDArray[Any]) -> dict[float, int]:
+    """Finite values of an array and how often each occurs, ascending (fast for label maps)."""
+    flat = data.reshape(-1)
+    if flat.size == 0:
+        return {}
+    if flat.dtype.kind == "f":
+        flat = flat[np.isfinite(flat)]
+        if flat.size == 0:
+            return {}
+        low, high = float(flat.min()), float(flat.max())
+        if abs(low) > 1e6 or abs(high) > 1e6 or not np.array_equal(flat, whole := flat.astype(np.int32)):
+            values, counts = np.unique(flat, return_counts=True)
+            return {float(v): int(c) for v, c in zip(values, counts, strict=True)}
+        flat = whole
+    start, end = int(flat.min()), int(flat.max())
+    if end - start > 1_000_000:
+        values, counts = np.unique(flat, return_counts=True)
+        return {float(v): int(c) for v, c in zip(values, counts, strict=True)}
+    if start < 0 or end > 255 or flat.dtype.kind == "b":
+        flat = flat.astype(np.int64) - min(start, 0)
+    counts = np.bincount(flat)
+    return {float(i + min(start, 0)): int(counts[i]) for i in np.flatnonzero(counts)}
+
+
+def in_parallel(
+    work: Callable[[Item], Result], items: Iterable[Item], jobs: int | None = None
+) -> list[Result]:
+    """``[work(item) for item in items]`` on a few threads (decompression and numpy release the lock)."""
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    jobs = jobs or min(4, os.cpu_count() or 1)
+    if jobs == 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(work, items))
