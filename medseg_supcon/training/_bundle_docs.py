@@ -1,0 +1,66 @@
+"""What a run says about itself: metadata.json, the model card, and the JSON twins of its configs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+from medseg_supcon.errors import ConfigError
+from medseg_supcon.training._metadata import metadata_of
+from medseg_supcon.training._model_card import model_card
+
+
+def write_metadata(run: Path, metrics: Mapping[str, Any] | None = None) -> None:
+    """Write ``configs/metadata.json``, valid against MONAI's ``meta_schema_20240725``.
+
+    What a person put into an earlier one (version, changelog, authors, references, ...) is kept.
+
+    Args:
+        run: a planned run.
+        metrics: scores for ``eval_metrics``; by default those of ``eval/metrics.json``, where there is one.
+
+    Raises:
+        RunError: ``configs/plan.json`` is missing or broken.
+    """
+    _write(run / "configs" / "metadata.json", _json(metadata_of(run, metrics)))
+
+
+def write_model_card(run: Path) -> None:
+    """Write ``docs/README.md`` from the plan, the lists of cases, the history and the evaluation.
+
+    Raises:
+        RunError: ``configs/plan.json`` is missing or broken.
+    """
+    _write(run / "docs" / "README.md", model_card(run))
+
+
+def write_twins(run: Path) -> None:
+    """Write a ``.json`` of equal content beside every ``.yaml`` of ``configs``, for tools that read JSON only.
+
+    Raises:
+        ConfigError: a config is not YAML.
+    """
+    for path in sorted((run / "configs").glob("*.yaml")):
+        try:
+            content = ConfigParser.load_config_file(str(path))
+        except Exception as error:  # PyYAML and MONAI's duplicate-key check raise several kinds
+            reason = str(error).strip().replace("\n", " ")
+            raise ConfigError(f"{path} is not valid YAML: {reason}") from error
+        _write(path.with_suffix(".json"), _json(content))
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    """Leave the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,80 @@
+"""The model card: docs/README.md of a run, filled from what the run itself has measured."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from monai.bundle import ConfigParser
+
+from medseg_supcon import __version__
+from medseg_supcon.training._metadata import read_json, scores
+from medseg_supcon.training._recipes import shared_folder
+
+TEMPLATE = "segmentation/docs/README.md.j2"
+
+
+def model_card(run: Path) -> str:
+    """The text of the model card, see :func:`write_model_card`."""
+    text = (shared_folder("bundles") / TEMPLATE).read_text(encoding="utf-8")
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    plan = read_json(run / "configs" / "plan.json")
+    metrics = _optional_json(run / "eval" / "metrics.json")
+    return environment.from_string(text).render(
+        plan=plan,
+        version=__version__,
+        cases={name: len(items) for name, items in _optional_json(run / "configs" / "datalist.json").items()},
+        recipe=_recipe(run),
+        network=_network_name(plan["network_def"]),
+        parameters=_parameters(plan["network_def"]),
+        history=_history(run / "logs" / "history.csv"),
+        scores=scores(metrics),
+        curves=(run / "docs" / "curves.png").is_file(),
+    )
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def _recipe(run: Path) -> dict[str, Any]:
+    """Plain values of train.yaml that a reader of the card asks for; expressions are left out."""
+    path = run / "configs" / "train.yaml"
+    config = ConfigParser.load_config_file(str(path)) if path.is_file() else {}
+    wanted = ("recipe", "seed", "learning_rate", "contrast_weight", "temperature", "contrast_samples")
+    return {k: config[k] for k in wanted if k in config and not str(config[k]).startswith(("$", "@"))}
+
+
+def _network_name(network_def: Mapping[str, Any] | str) -> str:
+    if isinstance(network_def, Mapping):
+        return str(network_def["_target_"]).rsplit(".", 1)[-1]
+    return "the network of plan.json's network_def"
+
+
+def _parameters(network_def: Mapping[str, Any] | str) -> int:
+    network = ConfigParser({"network": network_def}).get_parsed_content("network")
+    return sum(p.numel() for p in network.parameters())
+
+
+def _history(path: Path) -> dict[str, Any]:
+    """Length, time and best validation Dice of the training so far; empty before it."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    if not rows:
+        return {}
+    validated = [(float(r["val_mean_dice"]), int(r["epoch"])) for r in rows if r.get("val_mean_dice")]
+    dice, epoch = max(validated, default=(None, None), key=lambda pair: pair[0] or 0.0)
+    return {
+        "epochs": int(rows[-1]["epoch"]),
+        "steps": int(rows[-1]["step"]),
+        "minutes": round(sum(float(r["seconds"]) for r in rows) / 60, 1),
+        "best_dice": dice,
+        "best_epoch": epoch,
+    }
