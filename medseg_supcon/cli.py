@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -236,7 +237,7 @@ def _plan(
     settings: list[str] | None,
     allow_affine_mismatch: bool,
 ) -> None:
-    from medseg_supcon.data import add_unlabelled, check_dataset, split_cases
+    from medseg_supcon.data import check_dataset, read_unlabelled, split_cases
     from medseg_supcon.training import check_device, is_planned, parse_setting, prepare_run, read_recipe
 
     check_device(device)
@@ -247,7 +248,7 @@ def _plan(
     dataset = _dataset(path, cases)
     split = split_cases(dataset, labels=labels, seed=seed)
     if unlabelled is not None:
-        split = add_unlabelled(split, unlabelled, dataset)
+        split = replace(split, unlabelled=(*split.unlabelled, *read_unlabelled(unlabelled, dataset)))
     chosen = dataset.select([c.name for c in (*split.training, *split.validation)])
     report = check_dataset(chosen, allow_affine_mismatch=allow_affine_mismatch)
     if report.has_errors or report.findings:
@@ -269,9 +270,8 @@ def _evaluate_run(run: Path, dataset: Path, out_dir: Path, cases: Path | None, d
     labelled = [c for c in found.cases if c.label is not None]
     if not labelled:
         raise MedsegError(f"{dataset} has no labelled case to evaluate on.")
-    listing = {"training": [], "validation": items(labelled, found.root), "unlabelled": []}
     run_config(
-        run, "evaluate", "infer", device=device, datalist=listing, dataset_dir=str(found.root.resolve()),
+        run, "evaluate", "infer", device=device, datalist=items(labelled, found.root), dataset_dir=str(found.root.resolve()),
         output_dir=str(out_dir.resolve()),
     )
 

@@ -12,8 +12,8 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImage, ResampleToMatch
 
-from medseg_supcon.data._plan_file import label_mapping
-from medseg_supcon.errors import DataError, RunError
+from medseg_supcon.data._labels import class_indices
+from medseg_supcon.errors import RunError
 
 
 def read_preprocessing(bundle_root: str | Path) -> Compose:
@@ -47,29 +47,19 @@ class LabelPreprocessingd:
         plan: the run's plan (``labels``, ``ignore_label``).
         trust_scan_affine: take the scan's affine for the label map too (``--allow-affine-mismatch``).
 
+    Raises:
+        DataError: (on call) a value that the data set does not declare.
+
     Shape:
         adds ``label`` (1, X, Y, Z), float32 class indices on the grid of ``image`` (C, X, Y, Z).
     """
 
     def __init__(self, plan: Mapping[str, Any], trust_scan_affine: bool | None = None) -> None:
-        self.values, self.indices = label_mapping(plan)
+        self.plan = plan
         trusted = plan.get("trust_scan_affine", False) if trust_scan_affine is None else trust_scan_affine
         self.trust_scan_affine = bool(trusted)
         self.load = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float64)
         self.match = ResampleToMatch(mode="nearest", padding_mode="zeros")
-
-    def to_indices(self, label: torch.Tensor, file: object = "the label map") -> torch.Tensor:
-        """File values to class indices; a value that the data set does not declare is a DataError."""
-        out = torch.full(label.shape, torch.nan, dtype=torch.float32)
-        for value, index in zip(self.values, self.indices, strict=True):
-            out[label == value] = index
-        if torch.isnan(out).any():
-            unknown = torch.unique(torch.as_tensor(label)[torch.isnan(out)])[:5].tolist()
-            raise DataError(
-                f"{file} holds label values {unknown} that the data set does not declare "
-                f"(declared: {list(self.values)}). Add them to dataset.json or mend the label map."
-            )
-        return out
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -80,7 +70,7 @@ class LabelPreprocessingd:
         affine = label.affine
         if self.trust_scan_affine:
             affine = torch.as_tensor(image.meta["original_affine"], dtype=torch.float64)
-        indices = MetaTensor(self.to_indices(torch.as_tensor(label.as_tensor()), file), affine=affine)
-        d["label"] = self.match(indices, image)
+        indices = class_indices(label.numpy(), self.plan, file).astype(np.float32)
+        d["label"] = self.match(MetaTensor(torch.from_numpy(indices), affine=affine), image)
         d["label"].meta["filename_or_obj"] = str(file)
         return d

@@ -72,7 +72,7 @@ def prepare_run(
     if is_planned(run):
         raise RunError(f"{run} already holds a run. Choose another --out, or go on with medseg train --resume.")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    plan = make_plan(fingerprint(split.training), dataset, device=where.type)
+    plan = make_plan(fingerprint(dataset, split.training), dataset, device=where.type)
     if trust_scan_affine:
         plan["trust_scan_affine"] = True
     if init is not None:
@@ -135,7 +135,7 @@ def _sort_settings(settings: Sequence[tuple[str, Any]]) -> tuple[list[tuple[str,
 
 def _fit_patch(plan: dict[str, Any]) -> None:
     """The patch must be what the network divides by; the class count must be what the data has."""
-    network = build_network(plan["network_def"], in_channels=len(plan["channels"]), out_channels=len(plan["labels"]))
+    network = build_network(plan["network_def"], in_channels=len(plan["channels"]), num_classes=len(plan["labels"]))
     divisor = size_divisor(network, in_channels=len(plan["channels"]))
     plan["patch_size"] = [int(n) for n in round_patch(plan["patch_size"], divisor)]
 
