@@ -1,5 +1,6 @@
 """Data sets: find and check one, split it, take its fingerprint, plan for it, or make one of phantoms."""
 
+from medseg_supcon.data._check import check_dataset
 from medseg_supcon.data._dataset import Case, Dataset, read_case_names
 from medseg_supcon.data._fingerprint import CaseFingerprint, Fingerprint, fingerprint
 from medseg_supcon.data._items import items, load_items, write_datalist
@@ -8,6 +9,8 @@ from medseg_supcon.data._layouts import read_dataset, read_unlabelled
 from medseg_supcon.data._phantoms import PHANTOM_LABELS, make_phantoms
 from medseg_supcon.data._plan import make_plan, network_definition
 from medseg_supcon.data._plan_file import read_plan, validate_plan, write_plan
+from medseg_supcon.data._preprocessing import LabelPreprocessingd, read_preprocessing
+from medseg_supcon.data._report import Finding, Report
 from medseg_supcon.data._split import Split, split_cases
 
 __all__ = [
@@ -15,8 +18,12 @@ __all__ = [
     "Case",
     "CaseFingerprint",
     "Dataset",
+    "Finding",
     "Fingerprint",
+    "LabelPreprocessingd",
+    "Report",
     "Split",
+    "check_dataset",
     "class_indices",
     "fingerprint",
     "items",
@@ -28,6 +35,7 @@ __all__ = [
     "read_case_names",
     "read_dataset",
     "read_plan",
+    "read_preprocessing",
     "read_unlabelled",
     "split_cases",
     "validate_plan",
