@@ -1,0 +1,86 @@
+"""Embeddings of earlier steps, kept class by class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class MemoryBank(nn.Module):
+    """A ring buffer of detached embeddings for each class: keys and positives of later steps.
+
+    Every class has room for `size` embeddings and its own write position, so a frequent class never
+    pushes out a rare one. All state lies in buffers: it moves with `.to()`, and a checkpoint carries it.
+
+    Args:
+        num_classes: C.
+        dim: D, the length of an embedding.
+        size: embeddings kept per class.
+
+    Raises:
+        ValueError: an argument below 1.
+
+    Example:
+        >>> bank = MemoryBank(num_classes=2, dim=3, size=4)
+        >>> bank.enqueue(torch.ones(5, 3), torch.tensor([0, 0, 1, 0, -1]))
+        >>> bank.entries()[1].tolist()
+        [0, 0, 0, 1]
+    """
+
+    embeddings: Tensor
+    filled: Tensor
+    position: Tensor
+
+    def __init__(self, num_classes: int, dim: int, size: int) -> None:
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("dim", dim), ("size", size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.num_classes, self.dim, self.size = num_classes, dim, size
+        self.register_buffer("embeddings", torch.zeros(num_classes, size, dim))
+        self.register_buffer("filled", torch.zeros(num_classes, dtype=torch.long))
+        self.register_buffer("position", torch.zeros(num_classes, dtype=torch.long))
+
+    @torch.no_grad()
+    def enqueue(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Write embeddings over the oldest of their class.
+
+        Of more than `size` embeddings of a class, the last `size` stay.
+
+        Args:
+            embeddings: (N, D).
+            labels: (N,) integers; negative: not stored.
+
+        Raises:
+            ValueError: shapes that do not fit the bank, or a label >= C.
+        """
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.dim or labels.shape != embeddings.shape[:1]:
+            raise ValueError(
+                f"embeddings must be (N, {self.dim}) and labels (N,), "
+                f"got {tuple(embeddings.shape)} and {tuple(labels.shape)}"
+            )
+        stored = labels >= 0
+        classes, rows = labels[stored].long(), embeddings.detach()[stored].to(self.embeddings.dtype)
+        if len(classes) == 0:
+            return
+        if int(classes.max()) >= self.num_classes:
+            raise ValueError(f"labels must be below num_classes={self.num_classes}, got {int(classes.max())}")
+        order = torch.argsort(classes, stable=True)
+        classes, rows = classes[order], rows[order]
+        counts = torch.bincount(classes, minlength=self.num_classes)
+        first = counts.cumsum(0) - counts
+        rank = torch.arange(len(classes), device=classes.device) - first[classes]
+        newest = rank >= (counts - self.size)[classes]
+        slot = (self.position[classes] + rank) % self.size
+        self.embeddings[classes[newest], slot[newest]] = rows[newest]
+        self.position.add_(counts).remainder_(self.size)
+        self.filled.add_(counts).clamp_(max=self.size)
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """The embeddings held, (M, D), and their classes, (M,) int64; copies, so later writes are harmless."""
+        held = torch.arange(self.size, device=self.filled.device) < self.filled[:, None]
+        classes = torch.arange(self.num_classes, device=self.filled.device)[:, None].expand_as(held)
+        return self.embeddings[held], classes[held]
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, dim={self.dim}, size={self.size}"

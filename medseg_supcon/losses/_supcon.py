@@ -1,0 +1,335 @@
+"""The supervised contrastive loss, exact, in memory that grows with N.
+
+Read `SupConLoss` first; `_log_sum_exp.py` and `_positives.py` hold the two sums over pairs that it needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ._bank import MemoryBank
+from ._checks import check_choice, check_ids, check_in_range, check_matrix, class_vector
+from ._log_sum_exp import log_sum_exp
+from ._positives import mean_dot, mean_over_pairs
+from ._similarity import Similarity, UnitVectors, Widen, compute_dtype
+from ._tiles import Criterion
+
+Bank = MemoryBank | tuple[Tensor, Tensor]
+
+
+class SupConLoss(nn.Module):
+    r"""Supervised contrastive loss of N embeddings.
+
+    With s_ij = sim(z_i, z_j) / temperature, keys j != i, denominator keys D(i) and positives P(i), anchor i
+    that has a positive contributes
+
+        L_i = LSE_{j in D(i)} (s_ij + log k_{y_j})  -  mean_{p in P(i)} s_ip
+        L   = sum_i w_{y_i} L_i / sum_i w_{y_i}
+
+    Args:
+        temperature: tau > 0.
+        similarity: `cosine` (unit vectors; a zero vector is similar to nothing), `dot`, or `euclidean`
+            (minus the distance); the last two take the embeddings as they are.
+        positives: P(i): `same_class`, y_j = y_i, or `same_voxel`, equal pair_ids.
+        denominator: D(i): `all` keys (Khosla et al. 2020, eq. 2); the keys of i's class, `same_class`;
+            or `other_class`: per pair, the pair's own positive and all keys of other classes (Wang et al.
+            2021, eq. 4): L_i = mean_p -log(e^{s_ip} / (e^{s_ip} + sum_{n: y_n != y_i} k_{y_n} e^{s_in})).
+        keys: `all`, or `other_view`: only voxels whose view_id differs from the anchor's (positives, too).
+            Bank entries belong to no view and so count as other views.
+        class_weights: (C,) w >= 0, one per class; None: 1. `balanced_class_weights` makes them.
+        key_weights: (C,) k >= 0; None: 1. They weigh every key inside the LSE, positives too, but neither
+            the mean over P nor the own positive of `other_class`. 0 removes a class from the denominator.
+        ignore_index: label of voxels that are neither anchors nor keys; None: there is none.
+        positive_mean: `outside_log`, as above, or `inside_log`: L_i = LSE_D - log mean_p e^{s_ip}
+            (Khosla et al. 2020, eq. 3); not for `other_class`.
+        tile_size: rows of a tile; None: chosen for the device. Memory beside the embeddings is a few
+            tiles; the result does not depend on it.
+
+    The source article's loss is `positives="same_voxel", denominator="same_class", keys="other_view"`: it
+    contrasts voxels within a class, and by itself does not push classes apart.
+
+    An anchor whose denominator is empty (all its keys have weight 0) is left out, as one without positives
+    is. With no anchor left, the loss is 0 and attached to the graph. Half precision inputs, and any under
+    autocast, are computed in float32. The loss can be differentiated once.
+
+    Raises:
+        ValueError: an option or a weight that is not allowed.
+
+    Example:
+        >>> loss = SupConLoss(temperature=0.1)
+        >>> z = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+        >>> round(loss(z, torch.tensor([0, 0, 1, 1])).item(), 6)
+        9.1e-05
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        similarity: Literal["cosine", "dot", "euclidean"] = "cosine",
+        positives: Literal["same_class", "same_voxel"] = "same_class",
+        denominator: Literal["all", "same_class", "other_class"] = "all",
+        keys: Literal["all", "other_view"] = "all",
+        class_weights: Tensor | Sequence[float] | None = None,
+        key_weights: Tensor | Sequence[float] | None = None,
+        ignore_index: int | None = None,
+        *,
+        positive_mean: Literal["outside_log", "inside_log"] = "outside_log",
+        tile_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature must be a positive number, got {temperature}")
+        check_choice("similarity", similarity, ("cosine", "dot", "euclidean"))
+        check_choice("positives", positives, ("same_class", "same_voxel"))
+        check_choice("denominator", denominator, ("all", "same_class", "other_class"))
+        check_choice("keys", keys, ("all", "other_view"))
+        check_choice("positive_mean", positive_mean, ("outside_log", "inside_log"))
+        if positive_mean == "inside_log" and denominator == "other_class":
+            raise ValueError("positive_mean='inside_log' is not defined for denominator='other_class'")
+        if tile_size is not None and tile_size < 1:
+            raise ValueError(f"tile_size must be at least 1, got {tile_size}")
+        self.temperature = float(temperature)
+        self.similarity = similarity
+        self.positives = positives
+        self.denominator = denominator
+        self.keys = keys
+        self.class_weights = class_vector("class_weights", class_weights)
+        self.key_weights = class_vector("key_weights", key_weights)
+        self.ignore_index = ignore_index
+        self.positive_mean = positive_mean
+        self.tile_size = tile_size
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        *,
+        pair_ids: Tensor | None = None,
+        view_ids: Tensor | None = None,
+        bank: Bank | None = None,
+        anchors: Tensor | None = None,
+    ) -> Tensor:
+        """The mean of L_i over the anchors.
+
+        Args:
+            embeddings: (N, D) floating point.
+            labels: (N,) integers; needed unless `positives="same_voxel"`, `denominator="all"` and no weights.
+            pair_ids: (N,) integers; equal ids are one physical voxel, any id any number of times (once: no
+                positive). Needed for `positives="same_voxel"`.
+            view_ids: (N,) integers. Needed for `keys="other_view"`.
+            bank: a `MemoryBank`, or embeddings (M, D) and labels (M,): further keys, and positives of their
+                class, never anchors, without gradient.
+            anchors: (N,) bool, the voxels that may be anchors; the others are keys only. None: all.
+
+        Returns:
+            Scalar, float64 for float64 embeddings, else float32.
+
+        Raises:
+            ValueError: shapes that do not fit, ids that an option needs and that are missing, a label
+                outside the range of the weights.
+            TypeError: embeddings that are not floating point, labels or ids that are not integers.
+        """
+        total, weight = self.terms(
+            embeddings, labels, pair_ids=pair_ids, view_ids=view_ids, bank=bank, anchors=anchors
+        )
+        return total / torch.where(weight > 0, weight, torch.ones_like(weight))
+
+    def terms(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        *,
+        pair_ids: Tensor | None = None,
+        view_ids: Tensor | None = None,
+        bank: Bank | None = None,
+        anchors: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Numerator sum_i w_{y_i} L_i and denominator sum_i w_{y_i} of the loss, to be added up over parts.
+
+        Arguments as for `forward`; the second result carries no gradient.
+        """
+        check_matrix("embeddings", embeddings)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            rows = self._rows(embeddings, labels, pair_ids, view_ids, bank, anchors)
+            if rows is None:
+                # A sum over no rows: 0 whatever the embeddings hold, and attached to their graph.
+                nothing = embeddings[:0].to(compute_dtype(embeddings.dtype)).sum()
+                return nothing, torch.zeros_like(nothing)
+            losses, contrasted = self._anchor_losses(rows)
+            weights = rows.weights[contrasted]
+            return (weights * losses[contrasted]).sum(), weights.sum()
+
+    def _anchor_losses(self, rows: _Rows) -> tuple[Tensor, Tensor]:
+        """L_i of every anchor, (A,), and which of them have a denominator, (A,) bool."""
+        similarity = Similarity(self.similarity == "euclidean", self.temperature)
+        tile = self.tile_size or (1024 if rows.x.device.type == "cpu" else 4096)
+        other_view = [rows.criterion(rows.views, equal=False)] if self.keys == "other_view" else []
+        positive = [rows.criterion(rows.groups, equal=True), *other_view]
+        denominator = list(other_view)
+        if self.denominator != "all":
+            denominator.insert(0, rows.criterion(rows.labels, equal=self.denominator == "same_class"))
+
+        lse = log_sum_exp(rows.x, rows.y, denominator, similarity, rows.key_weights, tile)
+        if self.denominator == "other_class":
+            loss = mean_over_pairs(rows.x, rows.y, lse, rows.n_positives, positive, similarity, tile)
+            return loss, torch.ones_like(loss, dtype=torch.bool)
+        if self.positive_mean == "inside_log":
+            towards = log_sum_exp(rows.x, rows.y, positive, similarity, None, tile) - rows.n_positives.log()
+        elif self.similarity == "euclidean":
+            towards = -mean_over_pairs(rows.x, rows.y, None, rows.n_positives, positive, similarity, tile)
+        else:
+            towards = rows.mean_dot(by_view=self.keys == "other_view") / self.temperature
+        return lse - towards, lse.detach() != -torch.inf
+
+    def _rows(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        pair_ids: Tensor | None,
+        view_ids: Tensor | None,
+        bank: Bank | None,
+        anchors: Tensor | None,
+    ) -> _Rows | None:
+        """Check the input, drop what is ignored, and part anchors from other keys; None: no anchor."""
+        n, device = len(embeddings), embeddings.device
+        weighted = self.class_weights is not None or self.key_weights is not None
+        if self.positives == "same_class" or self.denominator != "all" or weighted:
+            labels = check_ids("labels", labels, embeddings, needed_for="these options")
+        elif labels is not None:
+            labels = check_ids("labels", labels, embeddings, needed_for="")
+        else:
+            labels = torch.zeros(n, dtype=torch.long, device=device)
+        if self.positives == "same_voxel":
+            pair_ids = check_ids("pair_ids", pair_ids, embeddings, needed_for="positives='same_voxel'")
+        if self.keys == "other_view":
+            view_ids = check_ids("view_ids", view_ids, embeddings, needed_for="keys='other_view'")
+        if anchors is not None and (anchors.dtype != torch.bool or anchors.shape != (n,)):
+            raise ValueError(f"anchors must be ({n},) bool, got {tuple(anchors.shape)} {anchors.dtype}")
+
+        kept = (
+            labels != self.ignore_index
+            if self.ignore_index is not None
+            else torch.ones_like(labels, dtype=torch.bool)
+        )
+        normalise = UnitVectors if self.similarity == "cosine" else Widen
+        z: Tensor = normalise.apply(embeddings[kept])  # type: ignore[no-untyped-call]
+        stored = z.new_zeros(0, z.shape[1])
+        stored_labels = labels[:0]
+        if bank is not None:
+            stored, stored_labels = self._stored(bank, embeddings)
+            stored = normalise.apply(stored).to(z.dtype)  # type: ignore[no-untyped-call]
+
+        classes = torch.cat((labels[kept], stored_labels))
+        check_in_range("labels", classes, self.class_weights, self.key_weights)
+        n_batch, n_stored = len(z), len(stored)
+        may_anchor = (
+            torch.ones(n_batch, dtype=torch.bool, device=device) if anchors is None else anchors[kept]
+        )
+        may_anchor = torch.cat((may_anchor, may_anchor.new_zeros(n_stored)))
+        voxels = (
+            _compact(pair_ids[kept], n_stored)
+            if self.positives == "same_voxel" and pair_ids is not None
+            else None
+        )
+        views = (
+            _compact(view_ids[kept], n_stored) if self.keys == "other_view" and view_ids is not None else None
+        )
+
+        groups = voxels if voxels is not None else torch.unique(classes, return_inverse=True)[1]
+        if views is None:
+            subgroups = None
+            n_positives = torch.bincount(groups)[groups] - 1 if len(groups) else groups
+        else:
+            n_views = int(views.max()) + 1 if len(views) else 1
+            subgroups = torch.unique(groups * n_views + views, return_inverse=True)[1]
+            n_positives = (
+                torch.bincount(groups)[groups] - torch.bincount(subgroups)[subgroups]
+                if len(groups)
+                else groups
+            )
+        weights = (
+            z.new_tensor(self.class_weights)[classes]
+            if self.class_weights is not None
+            else z.new_ones(len(classes))
+        )
+        is_anchor = may_anchor & (n_positives > 0) & (weights > 0)
+        own = is_anchor.nonzero()[:, 0]
+        if len(own) == 0:
+            return None
+        # The bank comes last and needs no gradient; neither does y where nothing but the bank is in it.
+        rest = (~is_anchor).nonzero()[:, 0]
+        beside = rest[rest < n_batch]
+        y = torch.cat((z[beside], stored)) if len(beside) else stored
+        k = z.new_tensor(self.key_weights)[classes] if self.key_weights is not None else None
+        return _Rows(
+            x=z if len(own) == n_batch else z[own],
+            y=y,
+            z=torch.cat((z, stored)) if n_stored else z,
+            own=own,
+            rest=rest,
+            labels=classes,
+            groups=groups,
+            subgroups=subgroups,
+            views=views if views is not None else groups,
+            n_positives=n_positives[own].to(z.dtype),
+            weights=weights[own],
+            key_weights=(k[own], k[rest]) if k is not None else None,
+        )
+
+    def _stored(self, bank: Bank, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """The bank's embeddings and labels, checked, without those that are ignored."""
+        stored, labels = bank.entries() if isinstance(bank, MemoryBank) else bank
+        check_matrix("bank embeddings", stored)
+        if stored.shape[1] != embeddings.shape[1] or stored.device != embeddings.device:
+            raise ValueError(
+                f"bank embeddings must be (M, {embeddings.shape[1]}) on {embeddings.device}, "
+                f"got {tuple(stored.shape)} on {stored.device}"
+            )
+        labels = check_ids("bank labels", labels, stored, needed_for="a bank")
+        if self.ignore_index is not None:
+            stored, labels = stored[labels != self.ignore_index], labels[labels != self.ignore_index]
+        return stored.detach(), labels
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, similarity={self.similarity!r}, positives={self.positives!r}, "
+            f"denominator={self.denominator!r}, keys={self.keys!r}"
+        )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """All keys (R of them: the batch, then the bank), and which of them are anchors (A) or only keys (M)."""
+
+    x: Tensor  # (A, D) anchors
+    y: Tensor  # (M, D) other keys
+    z: Tensor  # (R, D) both, in their first order
+    own: Tensor  # (A,) rows of z that are anchors
+    rest: Tensor  # (M,) rows of z that are not
+    labels: Tensor  # (R,)
+    groups: Tensor  # (R,) equal: positive pair
+    subgroups: Tensor | None  # (R,) equal: positive pair within one view
+    views: Tensor  # (R,)
+    n_positives: Tensor  # (A,)
+    weights: Tensor  # (A,) w
+    key_weights: tuple[Tensor, Tensor] | None  # (A,), (M,) k
+
+    def criterion(self, ids: Tensor, equal: bool) -> Criterion:
+        return Criterion(ids[self.own], ids[self.rest], equal)
+
+    def mean_dot(self, by_view: bool) -> Tensor:
+        return mean_dot(
+            self.x, self.z, self.own, self.groups, self.subgroups if by_view else None, self.n_positives
+        )
+
+
+def _compact(ids: Tensor, n_stored: int) -> Tensor:
+    """Ids as 0, 1, ..., and after them one that no voxel of the batch has, for the bank's entries."""
+    found, compact = torch.unique(ids, return_inverse=True)
+    return torch.cat((compact, compact.new_full((n_stored,), len(found))))

@@ -1,0 +1,171 @@
+"""SupConLoss against loops over pairs in Python floats, written from the formulas of docs/losses.md."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+from medseg_supcon.losses import SupConLoss
+
+SIMILARITIES = ("cosine", "dot", "euclidean")
+COMBINATIONS = [
+    (s, p, d, k, m)
+    for s, p, d, k, m in itertools.product(
+        SIMILARITIES,
+        ("same_class", "same_voxel"),
+        ("all", "same_class", "other_class"),
+        ("all", "other_view"),
+        ("outside_log", "inside_log"),
+    )
+    if not (d == "other_class" and m == "inside_log")
+]
+
+
+def similarity(kind, a, b):
+    dot = math.fsum(x * y for x, y in zip(a, b, strict=True))
+    if kind == "dot":
+        return dot
+    if kind == "euclidean":
+        return -math.sqrt(math.fsum((x - y) ** 2 for x, y in zip(a, b, strict=True)))
+    lengths = math.sqrt(math.fsum(x * x for x in a)) * math.sqrt(math.fsum(y * y for y in b))
+    return dot / lengths if lengths else 0.0
+
+
+def log_sum_exp(terms):
+    if not terms:
+        return -math.inf
+    top = max(terms)
+    return top if top == -math.inf else top + math.log(math.fsum(math.exp(t - top) for t in terms))
+
+
+def oracle(
+    z, y, pairs, views, *, kind, positives, denominator, keys, mean, tau, w=None, k=None, ignore=None, bank=(), anchors=None
+):
+    """The loss by its definition. Rows are (vector, class, voxel, view, may be anchor)."""
+    rows = [
+        (z[i], y[i], pairs[i], views[i], anchors is None or anchors[i]) for i in range(len(z)) if y[i] != ignore
+    ]
+    rows += [(e, c, ("bank", n), "bank", False) for n, (e, c) in enumerate(bank) if c != ignore]
+    log_k = [math.log(k[r[1]]) if k[r[1]] > 0 else -math.inf for r in rows] if k else [0.0] * len(rows)
+    total, weight = [], []
+    for i, (zi, yi, pi, vi, may) in enumerate(rows):
+        if not may:
+            continue
+        others = [j for j in range(len(rows)) if j != i and (keys == "all" or rows[j][3] != vi)]
+        s = {j: similarity(kind, zi, rows[j][0]) / tau for j in others}
+        positive = [j for j in others if (rows[j][1] == yi if positives == "same_class" else rows[j][2] == pi)]
+        if not positive:
+            continue
+        if denominator == "other_class":
+            negative = [s[j] + log_k[j] for j in others if rows[j][1] != yi]
+            loss = math.fsum(log_sum_exp([s[p], *negative]) - s[p] for p in positive) / len(positive)
+        else:
+            lse = log_sum_exp([s[j] + log_k[j] for j in others if denominator == "all" or rows[j][1] == yi])
+            if lse == -math.inf:
+                continue
+            if mean == "outside_log":
+                loss = lse - math.fsum(s[p] for p in positive) / len(positive)
+            else:
+                loss = lse - log_sum_exp([s[p] for p in positive]) + math.log(len(positive))
+        wi = w[yi] if w else 1.0
+        total.append(wi * loss)
+        weight.append(wi)
+    return math.fsum(total) / math.fsum(weight) if math.fsum(weight) > 0 else 0.0
+
+
+def random_case(seed, dtype=torch.float64):
+    """Voxels of a few classes, one of them absent and one a singleton; voxels seen once, twice, thrice."""
+    draw = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    n, dim = draw.randint(8, 22), draw.choice((1, 3, 5))
+    z = torch.randn(n, dim, generator=generator, dtype=dtype)
+    y = [draw.choice((0, 0, 0, 1, 1, 3, 3, -1)) for _ in range(n)]
+    y[draw.randrange(n)] = 4
+    pairs = [draw.randrange(max(n // 2, 1)) for _ in range(n)]
+    views = [draw.randrange(2) for _ in range(n)]
+    w = [draw.uniform(0.2, 3.0) for _ in range(5)]
+    k = [draw.choice((0.0, 0.5, 1.0, 2.5)) for _ in range(5)]
+    bank_size = draw.choice((0, 5))
+    bank_z = torch.randn(bank_size, dim, generator=generator, dtype=dtype)
+    bank_y = [draw.choice((0, 1, 3, 4, -1)) for _ in range(bank_size)]
+    anchors = [draw.random() < 0.7 for _ in range(n)] if draw.random() < 0.4 else None
+    return {
+        "z": z,
+        "y": y,
+        "pairs": pairs,
+        "views": views,
+        "w": w if draw.random() < 0.5 else None,
+        "k": k if draw.random() < 0.5 else None,
+        "bank_z": bank_z,
+        "bank_y": bank_y,
+        "anchors": anchors,
+        "tau": draw.choice((0.05, 0.2, 1.0)),
+        "tile": draw.choice((1, 3, 8, None)),
+    }
+
+
+def ours_and_oracle(options, case):
+    kind, positives, denominator, keys, mean = options
+    loss = SupConLoss(
+        case["tau"], kind, positives, denominator, keys, case["w"], case["k"], -1,
+        positive_mean=mean, tile_size=case["tile"],
+    )  # fmt: skip
+    mine = loss(
+        case["z"],
+        torch.tensor(case["y"]),
+        pair_ids=torch.tensor(case["pairs"]),
+        view_ids=torch.tensor(case["views"]),
+        bank=(case["bank_z"], torch.tensor(case["bank_y"], dtype=torch.long)) if case["bank_y"] else None,
+        anchors=torch.tensor(case["anchors"]) if case["anchors"] is not None else None,
+    )
+    truth = oracle(
+        case["z"].tolist(), case["y"], case["pairs"], case["views"],
+        kind=kind, positives=positives, denominator=denominator, keys=keys, mean=mean, tau=case["tau"],
+        w=case["w"], k=case["k"], ignore=-1,
+        bank=list(zip(case["bank_z"].tolist(), case["bank_y"], strict=True)), anchors=case["anchors"],
+    )  # fmt: skip
+    return mine, truth
+
+
+@pytest.mark.parametrize("options", COMBINATIONS, ids="-".join)
+def test_equals_the_definition_in_float64(options):
+    contrasted = 0
+    for seed in range(12):
+        mine, truth = ours_and_oracle(options, random_case(seed))
+        assert mine.dtype == torch.float64
+        assert mine.item() == pytest.approx(truth, rel=1e-10, abs=1e-12), f"seed {seed}"
+        contrasted += truth != 0.0
+    assert contrasted >= 6
+
+
+@pytest.mark.parametrize("options", COMBINATIONS, ids="-".join)
+def test_equals_the_definition_in_float32(options):
+    for seed in range(12, 16):
+        mine, truth = ours_and_oracle(options, random_case(seed, torch.float32))
+        assert mine.dtype == torch.float32
+        assert mine.item() == pytest.approx(truth, rel=1e-4, abs=1e-5), f"seed {seed}"
+
+
+@pytest.mark.parametrize("options", COMBINATIONS, ids="-".join)
+@pytest.mark.parametrize("tau", (0.3, 0.01))
+def test_gradcheck(options, tau):
+    kind, positives, denominator, keys, mean = options
+    case = random_case(2)
+    loss = SupConLoss(
+        tau, kind, positives, denominator, keys, [1, 2, 1, 0.5, 1], [1, 0.5, 1, 2, 1], -1,
+        positive_mean=mean, tile_size=5,
+    )  # fmt: skip
+    y, pairs, views = (torch.tensor(case[key]) for key in ("y", "pairs", "views"))
+    anchors = torch.arange(len(y)) % 4 != 0
+    bank = torch.randn(4, case["z"].shape[1], dtype=torch.float64), torch.tensor([0, 1, 3, 3])
+
+    def function(z):
+        return loss(z, y, pair_ids=pairs, view_ids=views, bank=bank, anchors=anchors)
+
+    if kind == "cosine" and case["z"].shape[1] == 1:
+        pytest.skip("the gradient of one-dimensional unit vectors is zero")
+    assert torch.autograd.gradcheck(function, case["z"].clone().requires_grad_(), eps=1e-7, atol=1e-4, rtol=1e-4)
