@@ -10,10 +10,12 @@ from medseg_supcon.training._overlay import parse_setting
 from medseg_supcon.training._progress import ProgressDisplay
 from medseg_supcon.training._recipes import read_recipe, recipe_names, shared_folder
 from medseg_supcon.training._run import is_planned, is_started, prepare_run, refresh_documents
+from medseg_supcon.training._segmentation import DiceCrossEntropy
 from medseg_supcon.training._train import check_device, is_finished, run_config, train_run
 
 __all__ = [
     "Checkpoint",
+    "DiceCrossEntropy",
     "EarlyStop",
     "EpochSampler",
     "EpochSeed",

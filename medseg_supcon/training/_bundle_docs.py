@@ -40,7 +40,7 @@ def write_model_card(run: Path) -> None:
 
 
 def write_twins(run: Path) -> None:
-    """Write a ``.json`` of equal content beside every ``.yaml`` of ``configs``, for tools that read JSON only.
+    """Write a ``.json`` of equal content beside every ``.yaml`` of ``configs``, for tools that read JSON.
 
     Raises:
         ConfigError: a config is not YAML.
@@ -63,4 +63,4 @@ def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    part.replace(path)

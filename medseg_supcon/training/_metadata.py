@@ -35,8 +35,8 @@ KEPT = (
     "references",
 )
 INTENDED_USE = (
-    "Research. Not a medical device: not cleared or certified for diagnosis or treatment. Masks need the check "
-    "of a qualified person."
+    "Research. Not a medical device: not cleared or certified for diagnosis or treatment. Masks need the "
+    "check of a qualified person."
 )
 REFERENCES = [
     "Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, https://arxiv.org/abs/2004.11362",
@@ -65,15 +65,15 @@ def metadata_of(run: Path, metrics: Mapping[str, Any] | None = None) -> dict[str
         "name": f"{plan['name']} segmentation",
         "task": f"Segmentation of {structures} in 3-D {modality} scans",
         "description": (
-            f"A network that gives every voxel of a {modality} scan one of {len(plan['labels'])} classes "
-            f"({', '.join(plan['labels'])}), trained on {plan['name']} with Dice, cross-entropy and a supervised "
-            "contrastive loss per voxel on two augmented views of each scan."
+            f"Gives every voxel of a 3-D scan ({modality}) one of {len(plan['labels'])} classes "
+            f"({', '.join(plan['labels'])}). Trained on {plan['name']} with Dice, cross-entropy and a "
+            "supervised contrastive loss per voxel on two augmented views of each scan."
         ),
         "authors": "the person who trained this run",
         "copyright": "Apache License 2.0, see LICENSE; the training data has its own terms",
         "data_source": plan["name"],
         "data_type": "nibabel",
-        "image_classes": f"{len(plan['channels'])} channel(s), {modality}, normalised as plan.json's intensity says",
+        "image_classes": f"{len(plan['channels'])} channel(s), {modality}, normalised as plan.json says",
         "label_classes": "one channel, "
         + ", ".join(f"{value} is {name}" for name, value in plan["labels"].items()),
         "pred_classes": f"{len(plan['labels'])} channels of logits: "
@@ -161,7 +161,7 @@ def _mask_dtype(values: Sequence[float]) -> str:
 
 
 def _spatial_shape(plan: Mapping[str, Any]) -> list[str]:
-    """Sizes that the network takes, in MONAI's notation: the training patch at n = 1, then every larger one."""
+    """Sizes that the network takes, in MONAI's notation: the training patch at n = 1, then larger ones."""
     divisors = size_divisor(
         plan["network_def"], in_channels=len(plan["channels"]), spatial_dims=len(plan["patch_size"])
     )

@@ -11,7 +11,6 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
-from medseg_supcon.evaluation import curves_figure
 from medseg_supcon.training._checkpoint import load_tensors
 from medseg_supcon.training._run import is_planned, read_json, refresh_documents
 
@@ -97,6 +96,8 @@ def train_run(run: Path, device: str | None = None, resume: bool = False, quiet:
         if quiet:
             overrides["quiet"] = True
         run_config(run, "train", "train", device=device, **overrides)
+    from medseg_supcon.evaluation import curves_figure  # matplotlib: only where a picture is drawn
+
     run_config(run, "evaluate", "infer", device=device)
     curves_figure(run / "logs" / "history.csv", run / "docs" / "curves.png")
     refresh_documents(run)

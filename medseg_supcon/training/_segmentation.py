@@ -1,0 +1,54 @@
+"""Dice and cross-entropy over the voxels that somebody labelled."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from monai.losses import DiceLoss
+from torch import Tensor, nn
+
+from medseg_supcon.losses import IGNORE_INDEX
+
+
+class DiceCrossEntropy(nn.Module):
+    """MONAI's Dice loss plus cross-entropy, both blind to ignored voxels (``DiceCELoss`` cannot be told to).
+
+    Args:
+        dice_weight, ce_weight: factors of the two terms.
+        batch: Dice over the whole batch instead of scan by scan; steadier where a patch lacks a class.
+        class_weights: (C,) weights of the cross-entropy, or ``None``.
+        ignore_index: label of voxels left out.
+
+    Shape:
+        logits (B, C, *spatial) and labels (B, 1, *spatial) of class indices give a scalar; 0, attached to the
+        graph, where every voxel is ignored.
+
+    Example:
+        >>> loss = DiceCrossEntropy()
+        >>> float(loss(torch.zeros(1, 2, 4, 4), torch.full((1, 1, 4, 4), -1)))
+        0.0
+    """
+
+    def __init__(
+        self,
+        dice_weight: float = 1.0,
+        ce_weight: float = 1.0,
+        batch: bool = True,
+        class_weights: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        super().__init__()
+        self.dice_weight, self.ce_weight, self.ignore_index = dice_weight, ce_weight, ignore_index
+        self.register_buffer("class_weights", class_weights)
+        self.dice = DiceLoss(
+            include_background=False, to_onehot_y=True, softmax=True, batch=batch, ignore_index=ignore_index
+        )
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        logits, target = logits.float(), labels[:, 0].long()
+        weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights
+        total = F.cross_entropy(logits, target, weights, ignore_index=self.ignore_index, reduction="sum")
+        # the mean by hand: with every voxel ignored torch's is 0 / 0
+        seen = (weights[target.clamp_min(0)] * (target != self.ignore_index)).sum()
+        ce = total / seen.clamp_min(torch.finfo(seen.dtype).tiny)
+        return self.dice_weight * self.dice(logits, labels) + self.ce_weight * ce
