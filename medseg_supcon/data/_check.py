@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg_supcon.data._check_case import Looked, look_at
+from medseg_supcon.data._check_case import look_at
 from medseg_supcon.data._dataset import Dataset
+from medseg_supcon.data._looked import Looked
 from medseg_supcon.data._report import Finding, Report
 from medseg_supcon.data._volume import in_parallel
 

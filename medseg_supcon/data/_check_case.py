@@ -1,11 +1,9 @@
-"""The faults of one case: its images, its label map, and whether they fit each other."""
+"""The faults of one case: its images, and whether label map and images fit each other."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +11,14 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 
+from medseg_supcon.data._check_label import look_at_label
 from medseg_supcon.data._dataset import Case, Dataset
-from medseg_supcon.data._labels import TOLERANCE
-from medseg_supcon.data._report import Finding
-from medseg_supcon.data._volume import Volume, count_values, read_volume
-from medseg_supcon.errors import DataError
+from medseg_supcon.data._looked import Looked, same_grid
+from medseg_supcon.data._volume import Volume
 
-__all__ = ["Looked", "look_at"]
+__all__ = ["look_at"]
 
 SHEAR_DEGREES = 0.1
-
-Floats = npt.NDArray[np.float64]
-
-
-@dataclass
-class Looked:
-    """What one case showed.
-
-    Attributes:
-        case: the case.
-        findings: its faults.
-        contents: (file, hash of the voxels) per channel.
-        spacing: (3,) mm in RAS order; None without a readable image.
-        extent: (3,) mm in RAS order.
-        classes: names of the classes that its label map shows.
-    """
-
-    case: Case
-    findings: list[Finding] = field(default_factory=list)
-    contents: list[tuple[Path, bytes]] = field(default_factory=list)
-    spacing: Floats | None = None
-    extent: Floats | None = None
-    classes: set[str] = field(default_factory=set)
-
-    def tell(self, file: Path, code: str, sentence: str, severity: str = "error") -> None:
-        """Add a finding on a file; the sentence follows the file's name."""
-        self.findings.append(Finding(self.case.name, file, severity, code, f"{file}: {sentence}"))
-
-    def read(self, file: Path) -> Volume | None:
-        """The file's voxels; None, and a finding, if there is no reading it."""
-        try:
-            return read_volume(file)
-        except DataError as error:
-            code = "unreadable" if file.exists() else "missing"
-            self.findings.append(Finding(self.case.name, file, "error", code, str(error)))
-            return None
 
 
 def look_at(case: Case, dataset: Dataset, tolerance: float, mismatch: str) -> Looked:
@@ -72,9 +33,9 @@ def look_at(case: Case, dataset: Dataset, tolerance: float, mismatch: str) -> Lo
         _intensities(looked, path, volume.data)
     usable = [(path, volume) for path, volume in images if _geometry(looked, path, volume)]
     for path, volume in usable[1:]:
-        _same_grid(looked, path, volume, *usable[0], tolerance, mismatch)
+        same_grid(looked, path, volume, *usable[0], tolerance, mismatch)
     if case.label is not None:
-        _label(looked, case.label, dataset, usable[0] if usable else None, tolerance, mismatch)
+        look_at_label(looked, case.label, dataset, usable[0] if usable else None, tolerance, mismatch)
     return looked
 
 
@@ -150,106 +111,8 @@ def _geometry(looked: Looked, path: Path, volume: Volume) -> bool:
             looked.tell(
                 path,
                 "sheared",
-                f"its axes are {degrees:.1f} degrees off a right angle, for instance by a tilted gantry. It is "
-                f"used as if they were at right angles; resample it to avoid that.",
+                f"its axes are {degrees:.1f} degrees off a right angle, perhaps by a tilted gantry. It is "
+                f"used as if they were right; resample it to avoid that.",
                 "warning",
             )
     return True
-
-
-def _same_grid(
-    looked: Looked, path: Path, volume: Volume, scan: Path, reference: Volume, tolerance: float, mismatch: str
-) -> None:
-    """Whether a label map, or a further channel, lies on the grid of the scan."""
-    own, expected = volume.data.shape[:3], reference.data.shape[:3]
-    if own != expected:
-        looked.tell(
-            path,
-            "shape_mismatch",
-            f"has {own} voxels, its scan {scan} has {expected}. Export it on the scan's grid.",
-        )
-        return
-    corners = np.array(list(itertools.product(*((0, n - 1) for n in own))))
-    off = corners @ (volume.affine - reference.affine)[:3, :3].T + (volume.affine - reference.affine)[:3, 3]
-    farthest = float(np.linalg.norm(off, axis=1).max())
-    smallest = float(np.linalg.norm(reference.affine[:3, :3], axis=0).min())
-    if not farthest <= tolerance * smallest:
-        looked.tell(
-            path,
-            "affine_mismatch",
-            f"lies up to {farthest:.3g} mm from its scan {scan}: their affines differ. Export it on the scan's "
-            f"grid, or give --allow-affine-mismatch if the voxels do match.",
-            mismatch,
-        )
-
-
-def _label(
-    looked: Looked,
-    path: Path,
-    dataset: Dataset,
-    scan: tuple[Path, Volume] | None,
-    tolerance: float,
-    mismatch: str,
-) -> None:
-    if path in looked.case.images:
-        looked.tell(path, "label_is_image", "is named as scan and as label map. Correct the data list.")
-        return
-    volume = looked.read(path)
-    if volume is None:
-        return
-    data = volume.data
-    if data.ndim == 4:
-        overlap = int(np.count_nonzero(np.count_nonzero(data, axis=3) > 1))
-        what = f"its one-hot labels overlap in {overlap} voxels" if overlap else "it is one-hot"
-        code = "overlapping_labels" if overlap else "one_hot_label"
-        looked.tell(
-            path, code, f"is 4-D (shape {data.shape}): {what}. Save one 3-D map with one value per class."
-        )
-        return
-    if data.ndim != 3 or data.size == 0:
-        looked.tell(path, "not_3d", f"is {data.ndim}-D (shape {data.shape}), expected a 3-D label map.")
-        return
-    if scan is not None:
-        _same_grid(looked, path, volume, *scan, tolerance, mismatch)
-    if data.dtype.kind == "f" and not np.isfinite(data).all():
-        looked.tell(
-            path, "not_finite", "holds NaN or Inf. Set these voxels to the background or the ignore label."
-        )
-    _values(looked, path, data, dataset)
-
-
-def _values(looked: Looked, path: Path, data: npt.NDArray[Any], dataset: Dataset) -> None:
-    counts = count_values(data)
-    declared = dict(dataset.labels)
-    if dataset.ignore_label is not None:
-        declared["ignore"] = dataset.ignore_label
-    stray = [v for v in counts if not any(abs(v - known) <= TOLERANCE for known in declared.values())]
-    fractions = [value for value in stray if value != round(value)]
-    known = ", ".join(f"{value:g}" for value in declared.values())
-    if fractions:
-        few = ", ".join(f"{value:.4g}" for value in fractions[:3])
-        looked.tell(
-            path,
-            "fractional_label",
-            f"holds {len(fractions)} values that are no class ({few}, ...); declared are {known}. It was "
-            f"resampled with interpolation: resample it with nearest neighbour.",
-        )
-    if whole := [value for value in stray if value == round(value)]:
-        few = ", ".join(f"{value:.0f} ({counts[value]} voxels)" for value in whole[:5])
-        looked.tell(
-            path,
-            "undeclared_label",
-            f"holds {few}, declared are {known}. Correct the label map, or declare the value under "
-            f'"labels" in dataset.json.',
-        )
-    shown = {
-        name for name, value in dataset.labels.items() if any(abs(v - value) <= TOLERANCE for v in counts)
-    }
-    looked.classes |= shown
-    if not stray and not shown - {next(iter(dataset.labels))}:
-        looked.tell(
-            path,
-            "empty_label",
-            "no structure is drawn in it. Leave the case out if that is no intent.",
-            "warning",
-        )

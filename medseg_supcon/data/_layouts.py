@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -53,7 +54,7 @@ def read_dataset(path: str | Path) -> Dataset:
         (2, ('MRI',))
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises where a name is too long
         raise DataError(f"{path}: there is no such file or folder. Give {LAYOUTS}.")
     source = path / "dataset.json" if path.is_dir() else path
     root = source.parent
@@ -66,7 +67,7 @@ def read_dataset(path: str | Path) -> Dataset:
         raise DataError(f"{path}: holds no dataset.json and no imagesTr. Give {LAYOUTS}.")
 
     validation: frozenset[str] = frozenset()
-    if isinstance(content.get("training"), list) or (content and not path.is_dir()):
+    if not path.is_dir() or ("training" in content and "file_ending" not in content):
         if "training" not in content:
             raise DataError(f'{source}: has no "training" list. Give {LAYOUTS}.')
         cases = list_cases(content["training"], "training", root, source)

@@ -164,8 +164,7 @@ def _anatomy(p: Floats, rng: np.random.Generator) -> tuple[npt.NDArray[np.uint8]
     intensity = np.where(ball((0, 0, 0), (0.42, 0.46, 0.43)) < 1, TISSUE, AIR)
 
     horn = ball((0, 0.0, -0.2), np.array([0.1, 0.27, 0.085]) * rng.uniform(0.9, 1.12)) < 1
-    waist = rng.uniform(-0.03, 0.03) + 0.25 * (p[..., 2] + 0.2)
-    label[horn] = np.where(p[..., 1] > waist, 3, 4)[horn]
+    label[horn] = np.where(p[..., 1] > 0.25 * (p[..., 2] + 0.2), 3, 4)[horn]
     intensity[horn] = BRIGHT
 
     capsule = ball((0, 0, 0.07), radii := np.array([0.23, 0.2, 0.14]) * rng.uniform(0.9, 1.1))

@@ -47,7 +47,7 @@ def stem(path: str | Path) -> str:
 
 
 def _open(path: Path) -> Any:
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises where a name is too long
         raise DataError(f"{path}: there is no such file. Correct the data list or put the file in its place.")
     if not path.name.lower().endswith(NIFTI_ENDINGS):
         raise DataError(f"{path}: training data must be NIfTI (.nii or .nii.gz). Convert this file.")
@@ -58,6 +58,8 @@ def _open(path: Path) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return f"{path}: there is no permission to read it. Ask its owner, or run: chmod u+r {path.name}"
     reason = " ".join(str(error).split())[:120] or type(error).__name__
     return f"{path}: cannot be read as NIfTI ({reason}). It is damaged or cut short: copy or export it again."
 

@@ -1,0 +1,79 @@
+"""What the check of one case has seen so far, and the comparison of two grids."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from medseg_supcon.data._dataset import Case
+from medseg_supcon.data._report import Finding
+from medseg_supcon.data._volume import Volume, read_volume
+from medseg_supcon.errors import DataError
+
+__all__ = ["Looked", "same_grid"]
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass
+class Looked:
+    """What one case showed.
+
+    Attributes:
+        case: the case.
+        findings: its faults.
+        contents: (file, hash of the voxels) per channel.
+        spacing: (3,) mm in RAS order; None without a readable image.
+        extent: (3,) mm in RAS order.
+        classes: names of the classes that its label map shows.
+    """
+
+    case: Case
+    findings: list[Finding] = field(default_factory=list)
+    contents: list[tuple[Path, bytes]] = field(default_factory=list)
+    spacing: Floats | None = None
+    extent: Floats | None = None
+    classes: set[str] = field(default_factory=set)
+
+    def tell(self, file: Path, code: str, sentence: str, severity: str = "error") -> None:
+        """Add a finding on a file; the sentence follows the file's name."""
+        self.findings.append(Finding(self.case.name, file, severity, code, f"{file}: {sentence}"))
+
+    def read(self, file: Path) -> Volume | None:
+        """The file's voxels; None, and a finding, if there is no reading it."""
+        try:
+            return read_volume(file)
+        except DataError as error:
+            code = "missing" if "no such file" in str(error) else "unreadable"
+            self.findings.append(Finding(self.case.name, file, "error", code, str(error)))
+            return None
+
+
+def same_grid(
+    looked: Looked, path: Path, volume: Volume, scan: Path, reference: Volume, tolerance: float, mismatch: str
+) -> None:
+    """Whether a label map, or a further channel, lies on the grid of the scan."""
+    own, expected = volume.data.shape[:3], reference.data.shape[:3]
+    if own != expected:
+        looked.tell(
+            path,
+            "shape_mismatch",
+            f"has {own} voxels, its scan {scan} has {expected}. Export it on the scan's grid.",
+        )
+        return
+    corners = np.array(list(itertools.product(*((0, n - 1) for n in own))))
+    off = corners @ (volume.affine - reference.affine)[:3, :3].T + (volume.affine - reference.affine)[:3, 3]
+    farthest = float(np.linalg.norm(off, axis=1).max())
+    smallest = float(np.linalg.norm(reference.affine[:3, :3], axis=0).min())
+    if not farthest <= tolerance * smallest:
+        looked.tell(
+            path,
+            "affine_mismatch",
+            f"lies up to {farthest:.3g} mm from its scan {scan}: their affines differ. Export it on its "
+            f"grid, or give --allow-affine-mismatch if the voxels do match.",
+            mismatch,
+        )

@@ -1,0 +1,208 @@
+"""Every fault of a scan or label map is found, named, and does not hide or touch the good cases."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import nibabel
+import numpy as np
+import pytest
+
+from medseg_supcon.data import check_dataset, read_dataset
+
+AFFINE = np.diag([1.0, 1.0, 1.0, 1.0])
+SHEARED = AFFINE + np.array([[0, 0.2, 0, 0], [0] * 4, [0] * 4, [0] * 4])
+SHIFTED = AFFINE + np.array([[0, 0, 0, 0.5], [0] * 4, [0] * 4, [0] * 4])
+TURNED = np.array([[0.0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+
+def changed(array, value, where=(0, 0, 0)):
+    array = np.array(array)
+    array[where] = value
+    return array
+
+
+def one_hot(label, overlap):
+    classes = np.stack([label == 1, label == 2], axis=-1).astype(np.uint8)
+    if overlap:
+        classes[0, 0, 0] = 1
+    return classes
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def zero_affine(path):
+    """Blank the rows of the affine in the file's header (NIfTI-1: srow_x starts at byte 280)."""
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[280:328] = bytes(48)
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
+# fault -> (which file, severity, code, what to do to it: (path, data, write) -> None)
+FAULTS = {
+    "image missing": ("image", "error", "missing", lambda p, d, w: p.unlink()),
+    "label missing": ("label", "error", "missing", lambda p, d, w: p.unlink()),
+    "image cut short": ("image", "error", "unreadable", lambda p, d, w: cut(p)),
+    "label cut short": ("label", "error", "unreadable", lambda p, d, w: cut(p)),
+    "image empty file": ("image", "error", "unreadable", lambda p, d, w: p.write_bytes(b"")),
+    "image is text": ("image", "error", "unreadable", lambda p, d, w: p.write_text("no scan")),
+    "label is text": ("label", "error", "unreadable", lambda p, d, w: p.write_text("no label map")),
+    "image is a folder": ("image", "error", "unreadable", lambda p, d, w: (p.unlink(), p.mkdir())),
+    "gzip of nonsense": (
+        "image",
+        "error",
+        "unreadable",
+        lambda p, d, w: p.write_bytes(b"\x1f\x8b\x08" + b"x" * 400),
+    ),
+    "colours": (
+        "image",
+        "error",
+        "unreadable",
+        lambda p, d, w: w(p, np.zeros(d.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])),
+    ),
+    "complex": ("image", "error", "unreadable", lambda p, d, w: w(p, d.astype(np.complex64))),
+    "image 2-D": ("image", "error", "not_3d", lambda p, d, w: w(p, d[..., 0])),
+    "image 4-D": ("image", "error", "not_3d", lambda p, d, w: w(p, np.stack([d, d + 1], -1))),
+    "image 5-D": ("image", "error", "not_3d", lambda p, d, w: w(p, np.stack([d, d], -1)[..., None, :])),
+    "label 2-D": ("label", "error", "not_3d", lambda p, d, w: w(p, d[..., 0])),
+    "label one-hot": ("label", "error", "one_hot_label", lambda p, d, w: w(p, one_hot(d, False))),
+    "label overlaps": ("label", "error", "overlapping_labels", lambda p, d, w: w(p, one_hot(d, True))),
+    "label smaller": ("label", "error", "shape_mismatch", lambda p, d, w: w(p, d[:-1])),
+    "label transposed": ("label", "error", "shape_mismatch", lambda p, d, w: w(p, d.transpose(1, 0, 2))),
+    "label shifted": ("label", "error", "affine_mismatch", lambda p, d, w: w(p, d, SHIFTED)),
+    "label turned": ("label", "error", "affine_mismatch", lambda p, d, w: w(p, d, TURNED)),
+    "label scaled": ("label", "error", "affine_mismatch", lambda p, d, w: w(p, d, np.diag([1, 1, 2.0, 1]))),
+    "one NaN": ("image", "error", "not_finite", lambda p, d, w: w(p, changed(d, np.nan))),
+    "one Inf": ("image", "error", "not_finite", lambda p, d, w: w(p, changed(d, np.inf))),
+    "label NaN": ("label", "error", "not_finite", lambda p, d, w: w(p, changed(d.astype("f4"), np.nan))),
+    "constant": ("image", "error", "constant_image", lambda p, d, w: w(p, np.full(d.shape, 7, "i2"))),
+    "undeclared": ("label", "error", "undeclared_label", lambda p, d, w: w(p, changed(d, 9))),
+    "negative": ("label", "error", "undeclared_label", lambda p, d, w: w(p, changed(d.astype("i2"), -3))),
+    "huge": ("label", "error", "undeclared_label", lambda p, d, w: w(p, changed(d.astype("f8"), 3e9))),
+    "fraction": ("label", "error", "fractional_label", lambda p, d, w: w(p, changed(d.astype("f4"), 0.4))),
+    "singular affine": ("image", "error", "bad_affine", lambda p, d, w: zero_affine(p)),
+    "label is image": ("list", "error", "label_is_image", None),
+    "duplicate": ("twin", "error", "duplicate_image", None),
+    "empty label": ("label", "warning", "empty_label", lambda p, d, w: w(p, np.zeros_like(d))),
+    "sheared": ("both", "warning", "sheared", lambda p, d, w: w(p, d, SHEARED)),
+    "single slice": ("both", "warning", "single_slice", lambda p, d, w: w(p, d[:, :, 3:4])),
+    "spacing": ("both", "warning", "spacing_outlier", lambda p, d, w: w(p, d, np.diag([1, 1, 3.0, 1]))),
+    "size": ("both", "warning", "size_outlier", lambda p, d, w: w(p, np.tile(d, (3, 1, 1)))),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_found_and_named(tmp_path, disk, fault):
+    which, severity, code, damage = FAULTS[fault]
+    root = disk.decathlon(tmp_path, cases=5)
+    files = {"image": root / "imagesTr/case_2.nii.gz", "label": root / "labelsTr/case_2.nii.gz"}
+    if which == "list":
+        content = json.loads((root / "dataset.json").read_text())
+        content["training"][2]["label"] = content["training"][2]["image"]
+        disk.json(root / "dataset.json", content)
+    elif which == "twin":
+        scan = nibabel.load(root / "imagesTr/case_0.nii.gz").get_fdata()
+        disk.nifti(files["image"], scan.astype(np.float64))  # other bytes on disk, the same voxels
+    else:
+        for kind in files if which == "both" else [which]:
+            path = files[kind]
+            damage(path, np.asanyarray(nibabel.load(path).dataobj), disk.nifti)
+    report = check_dataset(read_dataset(root), jobs=1)
+    found = [f for f in report.findings if f.code == code]
+    assert found, f"{[(f.code, f.message) for f in report.findings]}"
+    assert {f.case for f in report.findings} == {"case_2"}, "the good cases are clean"
+    assert found[0].severity == severity
+    assert str(found[0].file) in found[0].message
+    assert found[0].message.endswith(".") or "chmod" in found[0].message
+    assert report.has_errors == (severity == "error")
+
+
+def test_a_good_data_set_is_clean(tmp_path, disk):
+    for root in (disk.decathlon(tmp_path / "d"), disk.nnunet(tmp_path / "n")):
+        report = check_dataset(read_dataset(root))
+        assert report.findings == ()
+        assert "nothing to object" in report.summary()
+    four = disk.decathlon(tmp_path / "f", channels=["a", "b", "c"])
+    assert not check_dataset(read_dataset(four)).findings
+
+
+def test_trailing_axis_of_one_and_slight_rounding_are_fine(tmp_path, disk):
+    root = disk.decathlon(tmp_path)
+    scan, label = disk.scan_and_label(0)
+    disk.nifti(root / "imagesTr/case_0.nii.gz", scan[..., None])
+    near = AFFINE.copy()
+    near[0, 3] += 1e-4
+    disk.nifti(root / "labelsTr/case_0.nii.gz", label.astype(np.float32)[..., None], near)
+    dataset = read_dataset(root)
+    assert not check_dataset(dataset).findings
+    strict = check_dataset(dataset, affine_tolerance=1e-6)
+    assert [f.code for f in strict.findings] == ["affine_mismatch"]
+
+
+def test_affine_mismatch_can_be_allowed(tmp_path, disk):
+    root = disk.decathlon(tmp_path)
+    _, label = disk.scan_and_label(1)
+    disk.nifti(root / "labelsTr/case_1.nii.gz", label, SHIFTED)
+    report = check_dataset(read_dataset(root), allow_affine_mismatch=True)
+    assert [(f.code, f.severity) for f in report.findings] == [("affine_mismatch", "warning")]
+    assert "0.5 mm" in report.findings[0].message
+
+
+@pytest.mark.parametrize("layout", ["decathlon", "nnunet"])
+def test_channel_counts(tmp_path, disk, layout):
+    if layout == "decathlon":
+        root = disk.decathlon(tmp_path, channels=["a", "b", "c"])
+        scan, _ = disk.scan_and_label(2, channels=2)
+        disk.nifti(root / "imagesTr/case_2.nii.gz", scan)
+    else:
+        root = disk.nnunet(tmp_path)
+        disk.nifti(root / "imagesTr/case_2_0002.nii.gz", disk.scan_and_label(77)[0])
+    report = check_dataset(read_dataset(root))
+    assert [(f.case, f.code) for f in report.errors] == [("case_2", "channels")]
+    expected = "2 channels, the data set 3" if layout == "decathlon" else "3 channels, the data set 2"
+    assert expected in report.errors[0].message
+
+
+def test_channels_of_one_case_must_share_a_grid(tmp_path, disk):
+    root = disk.nnunet(tmp_path)
+    scan, _ = disk.scan_and_label(1)
+    disk.nifti(root / "imagesTr/case_1_0001.nii.gz", scan[:-2])
+    disk.nifti(root / "imagesTr/case_2_0001.nii.gz", scan + 1, SHIFTED)
+    (root / "imagesTr/case_3_0001.nii.gz").unlink()
+    found = {(f.case, f.code) for f in check_dataset(read_dataset(root)).errors}
+    assert found == {("case_1", "shape_mismatch"), ("case_2", "affine_mismatch"), ("case_3", "missing")}
+
+
+def test_ignore_label_and_float_values_are_declared_values(tmp_path, disk):
+    root = disk.decathlon(tmp_path, labels={"0": "background", "0.5": "a", "4": "b", "255": "ignore"})
+    for number in range(4):
+        _, label = disk.scan_and_label(number)
+        values = np.array([0, 0.5, 4, 255], np.float32)[
+            np.clip(label + (np.indices(label.shape)[2] == 7) * 3, 0, 3)
+        ]
+        disk.nifti(root / f"labelsTr/case_{number}.nii.gz", values)
+    assert not check_dataset(read_dataset(root)).findings
+
+
+def test_a_class_that_nobody_drew(tmp_path, disk):
+    labels = {"0": "background", "1": "tumour", "2": "vessel", "3": "stone"}
+    report = check_dataset(read_dataset(disk.decathlon(tmp_path, labels=labels)))
+    assert [(f.case, f.severity, f.code) for f in report.findings] == [("", "warning", "absent_class")]
+    assert "stone" in report.findings[0].message
+
+
+def test_several_faults_at_once_reach_json_and_table(tmp_path, disk):
+    root = disk.decathlon(tmp_path)
+    (root / "imagesTr/case_0.nii.gz").unlink()
+    cut(root / "labelsTr/case_1.nii.gz")
+    _, label = disk.scan_and_label(2)
+    disk.nifti(root / "labelsTr/case_2.nii.gz", np.zeros_like(label))
+    report = check_dataset(read_dataset(root))
+    content = json.loads(json.dumps(report.to_dict()))
+    assert (content["cases"], content["errors"], content["warnings"]) == (4, 2, 1)
+    assert [row["case"] for row in report.rows()] == ["case_0", "case_1", "case_2"]
+    assert [row["severity"] for row in report.rows()] == ["error", "error", "warning"]
+    assert "2 errors, 1 warning" in report.summary()

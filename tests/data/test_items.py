@@ -1,0 +1,88 @@
+"""Items on disk and back, and label values to class indices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from monai.transforms import MapLabelValued
+
+from medseg_supcon.data import (
+    Case,
+    class_indices,
+    items,
+    label_mapping,
+    load_items,
+    read_dataset,
+    split_cases,
+    write_datalist,
+)
+from medseg_supcon.errors import DataError
+
+PLAN = {"labels": {"background": 0, "tumour": 4, "vessel": 0.5}, "ignore_label": 255}
+
+
+@pytest.mark.parametrize("layout", ["decathlon", "nnunet"])
+def test_items_survive_the_disk(tmp_path, disk, layout):
+    root = getattr(disk, layout)(tmp_path / "set")
+    split = split_cases(read_dataset(root), labels=3)
+    write_datalist(split, tmp_path / "datalist.json", root)
+    content = json.loads((tmp_path / "datalist.json").read_text())
+    assert {key: len(entries) for key, entries in content.items()} == {
+        "training": 2,
+        "validation": 1,
+        "unlabelled": 1,
+    }
+    assert "label" not in content["unlabelled"][0], "the label of an unlabelled case must not be at hand"
+    loaded = load_items(content["training"], root)
+    for case, item in zip(split.training, loaded, strict=True):
+        assert item["name"] == case.name
+        assert item["label"] == str(case.label)
+        several = layout == "nnunet"
+        assert item["image"] == ([str(p) for p in case.images] if several else str(case.images[0]))
+
+
+def test_paths_inside_are_relative_and_others_absolute(tmp_path):
+    case = Case("a", (tmp_path / "set/x/a.nii.gz",), Path("/elsewhere/a.nii.gz"))
+    assert items([case], tmp_path / "set") == [
+        {"name": "a", "image": "x/a.nii.gz", "label": "/elsewhere/a.nii.gz"}
+    ]
+
+
+def test_a_single_file_in_a_list_is_a_text(tmp_path):
+    assert load_items([{"image": ["a.nii"]}], tmp_path)[0]["image"] == str(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize(
+    ("entries", "word"),
+    [
+        ([], "empty"),
+        ([{"name": "a"}], "item 1"),
+        ([{"image": "../a.nii"}], "leaves the data folder"),
+        ([{"image": ["a.nii", "b/../../c.nii"]}], "leaves the data folder"),
+        ([{"image": "a.nii", "label": "../../a.nii"}], "leaves the data folder"),
+    ],
+)
+def test_broken_items(tmp_path, entries, word):
+    with pytest.raises(DataError, match=word):
+        load_items(entries, tmp_path)
+
+
+def test_label_mapping_fits_stock_monai():
+    values, indices = label_mapping(PLAN)
+    label = np.array([[[0, 4], [0.5, 255]]], dtype=np.float32)
+    mapped = MapLabelValued("label", values, indices)({"label": label})["label"]
+    assert mapped.tolist() == [[[0, 1], [2, -1]]]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_class_indices(dtype):
+    label = np.array([0, 4, 0.5, 255, 0.5], dtype=dtype)
+    assert class_indices(label, PLAN).tolist() == [0, 1, 2, -1, 2]
+    assert class_indices(np.array([0, 4, 255], np.uint8), PLAN).tolist() == [0, 1, -1]
+    assert class_indices(label * (1 + 1e-6), PLAN).tolist() == [0, 1, 2, -1, 2], "rounding of a scaled file"
+    for stray in (1, 2, 3, 0.4, -1, 254):
+        with pytest.raises(DataError, match=rf"seg\.nii: holds {stray}, .*0, 4, 0\.5, 255"):
+            class_indices(np.array([0, stray], dtype=dtype), PLAN, "seg.nii")
