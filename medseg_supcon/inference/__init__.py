@@ -1,1 +1,6 @@
+"""Any scan in, the mask in its own space out."""
 
+from medseg_supcon.inference._predictor import Prediction, Predictor
+from medseg_supcon.inference._scans import Scan, find_scans
+
+__all__ = ["Prediction", "Predictor", "Scan", "find_scans"]

@@ -24,11 +24,12 @@ CONFIGS = Path(__file__).parents[2] / "bundles" / "segmentation" / "configs"
 
 POINTWISE = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 3, "kernel_size": 1}
 UNET = {
-    "_target_": "monai.networks.nets.BasicUNet",
+    "_target_": "monai.networks.nets.UNet",
     "spatial_dims": 3,
     "in_channels": 1,
     "out_channels": 3,
-    "features": [4, 4, 8, 8, 8, 4],
+    "channels": [4, 8, 8],
+    "strides": [2, 2],
 }
 
 

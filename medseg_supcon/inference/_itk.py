@@ -1,0 +1,83 @@
+"""Reading a scan with SimpleITK: MetaImage, NRRD and DICOM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medseg_supcon.errors import DataError
+from medseg_supcon.inference._dicom import check_slices
+from medseg_supcon.inference._grid import Affine, Grid, Volume, check_affine, check_values
+from medseg_supcon.inference._nifti import wrong_channels
+
+RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's world is LPS
+
+
+def ras_affine(image: Any) -> Affine:
+    """Voxel indices to RAS+ mm of a 3-D SimpleITK image."""
+    affine = np.eye(4)
+    direction = np.array(image.GetDirection()).reshape(3, 3)
+    affine[:3, :3] = direction * np.array(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return np.asarray(RAS @ affine)
+
+
+def read_itk(files: Sequence[Path], channels: int, dicom: bool = False) -> Volume:
+    """One scan from a file, from one file per channel, or from the slices of a DICOM series.
+
+    Raises:
+        DataError: it is damaged, is no 3-D scan, has another number of channels, or its slices are uneven.
+    """
+    parts = [_load(list(files), dicom)] if dicom else [_load([file], dicom) for file in files]
+    source = files[0].parent if dicom and len(files) > 1 else files[0]
+    data = np.concatenate([_channels_first(image) for image in parts])
+    affine = check_affine(ras_affine(parts[0]), source)
+    for file, image in zip(files[1:], parts[1:], strict=False):
+        if image.GetSize() != parts[0].GetSize() or not np.allclose(ras_affine(image), affine, atol=1e-3):
+            raise DataError(
+                f"{file}: its size or position differs from that of {files[0]}. Channels must share a grid."
+            )
+    if len(data) != channels:
+        raise DataError(wrong_channels(source, len(data), channels))
+    grid = Grid(tuple(data.shape[1:]), affine, affine, affine)
+    return Volume(check_values(data, source), grid, affine)
+
+
+def _load(files: list[Path], dicom: bool) -> Any:
+    import SimpleITK as sitk
+
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote tags of DICOM files
+    source = files[0].parent if len(files) > 1 else files[0]
+    try:
+        if dicom and len(files) > 1:
+            reader = sitk.ImageSeriesReader()
+            reader.SetFileNames([str(file) for file in files])
+            reader.MetaDataDictionaryArrayUpdateOn()
+            image = reader.Execute()
+            check_slices(reader, image, source)
+        else:
+            image = sitk.ReadImage(str(files[0]))
+    except RuntimeError as error:
+        if not files[0].exists():
+            raise DataError(f"{files[0]}: there is no such file. Check the path.") from error
+        raise DataError(
+            f"{source}: cannot be read. It is damaged or not the format that its name says."
+        ) from error
+    if image.GetDimension() != 3:
+        raise DataError(
+            f"{source}: expected a 3-D scan, found {image.GetDimension()} dimensions {image.GetSize()}. "
+            "2-D images and time series are not segmented: give one volume."
+        )
+    return image
+
+
+def _channels_first(image: Any) -> npt.NDArray[Any]:
+    import SimpleITK as sitk
+
+    array = sitk.GetArrayFromImage(image)  # (z, y, x) or (z, y, x, c)
+    array = array[None] if image.GetNumberOfComponentsPerPixel() == 1 else np.moveaxis(array, -1, 0)
+    return np.asarray(array.transpose(0, 3, 2, 1))

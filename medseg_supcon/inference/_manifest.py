@@ -1,0 +1,118 @@
+"""manifest.json: what became of each scan, with which model. It names scans, and nothing of a patient."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medseg_supcon import __version__
+from medseg_supcon.errors import RunError
+from medseg_supcon.inference._mask import write_whole
+
+if TYPE_CHECKING:
+    from medseg_supcon.inference._predictor import Prediction, Predictor
+
+PACKAGES = ("torch", "monai", "numpy", "nibabel", "SimpleITK", "scipy")
+
+
+def describe(predictor: Predictor) -> dict[str, Any]:
+    """The model and the software, for the manifest's head."""
+    packages = {"python": platform.python_version(), "medseg-supcon": __version__}
+    for package in PACKAGES:
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = "unknown"
+    return {
+        "models": [{"name": model.name, "sha256": model.sha256} for model in predictor.models],
+        "labels": predictor.labels,
+        "tta": predictor.tta,
+        "device": str(predictor.device),
+        "half_precision": predictor.amp,
+        "packages": packages,
+    }
+
+
+def entry_of(prediction: Prediction, labels: dict[str, float]) -> dict[str, Any]:
+    """A finished scan's entry: per foreground label voxels, volume (ml) and whether it touches the border."""
+    mask, found = prediction.mask, {}
+    border = np.concatenate([mask.take(i, axis).ravel() for axis in range(3) for i in (0, -1)])
+    for name, value in list(labels.items())[1:]:
+        voxels = int(np.count_nonzero(mask == value))
+        found[name] = {
+            "value": value,
+            "voxels": voxels,
+            "volume_ml": round(voxels * prediction.grid.voxel_ml, 4),
+            "touches_border": bool((border == value).any()),
+        }
+    return {
+        "name": prediction.name,
+        "status": "done",
+        "seconds": round(prediction.seconds, 3),
+        "shape": list(prediction.grid.shape),
+        "spacing_mm": [round(float(s), 5) for s in prediction.grid.spacing],
+        "labels": found,
+        "warnings": list(prediction.warnings),
+    }
+
+
+class Manifest:
+    """The file, kept up to date after each scan; entries of earlier calls into the folder stay in it."""
+
+    def __init__(self, path: Path, head: dict[str, Any]) -> None:
+        self.path, self.head = path, head
+        self.earlier: dict[str, dict[str, Any]] = {}
+        self.entries: list[dict[str, Any]] = []
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+            self.earlier = {str(entry["name"]): entry for entry in old["scans"]}
+            self.earlier_models = old.get("models")
+        except (OSError, ValueError, KeyError, TypeError):
+            self.earlier_models = None
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Adds an entry and writes the file.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        entry.setdefault("models", [model["sha256"] for model in self.head["models"]])
+        self.entries.append(entry)
+        mine = {entry["name"] for entry in self.entries}
+        scans = [*(e for name, e in self.earlier.items() if name not in mine), *self.entries]
+        text = json.dumps({**self._with(scans)}, indent=1, allow_nan=False) + "\n"
+        try:
+            write_whole(self.path, lambda file: file.write(text.encode()))
+        except OSError as error:
+            raise RunError(
+                f"{self.path} could not be written ({error.strerror}). Free space or choose another --out; "
+                "finished masks stay."
+            ) from error
+
+    def skipped(self, name: str) -> dict[str, Any]:
+        """The entry of a scan whose mask was there already."""
+        earlier = self.earlier.get(name, {})
+        entry = {**earlier, "name": name, "status": "skipped"}
+        entry.pop("error", None)
+        models = earlier.get("models")
+        if models is None:
+            note = "the mask was there already, and the manifest does not say which model made it"
+        elif models != [model["sha256"] for model in self.head["models"]]:
+            note = "the mask was there already, made by another model"
+        else:
+            return entry
+        warnings = [w for w in earlier.get("warnings", []) if not w.startswith("the mask was there")]
+        return {**entry, "models": models, "warnings": [*warnings, note]}
+
+    def of_this_call(self) -> dict[str, Any]:
+        """The manifest without the entries of earlier calls."""
+        return self._with(self.entries)
+
+    def _with(self, scans: list[dict[str, Any]]) -> dict[str, Any]:
+        counts = {s: sum(entry["status"] == s for entry in scans) for s in ("done", "skipped", "failed")}
+        return {**self.head, "summary": counts, "scans": scans}

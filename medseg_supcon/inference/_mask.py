@@ -1,0 +1,81 @@
+"""From class indices to a mask file: largest components, label values, and writing it whole or not at all."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import nibabel
+import numpy as np
+import numpy.typing as npt
+import psutil
+from scipy import ndimage
+
+from medseg_supcon.inference._grid import Grid
+
+
+def label_type(values: Sequence[float]) -> np.dtype[Any]:
+    """The smallest integer type that holds the values; float32 where one is no integer."""
+    kinds = [np.min_scalar_type(int(v)) if v == int(v) else np.dtype(np.float32) for v in values]
+    return np.result_type(*kinds)
+
+
+def keep_largest(classes: npt.NDArray[Any], which: Sequence[int]) -> None:
+    """Turns all but the largest component (26 neighbours) of some classes into background, in place."""
+    for index in which:
+        boxes = ndimage.find_objects((classes == index).astype(np.uint8))
+        if not boxes:
+            continue
+        part = classes[boxes[0]]
+        components, count = ndimage.label(part == index, structure=np.ones((3, 3, 3)))
+        if count > 1:
+            sizes = np.bincount(components.ravel())
+            sizes[0] = 0
+            part[(components > 0) & (components != sizes.argmax())] = 0
+
+
+def write_nifti(path: Path, data: npt.NDArray[Any], grid: Grid) -> None:
+    """Writes (X, Y, Z) or (X, Y, Z, K) as NIfTI-1 in the scan's grid: its shape, affine and form codes.
+
+    Raises:
+        OSError: it could not be written; nothing is left behind.
+    """
+    shape = grid.shape if data.ndim == 3 else (*grid.shape[:3], data.shape[3])
+    kind = nibabel.Nifti1Image if max(shape) < 2**15 else nibabel.Nifti2Image  # NIfTI-1 counts to 32767
+    image = kind(data.reshape(shape), grid.affine, dtype=data.dtype)
+    header = image.header
+    header.set_xyzt_units("mm")
+    # Without codes readers fall back on the voxel sizes alone, as for the scan itself.
+    image.set_qform(grid.qform, grid.codes[0], update_affine=False)
+    image.set_sform(grid.sform, grid.codes[1], update_affine=False)
+    header["pixdim"][1:4] = grid.spacing
+
+    def write(file: IO[bytes]) -> None:
+        with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=3, mtime=0) as packed:
+            image.to_stream(packed)
+
+    write_whole(path, write)
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """A file that appears whole or not at all: written beside its place, then moved there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)  # noqa: PTH105  # what the fault injection of the tests replaces
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of processes that were killed."""
+    for file in folder.glob(".*.tmp"):
+        process = file.name.split(".")[-2]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            file.unlink(missing_ok=True)

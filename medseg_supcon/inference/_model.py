@@ -1,0 +1,130 @@
+"""A run's model: its plan, network, weights and preprocessing, loaded once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from monai.transforms import (
+    Compose,
+    ConcatItemsd,
+    DeleteItemsd,
+    EnsureTyped,
+    LoadImaged,
+    Orientationd,
+    Spacingd,
+    SplitDimd,
+)
+from monai.transforms.intensity import dictionary as intensity
+
+from medseg_supcon.errors import RunError
+from medseg_supcon.inference._trust import check_trusted
+
+PLAN_KEYS = (
+    "channels",
+    "labels",
+    "orientation",
+    "spacing",
+    "intensity",
+    "patch_size",
+    "network_def",
+    "inference",
+)
+SIMPLE = (Orientationd, Spacingd, EnsureTyped, SplitDimd, ConcatItemsd, DeleteItemsd)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a run predicts with.
+
+    Attributes:
+        name: the run folder's name.
+        plan: its plan.json.
+        network: in eval mode, on the CPU.
+        preprocessing: what follows the loading of a scan (a dict with ``image``).
+        simple: it only turns, resamples and changes intensities, so that the way back is a closed form.
+        sha256: of models/model.pt.
+    """
+
+    name: str
+    plan: dict[str, Any]
+    network: torch.nn.Module
+    preprocessing: Compose
+    simple: bool
+    sha256: str
+
+
+def load_model(run: str | Path, trust: bool = False) -> Model:
+    """Loads a run; weights only, whatever `trust` says.
+
+    Args:
+        run: the run's folder.
+        trust: run its config and plan even where they are not of the shape that medseg writes.
+
+    Raises:
+        RunError: it is no run, is incomplete or damaged, or holds foreign code and is not trusted.
+    """
+    run = Path(run)
+    config, plan_file = run / "configs" / "inference.yaml", run / "configs" / "plan.json"
+    weights = run / "models" / "model.pt"
+    for file in (config, plan_file, weights):
+        if not file.is_file():
+            raise RunError(
+                f"{file} is missing: is {run} a run that medseg train finished? Train it, or give another."
+            )
+    plan = _read_plan(plan_file)
+    if not trust:
+        check_trusted(run, config, plan)
+    try:
+        parser = ConfigParser()
+        parser.read_config(str(config))
+        parser.update({"bundle_root": str(run)})
+        network = parser.get_parsed_content("network_def")
+        preprocessing = parser.get_parsed_content("preprocessing")
+    except Exception as error:  # whatever a plan makes a constructor of torch or MONAI raise
+        cause = error.__cause__ or error
+        raise RunError(
+            f"{run}: network or preprocessing cannot be made from {plan_file} ({cause}). Mend it."
+        ) from error
+    transforms = list(preprocessing.flatten().transforms)
+    if not isinstance(transforms[0], LoadImaged):
+        raise RunError(
+            f"{config}: preprocessing must begin with LoadImaged, found {type(transforms[0]).__name__}."
+        )
+    _load_weights(network, weights)
+    simple = all(isinstance(t, SIMPLE) or type(t).__module__ == intensity.__name__ for t in transforms[1:])
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return Model(run.absolute().name, plan, network.eval(), Compose(transforms[1:]), simple, digest)
+
+
+def _read_plan(file: Path) -> dict[str, Any]:
+    try:
+        plan = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{file} is not JSON ({error}). Restore it from the run's own copy.") from error
+    missing = [key for key in PLAN_KEYS if not isinstance(plan, dict) or key not in plan]
+    if missing:
+        raise RunError(f"{file} lacks {', '.join(missing)}. Plan the data again with medseg plan.")
+    return {"flip_axes": [], "keep_largest": [], **plan}
+
+
+def _load_weights(network: torch.nn.Module, file: Path) -> None:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        network.load_state_dict(state)
+    except pickle.UnpicklingError as error:
+        raise RunError(
+            f"{file} is damaged or holds more than weights, and was not loaded: such a file can run any "
+            "code. Get the weights (a state dict) from where you trust them."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"{file} does not hold the weights of the plan's network, or is damaged: {reason}."
+        ) from error

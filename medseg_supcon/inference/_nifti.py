@@ -1,0 +1,112 @@
+"""Reading a scan from NIfTI files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import numpy.typing as npt
+from monai.data.utils import correct_nifti_header_if_necessary
+
+from medseg_supcon.errors import DataError
+from medseg_supcon.inference._grid import Grid, Volume, check_affine, check_values
+
+
+def dimensions(path: Path) -> tuple[int, ...]:
+    """The shape in a NIfTI header; (0, 0, 0) where it cannot be read (reading the scan will say why)."""
+    try:
+        return tuple(int(n) for n in nibabel.load(path).shape)
+    except Exception:  # nibabel raises a dozen kinds for broken headers
+        return (0, 0, 0)
+
+
+def read_nifti(files: Sequence[Path], channels: int) -> Volume:
+    """One scan from one NIfTI file, or from one per channel.
+
+    Raises:
+        DataError: a file is damaged, is no 3-D scan, has too many or few channels, or differs from the first.
+    """
+    volumes = [_read_one(file) for file in files]
+    first = volumes[0]
+    for file, volume in zip(files[1:], volumes[1:], strict=True):
+        same_place = np.allclose(volume.grid.affine, first.grid.affine, atol=1e-3 * first.grid.spacing.min())
+        if volume.data.shape != first.data.shape or not same_place:
+            raise DataError(
+                f"{file}: its shape or affine differs from that of {files[0]}. Channels must share a grid."
+            )
+    data = first.data if len(volumes) == 1 else np.concatenate([v.data for v in volumes])
+    if len(data) != channels:
+        raise DataError(wrong_channels(files[0], len(data), channels))
+    return Volume(data, first.grid, first.affine, first.warnings)
+
+
+def wrong_channels(file: Path, found: int, expected: int) -> str:
+    """The sentence for a scan with a number of channels that the model does not take."""
+    if expected == 1:
+        return (
+            f"{file}: holds {found} volumes (a time series or several channels), and the model takes one 3-D "
+            "scan. Split it and give the volume that you want segmented."
+        )
+    return (
+        f"{file}: holds {found} channels, and the model takes {expected}. Give one 4-D file, channels last, "
+        "or 3-D files called NAME_0000, NAME_0001, ... in the order of the plan's channels."
+    )
+
+
+def _read_one(file: Path) -> Volume:
+    try:
+        image: Any = nibabel.load(file)
+        if not isinstance(image, nibabel.Nifti1Image):
+            raise DataError(f"{file}: expected NIfTI, found {type(image).__name__}. Convert it to .nii.gz.")
+        shape = tuple(int(n) for n in image.shape)
+        if len(shape) < 3 or 0 in shape:
+            raise DataError(
+                f"{file}: expected a 3-D scan, found shape {shape}. 2-D images are not segmented."
+            )
+        extra = [n for n in shape[3:] if n > 1]
+        if len(extra) > 1:
+            raise DataError(
+                f"{file}: expected a 3-D scan or channels in a fourth axis, found shape {shape}. Split it."
+            )
+        data = check_values(np.asanyarray(image.dataobj), file)
+    except (DataError, MemoryError):
+        raise
+    except PermissionError as error:
+        raise DataError(f"{file}: may not be read. Check its permissions.") from error
+    except Exception as error:  # nibabel and gzip raise a dozen kinds for damaged files
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise DataError(
+            f"{file}: cannot be read as NIfTI ({reason}). It is damaged or cut short: copy or export it "
+            "again."
+        ) from error
+    channels = extra[0] if extra else 1
+    # NIfTI stores x fastest: keep that order, and have the channels first.
+    data = np.moveaxis(data.reshape((*shape[:3], channels), order="F"), -1, 0)
+    grid, warnings = _grid(image, shape if channels == 1 else shape[:3], file)
+    affine = np.asarray(correct_nifti_header_if_necessary(image).affine, dtype=np.float64)
+    return Volume(data, grid, check_affine(affine, file), warnings)
+
+
+def _grid(image: Any, shape: tuple[int, ...], file: Path) -> tuple[Grid, list[str]]:
+    affine = check_affine(image.affine, file)
+    qform, q_code = image.get_qform(coded=True)
+    sform, s_code = image.get_sform(coded=True)
+    warnings = []
+    if q_code == 0 and s_code == 0:
+        warnings.append(
+            "the header gives no orientation (qform and sform codes 0): left and right are a guess"
+        )
+    elif q_code > 0 and s_code > 0 and not np.allclose(qform, sform, atol=0.1 * _smallest_voxel(affine)):
+        warnings.append("qform and sform disagree: the sform was used")
+    return Grid(shape, affine, _array(qform), _array(sform), (int(q_code), int(s_code))), warnings
+
+
+def _smallest_voxel(affine: npt.NDArray[Any]) -> float:
+    return float(np.linalg.norm(affine[:3, :3], axis=0).min())
+
+
+def _array(affine: npt.NDArray[Any] | None) -> npt.NDArray[np.float64] | None:
+    return None if affine is None else np.asarray(affine, dtype=np.float64)

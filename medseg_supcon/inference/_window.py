@@ -1,0 +1,87 @@
+"""Sliding-window inference that gives finished rows of the scan away as it goes.
+
+The result is that of MONAI's `sliding_window_inference` with Gaussian weights, addition for addition; only
+one patch's depth of it is in memory at a time, which bounds the memory for long scans with many classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from monai.data.utils import compute_importance_map, dense_patch_slices
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def windows(
+    image: Tensor,
+    predict: Callable[[Tensor], Tensor],
+    patch_size: Sequence[int],
+    overlap: float,
+    batch_size: int,
+    device: torch.device,
+    buffer_device: torch.device,
+) -> Iterator[Tensor]:
+    """Yields the blended output in chunks along the first axis.
+
+    Args:
+        image: (C, X, Y, Z).
+        predict: (B, C, *patch_size) -> (B, K, *patch_size).
+        patch_size: voxels per axis; the scan is padded with zeros to it.
+        overlap: of neighbouring windows, 0 <= overlap < 1.
+        batch_size: windows per call of ``predict``.
+        device: where ``predict`` works.
+        buffer_device: where windows are stitched.
+
+    Yields:
+        (K, rows, Y, Z) float32 on ``buffer_device``; the rows of all chunks add up to X.
+    """
+    shape = tuple(image.shape[1:])
+    pad = [max(p - n, 0) for p, n in zip(patch_size, shape, strict=True)]
+    before = [n // 2 for n in pad]
+    if any(pad):
+        image = F.pad(
+            image, [side for b, n in zip(before[::-1], pad[::-1], strict=True) for side in (b, n - b)]
+        )
+    padded = tuple(image.shape[1:])
+    steps = [p if p == n else max(int(p * (1 - overlap)), 1) for p, n in zip(patch_size, padded, strict=True)]
+    places = dense_patch_slices(padded, tuple(patch_size), steps)
+    weight = compute_importance_map(
+        tuple(patch_size), mode="gaussian", sigma_scale=0.125, device=device
+    ).float()
+    inside = [slice(b, b + n) for b, n in zip(before, shape, strict=True)]
+    kept = slice(None), slice(None), inside[1], inside[2]
+
+    first, total, count = 0, torch.empty(0), torch.empty(0)  # the rows from `first` on are still growing
+
+    def finished(end: int) -> Tensor:
+        """The rows of the scan itself in [first, end), blended."""
+        rows = slice(max(inside[0].start - first, 0), max(min(inside[0].stop, end) - first, 0))
+        return total[:, rows][kept].div_(count[:, rows][kept])
+
+    for start in range(0, len(places), batch_size):
+        batch = places[start : start + batch_size]
+        patches = torch.stack([image[(slice(None), *place)] for place in batch]).to(device)
+        outputs = predict(patches).float() * weight
+        for place, output in zip(batch, outputs.to(buffer_device), strict=True):
+            x = place[0].start
+            if total.ndim == 1:
+                total = torch.zeros((len(output), patch_size[0], *padded[1:]), device=buffer_device)
+                count = torch.zeros((1, patch_size[0], *padded[1:]), device=buffer_device)
+                weight_here = weight.to(buffer_device)
+            if x > first:
+                yield finished(x)
+                total, count = _advance(total, x - first), _advance(count, x - first)
+                first = x
+            total[:, :, place[1], place[2]] += output
+            count[0, :, place[1], place[2]] += weight_here
+    yield finished(first + patch_size[0])
+
+
+def _advance(buffer: Tensor, rows: int) -> Tensor:
+    """The buffer moved on by some rows; new ones are zero."""
+    moved = torch.zeros_like(buffer)
+    if rows < buffer.shape[1]:
+        moved[:, :-rows] = buffer[:, rows:]
+    return moved
