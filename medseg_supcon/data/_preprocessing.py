@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from monai.transforms import Compose, LoadImage, ResampleToMatch
+from monai.transforms import Compose, LoadImage, ResampleToMatch, Transform
 
 from medseg_supcon.data._labels import class_indices
 from medseg_supcon.errors import RunError
@@ -37,7 +37,7 @@ def read_preprocessing(bundle_root: str | Path) -> Compose:
     return transform
 
 
-class LabelPreprocessingd:
+class LabelPreprocessingd(Transform):  # type: ignore[misc]
     """Loads a case's label map, turns its values into class indices and brings it to the grid of ``image``.
 
     Runs after the scan's preprocessing. Nearest neighbour; -1 where the data set says "not annotated".

@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import torch
 from monai.data import CacheDataset
+from monai.transforms import Compose
 from torch.utils.data import Dataset, Sampler
 
 from medseg_supcon.errors import DataError
@@ -41,6 +42,8 @@ def cached_dataset(
     """
     if len(data) == 0:
         raise DataError("There is no case to work on: the list of cases is empty. Check configs/datalist.json.")
+    if isinstance(transform, Compose):
+        transform = transform.flatten()  # a Compose within a Compose counts as random, and is not cached
     first = transform(dict(data[0]))
     size = sum(v.numel() * v.element_size() for v in first.values() if isinstance(v, torch.Tensor))
     budget = memory_share * psutil.virtual_memory().available

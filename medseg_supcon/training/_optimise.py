@@ -70,7 +70,7 @@ class StopOnNaN:
         loss = engine.state.output["loss"]
         if not torch.isfinite(loss).all():
             raise RunError(
-                f"The loss became {float(loss)} at step {engine.state.iteration}. Try a lower learning rate "
+                f"The loss became {loss.item()} at step {engine.state.iteration}. Try a lower learning rate "
                 "(--set learning_rate=1e-3) or switch mixed precision off (--set amp=false)."
             )
 

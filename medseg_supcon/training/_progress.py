@@ -23,6 +23,10 @@ def clock(seconds: float) -> str:
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
+def _loss(engine: Engine) -> float:
+    return float(engine.state.output["loss"].detach())
+
+
 class ProgressDisplay:
     """A progress bar on a terminal, a line per validated epoch elsewhere (both on stderr).
 
@@ -74,7 +78,7 @@ class ProgressDisplay:
                 self.task,
                 completed=engine.state.iteration,
                 epoch=f"{engine.state.epoch}/{engine.state.max_epochs}",
-                loss=f"{float(engine.state.output['loss']):.3f}",
+                loss=f"{_loss(engine):.3f}",
                 dice=self._dice,
                 left=self._left(engine),
             )
@@ -87,9 +91,8 @@ class ProgressDisplay:
             state = self.validator.state
             self._dice = f"  Dice {float(state.metrics[state.key_metric_name]):.3f}"
         if not self.live and (validated or engine.state.epoch == engine.state.max_epochs):
-            loss = float(engine.state.output["loss"])
             self.console.print(
-                f"{self.name}: epoch {engine.state.epoch}/{engine.state.max_epochs}  loss {loss:.3f}{self._dice}"
+                f"{self.name}: epoch {engine.state.epoch}/{engine.state.max_epochs}  loss {_loss(engine):.3f}{self._dice}"
                 f"  {self._left(engine)}",
                 soft_wrap=True,
                 highlight=False,

@@ -1,0 +1,1 @@
+"""The claims of the README, each a script that prints its table."""

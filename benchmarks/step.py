@@ -1,0 +1,85 @@
+"""What the contrast costs: a training step of the joint recipe against the same with contrast weight 0.
+
+    python -m benchmarks.step [--steps 40] [--device cpu]
+
+The two recipes take turns, step by step, on batches from the same scans, so that a busy machine slows both.
+A step is loading, augmentation, forward, backward and optimiser; a view is one of its patches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+
+from medseg_supcon.data import make_phantoms, read_dataset, split_cases
+from medseg_supcon.training import prepare_run
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def recipe(run: Path, weight: float, device: str) -> tuple[Any, Any]:
+    """The trainer and the batches of a run, with a contrast weight."""
+    parser = ConfigParser()
+    parser.read_config(str(run / "configs" / "train.yaml"))
+    parser["bundle_root"] = str(run)
+    parser["contrast_weight"] = weight
+    parser["contrast_warmup"] = 0
+    parser["device"] = f"$torch.device('{device}')"
+    return parser.get_parsed_content("train::trainer"), iter(parser.get_parsed_content("train::dataloader"))
+
+
+def step(trainer: Any, batches: Any, device: str) -> float:
+    """Seconds of one step."""
+    start = perf_counter()
+    trainer._iteration(trainer, next(batches))
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return perf_counter() - start
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--steps", type=int, default=40)
+    options.add_argument("--device", default="cpu")
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_phantoms(Path(folder) / "data", cases=6, unseen=0)
+        dataset, run = read_dataset(data), Path(folder) / "run"
+        plan = prepare_run(dataset, split_cases(dataset), run, epochs=1, device=given.device)
+        recipes = {w: recipe(run, w, given.device) for w in (0.1, 0.0)}
+        for w in recipes:
+            for _ in range(3):
+                step(*recipes[w], given.device)
+        times: dict[float, list[float]] = {0.1: [], 0.0: []}
+        for _ in range(given.steps):
+            for w in recipes:
+                times[w].append(step(*recipes[w], given.device))
+    views = 2 * plan["batch_size"]
+    ratios = sorted(a / b for a, b in zip(times[0.1], times[0.0], strict=True))
+    joint, plain = (1000 * statistics.median(times[w]) / views for w in (0.1, 0.0))
+    low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+    lines = [
+        f"{given.steps} steps of {views} views of {' x '.join(map(str, plan['patch_size']))} voxels, "
+        f"{given.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}",
+        "",
+        "| recipe | ms per view (median) | ratio (median of pairs, 10 to 90 %) |",
+        "|---|---|---|",
+        f"| contrast weight 0 | {plain:.1f} | 1 |",
+        f"| joint | {joint:.1f} | {statistics.median(ratios):.3f} ({low:.3f} to {high:.3f}) |",
+    ]
+    print("\n".join(lines))
+    RESULTS.mkdir(exist_ok=True)
+    header = "Written by `python -m benchmarks.step`.\n\n"
+    (RESULTS / f"step_{given.device.split(':')[0]}.md").write_text(header + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

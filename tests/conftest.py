@@ -1,0 +1,51 @@
+"""What tests of all rooms share: one thread each (two run at once), and one small run that was trained."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+TINY_NETWORK = (
+    "$torch.nn.Sequential(monai.networks.nets.UNet(spatial_dims=3, in_channels=1, out_channels=8, "
+    "channels=(8, 16), strides=(2,), num_res_units=1), torch.nn.Conv3d(8, 6, 1))"
+)
+TINY = [
+    ("network_def", TINY_NETWORK),
+    ("plan::patch_size", [16, 16, 16]),
+    ("plan::steps_per_epoch", 3),
+    ("contrast_samples", 256),
+]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder that holds Task04_Hippocampus and LeftAtrium_1p5mm, from MEDSEG_DATA."""
+    folder = os.environ.get("MEDSEG_DATA")
+    if not folder:
+        pytest.skip("MEDSEG_DATA is not set: tests on real scans are skipped")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six labelled phantoms of about 24 voxels a side, and two unseen ones."""
+    from medseg_supcon.data import make_phantoms
+
+    return make_phantoms(tmp_path_factory.mktemp("phantoms") / "data", cases=6, unseen=2, size=24.0)
+
+
+@pytest.fixture(scope="session")
+def trained_run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run trained for two epochs of three steps: whole, not good. Do not change it."""
+    from medseg_supcon.data import read_dataset, split_cases
+    from medseg_supcon.training import prepare_run, train_run
+
+    dataset, run = read_dataset(phantoms), tmp_path_factory.mktemp("runs") / "run"
+    prepare_run(dataset, split_cases(dataset), run, epochs=2, settings=TINY, device="cpu")
+    train_run(run, device="cpu", quiet=True)
+    return run
