@@ -43,6 +43,7 @@ class Dataset:
         validation: names of the cases that the data list itself puts aside for validation.
 
     Example:
+        >>> from pathlib import Path
         >>> from medseg_supcon.data import Case, Dataset
         >>> cases = (Case("a", (Path("a.nii.gz"),), Path("a_label.nii.gz")), Case("b", (Path("b.nii.gz"),)))
         >>> dataset = Dataset(Path("."), "toy", cases, ("MRI",), {"background": 0, "tumour": 1})

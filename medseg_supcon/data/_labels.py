@@ -11,10 +11,9 @@ import numpy.typing as npt
 
 from medseg_supcon.data._volume import count_values, in_parallel, read_volume
 from medseg_supcon.errors import ConfigError, DataError
+from medseg_supcon.losses import IGNORE_INDEX
 
 __all__ = ["class_indices", "label_mapping", "parse_labels", "scan_labels"]
-
-IGNORE_INDEX = -1
 
 Labels = dict[str, "int | float"]
 
@@ -150,6 +149,7 @@ def class_indices(
         DataError: the label map holds a value that the plan does not declare.
 
     Example:
+        >>> import numpy as np
         >>> from medseg_supcon.data import class_indices
         >>> plan = {"labels": {"background": 0, "tumour": 4}, "ignore_label": 255}
         >>> class_indices(np.array([0.0, 4.0, 255.0]), plan).tolist()

@@ -54,6 +54,8 @@ def split_cases(
         ValueError: `validation_fraction` outside (0, 1).
 
     Example:
+        >>> from pathlib import Path
+        >>> from medseg_supcon.data import Case, Dataset, split_cases
         >>> cases = tuple(Case(f"case{i}", (Path(f"{i}.nii"),), Path(f"l{i}.nii")) for i in range(10))
         >>> dataset = Dataset(Path("."), "toy", cases, ("MRI",), {"background": 0, "tumour": 1})
         >>> split = split_cases(dataset, labels=4)

@@ -16,10 +16,8 @@ from medseg_supcon.errors import DataError
 def test_geometry_agrees_with_simpleitk(phantoms):
     dataset = read_dataset(phantoms)
     found = fingerprint(dataset)
-    for case, one in zip(dataset.cases, found.cases, strict=True):
-        image = sitk.DICOMOrient(
-            sitk.ReadImage(str(case.images[0])), "LPS"
-        )  # its LPS axes are RAS axes reversed
+    for case, one in zip(dataset.cases, found.cases, strict=True):  # LPS axes are RAS axes reversed
+        image = sitk.DICOMOrient(sitk.ReadImage(str(case.images[0])), "LPS")
         assert one.shape == image.GetSize()
         assert one.spacing == pytest.approx(image.GetSpacing(), abs=1e-5)
     assert len({one.orientation for one in found.cases}) == 4
