@@ -34,6 +34,7 @@ KEPT = (
     "intended_use",
     "references",
 )
+METRICS = ("dice", "hd95_mm", "surface_dice")
 INTENDED_USE = (
     "Research. Not a medical device: not cleared or certified for diagnosis or treatment. Masks need the "
     "check of a qualified person."
@@ -86,19 +87,18 @@ def metadata_of(run: Path, metrics: Mapping[str, Any] | None = None) -> dict[str
     return fresh | {key: earlier[key] for key in KEPT if key in earlier}
 
 
-def scores(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Every number of nested metrics under one name, lists (single cases) left out.
+def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Means of ``eval/metrics.json`` under one name each; what has no score is left out.
 
-    >>> scores({"mean_dice": 0.9, "summary": {"organ": {"dice": 0.875}}, "cases": [{"dice": 0.9}]})
-    {'mean_dice': 0.9, 'summary_organ_dice': 0.875}
+    >>> organ = {"dice": {"mean": 0.9, "n": 2}, "hd95_mm": {"mean": None, "n": 0}}
+    >>> scores({"cases": 2, "mean": {"dice": 0.9, "dice_classes": 1}, "classes": {"organ": organ}})
+    {'cases': 2, 'mean_dice': 0.9, 'organ_dice': 0.9}
     """
-    found: dict[str, float] = {}
-    for key, value in metrics.items():
-        if isinstance(value, Mapping):
-            found |= scores(value, f"{prefix}{key}_")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and value == value:
-            found[f"{prefix}{key}"] = round(float(value), 4)
-    return found
+    found = {"cases": metrics["cases"]} if metrics.get("cases") else {}
+    found |= {f"mean_{name}": metrics.get("mean", {}).get(name) for name in METRICS}
+    for label, of_class in metrics.get("classes", {}).items():
+        found |= {f"{label}_{name}": of_class.get(name, {}).get("mean") for name in METRICS}
+    return {name: round(value, 4) for name, value in found.items() if value is not None}
 
 
 def value_range(intensity: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from monai.bundle import ConfigParser
 
 from medseg_supcon import __version__
-from medseg_supcon.training._metadata import read_json, scores
+from medseg_supcon.training._metadata import read_json
 from medseg_supcon.training._recipes import shared_folder
 
 TEMPLATE = "segmentation/docs/README.md.j2"
@@ -33,7 +34,7 @@ def model_card(run: Path) -> str:
         network=_network_name(plan["network_def"]),
         parameters=_parameters(plan["network_def"]),
         history=_history(run / "logs" / "history.csv"),
-        scores=scores(metrics),
+        metrics=metrics,
         curves=(run / "docs" / "curves.png").is_file(),
     )
 
@@ -53,7 +54,8 @@ def _recipe(run: Path) -> dict[str, Any]:
 def _network_name(network_def: Mapping[str, Any] | str) -> str:
     if isinstance(network_def, Mapping):
         return str(network_def["_target_"]).rsplit(".", 1)[-1]
-    return "the network of plan.json's network_def"
+    named = re.findall(r"\bnets\.(\w+)", network_def)
+    return " and ".join(named) if named else "as network_def of configs/plan.json says"
 
 
 def _parameters(network_def: Mapping[str, Any] | str) -> int:
