@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import grid_sample
+from scipy.spatial import cKDTree
 
 NO_PAIR = -1
-# a fixed point that ends further than this (voxels of view 1) from its target was not found
-_CONVERGED = 0.05
-_ITERATIONS = 12
 
 
 @dataclass(frozen=True)
@@ -58,74 +56,54 @@ def pair_ids(view_1: ViewGeometry, view_2: ViewGeometry) -> tuple[torch.Tensor, 
     """
     shape = view_1.inside.shape
     ids_1 = torch.arange(view_1.inside.numel()).reshape(shape).masked_fill(~view_1.inside, NO_PAIR)
-    seat = _seats_in_view_1(view_1, view_2)
-    found = view_2.inside & within(seat, [0.0] * len(shape), [length - 1.0 for length in shape])
-    nearest = torch.zeros(shape, dtype=torch.int64)
-    for axis, length in enumerate(shape):
-        nearest = nearest * length + (seat[axis] + 0.5).floor().nan_to_num(0).long().clamp(0, length - 1)
-    ids_2 = torch.where(found, ids_1.reshape(-1)[nearest], NO_PAIR)
-    return ids_1, ids_2
-
-
-def _seats_in_view_1(view_1: ViewGeometry, view_2: ViewGeometry) -> torch.Tensor:
-    """For every voxel of view 2 its continuous voxel coordinate in view 1, (rank, *patch)."""
-    from_scan = torch.linalg.inv(view_1.to_scan)
-    if view_1.positions is None and view_2.positions is None:
-        return voxel_grid(view_2.inside.shape, from_scan @ view_2.to_scan)
-    targets = view_2.positions
-    if targets is None:
-        targets = voxel_grid(view_2.inside.shape, view_2.to_scan)
     if view_1.positions is None:
-        return _transform(from_scan, targets)
-    return _invert(view_1.positions, targets)
+        nearest = _nearest_straight(view_1, view_2)
+    else:
+        nearest = _nearest_bent(view_1.positions, view_2)
+    found = view_2.inside & (nearest >= 0)
+    return ids_1, torch.where(found, ids_1.reshape(-1)[nearest.clamp(min=0)], NO_PAIR)
 
 
-def _transform(matrix: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    rank = positions.shape[0]
-    flat = matrix[:rank, :rank] @ positions.reshape(rank, -1) + matrix[:rank, rank:]
-    return flat.reshape(positions.shape)
+def _nearest_straight(view_1: ViewGeometry, view_2: ViewGeometry) -> torch.Tensor:
+    """Linear index of the view-1 voxel in which each voxel of view 2 lies, -1 outside: by rounding."""
+    shape = view_1.inside.shape
+    from_scan = torch.linalg.inv(view_1.to_scan)
+    if view_2.positions is None:
+        seat = voxel_grid(shape, from_scan @ view_2.to_scan)
+    else:
+        rank = len(shape)
+        linear = from_scan[:rank, :rank] @ view_2.positions.reshape(rank, -1)
+        seat = (linear + from_scan[:rank, rank:]).reshape(view_2.positions.shape)
+    index = torch.zeros(shape, dtype=torch.int64)
+    for axis, length in enumerate(shape):
+        index = index * length + (seat[axis] + 0.5).floor().nan_to_num(0).long().clamp(0, length - 1)
+    shown = within(seat, [0.0] * len(shape), [length - 1.0 for length in shape])
+    return index.masked_fill(~shown, NO_PAIR)
 
 
-def _invert(positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Where in view 1 the scan positions ``targets`` lie, if view 1's voxels lie at ``positions``.
+def _nearest_bent(positions: torch.Tensor, view_2: ViewGeometry) -> torch.Tensor:
+    """As :func:`_nearest_straight` for a bent view 1: by search, in units of its voxels (best affine).
 
-    Fixed point x <- x - A^-1 (u(x) - target), with u the interpolated positions and A their best affine:
-    it converges wherever the bending is smoother than a fold, and what did not converge becomes NaN.
+    Outside is what lies more than half a voxel diagonal from every centre.
     """
     rank, shape = positions.shape[0], positions.shape[1:]
-    known = ~torch.isnan(positions).any(dim=0)
-    fit = _best_affine(positions, known)
-    inverse = torch.linalg.inv(fit)
-    # outside the known part u is the affine itself, so that the iteration never meets a NaN
-    bent = torch.where(known, positions - voxel_grid(shape, fit), 0.0)
-    lengths = torch.tensor(shape, dtype=torch.float64)
-    seat = _transform(inverse, targets.nan_to_num(0.0))
-    wanted = targets.reshape(rank, -1)
-    guess = seat.reshape(rank, -1)
-    step = torch.full_like(guess, torch.nan)
-    for _ in range(_ITERATIONS):
-        # grid_sample counts axes from the last, in units of half the extent
-        grid = ((2 * guess.T + 1) / lengths - 1).flip(-1)
-        sampled = grid_sample(
-            bent[None], grid.reshape(1, 1, 1, -1, rank), align_corners=False, padding_mode="border"
-        )
-        here = _transform(fit, guess) + sampled.reshape(rank, -1)
-        step = inverse[:rank, :rank] @ (here - wanted)
-        guess = guess - step.nan_to_num(0.0)
-    lost = ~(step.abs().amax(dim=0) < _CONVERGED)
-    return guess.masked_fill(lost, torch.nan).reshape(targets.shape)
-
-
-def _best_affine(positions: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Least-squares affine (rank+1, rank+1) of the known positions, on a thinned grid."""
-    rank = positions.shape[0]
+    targets = view_2.positions
+    if targets is None:
+        targets = voxel_grid(shape, view_2.to_scan)
+    known = ~positions.isnan().any(dim=0)
+    nearest = torch.full(shape, NO_PAIR)
+    asked = view_2.inside & ~targets.isnan().any(dim=0)
+    if int(known.sum()) <= rank or not bool(asked.any()):
+        return nearest
     index = torch.nonzero(known)
-    index = index[:: max(len(index) // 4000, 1)]
-    ones = torch.ones(len(index), 1, dtype=torch.float64)
-    values = positions[(slice(None), *index.T)].T
-    if len(index) <= rank:
-        return torch.eye(rank + 1, dtype=torch.float64)
-    solution = torch.linalg.lstsq(torch.cat([index.double(), ones], dim=1), values).solution
-    matrix = torch.eye(rank + 1, dtype=torch.float64)
-    matrix[:rank] = solution.T
-    return matrix
+    design = torch.cat([index.double(), torch.ones(len(index), 1, dtype=torch.float64)], dim=1)
+    # scan voxels -> view-1 voxels; every 7th point fixes an affine well enough
+    fit = torch.linalg.lstsq(design[::7], positions[:, known].T[::7]).solution[:rank]
+    unit = torch.linalg.pinv(fit)
+    tree = cKDTree((positions[:, known].T @ unit).numpy())
+    reach = math.sqrt(rank) / 2
+    _, found = tree.query((targets[:, asked].T @ unit).numpy(), distance_upper_bound=reach)
+    linear = torch.cat([torch.nonzero(known.reshape(-1)).squeeze(1), torch.tensor([NO_PAIR])])
+    # the search gives the number of points where it found none, which is the place of the -1
+    nearest[asked] = linear[torch.from_numpy(found)]
+    return nearest

@@ -14,9 +14,9 @@ FOREGROUND_KEY = "foreground_index"
 class ForegroundIndexd(Transform):  # type: ignore[misc]
     """Store, for each foreground class of a case, up to ``max_voxels`` of its voxels.
 
-    Deterministic: the voxels kept are evenly spaced through the class in memory order. Put it last in
-    preprocessing, so that the search is done once for a cached case and not at every draw of a patch.
-    :class:`TwoViewsd` reads what it stores.
+    Deterministic: the voxels kept are drawn with a seed of their own. Put it last in preprocessing, so that
+    the search is done once for a cached case and not at every draw of a patch. :class:`TwoViewsd` reads what
+    it stores.
 
     Args:
         label_key: key of the label map, (1, X, Y, Z) of class indices. A case without it gets an empty index.
@@ -57,8 +57,9 @@ def foreground_index(label: torch.Tensor, max_voxels: int = 2000) -> dict[int, t
     for value in torch.unique(classes):
         members = inside[classes == value]
         if len(members) > max_voxels:
-            # a product before the division keeps the steps even and the last index within the class
-            members = members[torch.arange(max_voxels) * len(members) // max_voxels]
+            # not every n-th: a step that divides the row length would keep to one plane of the structure
+            order = torch.randperm(len(members), generator=torch.Generator().manual_seed(0))
+            members = members[order[:max_voxels].sort().values]
         coordinates = torch.unravel_index(members, volume.shape)
         index[int(value)] = torch.stack(coordinates, dim=1).to(dtype)
     return index

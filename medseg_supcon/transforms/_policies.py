@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import monai.transforms as mt
 
-ANISOTROPY = (
-    3.0  # nnU-Net's threshold: slices this many times thicker than the pixels are turned in plane only
-)
-Keys = tuple[str, str]
+from ._augmentations import Keys, affine, check, flips, gamma, intensity, simulated_low_resolution
+
 KEYS: Keys = ("image", "label")
 
 
@@ -44,7 +41,8 @@ def standard_view(
         spacing: mm per axis. Where one axis is at least 3 times coarser than the finest, rotation is about
             that axis only (in plane); None means isotropic.
         elastic: how often the affine is joined by an elastic deformation (in the same resampling; its
-            displacements have a standard deviation of about 1 voxel). Costs some 60 ms for 40x56x40.
+            displacements have a standard deviation of 0.2 to 1.2 voxels). Such a view of 40x56x40 costs some
+            150 ms, with its correspondence.
         low_resolution: probability of a simulated low resolution, 0.5 to 1 of the voxels per axis.
         keys: of the image and the label map.
 
@@ -62,15 +60,15 @@ def standard_view(
         >>> standard_view((32, 32, 32))({"image": box, "label": box > 0.5})["image"].shape
         torch.Size([1, 32, 32, 32])
     """
-    _check(patch_size, scale, strength)
+    check(patch_size, scale, strength)
     image = keys[0]
     return mt.Compose(
         [
-            _affine(patch_size, keys, rotation_degrees, scale, spacing, affine_probability, elastic),
-            *_flips(flip_axes, keys),
-            *_intensity(image, strength, (0.1, 0.2, 0.15, 0.15)),
-            *(_low_resolution(image, low_resolution) if low_resolution > 0 else []),
-            *_gamma(image, strength, 0.3),
+            affine(patch_size, keys, rotation_degrees, scale, spacing, affine_probability, elastic),
+            *flips(flip_axes, keys),
+            *intensity(image, strength, (0.1, 0.2, 0.15, 0.15)),
+            *(simulated_low_resolution(image, low_resolution) if low_resolution > 0 else []),
+            *gamma(image, strength, 0.3),
         ]
     )
 
@@ -106,7 +104,7 @@ def crop_resize_view(
     Source:
         Chen et al. 2020, SimCLR, appendix A (random crop and resize).
     """
-    _check(patch_size, scale, 1.0)
+    check(patch_size, scale, 1.0)
     shift = [length * (1 - scale[0]) / 2 for length in patch_size]
     resize = mt.RandAffined(
         keys,
@@ -117,7 +115,7 @@ def crop_resize_view(
         mode=("bilinear", "nearest"),
         padding_mode="zeros",
     )
-    return mt.Compose([resize, *_flips(flip_axes, keys)])
+    return mt.Compose([resize, *flips(flip_axes, keys)])
 
 
 def simclr_view(patch_size: Sequence[int], *, strength: float = 1.0, keys: Keys = KEYS) -> mt.Compose:
@@ -131,13 +129,13 @@ def simclr_view(patch_size: Sequence[int], *, strength: float = 1.0, keys: Keys 
     Source:
         Chen et al. 2020, SimCLR: jitter with probability 0.8 and strength 0.8, blur with probability 0.5.
     """
-    _check(patch_size, (1.0, 1.0), 2 * strength)
+    check(patch_size, (1.0, 1.0), 2 * strength)
     return mt.Compose(
         [
             *identity_view(patch_size, keys=keys).transforms,
-            *_intensity(keys[0], 2 * strength, (0.5, 0.5, 0.8, 0.8)),
+            *intensity(keys[0], 2 * strength, (0.5, 0.5, 0.8, 0.8)),
             mt.RandBiasFieldd(keys[0], prob=0.5 if strength > 0 else 0.0, coeff_range=(0.0, 0.2 * strength)),
-            *_gamma(keys[0], strength, 0.8),
+            *gamma(keys[0], strength, 0.8),
         ]
     )
 
@@ -178,82 +176,3 @@ def randaugment_view(
         raise ValueError(f"num_ops must lie in 1..{len(pool)}, got {num_ops}.")
     chosen = mt.SomeOf(pool, num_transforms=num_ops)
     return mt.Compose([*identity_view(patch_size, keys=keys).transforms, chosen])
-
-
-def _check(patch_size: Sequence[int], scale: tuple[float, float], strength: float) -> None:
-    if len(patch_size) not in (2, 3) or any(length < 1 for length in patch_size):
-        raise ValueError(f"patch_size must be 2 or 3 positive voxel counts, got {tuple(patch_size)}.")
-    if not 0 < scale[0] <= scale[1]:
-        raise ValueError(f"scale must be (low, high) with 0 < low <= high, got {scale}.")
-    if not 0 <= strength < 2.5:
-        raise ValueError(
-            f"strength is out of range, got {strength}: a factor of 0.25 x strength must stay below 1."
-        )
-
-
-def _affine(
-    patch_size: Sequence[int],
-    keys: Keys,
-    degrees: float,
-    scale: tuple[float, float],
-    spacing: Sequence[float] | None,
-    probability: float,
-    elastic: float,
-) -> Any:
-    rank = len(patch_size)
-    angle = math.radians(degrees)
-    angles = [angle] * rank
-    if spacing is not None and max(spacing) / min(spacing) >= ANISOTROPY:
-        coarsest = list(spacing).index(max(spacing))
-        angles = [angle if axis == coarsest else 0.0 for axis in range(rank)]
-    common: dict[str, Any] = {
-        "spatial_size": tuple(patch_size),
-        "rotate_range": angles if rank == 3 else angle,
-        "scale_range": [(scale[0] - 1, scale[1] - 1)] * rank,
-        "mode": ("bilinear", "nearest"),
-        "padding_mode": "zeros",
-    }
-    affine = mt.RandAffined(keys, prob=probability, **common)
-    if elastic <= 0:
-        return affine
-    bend = mt.Rand3DElasticd if rank == 3 else None
-    if bend is None:
-        raise ValueError("elastic deformation is for patches of three axes.")
-    # white noise smoothed by sigma has a standard deviation of about 0.15 sigma^-1.5: this gives 1 voxel
-    deform = bend(keys, prob=1.0, sigma_range=(5.0, 7.0), magnitude_range=(50.0, 150.0), **common)
-    return mt.OneOf([deform, affine], weights=[elastic, 1 - elastic])
-
-
-def _flips(axes: Sequence[int], keys: Keys) -> list[Any]:
-    return [mt.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in axes]
-
-
-def _intensity(image: str, strength: float, probabilities: tuple[float, float, float, float]) -> list[Any]:
-    """Noise, blur, brightness and contrast."""
-    if strength == 0:
-        return []
-    noise, blur, brightness, contrast = probabilities
-    sigma = (0.5 * strength, 1.0 * strength)
-    return [
-        mt.RandGaussianNoised(image, prob=noise, std=0.3 * strength),
-        mt.RandGaussianSmoothd(image, prob=blur, sigma_x=sigma, sigma_y=sigma, sigma_z=sigma),
-        mt.RandScaleIntensityd(image, prob=brightness, factors=0.25 * strength),
-        mt.RandScaleIntensityFixedMeand(image, prob=contrast, factors=0.25 * strength, preserve_range=True),
-    ]
-
-
-def _low_resolution(image: str, probability: float) -> list[Any]:
-    # MONAI's default, nearest, moves the content by half a voxel; the mean over an area does not
-    return [
-        mt.RandSimulateLowResolutiond(image, prob=probability, zoom_range=(0.5, 1.0), downsample_mode="area")
-    ]
-
-
-def _gamma(image: str, strength: float, probability: float) -> list[Any]:
-    if strength == 0:
-        return []
-    gamma = (1 - 0.3 * min(strength, 2.0), 1 + 0.5 * strength)
-    return [
-        mt.RandAdjustContrastd(image, prob=0.1, gamma=gamma, retain_stats=True, invert_image=True),
-        mt.RandAdjustContrastd(image, prob=probability, gamma=gamma, retain_stats=True),
-    ]

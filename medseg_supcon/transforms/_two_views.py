@@ -11,13 +11,13 @@ from monai.data import MetaTensor
 from monai.transforms import Randomizable, ResizeWithPadOrCropd, Transform
 
 from medseg_supcon.errors import ConfigError
+from medseg_supcon.losses import IGNORE_INDEX
 
 from ._correspondence import ViewGeometry, pair_ids, voxel_grid, within
 from ._foreground import FOREGROUND_KEY, foreground_index
 from ._patch import affine_of, context_margin, crop_box, shifted_affine
 from ._tracking import geometry_only, has_untracked
 
-IGNORE_INDEX = -1  # as in medseg_supcon.losses
 _MAX_SEED = 2**32 - 1
 Correspondence = Literal["affine", "coordinates"]
 

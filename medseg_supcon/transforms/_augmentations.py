@@ -1,0 +1,99 @@
+"""The building blocks of the view policies: one resampling, exact flips, intensities in nnU-Net's ranges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import monai.transforms as mt
+
+ANISOTROPY = (
+    3.0  # nnU-Net's threshold: slices this many times thicker than the pixels are turned in plane only
+)
+Keys = tuple[str, str]
+
+
+def check(patch_size: Sequence[int], scale: tuple[float, float], strength: float) -> None:
+    """Raise ValueError for what no policy can mean."""
+    if len(patch_size) not in (2, 3) or any(length < 1 for length in patch_size):
+        raise ValueError(f"patch_size must be 2 or 3 positive voxel counts, got {tuple(patch_size)}.")
+    if not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"scale must be (low, high) with 0 < low <= high, got {scale}.")
+    if not 0 <= strength < 2.5:
+        raise ValueError(
+            f"strength is out of range, got {strength}: a factor of 0.25 x strength must stay below 1."
+        )
+
+
+def affine(
+    patch_size: Sequence[int],
+    keys: Keys,
+    degrees: float,
+    scale: tuple[float, float],
+    spacing: Sequence[float] | None,
+    probability: float,
+    elastic: float,
+) -> Any:
+    """Rotation, zoom, crop to the patch and, with probability ``elastic``, bending: one resampling."""
+    rank = len(patch_size)
+    angle = math.radians(degrees)
+    angles = [angle] * rank
+    if spacing is not None and max(spacing) / min(spacing) >= ANISOTROPY:
+        coarsest = list(spacing).index(max(spacing))
+        angles = [angle if axis == coarsest else 0.0 for axis in range(rank)]
+    common: dict[str, Any] = {
+        "spatial_size": tuple(patch_size),
+        "rotate_range": angles if rank == 3 else angle,
+        "scale_range": [(scale[0] - 1, scale[1] - 1)] * rank,
+        "mode": ("bilinear", "nearest"),
+        "padding_mode": "zeros",
+    }
+    straight = mt.RandAffined(keys, prob=probability, **common)
+    if elastic <= 0:
+        return straight
+    if rank != 3 or elastic > 1:
+        raise ValueError(
+            f"elastic is a probability, for patches of three axes, got {elastic} and {rank} axes."
+        )
+    # uniform noise smoothed by sigma has a standard deviation of 0.087 sigma^-1.5: this gives 0.2 to 1.2 voxels
+    bent = mt.Rand3DElasticd(keys, prob=1.0, sigma_range=(5.0, 7.0), magnitude_range=(50.0, 150.0), **common)
+    return mt.OneOf([bent, straight], weights=[elastic, 1 - elastic])
+
+
+def flips(axes: Sequence[int], keys: Keys) -> list[Any]:
+    """Mirroring along each axis with probability 0.5."""
+    return [mt.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in axes]
+
+
+def intensity(image: str, strength: float, probabilities: tuple[float, float, float, float]) -> list[Any]:
+    """Noise, blur, brightness and contrast."""
+    if strength == 0:
+        return []
+    noise, blur, brightness, contrast = probabilities
+    sigma = (0.5 * strength, 1.0 * strength)
+    return [
+        mt.RandGaussianNoised(image, prob=noise, std=0.3 * strength),
+        mt.RandGaussianSmoothd(image, prob=blur, sigma_x=sigma, sigma_y=sigma, sigma_z=sigma),
+        mt.RandScaleIntensityd(image, prob=brightness, factors=0.25 * strength),
+        mt.RandScaleIntensityFixedMeand(image, prob=contrast, factors=0.25 * strength, preserve_range=True),
+    ]
+
+
+def simulated_low_resolution(image: str, probability: float) -> list[Any]:
+    """Half to all of the voxels per axis, and back."""
+    # MONAI's default, nearest, moves the content by half a voxel; the mean over an area does not
+    return [
+        mt.RandSimulateLowResolutiond(image, prob=probability, zoom_range=(0.5, 1.0), downsample_mode="area")
+    ]
+
+
+def gamma(image: str, strength: float, probability: float) -> list[Any]:
+    """Gamma with mean and deviation kept, of the image and of its negative."""
+    if strength == 0:
+        return []
+    span = (1 - 0.3 * min(strength, 2.0), 1 + 0.5 * strength)
+    return [
+        mt.RandAdjustContrastd(image, prob=0.1, gamma=span, retain_stats=True, invert_image=True),
+        mt.RandAdjustContrastd(image, prob=probability, gamma=span, retain_stats=True),
+    ]

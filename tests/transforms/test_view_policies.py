@@ -1,0 +1,150 @@
+"""The policies by themselves: sizes, ranges, and that intensity transforms leave the content where it is."""
+
+from __future__ import annotations
+
+import math
+
+import monai.transforms as mt
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from medseg_supcon.transforms import (
+    ForegroundIndexd,
+    crop_resize_view,
+    identity_view,
+    randaugment_view,
+    simclr_view,
+    standard_view,
+)
+from medseg_supcon.transforms._tracking import has_untracked, leaves, moves_voxels
+
+PATCH = (24, 22, 20)
+ALL = {
+    "standard": standard_view(PATCH, flip_axes=(0, 1, 2), elastic=0.2),
+    "identity": identity_view(PATCH),
+    "crop_resize": crop_resize_view(PATCH, flip_axes=(0,)),
+    "simclr": simclr_view(PATCH),
+    "randaugment": randaugment_view(PATCH, num_ops=3, magnitude=1.0),
+}
+
+
+def intensity_transforms() -> list[mt.Transform]:
+    every = [*leaves(standard_view(PATCH)), *leaves(ALL["simclr"]), *leaves(ALL["randaugment"])]
+    return [transform for transform in every if not moves_voxels(transform, "label")]
+
+
+@pytest.mark.parametrize("transform", intensity_transforms(), ids=lambda t: type(t).__name__)
+def test_intensity_transforms_do_not_move_content(transform: mt.Transform) -> None:
+    # a symmetric blob off the centre; its centroid may not move, whatever is done to its height and width
+    centre = torch.tensor([10.0, 12.0, 8.0])
+    index = torch.stack(torch.meshgrid(*[torch.arange(n) for n in PATCH], indexing="ij")).float()
+    blob = torch.exp(-((index - centre.reshape(3, 1, 1, 1)) ** 2).sum(0) / (2 * 2.5**2))
+    after = torch.zeros(PATCH)
+    transform.prob = 1.0
+    for seed in range(60):  # noise and bias fields move a single centroid, but not that of the mean
+        transform.set_random_state(seed)
+        after += transform({"image": MetaTensor(blob[None].clone())})["image"].as_tensor()[0] / 60
+    assert (centroid(after, index) - centroid(blob, index)).abs().max() < 0.1
+
+
+def centroid(image: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    weight = (image - image.median()).clamp(min=0) * (
+        image > image.median() + 0.3 * (image.max() - image.median())
+    )
+    return (weight * index).sum((1, 2, 3)) / weight.sum()
+
+
+def test_monais_default_low_resolution_would_fail_that_test() -> None:
+    with pytest.raises(AssertionError):
+        test_intensity_transforms_do_not_move_content(
+            mt.RandSimulateLowResolutiond("image", zoom_range=(0.5, 0.5))
+        )
+
+
+@pytest.mark.parametrize("policy", ALL)
+@pytest.mark.parametrize("channels", [1, 4])
+def test_policies_crop_to_the_patch(policy: str, channels: int) -> None:
+    box = {"image": torch.randn(channels, 34, 30, 28), "label": torch.ones(1, 34, 30, 28)}
+    ALL[policy].set_random_state(3)
+    for _ in range(3):
+        view = ALL[policy](box)
+        assert view["image"].shape == (channels, *PATCH)
+        assert view["label"].shape == (1, *PATCH)
+        assert torch.isfinite(torch.as_tensor(view["image"])).all()
+
+
+@pytest.mark.parametrize("policy", ALL)
+def test_an_empty_patch_stays_finite(policy: str) -> None:
+    box = {"image": torch.zeros(1, 34, 30, 28), "label": torch.zeros(1, 34, 30, 28)}
+    for seed in range(6):
+        assert torch.isfinite(torch.as_tensor(ALL[policy].set_random_state(seed)(box)["image"])).all()
+
+
+def test_only_elastic_is_untracked() -> None:
+    assert {name for name, policy in ALL.items() if has_untracked(policy, "label")} == {"standard"}
+    assert not has_untracked(standard_view(PATCH), "label")
+    for bend in (
+        mt.RandGridDistortiond(("image", "label")),
+        mt.RandSmoothDeformd(("image", "label"), (8, 8, 8), (3, 3, 3)),
+    ):
+        assert has_untracked(mt.Compose([mt.OneOf([bend])]), "label")
+
+
+def test_thick_slices_are_turned_in_plane_only() -> None:
+    view = standard_view(
+        (16, 16, 16),
+        spacing=(1, 4, 1),
+        scale=(1.0, 1.0),
+        affine_probability=1.0,
+        strength=0.0,
+        low_resolution=0.0,
+    )
+    box = MetaTensor(torch.zeros(1, 20, 20, 20), affine=torch.eye(4))
+    view.set_random_state(0)
+    affine = view({"image": box, "label": box})["image"].affine
+    assert affine[:3, 1].tolist() == pytest.approx([0, 1, 0], abs=1e-6)
+    angle = math.degrees(math.acos(float(affine[0, 0])))
+    assert 0.1 < angle <= 30.01
+
+
+def test_zoom_stays_in_its_range() -> None:
+    view = standard_view(PATCH, rotation_degrees=0.0, scale=(0.7, 1.4), affine_probability=1.0, strength=0.0)
+    box = MetaTensor(torch.zeros(1, 30, 30, 30), affine=torch.eye(4))
+    factors = []
+    for seed in range(40):
+        view.set_random_state(seed)
+        factors += view({"image": box, "label": box})["image"].affine.diagonal()[:3].tolist()
+    assert 0.7 <= min(factors) < 0.75
+    assert 1.35 < max(factors) <= 1.4
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: standard_view((8, 8)[:1]),
+        lambda: standard_view(PATCH, scale=(1.4, 0.7)),
+        lambda: standard_view(PATCH, strength=4.0),
+        lambda: standard_view((8, 8), elastic=0.5),
+        lambda: randaugment_view(PATCH, num_ops=0),
+        lambda: randaugment_view(PATCH, magnitude=2.0),
+        lambda: ForegroundIndexd(max_voxels=0),
+    ],
+)
+def test_bad_arguments(make) -> None:
+    with pytest.raises(ValueError, match=r"got|axes"):
+        make()
+
+
+def test_foreground_index_is_even_and_capped() -> None:
+    label = torch.zeros(1, 30, 30, 30)
+    label[0, 5:25, 5:25, 5:25] = 1
+    label[0, 0, 0, :3] = 2
+    label[0, 29] = -1
+    index = ForegroundIndexd(max_voxels=100)({"label": MetaTensor(label)})["foreground_index"]
+    assert sorted(index) == [1, 2]
+    assert index[2].tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2]]
+    assert len(index[1]) == 100
+    assert (label[0][tuple(index[1].long().T)] == 1).all()
+    assert index[1].double().mean(0).tolist() == pytest.approx([14.5] * 3, abs=1.5)
+    assert ForegroundIndexd()({"image": label})["foreground_index"] == {}
