@@ -81,7 +81,7 @@ def read_dataset(path: str | Path) -> Dataset:
             cases += list_cases(content[key], key, root, source, labelled=False)
     else:
         cases = _folder_cases(root, source, content)
-    cases = [case for case in cases if not is_hidden(case.images[0])]
+    cases = [_with_channel_files(case) for case in cases]
     if not cases:
         raise DataError(f"{source}: names no training case. Add items to the list or scans to imagesTr.")
     if not any(case.label for case in cases):
@@ -117,6 +117,23 @@ def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:
         raise DataError(f"{root}: holds no NIfTI scan (.nii or .nii.gz). Give a folder of scans.")
     without_twins([*dataset.cases, *cases], root)
     return tuple(cases)
+
+
+def _with_channel_files(case: Case) -> Case:
+    """The case with ``name_0000`` and so on in place of ``name``, as nnU-Net's older lists mean it."""
+    image = case.images[0]
+    ending = image.name[len(stem(image)) :]
+    if (
+        len(case.images) > 1
+        or os.path.exists(image)
+        or not os.path.exists(  # noqa: PTH110
+            image.with_name(f"{stem(image)}_0000{ending}")
+        )
+    ):
+        return case
+    pattern = re.compile(re.escape(stem(image)) + r"_\d{4}")
+    files = (file for file in _nifti_files(image.parent) if pattern.fullmatch(stem(file)))
+    return replace(case, images=tuple(files))
 
 
 def _image_folder(root: Path) -> Path | None:
@@ -164,11 +181,11 @@ def _folder_cases(root: Path, source: Path, content: Mapping[str, Any]) -> list[
         raise DataError(f"{images}: holds no NIfTI scan (.nii or .nii.gz). Put the training scans there.")
     channels = content.get("channel_names", content.get("modality"))
     number = len(channels) if isinstance(channels, Mapping | list) else None
-    suffixed = None
-    if labels and all(name in {stem(file) for file in _nifti_files(images)} for name in labels):
+    suffixed = True if "file_ending" in content else None
+    if labels and set(labels) <= {stem(file) for file in _nifti_files(images)}:
         suffixed = False  # every label map has a scan of its very name: the digits belong to the name
     scans = _scans(images, number, suffixed=suffixed)
-    if suffixed is None and labels and not set(labels) & set(scans):
+    if suffixed is not False and labels and not set(labels) & set(scans):
         raise DataError(
             f"{root}: no label map has the name of a scan ({next(iter(labels))!r}, {next(iter(scans))!r}). "
             f"Name each label map as its scan, without the channel suffix _0000."

@@ -140,13 +140,17 @@ def _named(items: Sequence[Any], cases: Sequence[Case]) -> list[tuple[str, Any]]
 
 
 def without_twins(cases: Sequence[Case], source: Path) -> tuple[Case, ...]:
-    """The cases, if no two of them share a name.
+    """The cases, if no two of them share a name and every name can be a file's.
 
     Raises:
-        DataError: two cases have one name; masks and metrics could not be told apart.
+        DataError: two cases have one name (their masks could not be told apart), or a name holds a slash.
     """
     seen: dict[str, Case] = {}
     for case in cases:
+        if not re.fullmatch(r"[^./\\\0\n][^/\\\0\n]*", case.name):
+            raise DataError(
+                f"{source}: the case name {case.name!r} cannot be a file name. Use letters, digits, - and _."
+            )
         if case.name in seen:
             first = seen[case.name].images[0]
             raise DataError(

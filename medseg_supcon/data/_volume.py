@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,8 +81,7 @@ def read_volume(path: Path) -> Volume:
     """
     image = _open(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # overflow in the scaling shows up as Inf, which is reported
+        with np.errstate(all="ignore"):  # overflow in the scaling shows up as Inf, which is reported
             data = np.asanyarray(image.dataobj)
     except Exception as error:  # gzip, zlib, OS and nibabel errors alike
         raise DataError(_unreadable(path, error)) from error

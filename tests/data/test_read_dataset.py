@@ -56,6 +56,23 @@ def test_nnunet_keeps_what_is_missing_visible(tmp_path, disk):
     assert cases["case_3"].label is None
 
 
+def test_nnunet_with_a_stray_scan_keeps_the_others(tmp_path, disk):
+    root = disk.nnunet(tmp_path)
+    disk.nifti(root / "imagesTr/atlas.nii.gz", np.ones((4, 4, 4)))
+    cases = {case.name: case for case in read_dataset(root).cases}
+    assert all(cases[f"case_{n}"].label for n in range(4))
+    assert not all(path.exists() for path in cases["atlas"].images), "the check reports it"
+
+
+def test_older_nnunet_lists_name_scans_without_channel_suffix(tmp_path, disk):
+    items = [
+        {"image": f"./imagesTr/case_{n}.nii.gz", "label": f"./labelsTr/case_{n}.nii.gz"} for n in range(4)
+    ]
+    root = disk.nnunet(tmp_path, training=items, file_ending=None)
+    cases = read_dataset(root).cases
+    assert [path.name for path in cases[1].images] == ["case_1_0000.nii.gz", "case_1_0001.nii.gz"]
+
+
 def test_monai_datalist_with_channels_validation_and_undeclared_labels(tmp_path, disk):
     for number in range(3):
         scan, label = disk.scan_and_label(number)
@@ -193,6 +210,7 @@ BROKEN = {  # what dataset.json holds instead -> a word of the sentence
     "null byte": ({"training": [{**ITEM, "image": "a\0b.nii.gz"}]}, "path"),
     "two label files": ({"training": [{**ITEM, "label": ["a.nii", "b.nii"]}]}, "2 label files"),
     "twins": ({"training": [ITEM, ITEM]}, "two cases are called 'case_0'"),
+    "name with a slash": ({"training": [{**ITEM, "name": "../a"}]}, "cannot be a file name"),
     "labels are a list": ({"labels": ["background", "tumour"]}, "labels"),
     "only background": ({"labels": {"0": "background"}}, "besides the background"),
     "value twice": ({"labels": {"background": 0, "a": 1, "b": 1}}, "twice"),
