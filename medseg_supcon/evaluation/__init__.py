@@ -1,7 +1,18 @@
 """How good masks are: metrics per case and class, their summary, and pictures."""
 
+from medseg_supcon.evaluation._curves import curves_figure
+from medseg_supcon.evaluation._folders import evaluate_folders
 from medseg_supcon.evaluation._metrics import case_metrics
+from medseg_supcon.evaluation._overlay import overlay_figure
 from medseg_supcon.evaluation._report import MetricsReport
 from medseg_supcon.evaluation._summary import summarise, write_metrics
 
-__all__ = ["MetricsReport", "case_metrics", "summarise", "write_metrics"]
+__all__ = [
+    "MetricsReport",
+    "case_metrics",
+    "curves_figure",
+    "evaluate_folders",
+    "overlay_figure",
+    "summarise",
+    "write_metrics",
+]

@@ -23,11 +23,11 @@ COLUMNS = ("case", "class", *METRICS, "tolerance_mm", "volume_ml", "reference_vo
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Mean, standard deviation (population) and median per class and over classes.
+    """Statistics per class over cases, and the mean over classes of the classes' means.
 
-    ``classes`` maps a class to ``{"dice": {"mean", "std", "median", "n"}, ..., "empty": counts}``;
-    ``mean`` holds the mean over classes of the classes' means, and over how many classes. None where
-    nothing has a score.
+    ``classes`` maps a class to its mean ``dice``, ``hd95_mm`` and ``surface_dice``, each also with ``_std``
+    (population) and ``_median``, ``n`` (cases with a score) and ``empty`` (cases that the rule for empty
+    classes caught, by kind). ``mean`` holds the three scores over ``n`` classes. None: no score.
 
     Example:
         >>> row = {"case": "a", "class": "organ", "dice": 0.5, "hd95_mm": 2.0, "surface_dice": 1.0}
@@ -37,41 +37,66 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     classes: dict[str, Any] = {}
     for name in dict.fromkeys(row["class"] for row in rows):
         mine = [row for row in rows if row["class"] == name]
-        classes[name] = {metric: _statistics([row[metric] for row in mine]) for metric in METRICS}
+        of: dict[str, Any] = {}
+        for metric in METRICS:
+            of |= _statistics(metric, [row[metric] for row in mine])
+        of["n"] = sum(row["dice"] is not None for row in mine)
         kinds = ("both", "prediction", "reference")
-        classes[name]["empty"] = {kind: sum(row["empty"] == kind for row in mine) for kind in kinds}
-    overall: dict[str, Any] = {}
+        of["empty"] = {kind: sum(row["empty"] == kind for row in mine) for kind in kinds}
+        classes[name] = of
+    mean: dict[str, Any] = {}
     for metric in METRICS:
-        statistics = _statistics([of[metric]["mean"] for of in classes.values()])
-        overall |= {metric: statistics["mean"], f"{metric}_classes": statistics["n"]}
-    return {"cases": len({row["case"] for row in rows}), "mean": overall, "classes": classes}
+        mean[metric] = _statistics(metric, [of[metric] for of in classes.values()])[metric]
+    mean["n"] = sum(of["dice"] is not None for of in classes.values())
+    return {"cases": len({row["case"] for row in rows}), "mean": mean, "classes": classes}
 
 
-def write_metrics(
-    rows: Sequence[Row], folder: str | Path, problems: Sequence[dict[str, str]] = ()
-) -> dict[str, Any]:
+def metrics_report(rows: Sequence[Row], problems: Sequence[dict[str, str]] = ()) -> dict[str, Any]:
+    """What ``metrics.json`` holds. A score that does not exist is None, never NaN.
+
+    Args:
+        rows: `case_metrics`' rows, each with a ``case``.
+        problems: cases that could not be scored, ``{"case", "problem"}``.
+    """
+    return {
+        "summary": {**summarise(rows), "failed": len(problems)},
+        "rule_for_empty_classes": EMPTY_RULE,
+        "problems": list(problems),
+        "rows": [dict(row) for row in rows],
+    }
+
+
+def write_metrics(rows: Sequence[Row], folder: str | Path) -> dict[str, Any]:
     """Writes ``metrics.csv`` (a row per case and class) and ``metrics.json`` (those, and their summary).
 
     Args:
         rows: `case_metrics`' rows, each with a ``case``.
         folder: made where it does not exist.
-        problems: cases that could not be scored, ``{"case", "problem"}``; listed and counted in the JSON.
 
     Returns:
-        what the JSON holds. A score that does not exist is null, never NaN; in the CSV it is an empty field.
+        what the JSON holds.
+
+    Raises:
+        RunError: the folder cannot be written to.
+    """
+    report = metrics_report(rows)
+    write_report(report, folder)
+    return report
+
+
+def write_report(report: dict[str, Any], folder: str | Path) -> None:
+    """Writes a `metrics_report`; in the CSV a score that does not exist is an empty field.
 
     Raises:
         RunError: the folder cannot be written to.
     """
     folder = Path(folder)
-    report = {"rule_for_empty_classes": EMPTY_RULE, "failed": len(problems), **summarise(rows)}
-    report |= {"problems": list(problems), "rows": [dict(row) for row in rows]}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _whole(folder / "metrics.csv") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(report["rows"])
         with _whole(folder / "metrics.json") as file:
             json.dump(report, file, indent=1, allow_nan=False)
             file.write("\n")
@@ -79,18 +104,16 @@ def write_metrics(
         raise RunError(
             f"{folder}: the metrics could not be written ({error.strerror}). Choose another --out."
         ) from error
-    return report
 
 
-def _statistics(values: Sequence[float | None]) -> dict[str, Any]:
+def _statistics(metric: str, values: Sequence[float | None]) -> dict[str, float | None]:
     scored = np.array([v for v in values if v is not None], dtype=np.float64)
     if scored.size == 0:
-        return {"mean": None, "std": None, "median": None, "n": 0}
+        return {metric: None, f"{metric}_std": None, f"{metric}_median": None}
     return {
-        "mean": float(scored.mean()),
-        "std": float(scored.std()),
-        "median": float(np.median(scored)),
-        "n": int(scored.size),
+        metric: float(scored.mean()),
+        f"{metric}_std": float(scored.std()),
+        f"{metric}_median": float(np.median(scored)),
     }
 
 

@@ -68,5 +68,6 @@ def check_slices(reader: Any, image: Any, folder: Path) -> None:
             raise DataError(
                 f"{folder}: the slices are not evenly spaced along one line (slice {k + 1} of "
                 f"{image.GetSize()[2]} lies {np.linalg.norm(position - expected):.2f} mm off). A slice is "
-                "missing, the gantry was tilted, or the series holds several volumes: export one complete volume."
+                "missing, the gantry was tilted, or the series holds several volumes: export one complete "
+                "volume."
             )

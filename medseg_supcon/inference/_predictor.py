@@ -7,22 +7,21 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.data import MetaTensor
 
 from medseg_supcon.errors import RunError
-from medseg_supcon.inference._collect import add, label
+from medseg_supcon.inference._collect import add, add_inverse, label
 from medseg_supcon.inference._folder import predict_folder
-from medseg_supcon.inference._grid import Grid, Volume
+from medseg_supcon.inference._grid import Grid
 from medseg_supcon.inference._mask import keep_largest, label_type
 from medseg_supcon.inference._memory import attempts
 from medseg_supcon.inference._model import Model, load_model
 from medseg_supcon.inference._network import network_outputs
-from medseg_supcon.inference._read import read_scan
+from medseg_supcon.inference._prepare import Prepared, prepare
 from medseg_supcon.inference._resample import Way
 from medseg_supcon.inference._scans import Scan, find_scans
 from medseg_supcon.inference._window import windows
@@ -47,18 +46,6 @@ class Prediction:
     grid: Grid
     seconds: float
     warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A scan read and preprocessed for each model, all on the CPU."""
-
-    name: str
-    grid: Grid
-    affine: npt.NDArray[np.float64]
-    images: list[MetaTensor]
-    seconds: float
-    warnings: list[str]
 
 
 class Predictor:
@@ -164,13 +151,7 @@ class Predictor:
         Raises:
             DataError: it cannot be read, or is not a scan that the model takes.
         """
-        started = time.perf_counter()
-        volume = read_scan(scan, len(self.plan["channels"]))
-        warnings = [*volume.warnings, *_oddities(volume)]
-        images = [_preprocess(model, volume, scan) for model in self.models]
-        return Prepared(
-            scan.name, volume.grid, volume.affine, images, time.perf_counter() - started, warnings
-        )
+        return prepare(scan, self.models)
 
     def segment(self, prepared: Prepared, probabilities: bool = False) -> Prediction:
         """The mask of a prepared scan. Runs out of memory on the GPU: tries again with less there.
@@ -215,14 +196,14 @@ class Predictor:
             )
             affine = np.asarray(image.affine, dtype=np.float64)
             way = Way.between(affine, image.shape[1:], prepared.affine, shape) if model.simple else None
-            if way is None:
-                _add_inverse(
-                    scores := _zeros(scores, count, shape), model, image, chunks, softmax, len(self.models)
-                )
-            elif scores is not None:
-                add(scores, way, chunks, softmax, len(self.models))
+            if way is None and scores is None:
+                scores = np.zeros((count, *shape), dtype=np.float32)
+            if scores is None:
+                label(classes, cast(Way, way), chunks, softmax)
+            elif way is None:
+                add_inverse(scores, model, image, chunks, softmax, len(self.models))
             else:
-                label(classes, way, chunks, softmax)
+                add(scores, way, chunks, softmax, len(self.models))
         if scores is not None:
             classes[:] = scores.argmax(axis=0)
         return classes, scores if probabilities else None
@@ -231,28 +212,6 @@ class Predictor:
         if self.amp and device.type == self.device.type:
             return lambda: torch.autocast(device.type)
         return nullcontext
-
-
-def _zeros(
-    scores: npt.NDArray[np.float32] | None, count: int, shape: tuple[int, ...]
-) -> npt.NDArray[np.float32]:
-    return np.zeros((count, *shape), dtype=np.float32) if scores is None else scores
-
-
-def _preprocess(model: Model, volume: Volume, scan: Scan) -> MetaTensor:
-    meta = {"original_affine": volume.affine, "spatial_shape": volume.data.shape[1:], "space": "RAS"}
-    image = MetaTensor(torch.from_numpy(volume.data), affine=torch.from_numpy(volume.affine), meta=meta)
-    image.meta["original_channel_dim"] = 0
-    image.meta["filename_or_obj"] = str(scan.files[0])
-    prepared: MetaTensor = model.preprocessing({"image": image})["image"]
-    return prepared
-
-
-def _oddities(volume: Volume) -> list[str]:
-    found = []
-    if volume.data.size and volume.data.min() == volume.data.max():
-        found.append("all voxels have one value")
-    return found
 
 
 def _device(name: str | torch.device | None) -> torch.device:

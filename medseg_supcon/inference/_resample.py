@@ -20,7 +20,7 @@ SAME = 5e-3  # voxels: closer grids are the same one (MONAI does not resample at
 
 @dataclass(frozen=True)
 class Axis:
-    """Where on an axis of the model's grid the scan's voxels lie: ``w`` of the way from ``low`` to ``high``."""
+    """Where on an axis of the model's grid the scan's voxels lie: ``w`` of the way from `low` to `high`."""
 
     low: npt.NDArray[np.int64]
     high: npt.NDArray[np.int64]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import UNET, blobs, save_nifti, threshold_weights
+from conftest import UNET, blobs, save_nifti
 from monai.bundle import ConfigWorkflow
 
 from medseg_supcon.inference import Predictor
@@ -40,7 +37,11 @@ def bundle_masks(run: Path, scans: Path, out: Path) -> dict[str, Any]:
     "plan",
     [
         {"intensity": [{"_target_": "NormalizeIntensityd", "keys": "image", "channel_wise": True}]},
-        {"spacing": [1.5, 1.0, 2.2], "orientation": "PIL", "inference": {"overlap": 0.25, "sw_batch_size": 3}},
+        {
+            "spacing": [1.5, 1.0, 2.2],
+            "orientation": "PIL",
+            "inference": {"overlap": 0.25, "sw_batch_size": 3},
+        },
         {"spacing": [2.0, 2.0, 2.0], "patch_size": [32, 16, 32]},
     ],
 )

@@ -1,0 +1,41 @@
+"""Figures that need no display, and the colours of classes. matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from medseg_supcon.errors import RunError
+
+BACKGROUND, INK, GRID = "white", "#222222", "#dddddd"
+# Okabe and Ito's palette, which colour-blind people tell apart, and matplotlib's tab20 after it.
+PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
+
+
+def color_of(number: int) -> Any:
+    """The colour of the n-th foreground class, from 0."""
+    if number < len(PALETTE):
+        return PALETTE[number]
+    from matplotlib import colormaps
+
+    return colormaps["tab20"]((number - len(PALETTE)) % 20)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure in inches that lays itself out."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor=BACKGROUND)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a PNG.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png", dpi=110)
+    except OSError as error:
+        raise RunError(f"{path}: the picture could not be written ({error.strerror}).") from error

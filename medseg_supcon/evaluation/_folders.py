@@ -1,0 +1,129 @@
+"""Scoring a folder of masks against a folder of label maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import numpy.typing as npt
+
+from medseg_supcon.errors import DataError
+from medseg_supcon.evaluation._metrics import Row
+from medseg_supcon.evaluation._report import score_case
+from medseg_supcon.evaluation._summary import metrics_report, write_report
+
+ENDINGS = (".nii.gz", ".nii")
+
+
+def evaluate_folders(
+    predictions: str | Path,
+    references: str | Path,
+    labels: Mapping[str, float] | None = None,
+    out: str | Path | None = None,
+    tolerance_mm: float = 1.0,
+    ignore_label: float | None = None,
+) -> dict[str, Any]:
+    """Scores the masks of one folder against the label maps of equal name in another.
+
+    A label map without a mask, a mask on another grid and a damaged file are ``problems`` of the report,
+    and the other cases go on; masks without a label map are listed in ``without_reference``.
+
+    Args:
+        predictions: folder of NIfTI masks.
+        references: folder of NIfTI label maps.
+        labels: class name -> value, background first; None: the values in the files, named by number.
+        out: folder for ``metrics.csv`` and ``metrics.json``; None: nothing is written.
+        tolerance_mm: of the surface Dice.
+        ignore_label: value of the label maps that means "not annotated".
+
+    Returns:
+        what ``metrics.json`` holds: ``summary``, ``rows``, ``problems``, ``without_reference``.
+
+    Raises:
+        DataError: a folder is missing or holds no NIfTI file, or no case at all could be scored.
+    """
+    masks, maps = _files(Path(predictions)), _files(Path(references))
+    problems: list[dict[str, str]] = []
+    if labels is None:
+        labels = _values_in([*maps.values(), *masks.values()], ignore_label)
+    rows: list[Row] = []
+    for name, reference in maps.items():
+        try:
+            if name not in masks:
+                raise DataError(f"{reference}: there is no mask of this name in {predictions}. Predict it.")
+            mask, label, spacing = _pair(masks[name], reference)
+            unknown = sorted(set(np.unique(mask).tolist()) - set(labels.values()))
+            if unknown:
+                raise DataError(
+                    f"{masks[name]} holds the values {unknown[:5]}, expected {list(labels.values())}."
+                )
+            rows += score_case(name, mask, label, spacing, labels, ignore_label, tolerance_mm)
+        except DataError as error:
+            problems.append({"case": name, "problem": str(error)})
+    if not rows:
+        raise DataError(f"no case could be scored. {problems[0]['problem'] if problems else ''}".strip())
+    report = metrics_report(rows, problems) | {"without_reference": sorted(set(masks) - set(maps))}
+    if out is not None:
+        write_report(report, out)
+    return report
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder. Give the folder that holds the NIfTI files.")
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        ending = next((e for e in ENDINGS if file.name.lower().endswith(e)), None)
+        if ending and not file.name.startswith("."):
+            found[file.name[: -len(ending)]] = file
+    if not found:
+        raise DataError(f"{folder} holds no NIfTI file (.nii, .nii.gz).")
+    return found
+
+
+def _values_in(files: Sequence[Path], ignore_label: float | None) -> dict[str, float]:
+    values: set[float] = {0}
+    for file in files:
+        try:
+            values |= set(np.unique(_read(file)[0]).tolist())
+        except DataError:
+            continue  # reported with its case
+    named = sorted(values - {0} - ({ignore_label} if ignore_label is not None else set()))
+    return {"background": 0, **{f"{value:g}": value for value in named}}
+
+
+def _pair(
+    mask_file: Path, reference_file: Path
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.float64]]:
+    mask, mask_affine = _read(mask_file)
+    reference, affine = _read(reference_file)
+    if mask.shape != reference.shape:
+        raise DataError(
+            f"{mask_file} has shape {mask.shape} and {reference_file} {reference.shape}. They must share one "
+            "grid; check that they belong together."
+        )
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.allclose(mask_affine, affine, atol=0.1 * float(spacing.min())):
+        raise DataError(
+            f"{mask_file} lies elsewhere in space than {reference_file}: their affines differ. Mend one."
+        )
+    return mask, reference, spacing
+
+
+def _read(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    try:
+        image: Any = nibabel.load(file)
+        data = np.asanyarray(image.dataobj)
+    except Exception as error:  # nibabel and gzip raise a dozen kinds for damaged files
+        raise DataError(
+            f"{file} cannot be read as NIfTI: it is damaged or cut short. Copy it again."
+        ) from error
+    shape: Sequence[int] = data.shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3:
+        raise DataError(f"{file}: expected a 3-D label map, found shape {data.shape}.")
+    return data.reshape(shape), np.asarray(image.affine, dtype=np.float64)
