@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from medseg_supcon import __version__
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
+from medseg_supcon.terminal import err, out, predict_paths, print_metrics, print_plan, print_report
 
 app = typer.Typer(
     name="medseg",
@@ -30,8 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 DatasetArg = Annotated[Path, typer.Argument(help="Decathlon folder, nnU-Net v2 raw folder, or MONAI datalist JSON.")]
 RunArg = Annotated[Path, typer.Argument(help="A trained run (a MONAI bundle).")]
@@ -82,7 +78,7 @@ def check(
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-    _print_report(report, out)
+    print_report(report, out)
     if report.has_errors:
         raise typer.Exit(2)
 
@@ -143,7 +139,7 @@ def train(
     else:
         _plan(dataset, run, recipe, epochs, cases, labels, unlabelled, init, seed, device, settings, allow_affine_mismatch)
     train_run(run, device=device, resume=resume)
-    _print_metrics(run / "eval" / "metrics.json")
+    print_metrics(run / "eval" / "metrics.json")
     out.print(
         f"\nThe run is in {run} (a MONAI bundle; {run / 'docs' / 'README.md'} describes it).\n"
         f"Masks of new scans: medseg predict {run} SCANS --out MASKS"
@@ -161,7 +157,6 @@ def predict(
     trust: Annotated[bool, typer.Option("--trust", help="Run a bundle's own code: only for bundles you trust.")] = False,
 ) -> None:
     """Masks of new scans, each in its scan's own space."""
-    from medseg_supcon.inference import predict_paths
     from medseg_supcon.training import check_device, is_planned
 
     check_device(device)
@@ -199,7 +194,7 @@ def evaluate(
         _evaluate_run(run, dataset, out_dir, cases, device)
     else:
         raise ConfigError("Give RUN and DATASET, or --predictions DIR and --references DIR.")
-    _print_metrics(out_dir / "metrics.json")
+    print_metrics(out_dir / "metrics.json")
     out.print(f"Every case: {out_dir / 'metrics.csv'}")
 
 
@@ -252,14 +247,22 @@ def _plan(
     chosen = dataset.select([c.name for c in (*split.training, *split.validation)])
     report = check_dataset(chosen, allow_affine_mismatch=allow_affine_mismatch)
     if report.has_errors or report.findings:
-        _print_report(report, err)
+        print_report(report, err)
     if report.has_errors:
         raise MedsegError(f"The data set has errors (above): mend them and run 'medseg check {path}' until it is content.")
     result = prepare_run(
-        dataset, split, run, recipe=recipe, settings=parsed, epochs=epochs, seed=seed, init=init, device=device,
+        dataset,
+        split,
+        run,
+        recipe=recipe,
+        settings=parsed,
+        epochs=epochs,
+        seed=seed,
+        init=init,
+        device=device,
         trust_scan_affine=allow_affine_mismatch,
     )
-    _print_plan(result, split, run)
+    print_plan(result, split, run)
 
 
 def _evaluate_run(run: Path, dataset: Path, out_dir: Path, cases: Path | None, device: str | None) -> None:
@@ -276,52 +279,11 @@ def _evaluate_run(run: Path, dataset: Path, out_dir: Path, cases: Path | None, d
     )
 
 
-def _print_report(report: Any, console: Console) -> None:
-    rows = report.rows()
-    if rows:
-        table = Table("case", "severity", "what", box=None, pad_edge=False)
-        for row in rows:
-            color = "red" if row["severity"] == "error" else "yellow"
-            table.add_row(escape(row["case"]), f"[{color}]{row['severity']}[/]", escape(row["message"]))
-        console.print(table)
-    console.print(report.summary())
-
-
-def _print_plan(plan: dict[str, Any], split: Any, run: Path) -> None:
-    expected = plan["expected"]
-    rows = [
-        ("cases", f"{len(split.training)} to train on, {len(split.validation)} to validate, {len(split.unlabelled)} unlabelled"),
-        ("classes", ", ".join(plan["labels"])),
-        ("spacing", " x ".join(f"{s:g}" for s in plan["spacing"]) + f" mm ({plan['orientation']})"),
-        ("patch", " x ".join(map(str, plan["patch_size"])) + f" voxels, {2 * plan['batch_size']} a step"),
-        ("length", f"{plan['epochs']} epochs of {plan['steps_per_epoch']} steps"),
-        ("expected", f"about {expected['minutes']:.0f} min, {expected['memory_gib']:.1f} GiB on {expected['machine']}"),
-    ]
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    err.print(f"Plan: {run / 'configs' / 'plan.json'}", markup=False)
-    err.print(table)
-
-
-def _print_metrics(path: Path) -> None:
-    summary = json.loads(path.read_text())["summary"]
-    table = Table("class", "Dice", "HD95 mm", "surface Dice", "cases", box=None, pad_edge=False)
-
-    def number(value: float | None, digits: int) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    for name, row in {**summary["classes"], "mean": summary["mean"]}.items():
-        cells = (number(row["dice"], 4), number(row["hd95_mm"], 2), number(row["surface_dice"], 4), str(row.get("n", "")))
-        table.add_row(escape(name), *cells)
-    out.print(table)
-
-
 def main() -> None:
     """Run ``medseg``; every expected fault is a sentence on stderr and an exit code."""
     _quieten()
     try:
-        code = app(standalone_mode=False)
+        code = app(args=sys.argv[1:] or ["--help"], prog_name="medseg", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except MedsegError as error:
         _stop(f"medseg: {error}", 2)

@@ -12,7 +12,7 @@ from rich.console import Console
 from medseg_supcon.data import make_phantoms, read_dataset, split_cases
 from medseg_supcon.errors import RunError
 from medseg_supcon.evaluation import evaluate_folders, overlay_figure
-from medseg_supcon.inference import predict_paths
+from medseg_supcon.terminal import predict_paths
 from medseg_supcon.training import check_device, prepare_run, train_run
 
 EPOCHS = 12  # of 50 steps: about three minutes on two cores
@@ -88,11 +88,11 @@ def _clear(out: Path, overwrite: bool) -> None:
 
 
 def _closing(out: Path, run: Path, summary: dict[str, Any]) -> str:
-    dice = "\n".join(f"    {row['dice']:.3f}  {name}" for name, row in summary["classes"].items())
+    dice = "\n".join(f"    {row['dice'] or 0:.3f}  {name}" for name, row in summary["classes"].items())
     return f"""
 Dice on 4 phantoms that training never saw:
 {dice}
-    {summary["mean"]["dice"]:.3f}  mean
+    {summary["mean"]["dice"] or 0:.3f}  mean
 
 What there is to look at:
     {out / "pictures"}           scans with reference and prediction; training curves

@@ -90,14 +90,15 @@ def metadata_of(run: Path, metrics: Mapping[str, Any] | None = None) -> dict[str
 def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Means of ``eval/metrics.json`` under one name each; what has no score is left out.
 
-    >>> organ = {"dice": {"mean": 0.9, "n": 2}, "hd95_mm": {"mean": None, "n": 0}}
-    >>> scores({"cases": 2, "mean": {"dice": 0.9, "dice_classes": 1}, "classes": {"organ": organ}})
+    >>> summary = {"cases": 2, "mean": {"dice": 0.9}, "classes": {"organ": {"dice": 0.9, "hd95_mm": None}}}
+    >>> scores({"summary": summary})
     {'cases': 2, 'mean_dice': 0.9, 'organ_dice': 0.9}
     """
-    found = {"cases": metrics["cases"]} if metrics.get("cases") else {}
-    found |= {f"mean_{name}": metrics.get("mean", {}).get(name) for name in METRICS}
-    for label, of_class in metrics.get("classes", {}).items():
-        found |= {f"{label}_{name}": of_class.get(name, {}).get("mean") for name in METRICS}
+    summary = metrics.get("summary", {})
+    found = {"cases": summary["cases"]} if summary.get("cases") else {}
+    found |= {f"mean_{name}": summary.get("mean", {}).get(name) for name in METRICS}
+    for label, of_class in summary.get("classes", {}).items():
+        found |= {f"{label}_{name}": of_class.get(name) for name in METRICS}
     return {name: round(value, 4) for name, value in found.items() if value is not None}
 
 

@@ -1,0 +1,111 @@
+"""What the command line prints: tables and closing sentences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from medseg_supcon.errors import RunError
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+EXIT_DONE, EXIT_INPUT, EXIT_SOME_FAILED = 0, 2, 3
+
+
+def print_report(report: Any, console: Console) -> None:
+    """The findings of a data set's check, a table, and a closing sentence."""
+    rows = report.rows()
+    for row in rows:
+        color = "red" if row["severity"] == "error" else "yellow"
+        console.print(f"[{color}]{row['severity']:<8}[/]{escape(row['case'])}: {escape(row['message'])}")
+    console.print(escape(report.summary()))
+
+
+def print_plan(plan: dict[str, Any], split: Any, run: Path) -> None:
+    """The plan in six lines."""
+    expected = plan["expected"]
+    cases = f"{len(split.training)} to train on, {len(split.validation)} to validate, {len(split.unlabelled)} unlabelled"
+    rows = [
+        ("cases", cases),
+        ("classes", ", ".join(plan["labels"])),
+        ("spacing", " x ".join(f"{s:g}" for s in plan["spacing"]) + f" mm ({plan['orientation']})"),
+        ("patch", " x ".join(map(str, plan["patch_size"])) + f" voxels, {2 * plan['batch_size']} a step"),
+        ("length", f"{plan['epochs']} epochs of {plan['steps_per_epoch']} steps"),
+        ("expected", f"about {expected['minutes']:.0f} min, {expected['memory_gib']:.1f} GiB on {expected['machine']}"),
+    ]
+    err.print(f"Plan: {run / 'configs' / 'plan.json'}", markup=False)
+    for name, text in rows:
+        err.print(f"  {name:<9} {text}", markup=False)
+    for warning in split.warnings:
+        err.print(f"[yellow]warning[/] {escape(warning)}")
+
+
+def print_metrics(path: Path) -> None:
+    """Mean scores per class and over classes, from ``metrics.json``."""
+    try:
+        report = json.loads(path.read_text())
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}).") from None
+    table = Table("class", "Dice", "HD95 mm", "surface Dice", "cases", box=None, pad_edge=False)
+
+    def number(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    summary = report["summary"]
+    for name, row in {**summary["classes"], "mean": summary["mean"]}.items():
+        scores = [number(row[m], d) for m, d in (("dice", 4), ("hd95_mm", 2), ("surface_dice", 4))]
+        table.add_row(escape(name), *scores, str(row["n"]) if name in summary["classes"] else "")
+    out.print(table)
+    for problem in report["problems"]:
+        err.print(f"[yellow]not scored[/] {escape(problem['case'])}: {escape(problem['problem'])}")
+
+
+def predict_paths(
+    runs: Sequence[Path],
+    scans: Sequence[Path],
+    folder: Path,
+    *,
+    probabilities: bool = False,
+    tta: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+    trust: bool = False,
+) -> int:
+    """Predict scans into a folder with a progress display; a failed scan is a sentence on stderr.
+
+    Returns:
+        exit code: 0 all done, 3 some failed, 2 all failed.
+    """
+    from medseg_supcon.inference import Predictor
+
+    predictor = Predictor(list(runs), device=device, tta=tta, trust=trust)
+    found = predictor.find_scans(scans)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err,
+        disable=not err.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("predicting", total=len(found))
+
+        def progress(done: int, total: int, entry: dict[str, Any]) -> None:
+            bar.update(task, completed=done)
+            if entry["status"] == "failed":
+                err.print(f"[red]failed[/]  {escape(entry['error'])}")
+            for warning in entry.get("warnings", []):
+                err.print(f"[yellow]warning[/] {escape(entry['name'])}: {escape(warning)}")
+
+        counts = predictor.run(found, folder, probabilities, overwrite, progress)["summary"]
+    parts = [f"{counts['done']} predicted"]
+    parts += [f"{counts['skipped']} there already (redo with --overwrite)"] if counts["skipped"] else []
+    parts += [f"{counts['failed']} failed"] if counts["failed"] else []
+    out.print(f"{folder}: {', '.join(parts)}; manifest.json lists every scan.", markup=False)
+    if not counts["failed"]:
+        return EXIT_DONE
+    return EXIT_SOME_FAILED if counts["done"] + counts["skipped"] else EXIT_INPUT
