@@ -41,7 +41,9 @@ def cached_dataset(
         DataError: without an item (MONAI would run an epoch of nothing, silently).
     """
     if len(data) == 0:
-        raise DataError("There is no case to work on: the list of cases is empty. Check configs/datalist.json.")
+        raise DataError(
+            "There is no case to work on: the list of cases is empty. Check configs/datalist.json."
+        )
     if isinstance(transform, Compose):
         transform = transform.flatten()  # a Compose within a Compose counts as random, and is not cached
     first = transform(dict(data[0]))
@@ -123,3 +125,22 @@ class SeededDataset(Dataset[Any]):
         epoch, slot, case = key
         self.transform.set_random_state(seed=item_seed(self.seed, epoch, slot))
         return self.transform(dict(self.data[case]))
+
+
+def two_view_dataset(
+    data: Sequence[Mapping[str, Any]],
+    transform: Any,
+    two_views: Any,
+    seed: int = 0,
+    memory_share: float = 0.4,
+) -> SeededDataset:
+    """The training set: cached cases under ``transform``, then two views drawn anew for every (epoch, slot).
+
+    Args:
+        data: items as in ``datalist.json``, with paths that can be read.
+        transform: deterministic preprocessing, see :func:`cached_dataset`.
+        two_views: random transform of a preprocessed case, see :class:`SeededDataset`.
+        seed: the run's seed.
+        memory_share: see :func:`cached_dataset`.
+    """
+    return SeededDataset(cached_dataset(data, transform, memory_share), two_views, seed)

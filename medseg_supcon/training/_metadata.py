@@ -95,10 +95,9 @@ def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
     {'cases': 2, 'mean_dice': 0.9, 'organ_dice': 0.9}
     """
     summary = metrics.get("summary", {})
-    found = {"cases": summary["cases"]} if summary.get("cases") else {}
-    found |= {f"mean_{name}": summary.get("mean", {}).get(name) for name in METRICS}
-    for label, of_class in summary.get("classes", {}).items():
-        found |= {f"{label}_{name}": of_class.get(name) for name in METRICS}
+    found = {"cases": summary.get("cases")}
+    for label, of in {"mean": summary.get("mean", {}), **summary.get("classes", {})}.items():
+        found |= {f"{label}_{name}".replace(" ", "_"): of.get(name) for name in METRICS}
     return {name: round(value, 4) for name, value in found.items() if value is not None}
 
 

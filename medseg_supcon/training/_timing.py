@@ -48,8 +48,8 @@ def time_training(run: Path, device: str | None = None, steps: int = 4) -> dict[
     parser["init_weights"] = None
     if device is not None:
         parser["device"] = f"$torch.device('{device}')"
-    lists = parser.get_parsed_content("datalist")
-    parser["datalist"] = {key: items[:2] for key, items in lists.items()}
+    lists = parser.get_parsed_content("case_lists")
+    parser["case_lists"] = {key: items[:2] for key, items in lists.items()}
     parser["num_workers"] = 0
     parser.parse(reset=True)
     trainer, where = parser.get_parsed_content("train::trainer"), parser.get_parsed_content("device")
