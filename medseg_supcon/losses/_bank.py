@@ -77,7 +77,7 @@ class MemoryBank(nn.Module):
         self.filled.add_(counts).clamp_(max=self.size)
 
     def entries(self) -> tuple[Tensor, Tensor]:
-        """The embeddings held, (M, D), and their classes, (M,) int64; copies, so later writes are harmless."""
+        """The embeddings held, (M, D), and their classes, (M,) int64, as copies."""
         held = torch.arange(self.size, device=self.filled.device) < self.filled[:, None]
         classes = torch.arange(self.num_classes, device=self.filled.device)[:, None].expand_as(held)
         return self.embeddings[held], classes[held]

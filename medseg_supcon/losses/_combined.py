@@ -29,7 +29,8 @@ class DiceSupConLoss(nn.Module):
         ValueError: weight or warmup_steps below 0.
 
     Example:
-        >>> both = DiceSupConLoss(lambda x, y: x.mean(), lambda f, y, **ids: f.sum(), weight=0.5, warmup_steps=2)
+        >>> dice, contrast = (lambda logits, labels: logits.mean()), (lambda f, labels, **ids: f.sum())
+        >>> both = DiceSupConLoss(dice, contrast, weight=0.5, warmup_steps=2)
         >>> [both(torch.ones(2), torch.ones(2), torch.ones(4)).item() for _ in range(3)]
         [2.0, 3.0, 3.0]
     """

@@ -57,11 +57,12 @@ class _Gather(torch.autograd.Function):
         return _all_gather(rows, sizes)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
-        return grad.split(ctx.sizes)[dist.get_rank()], None
+        start = sum(ctx.sizes[: dist.get_rank()])
+        return grad[start : start + ctx.sizes[dist.get_rank()]], None
 
 
 def _all_gather(rows: Tensor, sizes: list[int]) -> Tensor:

@@ -87,7 +87,7 @@ class _Unshifted(torch.autograd.Function):
         return total.log()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, y, kx, ky, total = ctx.saved_tensors
         criteria, sim, tile = ctx.rest
@@ -95,14 +95,13 @@ class _Unshifted(torch.autograd.Function):
         a = torch.where(total > 0, g / total, torch.zeros_like(total))
         with torch.autocast(x.device.type, enabled=False):
             dx, dy = torch.zeros_like(x), torch.zeros_like(y) if ctx.needs_input_grad[1] else None
-            left, right = torch.stack((a, kx), 1), torch.stack((kx, a), 1)
-            right_y = torch.stack((ky, torch.zeros_like(ky)), 1)
             buffer, outer = x.new_empty(tile * tile), x.new_empty(tile * tile)
             for t in tiles(criteria, len(x), len(y), tile):
                 e = _exponentials(t, sim, x, y, buffer)
-                # The outer product of rank 2 is a_i k_j + k_i a_j, and of rank 1 beside other keys.
                 scale = outer[: e.numel()].view_as(e)
-                torch.mm(left[t.i], (right if t.among_anchors else right_y)[t.j].t(), out=scale)
+                torch.mul(a[t.i, None], (kx if t.among_anchors else ky)[t.j], out=scale)
+                if t.among_anchors:
+                    scale.addcmul_(kx[t.i, None], a[t.j])
                 e *= scale
                 keys, dkeys = (x, dx) if t.among_anchors else (y, dy)
                 target = dkeys[t.j] if dkeys is not None and not t.diagonal else None
@@ -145,7 +144,7 @@ class _Shifted(torch.autograd.Function):
         return lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, y, log_kx, log_ky, lse = ctx.saved_tensors
         criteria, sim, tile = ctx.rest

@@ -18,13 +18,30 @@ from ._similarity import Similarity
 from ._tiles import Criterion, Tile, sorted_order, tiles
 
 
-def group_sums(rows: Tensor, groups: Tensor, n_groups: int) -> Tensor:
-    """(n_groups, D) sums of the rows (N, D) of each group (N,)."""
-    if n_groups <= rows.shape[1]:
-        # A matrix product sums pairwise (many rows, few groups), and its memory is within N D.
-        one_hot = groups[:, None] == torch.arange(n_groups, device=groups.device)
-        return one_hot.to(rows.dtype).t() @ rows
-    return rows.new_zeros(n_groups, rows.shape[1]).index_add(0, groups, rows)
+class _GroupSums(torch.autograd.Function):
+    """(G, D) sums of the rows (N, D) of each group (N,)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, groups: Tensor, n_groups: int) -> Tensor:
+        ctx.save_for_backward(groups)
+        if n_groups <= rows.shape[1]:
+            # Few groups of many rows: a matrix product sums pairwise, and its memory is within N D.
+            one_hot = groups[:, None] == torch.arange(n_groups, device=groups.device)
+            return one_hot.to(rows.dtype).t() @ rows
+        return rows.new_zeros(n_groups, rows.shape[1]).index_add_(0, groups, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (groups,) = ctx.saved_tensors
+        return g[groups], None, None
+
+
+def group_sums(rows: Tensor, groups: Tensor) -> Tensor:
+    """(N, D): for each row (N, D) the sum over its group (N,)."""
+    n_groups = int(groups.max()) + 1
+    sums: Tensor = _GroupSums.apply(rows, groups, n_groups)  # type: ignore[no-untyped-call]
+    return sums[groups]
 
 
 def mean_dot(
@@ -44,13 +61,11 @@ def mean_dot(
     Returns:
         (A,)
     """
-    if len(x) == 0:
-        return x.sum(1)
-    total = group_sums(rows, groups, int(groups.max()) + 1)[groups[own]]
+    total = group_sums(rows, groups)[own]
     if subgroups is None:
         total = total - x
     else:
-        total = total - group_sums(rows, subgroups, int(subgroups.max()) + 1)[subgroups[own]]
+        total = total - group_sums(rows, subgroups)[own]
     return (x * total).sum(1) / n
 
 
@@ -90,9 +105,15 @@ def mean_over_pairs(
 class _MeanOverPairs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, nu: Tensor | None, share: Tensor, criteria: list[Criterion], sim: Similarity,
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        nu: Tensor | None,
+        share: Tensor,
+        criteria: list[Criterion],
+        sim: Similarity,
         tile: int,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         mean = torch.zeros_like(share)
         buffer = x.new_empty(tile * tile)
         for t in tiles(criteria, len(x), len(y), tile):
@@ -105,7 +126,7 @@ class _MeanOverPairs(torch.autograd.Function):
         return mean.mul_(share)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, y, nu, share = ctx.saved_tensors
         criteria, sim, tile = ctx.rest

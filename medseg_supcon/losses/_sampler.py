@@ -180,7 +180,7 @@ def class_quotas(counts: list[int], budget: int) -> list[int]:
 
 
 class _Draw:
-    """Random choices on one batch of label maps, made on the CPU so that a seed means one thing everywhere."""
+    """Random choices on one batch of label maps, made on the CPU: a seed means one thing everywhere."""
 
     def __init__(self, labels: Tensor, logits: Tensor | None, generator: torch.Generator | None) -> None:
         self.labels, self.logits, self.generator = labels, logits, generator
@@ -217,7 +217,7 @@ class _Draw:
         """1 - p(true class), or the share of the neighbourhood that has another label; ties at random."""
         where = torch.unravel_index(voxels, self.labels.shape)
         if self.logits is not None:
-            index = (where[0], slice(None), *where[1:])
+            index: tuple[Tensor | slice, ...] = (where[0], slice(None), *where[1:])
             return 1.0 - self.logits[index].float().softmax(1)[:, c]
         score = torch.rand(len(voxels), generator=self.generator).to(voxels.device) * 0.5
         for axis in range(1, self.labels.ndim):

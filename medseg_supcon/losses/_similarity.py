@@ -27,19 +27,21 @@ class UnitVectors(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor) -> Tensor:
         wide = z.to(compute_dtype(z.dtype))
         largest = wide.abs().amax(1, keepdim=True) if z.shape[1] else wide.new_zeros(len(z), 1)
-        scaled = torch.where(largest > 0, wide / largest, torch.zeros_like(wide))
-        norm = scaled.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(wide.dtype).tiny)
+        scaled = torch.where(largest == 0, torch.zeros_like(wide), wide / largest)
+        norm: Tensor = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min_(
+            torch.finfo(wide.dtype).tiny
+        )
         unit = scaled / norm
         ctx.save_for_backward(unit, norm, largest)
         ctx.dtype = z.dtype
         return unit
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         unit, norm, largest = ctx.saved_tensors
         tangent = (grad - unit * (unit * grad).sum(1, keepdim=True)) / norm
-        tangent = torch.where(largest > 0, tangent / largest, torch.zeros_like(tangent))
+        tangent = torch.where(largest == 0, torch.zeros_like(tangent), tangent / largest)
         return saturate(tangent, ctx.dtype)
 
 
@@ -52,7 +54,7 @@ class Widen(torch.autograd.Function):
         return z.to(compute_dtype(z.dtype))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return saturate(grad, ctx.dtype)
 

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ._bank import MemoryBank
-from ._checks import check_choice, check_ids, check_in_range, check_matrix, class_vector
+from ._checks import check_choice, check_ids, check_matrix, class_vector
 from ._log_sum_exp import log_sum_exp
-from ._positives import mean_dot, mean_over_pairs
-from ._similarity import Similarity, UnitVectors, Widen, compute_dtype
-from ._tiles import Criterion
+from ._positives import mean_over_pairs
+from ._rows import Rows, Voxels, make_rows
+from ._similarity import Similarity, compute_dtype
+
+# On a CPU a tile and its gradient fit the second-level cache; a GPU wants work for all its cores.
+CPU_TILE, GPU_TILE = 512, 4096
 
 Bank = MemoryBank | tuple[Tensor, Tensor]
 
@@ -156,7 +158,15 @@ class SupConLoss(nn.Module):
         """
         check_matrix("embeddings", embeddings)
         with torch.autocast(embeddings.device.type, enabled=False):
-            rows = self._rows(embeddings, labels, pair_ids, view_ids, bank, anchors)
+            batch = self._checked(embeddings, labels, pair_ids, view_ids, anchors)
+            rows = make_rows(
+                batch,
+                self._stored(bank, batch),
+                self.similarity == "cosine",
+                self.ignore_index,
+                self.class_weights,
+                self.key_weights,
+            )
             if rows is None:
                 # A sum over no rows: 0 whatever the embeddings hold, and attached to their graph.
                 nothing = embeddings[:0].to(compute_dtype(embeddings.dtype)).sum()
@@ -165,11 +175,11 @@ class SupConLoss(nn.Module):
             weights = rows.weights[contrasted]
             return (weights * losses[contrasted]).sum(), weights.sum()
 
-    def _anchor_losses(self, rows: _Rows) -> tuple[Tensor, Tensor]:
+    def _anchor_losses(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """L_i of every anchor, (A,), and which of them have a denominator, (A,) bool."""
         similarity = Similarity(self.similarity == "euclidean", self.temperature)
-        tile = self.tile_size or (1024 if rows.x.device.type == "cpu" else 4096)
-        other_view = [rows.criterion(rows.views, equal=False)] if self.keys == "other_view" else []
+        tile = self.tile_size or (CPU_TILE if rows.x.device.type == "cpu" else GPU_TILE)
+        other_view = [rows.criterion(rows.views, equal=False)] if rows.views is not None else []
         positive = [rows.criterion(rows.groups, equal=True), *other_view]
         denominator = list(other_view)
         if self.denominator != "all":
@@ -184,152 +194,54 @@ class SupConLoss(nn.Module):
         elif self.similarity == "euclidean":
             towards = -mean_over_pairs(rows.x, rows.y, None, rows.n_positives, positive, similarity, tile)
         else:
-            towards = rows.mean_dot(by_view=self.keys == "other_view") / self.temperature
+            towards = rows.mean_dot() / self.temperature
         return lse - towards, lse.detach() != -torch.inf
 
-    def _rows(
+    def _checked(
         self,
         embeddings: Tensor,
         labels: Tensor | None,
         pair_ids: Tensor | None,
         view_ids: Tensor | None,
-        bank: Bank | None,
         anchors: Tensor | None,
-    ) -> _Rows | None:
-        """Check the input, drop what is ignored, and part anchors from other keys; None: no anchor."""
-        n, device = len(embeddings), embeddings.device
+    ) -> Voxels:
+        """The batch, with the ids that the options need and without others."""
+        n = len(embeddings)
         weighted = self.class_weights is not None or self.key_weights is not None
-        if self.positives == "same_class" or self.denominator != "all" or weighted:
-            labels = check_ids("labels", labels, embeddings, needed_for="these options")
-        elif labels is not None:
-            labels = check_ids("labels", labels, embeddings, needed_for="")
-        else:
-            labels = torch.zeros(n, dtype=torch.long, device=device)
-        if self.positives == "same_voxel":
-            pair_ids = check_ids("pair_ids", pair_ids, embeddings, needed_for="positives='same_voxel'")
-        if self.keys == "other_view":
-            view_ids = check_ids("view_ids", view_ids, embeddings, needed_for="keys='other_view'")
-        if anchors is not None and (anchors.dtype != torch.bool or anchors.shape != (n,)):
-            raise ValueError(f"anchors must be ({n},) bool, got {tuple(anchors.shape)} {anchors.dtype}")
-
-        kept = (
-            labels != self.ignore_index
-            if self.ignore_index is not None
-            else torch.ones_like(labels, dtype=torch.bool)
-        )
-        normalise = UnitVectors if self.similarity == "cosine" else Widen
-        z: Tensor = normalise.apply(embeddings[kept])  # type: ignore[no-untyped-call]
-        stored = z.new_zeros(0, z.shape[1])
-        stored_labels = labels[:0]
-        if bank is not None:
-            stored, stored_labels = self._stored(bank, embeddings)
-            stored = normalise.apply(stored).to(z.dtype)  # type: ignore[no-untyped-call]
-
-        classes = torch.cat((labels[kept], stored_labels))
-        check_in_range("labels", classes, self.class_weights, self.key_weights)
-        n_batch, n_stored = len(z), len(stored)
-        may_anchor = (
-            torch.ones(n_batch, dtype=torch.bool, device=device) if anchors is None else anchors[kept]
-        )
-        may_anchor = torch.cat((may_anchor, may_anchor.new_zeros(n_stored)))
-        voxels = (
-            _compact(pair_ids[kept], n_stored)
-            if self.positives == "same_voxel" and pair_ids is not None
-            else None
-        )
-        views = (
-            _compact(view_ids[kept], n_stored) if self.keys == "other_view" and view_ids is not None else None
-        )
-
-        groups = voxels if voxels is not None else torch.unique(classes, return_inverse=True)[1]
-        if views is None:
-            subgroups = None
-            n_positives = torch.bincount(groups)[groups] - 1 if len(groups) else groups
-        else:
-            n_views = int(views.max()) + 1 if len(views) else 1
-            subgroups = torch.unique(groups * n_views + views, return_inverse=True)[1]
-            n_positives = (
-                torch.bincount(groups)[groups] - torch.bincount(subgroups)[subgroups]
-                if len(groups)
-                else groups
+        if labels is not None or self.positives == "same_class" or self.denominator != "all" or weighted:
+            labels = check_ids(
+                "labels", labels, embeddings, "this loss (only same_voxel with all needs none)"
             )
-        weights = (
-            z.new_tensor(self.class_weights)[classes]
-            if self.class_weights is not None
-            else z.new_ones(len(classes))
-        )
-        is_anchor = may_anchor & (n_positives > 0) & (weights > 0)
-        own = is_anchor.nonzero()[:, 0]
-        if len(own) == 0:
-            return None
-        # The bank comes last and needs no gradient; neither does y where nothing but the bank is in it.
-        rest = (~is_anchor).nonzero()[:, 0]
-        beside = rest[rest < n_batch]
-        y = torch.cat((z[beside], stored)) if len(beside) else stored
-        k = z.new_tensor(self.key_weights)[classes] if self.key_weights is not None else None
-        return _Rows(
-            x=z if len(own) == n_batch else z[own],
-            y=y,
-            z=torch.cat((z, stored)) if n_stored else z,
-            own=own,
-            rest=rest,
-            labels=classes,
-            groups=groups,
-            subgroups=subgroups,
-            views=views if views is not None else groups,
-            n_positives=n_positives[own].to(z.dtype),
-            weights=weights[own],
-            key_weights=(k[own], k[rest]) if k is not None else None,
-        )
+        else:
+            labels = torch.zeros(n, dtype=torch.long, device=embeddings.device)
+        pairs = views = None
+        if self.positives == "same_voxel":
+            pairs = check_ids("pair_ids", pair_ids, embeddings, "positives='same_voxel'")
+        if self.keys == "other_view":
+            views = check_ids("view_ids", view_ids, embeddings, "keys='other_view'")
+        if anchors is None:
+            anchors = torch.ones(n, dtype=torch.bool, device=embeddings.device)
+        elif anchors.dtype != torch.bool or anchors.shape != (n,):
+            raise ValueError(f"anchors must be ({n},) bool, got {tuple(anchors.shape)} {anchors.dtype}")
+        return Voxels(embeddings, labels, pairs, views, anchors)
 
-    def _stored(self, bank: Bank, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """The bank's embeddings and labels, checked, without those that are ignored."""
+    @staticmethod
+    def _stored(bank: Bank | None, batch: Voxels) -> tuple[Tensor, Tensor]:
+        """The bank's embeddings and labels, checked; none without a bank."""
+        if bank is None:
+            return batch.embeddings[:0], batch.labels[:0]
         stored, labels = bank.entries() if isinstance(bank, MemoryBank) else bank
         check_matrix("bank embeddings", stored)
-        if stored.shape[1] != embeddings.shape[1] or stored.device != embeddings.device:
+        dim, device = batch.embeddings.shape[1], batch.embeddings.device
+        if stored.shape[1] != dim or stored.device != device:
             raise ValueError(
-                f"bank embeddings must be (M, {embeddings.shape[1]}) on {embeddings.device}, "
+                f"bank embeddings must be (M, {dim}) on {device}, "
                 f"got {tuple(stored.shape)} on {stored.device}"
             )
-        labels = check_ids("bank labels", labels, stored, needed_for="a bank")
-        if self.ignore_index is not None:
-            stored, labels = stored[labels != self.ignore_index], labels[labels != self.ignore_index]
-        return stored.detach(), labels
+        return stored, check_ids("bank labels", labels, stored, "a bank")
 
     def extra_repr(self) -> str:
         return (
             f"temperature={self.temperature}, similarity={self.similarity!r}, positives={self.positives!r}, "
             f"denominator={self.denominator!r}, keys={self.keys!r}"
         )
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """All keys (R of them: the batch, then the bank), and which of them are anchors (A) or only keys (M)."""
-
-    x: Tensor  # (A, D) anchors
-    y: Tensor  # (M, D) other keys
-    z: Tensor  # (R, D) both, in their first order
-    own: Tensor  # (A,) rows of z that are anchors
-    rest: Tensor  # (M,) rows of z that are not
-    labels: Tensor  # (R,)
-    groups: Tensor  # (R,) equal: positive pair
-    subgroups: Tensor | None  # (R,) equal: positive pair within one view
-    views: Tensor  # (R,)
-    n_positives: Tensor  # (A,)
-    weights: Tensor  # (A,) w
-    key_weights: tuple[Tensor, Tensor] | None  # (A,), (M,) k
-
-    def criterion(self, ids: Tensor, equal: bool) -> Criterion:
-        return Criterion(ids[self.own], ids[self.rest], equal)
-
-    def mean_dot(self, by_view: bool) -> Tensor:
-        return mean_dot(
-            self.x, self.z, self.own, self.groups, self.subgroups if by_view else None, self.n_positives
-        )
-
-
-def _compact(ids: Tensor, n_stored: int) -> Tensor:
-    """Ids as 0, 1, ..., and after them one that no voxel of the batch has, for the bank's entries."""
-    found, compact = torch.unique(ids, return_inverse=True)
-    return torch.cat((compact, compact.new_full((n_stored,), len(found))))

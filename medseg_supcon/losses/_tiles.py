@@ -110,7 +110,7 @@ def _ranges(ids: Tensor, size: int) -> list[tuple[int, int]]:
     """Smallest and largest id of each block, fetched from the device at once."""
     if len(ids) == 0:
         return []
-    parts = ids.split(size)
+    parts = [ids[block] for block in _blocks(len(ids), size)]
     lowest = torch.stack([p.min() for p in parts]).tolist()
     highest = torch.stack([p.max() for p in parts]).tolist()
     return list(zip(lowest, highest, strict=True))

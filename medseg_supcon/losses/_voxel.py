@@ -104,7 +104,8 @@ class VoxelSupConLoss(nn.Module):
         sample = self.sampler(y, pair_ids=ids, logits=logits.detach() if logits is not None else None)
         where = torch.unravel_index(sample.indices, y.shape)
         with torch.autocast(features.device.type, enabled=False):
-            rows = features[(where[0], slice(None), *where[1:])]
+            index: tuple[Tensor | slice, ...] = (where[0], slice(None), *where[1:])
+            rows = features[index]
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             z = self.projection(rows) if self.projection is not None else rows
         element, zeros = where[0], torch.zeros_like(where[0])
@@ -156,7 +157,8 @@ class VoxelSupConLoss(nn.Module):
     def _labels(self, features: Tensor, labels: Tensor) -> Tensor:
         if features.ndim < 3 or not features.is_floating_point():
             raise ValueError(
-                f"features must be (B, F, *spatial), floating point, got {tuple(features.shape)} {features.dtype}"
+                f"features must be (B, F, *spatial) floating point, "
+                f"got {tuple(features.shape)} {features.dtype}"
             )
         if labels.shape[:1] != features.shape[:1] or labels.shape[2:] != features.shape[2:]:
             raise ValueError(
@@ -187,7 +189,8 @@ class VoxelSupConLoss(nn.Module):
             )
         if pair_ids.shape != (len(y), 1, *y.shape[1:]) or pair_ids.dtype != torch.int64:
             raise ValueError(
-                f"pair_ids must be {(len(y), 1, *y.shape[1:])} int64, got {tuple(pair_ids.shape)} {pair_ids.dtype}"
+                f"pair_ids must be {(len(y), 1, *y.shape[1:])} int64, "
+                f"got {tuple(pair_ids.shape)} {pair_ids.dtype}"
             )
         ids = pair_ids[:, 0]
         if scan_ids is None:

@@ -1,0 +1,138 @@
+"""The batch and the bank as one list of keys, parted into anchors and keys that are no anchors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._checks import check_in_range
+from ._positives import mean_dot
+from ._similarity import UnitVectors, Widen
+from ._tiles import Criterion
+
+Weights = tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Voxels:
+    """What the loss is given, checked: embeddings (N, D), the rest (N,); None: ids that no option needs."""
+
+    embeddings: Tensor
+    labels: Tensor
+    pair_ids: Tensor | None
+    view_ids: Tensor | None
+    may_anchor: Tensor
+
+    def take(self, kept: Tensor) -> Voxels:
+        return Voxels(
+            self.embeddings[kept],
+            self.labels[kept],
+            self.pair_ids[kept] if self.pair_ids is not None else None,
+            self.view_ids[kept] if self.view_ids is not None else None,
+            self.may_anchor[kept],
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All R keys (the batch, then the bank), of which A are anchors and M are not."""
+
+    x: Tensor  # (A, D) anchors
+    y: Tensor  # (M, D) other keys
+    z: Tensor  # (R, D) both, in their first order
+    own: Tensor  # (A,) rows of z that are anchors
+    rest: Tensor  # (M,) rows of z that are not
+    labels: Tensor  # (R,)
+    views: Tensor | None  # (R,)
+    groups: Tensor  # (R,) equal: positive pair
+    subgroups: Tensor | None  # (R,) equal: the same group and view
+    n_positives: Tensor  # (A,) |P(i)|, > 0
+    weights: Tensor  # (A,) w
+    key_weights: tuple[Tensor, Tensor] | None  # (A,), (M,) k
+
+    def criterion(self, ids: Tensor, equal: bool) -> Criterion:
+        return Criterion(ids[self.own], ids[self.rest], equal)
+
+    def mean_dot(self) -> Tensor:
+        """(A,) mean over P(i) of z_i . z_p."""
+        return mean_dot(self.x, self.z, self.own, self.groups, self.subgroups, self.n_positives)
+
+
+def make_rows(
+    batch: Voxels,
+    bank: tuple[Tensor, Tensor],
+    unit_length: bool,
+    ignore_index: int | None,
+    class_weights: Weights,
+    key_weights: Weights,
+) -> Rows | None:
+    """Leave out what is ignored, count positives, and choose the anchors: those with w > 0 and a positive.
+
+    Returns:
+        None where there is no anchor.
+    """
+    stored, stored_labels = bank
+    if ignore_index is not None:
+        batch = batch.take(batch.labels != ignore_index)
+        stored, stored_labels = (
+            stored[stored_labels != ignore_index],
+            stored_labels[stored_labels != ignore_index],
+        )
+    # Only now do the vectors count: an ignored voxel may hold anything, NaN included.
+    vectors: Callable[[Tensor], Tensor] = (UnitVectors if unit_length else Widen).apply
+    z = vectors(batch.embeddings)
+    stored = vectors(stored.detach()).to(z.dtype)
+    n_batch, n_stored = len(z), len(stored)
+
+    labels = torch.cat((batch.labels, stored_labels))
+    check_in_range("labels", labels, class_weights, key_weights)
+    views = _with_stored(batch.view_ids, n_stored) if batch.view_ids is not None else None
+    if batch.pair_ids is not None:
+        groups = _with_stored(batch.pair_ids, n_stored)
+    else:
+        groups = torch.unique(labels, return_inverse=True)[1]
+    subgroups = None
+    n_positives = _occurrences(groups)
+    if views is None:
+        n_positives -= 1
+    else:
+        subgroups = torch.unique(groups * (n_batch + 1) + views, return_inverse=True)[1]
+        n_positives -= _occurrences(subgroups)
+
+    w = z.new_tensor(class_weights)[labels] if class_weights is not None else z.new_ones(len(labels))
+    may_anchor = torch.cat((batch.may_anchor, batch.may_anchor.new_zeros(n_stored)))
+    is_anchor = may_anchor & (n_positives > 0) & (w > 0)
+    own, rest = is_anchor.nonzero()[:, 0], (~is_anchor).nonzero()[:, 0]
+    if len(own) == 0:
+        return None
+    # The bank needs no gradient; neither does y where nothing but the bank is in it.
+    beside = rest[rest < n_batch]
+    k = z.new_tensor(key_weights)[labels] if key_weights is not None else None
+    return Rows(
+        x=z if len(own) == n_batch else z[own],
+        y=torch.cat((z[beside], stored)) if len(beside) else stored,
+        z=torch.cat((z, stored)) if n_stored else z,
+        own=own,
+        rest=rest,
+        labels=labels,
+        views=views,
+        groups=groups,
+        subgroups=subgroups,
+        n_positives=n_positives[own].to(z.dtype),
+        weights=w[own],
+        key_weights=(k[own], k[rest]) if k is not None else None,
+    )
+
+
+def _with_stored(ids: Tensor, n_stored: int) -> Tensor:
+    """Ids as 0, 1, ..., and after them one that no voxel of the batch has, for the bank's entries."""
+    found, compact = torch.unique(ids, return_inverse=True)
+    return torch.cat((compact, compact.new_full((n_stored,), len(found))))
+
+
+def _occurrences(ids: Tensor) -> Tensor:
+    """How often each row's id occurs."""
+    return torch.bincount(ids)[ids] if len(ids) else ids
