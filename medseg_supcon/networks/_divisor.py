@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from medseg_supcon.errors import ConfigError
 
@@ -43,23 +43,16 @@ def size_divisor(
     """
     if not isinstance(network, nn.Module):
         network = build_network(network)
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        base = (_BASE,) * spatial_dims
-        failure = _failure(network, in_channels, base)
-        if failure is not None:
-            raise ConfigError(
-                f"{type(network).__name__} does not run on a patch of {base} voxels with {in_channels} "
-                f"channel(s): {failure}. Give a network that takes any patch size, with in_channels as "
-                "the scans have."
-            )
-        return tuple(
-            _divisor_of_axis(network, in_channels, spatial_dims, axis) for axis in range(spatial_dims)
+    shadow = _weightless(network).eval()
+    base = (_BASE,) * spatial_dims
+    failure = _failure(shadow, in_channels, base)
+    if failure is not None:
+        raise ConfigError(
+            f"{type(network).__name__} does not run on a patch of {base} voxels with {in_channels} "
+            f"channel(s): {failure}. Give a network that takes any patch size, with in_channels as "
+            "the scans have."
         )
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    return tuple(_divisor_of_axis(shadow, in_channels, spatial_dims, axis) for axis in range(spatial_dims))
 
 
 def round_patch(
@@ -96,6 +89,20 @@ def round_patch(
     )
 
 
+def _weightless(network: nn.Module) -> nn.Module:
+    """A copy on the meta device, of which no weight is ever copied."""
+    memo: dict[int, object] = {}
+    for module in network.modules():
+        # DynUNet keeps its last side outputs, which cannot be copied while they belong to a graph
+        kept = [tensor for value in vars(module).values() if isinstance(value, list) for tensor in value]
+        for tensor in [*kept, *module.buffers(recurse=False)]:
+            if isinstance(tensor, torch.Tensor):
+                memo[id(tensor)] = tensor.detach().to("meta")
+        for parameter in module.parameters(recurse=False):
+            memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    return copy.deepcopy(network, memo)
+
+
 def _divisor_of_axis(network: nn.Module, in_channels: int, spatial_dims: int, axis: int) -> int:
     for divisor in _DIVISORS:
         shape = [_BASE] * spatial_dims
@@ -111,11 +118,10 @@ def _divisor_of_axis(network: nn.Module, in_channels: int, spatial_dims: int, ax
 
 def _failure(network: nn.Module, in_channels: int, shape: Sequence[int]) -> str | None:
     """Why the network does not map ``shape`` to itself, or None."""
-    state = [*network.named_parameters(), *network.named_buffers()]
     x = torch.empty(1, in_channels, *shape, device="meta")
     try:
         with torch.no_grad():
-            output = functional_call(network, {name: tensor.to("meta") for name, tensor in state}, (x,))
+            output = network(x)
     # networks refuse a shape in whatever way the layer that meets it first does
     except Exception as error:
         return str(error).strip().split("\n")[0] or type(error).__name__
