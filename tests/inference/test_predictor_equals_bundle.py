@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import UNET, blobs, save_nifti
 from monai.bundle import ConfigWorkflow
+from toy_runs import UNET, blobs, save_nifti, threshold_weights
 
 from medseg_supcon.inference import Predictor
 
@@ -63,3 +66,86 @@ def test_same_masks(make_run: Callable[..., Path], tmp_path: Path, plan: dict[st
         a, b = np.asarray(ours.dataobj), np.asarray(theirs.dataobj)
         assert len(np.unique(b)) > 1 or name == "slice.nii.gz"
         assert (a != b).sum() <= max(2, 1e-3 * a.size), name  # ties
+
+
+TWO_CHANNELS = [
+    {"_target_": "SplitDimd", "keys": "image", "output_postfixes": ["0", "1"], "dim": 0, "keepdim": True},
+    {"_target_": "NormalizeIntensityd", "keys": "image_0"},
+    {
+        "_target_": "ScaleIntensityRanged",
+        "keys": "image_1",
+        "a_min": 0.5,
+        "a_max": 2.5,
+        "b_min": -1,
+        "b_max": 1,
+        "clip": True,
+    },
+    {"_target_": "ConcatItemsd", "keys": ["image_0", "image_1"], "name": "image", "dim": 0},
+    {"_target_": "DeleteItemsd", "keys": ["image_0", "image_1"]},
+]
+
+
+@pytest.mark.parametrize("intensity", [[], TWO_CHANNELS])
+def test_several_channels(make_run: Callable[..., Path], tmp_path: Path, intensity: list[Any]) -> None:
+    """nnU-Net's channel files and a 4-D file of the same voxels give one mask, here and in the bundle."""
+    plan = {"channels": ["CT", "MRI"], "intensity": intensity, "spacing": [1.3, 1.0, 2.0]}
+    run = make_run(network_def={**UNET, "in_channels": 2}, **plan)
+    scans, both = tmp_path / "scans", np.stack([blobs((20, 24, 16), s) for s in (1, 2)], -1)
+    save_nifti(scans / "whole.nii.gz", both, OBLIQUE)
+    for channel in (0, 1):
+        save_nifti(scans / f"case_{channel:04d}.nii.gz", both[..., channel], OBLIQUE)
+    bundle = bundle_masks(run, scans, tmp_path / "bundle")
+    assert set(bundle) == {"whole.nii.gz", "case.nii.gz"}
+    manifest = Predictor(run, device="cpu").run([scans], tmp_path / "ours")
+    assert manifest["summary"]["done"] == 2
+    masks = [np.asarray(image.dataobj) for image in bundle.values()]
+    masks += [np.asarray(nib.load(tmp_path / "ours" / name).dataobj) for name in bundle]
+    assert len(np.unique(masks[0])) > 1
+    for mask in masks[1:]:
+        assert mask.shape == (20, 24, 16)
+        assert (mask != masks[0]).sum() <= 5
+
+
+def test_label_values(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """Negative, large and fractional values of label files come back, in the smallest type for them."""
+    save_nifti(tmp_path / "scans" / "a.nii.gz", blobs((12, 12, 12)))
+    kinds = {(0, -3, 200): np.int16, (0, 1, 300): np.uint16, (0, 1, 2.5): np.float32, (0, 1, 2): np.uint8}
+    for number, (values, kind) in enumerate(kinds.items()):
+        labels = dict(zip(("background", "organ", "lesion"), values, strict=True))
+        run = make_run(f"run{number}", weights=threshold_weights(), labels=labels)
+        bundle = bundle_masks(run, tmp_path / "scans", tmp_path / f"bundle{number}")["a.nii.gz"]
+        ours = Predictor(run, device="cpu").predict(tmp_path / "scans" / "a.nii.gz").mask
+        assert bundle.get_data_dtype() == ours.dtype == kind
+        assert set(np.unique(ours)) == set(values)
+        assert (np.asarray(bundle.dataobj) == ours).all()
+
+
+def test_the_command_from_another_folder(threshold_run: Path, tmp_path: Path) -> None:
+    scan = save_nifti(tmp_path / "scans" / "a.b.nii.gz", blobs((12, 14, 10)), OBLIQUE)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = [
+        sys.executable,
+        "-m",
+        "monai.bundle",
+        "run",
+        "--bundle_root",
+        os.path.relpath(threshold_run, elsewhere),
+    ]
+    command += ["--config_file", str(threshold_run / "configs" / "inference.yaml")]
+    command += ["--dataset_dir", str(tmp_path / "scans"), "--output_dir", str(tmp_path / "out")]
+    subprocess.run(command, cwd=elsewhere, check=True, capture_output=True, timeout=300)
+    mask = nib.load(tmp_path / "out" / "a.b.nii.gz")
+    assert (np.asarray(mask.dataobj) == Predictor(threshold_run, device="cpu").predict(scan).mask).all()
+
+
+def test_bundle_refuses_an_empty_folder_and_equal_names(threshold_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    with pytest.raises(RuntimeError) as error:
+        bundle_masks(threshold_run, tmp_path / "scans", tmp_path / "out")
+    assert "holds no NIfTI files" in str(error.value.__cause__)
+    for ending in (".nii", ".nii.gz"):
+        save_nifti(tmp_path / "scans" / f"a{ending}", blobs((12, 14, 10)))
+    with pytest.raises(RuntimeError) as error:
+        bundle_masks(threshold_run, tmp_path / "scans", tmp_path / "out")
+    assert "one file per scan" in str(error.value.__cause__)
