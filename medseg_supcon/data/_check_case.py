@@ -86,7 +86,7 @@ def _intensities(looked: Looked, path: Path, data: npt.NDArray[Any]) -> None:
                 f"{where}has the value {low:g} everywhere: an empty scan. Leave it out.",
             )
             continue
-        voxels = np.ascontiguousarray(channel, dtype=np.float32)
+        voxels = np.ascontiguousarray(channel.T, dtype=np.float32)  # NIfTI lies in Fortran order
         content = hashlib.blake2b(voxels.data, digest_size=16, person=b"voxels")
         content.update(repr(voxels.shape).encode())
         looked.contents.append((path, content.digest()))

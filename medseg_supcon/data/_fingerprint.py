@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from medseg_supcon.data._dataset import Case, Dataset
 from medseg_supcon.data._labels import class_indices
-from medseg_supcon.data._volume import Volume, in_parallel, read_header, read_volume
+from medseg_supcon.data._volume import Volume, count_values, in_parallel, read_header, read_volume
 from medseg_supcon.errors import DataError
 
 __all__ = ["CaseFingerprint", "Fingerprint", "channel_arrays", "fingerprint", "readable"]
@@ -198,15 +198,16 @@ def _of_case(case: Case, dataset: Dataset) -> CaseFingerprint:
             )
     plan = {"labels": dataset.labels, "ignore_label": dataset.ignore_label}
     indices = class_indices(label, plan, case.label)
-    counts = np.bincount(indices[indices >= 0].ravel(), minlength=len(dataset.labels))
-    inside = np.flatnonzero(indices.ravel() > 0)
+    found = count_values(indices)
+    counts = tuple(found.get(float(c), 0) for c in range(len(dataset.labels)))
+    inside = np.flatnonzero(indices.ravel(order="F") > 0)  # NIfTI lies in Fortran order: no copy
     inside = inside[
         :: max(1, len(inside) // SAMPLES_PER_CASE)
     ]  # evenly spread, no draw: the plan is reproducible
-    values = np.stack([array.reshape(-1)[inside].astype(np.float32) for array in channels])
+    values = np.stack([array.ravel(order="F")[inside].astype(np.float32) for array in channels])
     values = values[:, np.isfinite(values).all(axis=0)]
     geometry = _geometry(case.images[0], channels[0].shape, volumes[0].affine)
-    return CaseFingerprint(case.name, *geometry, tuple(int(n) for n in counts), values)
+    return CaseFingerprint(case.name, *geometry, counts, values)
 
 
 def _geometry(

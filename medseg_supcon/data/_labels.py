@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medseg_supcon.data._volume import count_values, in_parallel, read_volume
+from medseg_supcon.data._volume import as_whole, count_values, in_parallel, read_volume, slabs
 from medseg_supcon.errors import ConfigError, DataError
 from medseg_supcon.losses import IGNORE_INDEX
 
@@ -19,6 +19,7 @@ Labels = dict[str, "int | float"]
 
 # Values of float label files carry rounding of the scaling; a value this close to a declared one is that one.
 TOLERANCE = 1e-3
+STRAY = np.iinfo(np.int16).min
 
 
 def plain(value: float) -> int | float:
@@ -156,14 +157,33 @@ def class_indices(
         [0, 1, -1]
     """
     values, indices = label_mapping(plan)
-    out = np.full(label.shape, np.iinfo(np.int16).min, dtype=np.int16)
-    for value, index in zip(values, indices, strict=True):
-        out[label == value if label.dtype.kind in "bui" else np.abs(label - value) <= TOLERANCE] = index
-    stray = out == np.iinfo(np.int16).min
-    if stray.any():
-        found = sorted({float(value) for value in np.unique(label[stray])[:5]})
+    out = np.empty_like(label, dtype=np.int16)
+    found: set[float] = set()
+    for part in slabs(label.shape[-1] if label.ndim else 0, label.size):
+        out[..., part] = indexed = _indexed(label[..., part], values, indices)
+        stray = indexed == STRAY
+        if stray.any():
+            found |= {float(value) for value in np.unique(label[..., part][stray])}
+    if found:
+        few = ", ".join(f"{value:g}" for value in sorted(found)[:5])
         raise DataError(
-            f"{source}: holds {', '.join(f'{value:g}' for value in found)}, but the declared values are "
+            f"{source}: holds {few}, but the declared values are "
             f"{', '.join(f'{value:g}' for value in values)}. Correct the label map or declare the value."
         )
     return out
+
+
+def _indexed(label: npt.NDArray[Any], values: list[int | float], indices: list[int]) -> npt.NDArray[np.int16]:
+    """Class indices, `STRAY` where a value is none of `values`; by a table where all values are integers."""
+    whole = as_whole(label)
+    if whole is None:
+        out = np.full(label.shape, STRAY, dtype=np.int16)
+        for value, index in zip(values, indices, strict=True):
+            out[np.abs(label - value) <= TOLERANCE] = index
+        return out
+    low = int(whole.min())
+    table = np.full(int(whole.max()) - low + 1, STRAY, dtype=np.int16)
+    for value, index in zip(values, indices, strict=True):
+        if float(value).is_integer() and 0 <= value - low < len(table):
+            table[int(value) - low] = index
+    return table[whole.astype(np.int64) - low]

@@ -122,18 +122,11 @@ def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:
 def _with_channel_files(case: Case) -> Case:
     """The case with ``name_0000`` and so on in place of ``name``, as nnU-Net's older lists mean it."""
     image = case.images[0]
-    ending = image.name[len(stem(image)) :]
-    if (
-        len(case.images) > 1
-        or os.path.exists(image)
-        or not os.path.exists(  # noqa: PTH110
-            image.with_name(f"{stem(image)}_0000{ending}")
-        )
-    ):
+    if len(case.images) > 1 or os.path.exists(image):  # noqa: PTH110 - as above
         return case
     pattern = re.compile(re.escape(stem(image)) + r"_\d{4}")
-    files = (file for file in _nifti_files(image.parent) if pattern.fullmatch(stem(file)))
-    return replace(case, images=tuple(files))
+    files = [file for file in _nifti_files(image.parent) if pattern.fullmatch(stem(file))]
+    return replace(case, images=tuple(files) or case.images)
 
 
 def _image_folder(root: Path) -> Path | None:

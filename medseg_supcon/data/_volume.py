@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,21 @@ import numpy.typing as npt
 
 from medseg_supcon.errors import DataError
 
-__all__ = ["NIFTI_ENDINGS", "Volume", "count_values", "in_parallel", "read_header", "read_volume", "stem"]
+__all__ = [
+    "NIFTI_ENDINGS",
+    "Volume",
+    "as_whole",
+    "count_values",
+    "in_parallel",
+    "read_header",
+    "read_volume",
+    "slabs",
+    "stem",
+]
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
+SLAB = 4_000_000
+SMALL_RANGE = 100_000
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -98,28 +110,43 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
+def slabs(length: int, voxels: int) -> Iterator[slice]:
+    """Slices along an axis of `length` that cut an array of `voxels` into pieces of a few million."""
+    step = max(1, SLAB * length // max(voxels, 1))
+    return (slice(start, start + step) for start in range(0, length, step))
+
+
 def count_values(data: npt.NDArray[Any]) -> dict[float, int]:
-    """Finite values of an array and how often each occurs, ascending (fast for label maps)."""
-    flat = data.reshape(-1)
-    if flat.size == 0:
-        return {}
-    if flat.dtype.kind == "f":
-        flat = flat[np.isfinite(flat)]
-        if flat.size == 0:
-            return {}
-        low, high = float(flat.min()), float(flat.max())
-        if abs(low) > 1e6 or abs(high) > 1e6 or not np.array_equal(flat, whole := flat.astype(np.int32)):
-            values, counts = np.unique(flat, return_counts=True)
-            return {float(v): int(c) for v, c in zip(values, counts, strict=True)}
-        flat = whole
-    start, end = int(flat.min()), int(flat.max())
-    if end - start > 1_000_000:
-        values, counts = np.unique(flat, return_counts=True)
-        return {float(v): int(c) for v, c in zip(values, counts, strict=True)}
-    if start < 0 or end > 255 or flat.dtype.kind == "b":
-        flat = flat.astype(np.int64) - min(start, 0)
-    counts = np.bincount(flat)
-    return {float(i + min(start, 0)): int(counts[i]) for i in np.flatnonzero(counts)}
+    """Finite values of an array and how often each occurs, ascending (fast and lean for label maps)."""
+    counts: dict[float, int] = {}
+    flat = data.ravel(order="K")
+    for part in slabs(flat.size, flat.size):
+        for value, count in _count(flat[part]):
+            counts[value] = counts.get(value, 0) + count
+    return dict(sorted(counts.items()))
+
+
+def _count(flat: npt.NDArray[Any]) -> Iterator[tuple[float, int]]:
+    whole = as_whole(flat)
+    if whole is None:
+        found = np.unique(flat[np.isfinite(flat)], return_counts=True)
+        return ((float(value), int(count)) for value, count in zip(*found, strict=True))
+    low = int(whole.min())
+    numbers = np.bincount(whole.astype(np.int64) - low)
+    return ((float(i + low), int(numbers[i])) for i in np.flatnonzero(numbers))
+
+
+def as_whole(data: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+    """The array as integers of a small range, if it holds nothing else; None otherwise."""
+    if data.size == 0:
+        return None
+    low, high = float(data.min()), float(data.max())
+    if not (low >= -SMALL_RANGE and high <= SMALL_RANGE):  # NaN fails both
+        return None
+    if data.dtype.kind != "f":
+        return data
+    whole = data.astype(np.int32)
+    return whole if np.array_equal(whole, data) else None
 
 
 def in_parallel(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from monai.transforms import MapLabelValued
 
 from medseg_supcon.data import (
@@ -19,6 +21,7 @@ from medseg_supcon.data import (
     split_cases,
     write_datalist,
 )
+from medseg_supcon.data._volume import count_values
 from medseg_supcon.errors import DataError
 
 PLAN = {"labels": {"background": 0, "tumour": 4, "vessel": 0.5}, "ignore_label": 255}
@@ -86,3 +89,34 @@ def test_class_indices(dtype):
     for stray in (1, 2, 3, 0.4, -1, 254):
         with pytest.raises(DataError, match=rf"seg\.nii: holds {stray}, .*0, 4, 0\.5, 255"):
             class_indices(np.array([0, stray], dtype=dtype), PLAN, "seg.nii")
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.data())
+def test_class_indices_agree_with_a_loop(data):
+    values = data.draw(st.lists(st.sampled_from([0, 1, 2, 0.5, 7, 255, -3, 40_000]), min_size=2, unique=True))
+    plan = {"labels": {str(v): v for v in values[:-1]}, "ignore_label": values[-1]}
+    shape = data.draw(st.tuples(*[st.integers(1, 4)] * 3))
+    drawn = data.draw(st.lists(st.sampled_from(values), min_size=64, max_size=64))
+    label = np.resize(np.array(drawn, dtype=np.float32), shape)
+    if data.draw(st.booleans()):
+        label = np.asfortranarray(label)
+    order = {float(v): i for i, v in enumerate(values[:-1])}
+    found = class_indices(label, plan)
+    assert found.ravel().tolist() == [order.get(v, -1) for v in label.ravel().tolist()]
+    counts = count_values(label)
+    assert counts == {float(v): int((label == v).sum()) for v in np.unique(label)}
+    if float(label.max()).is_integer() and not (label % 1).any():
+        assert np.array_equal(class_indices(label.astype(np.int32), plan), found)
+
+
+def test_large_label_maps_are_taken_in_slabs(monkeypatch):
+    rng = np.random.default_rng(0)
+    label = np.asfortranarray(rng.choice([0, 0.5, 4, 255], size=(5, 6, 23)).astype(np.float32))
+    whole, counts = class_indices(label, PLAN), count_values(label)
+    monkeypatch.setattr("medseg_supcon.data._volume.SLAB", 64)
+    assert np.array_equal(class_indices(label, PLAN), whole)
+    assert count_values(label) == counts == {float(v): int((label == v).sum()) for v in (0, 0.5, 4, 255)}
+    label[-1, -1, -1] = 9
+    with pytest.raises(DataError, match="holds 9"):
+        class_indices(label, PLAN)
