@@ -18,12 +18,16 @@ RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's world is LPS
 
 
 def ras_affine(image: Any) -> Affine:
-    """Voxel indices to RAS+ mm of a 3-D SimpleITK image."""
+    """Voxel indices to RAS+ mm of a 3-D SimpleITK image, to the precision that NIfTI stores.
+
+    MONAI's Spacing aligns its grid by corners or by centres, depending on the last digits of an oblique
+    affine: rounded like this, a scan gives one mask whatever format it came in.
+    """
     affine = np.eye(4)
     direction = np.array(image.GetDirection()).reshape(3, 3)
     affine[:3, :3] = direction * np.array(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()
-    return np.asarray(RAS @ affine)
+    return np.asarray(RAS @ affine, dtype=np.float32).astype(np.float64)
 
 
 def read_itk(files: Sequence[Path], channels: int, dicom: bool = False) -> Volume:

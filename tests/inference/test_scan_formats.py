@@ -1,0 +1,255 @@
+"""Formats that SimpleITK reads, folders of scans, names, and what is refused with which sentence."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scipy.spatial.transform import Rotation
+from toy_runs import UNET, blobs, save_nifti, threshold_weights
+
+from medseg_supcon.errors import DataError
+from medseg_supcon.inference import Predictor, find_scans
+from medseg_supcon.inference._read import read_scan
+
+DIRECTION = Rotation.from_euler("xyz", [10, -20, 30], degrees=True).as_matrix()
+
+
+def sitk_scan(scan: np.ndarray, spacing: tuple[float, ...] = (0.8, 0.9, 2.4)) -> sitk.Image:
+    """(X, Y, Z) as a SimpleITK image in an oblique place."""
+    image = sitk.GetImageFromArray(scan.T)
+    image.SetSpacing(spacing)
+    image.SetOrigin((-12.0, 34.0, 56.0))
+    image.SetDirection(DIRECTION.ravel())
+    return image
+
+
+def write_series(
+    folder: Path,
+    scan: np.ndarray,
+    uid: str = "1.2.3",
+    number: int = 1,
+    skip: int | None = None,
+    step: Any = None,
+) -> None:
+    """A DICOM series, a file a slice, with a patient's name in it."""
+    image = sitk_scan(scan.astype(np.int16))
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for k in range(image.GetSize()[2]):
+        if k == skip:
+            continue
+        part = image[:, :, k]
+        position = image.TransformIndexToPhysicalPoint((0, 0, k)) if step is None else step(image, k)
+        tags = {
+            "0008|0060": "MR",
+            "0010|0010": "DOE^JANE",
+            "0010|0020": "PATIENT4711",
+            "0020|000e": uid,
+            "0020|000d": "1.9.9",
+            "0008|0018": f"{uid}.{k}",
+            "0020|0011": str(number),
+            "0020|0013": str(k),
+            "0020|0032": "\\".join(f"{p:.6f}" for p in position),
+            "0020|0037": "\\".join(
+                f"{d:.8f}" for d in np.array(image.GetDirection()).reshape(3, 3).T[:2].ravel()
+            ),
+            "0018|0050": str(image.GetSpacing()[2]),
+        }
+        for tag, value in tags.items():
+            part.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{uid}_{(7 * k) % 31:03d}.dcm"))
+        writer.Execute(part)
+
+
+@pytest.mark.parametrize("ending", [".mha", ".mhd", ".nrrd", ".nii.gz"])
+def test_formats_give_the_same_mask(threshold_run: Path, tmp_path: Path, ending: str) -> None:
+    image = sitk_scan(blobs((15, 12, 8)))
+    sitk.WriteImage(image, str(tmp_path / f"scan{ending}"))
+    sitk.WriteImage(image, str(tmp_path / "same.nii"))
+    predictor = Predictor(threshold_run, device="cpu")
+    assert predictor.run([tmp_path / f"scan{ending}"], tmp_path / "out")["summary"]["done"] == 1
+    mask = sitk.ReadImage(str(tmp_path / "out" / "scan.nii.gz"))
+    for what in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+        np.testing.assert_allclose(getattr(mask, what)(), getattr(image, what)(), atol=1e-5)
+    expected = predictor.predict(tmp_path / "same.nii").mask
+    assert (expected != sitk.GetArrayFromImage(mask).T).sum() <= 2
+
+
+def test_dicom_series(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    divide = [{"_target_": "NormalizeIntensityd", "keys": "image", "subtrahend": 0.0, "divisor": 100.37}]
+    run = make_run(weights=threshold_weights(), intensity=divide)
+    scan = np.round(blobs((15, 12, 8)) * 100)
+    write_series(tmp_path / "MR_T1", scan)
+    (tmp_path / "MR_T1" / "notes.txt").write_text("not a scan")
+    sitk.WriteImage(sitk_scan(scan.astype(np.int16)), str(tmp_path / "same.nii"))
+    predictor = Predictor(run, device="cpu")
+    manifest = predictor.run([tmp_path / "MR_T1"], tmp_path / "out")
+    assert manifest["summary"]["done"] == 1
+    mask = nib.load(tmp_path / "out" / "MR_T1.nii.gz")
+    same = predictor.predict(tmp_path / "same.nii")
+    np.testing.assert_allclose(mask.affine, same.grid.affine, atol=1e-4)
+    assert (np.asarray(mask.dataobj) != same.mask).sum() <= 2
+    text = (tmp_path / "out" / "manifest.json").read_text()
+    for secret in ("DOE", "4711", "1.2.3"):
+        assert secret not in text
+
+
+def test_several_series_in_a_folder_are_told_apart(tmp_path: Path) -> None:
+    write_series(tmp_path / "study", np.ones((6, 5, 4)), "1.2.5", 12)
+    write_series(tmp_path / "study", np.ones((6, 5, 3)), "1.2.4", 3)
+    scans = find_scans([tmp_path / "study"])
+    assert [scan.name for scan in scans] == ["study_series3", "study_series12"]
+    assert [len(scan.files) for scan in scans] == [3, 4]
+    assert [scan.name for scan in find_scans([tmp_path])] == ["study_series3", "study_series12"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"skip": 3},
+        {"step": lambda image, k: np.add(image.TransformIndexToPhysicalPoint((0, 0, k)), (0, 0.5 * k, 0))},
+    ],
+    ids=["missing slice", "tilted gantry"],
+)
+def test_uneven_dicom_is_refused(tmp_path: Path, fault: dict[str, Any]) -> None:
+    write_series(tmp_path / "series", np.ones((6, 5, 8)), **fault)
+    with pytest.raises(DataError, match=r"series: the slices are not evenly spaced"):
+        read_scan(find_scans([tmp_path / "series"])[0], 1)
+
+
+def _text(path: Path) -> None:
+    path.write_text("this is no scan")
+
+
+def _cut(path: Path) -> None:
+    save_nifti(path.with_name("whole.nii.gz"), np.random.default_rng(0).normal(size=(30, 30, 30)))
+    path.write_bytes(path.with_name("whole.nii.gz").read_bytes()[:20_000])
+    path.with_name("whole.nii.gz").unlink()
+
+
+def _cut_plain(path: Path) -> None:
+    save_nifti(path, np.zeros((30, 30, 30)))
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def _with(array: np.ndarray, affine: np.ndarray | None = None) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        image = nib.Nifti1Image(array, np.eye(4), dtype=array.dtype)
+        image.set_sform(np.eye(4) if affine is None else affine, 1)
+        nib.save(image, path)
+
+    return write
+
+
+def _nan_affine(path: Path) -> None:
+    save_nifti(path, np.zeros((4, 4, 4)))
+    content = bytearray(path.read_bytes())
+    content[280:284] = np.float32(np.nan).tobytes()  # srow_x[0]
+    path.write_bytes(content)
+
+
+def _itk(array: np.ndarray, vector: bool = False) -> Callable[[Path], None]:
+    return lambda path: sitk.WriteImage(sitk.GetImageFromArray(array, isVector=vector), str(path))
+
+
+SHEARED = np.array([[1, 0.2, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+NAN = np.where(np.arange(27).reshape(3, 3, 3) == 5, np.nan, 1.0)
+RGB = np.zeros((4, 4, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+BAD: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "text": ("a.nii.gz", _text, "damaged or cut short"),
+    "empty file": ("a.nii", lambda p: p.touch(), "damaged or cut short"),
+    "truncated gzip": ("a.nii.gz", _cut, "damaged or cut short"),
+    "truncated plain": ("a.nii", _cut_plain, "damaged or cut short"),
+    "gzip of nothing": ("a.nii.gz", lambda p: p.write_bytes(gzip.compress(b"")), "damaged or cut short"),
+    "2-D": ("a.nii", _with(np.zeros((8, 8))), "2-D images"),
+    "4-D series": ("a.nii", _with(np.zeros((8, 8, 4, 10))), "time series"),
+    "5-D": ("a.nii", _with(np.zeros((4, 4, 4, 2, 3))), "fourth axis"),
+    "no voxels": ("a.nii", _with(np.zeros((4, 0, 4))), "3-D scan"),
+    "sheared": ("a.nii", _with(np.zeros((4, 4, 4)), SHEARED), "sheared"),
+    "singular": ("a.nii", _with(np.zeros((4, 4, 4)), np.diag([1.0, 1, 0, 1])), "position in space"),
+    "parallel axes": (
+        "a.nii",
+        _with(np.zeros((4, 4, 4)), np.array([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])),
+        "parallel",
+    ),
+    "NaN affine": ("a.nii", _nan_affine, "position in space"),
+    "NaN": ("a.nii", _with(NAN), "1 voxels are NaN or infinite"),
+    "infinite": ("a.nii", _with(np.full((3, 3, 3), np.inf)), "27 voxels are NaN or infinite"),
+    "too large for float32": ("a.nii", _with(np.full((3, 3, 3), 1e300)), "NaN or infinite"),
+    "complex": ("a.nii", _with(np.zeros((3, 3, 3), dtype=np.complex64)), "one real number each"),
+    "colours": ("a.nii", _with(RGB), "one real number each"),
+    "2-D mha": ("a.mha", _itk(np.zeros((8, 8))), "expected a 3-D scan"),
+    "4-D mha": ("a.mha", _itk(np.zeros((5, 4, 4, 4)), False), "expected a 3-D scan, found 4 dimensions"),
+    "4-D nrrd": ("a.nrrd", _itk(np.zeros((5, 4, 4, 4)), False), "3-D scan"),
+    "text mha": ("a.mha", _text, "damaged or not the format"),
+    "text nrrd": ("a.nrrd", _text, "damaged or not the format"),
+    "vector mha": (
+        "a.mha",
+        lambda p: sitk.WriteImage(sitk.Image([4, 4, 4], sitk.sitkVectorUInt8, 3), str(p)),
+        "3 volumes",
+    ),
+    "text dcm": ("a.dcm", _text, "damaged or not the format"),
+    "picture": ("a.png", _text, "not a scan"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_refused(tmp_path: Path, kind: str) -> None:
+    name, write, sentence = BAD[kind]
+    write(tmp_path / name)
+    with pytest.raises(DataError) as error:
+        read_scan(find_scans([tmp_path / name])[0], 1)
+    assert str(tmp_path / name) in str(error.value)
+    assert sentence in str(error.value)
+    assert str(error.value).endswith(".")
+    assert "\n" not in str(error.value)
+
+
+def test_paths_that_hold_no_scan(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    scans = find_scans([tmp_path / "missing.nii.gz", tmp_path / "empty"])
+    assert "no such file" in str(scans[0].problem)
+    assert "holds no scan" in str(scans[1].problem)
+
+
+def test_folders_and_names(tmp_path: Path) -> None:
+    for name in ("b.nii.gz", "a.v1.nii", "C.NII.GZ", "._b.nii.gz", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [scan.name for scan in find_scans([tmp_path])] == ["C", "a.v1", "b"]
+    # The same file twice is one scan.
+    assert len(find_scans([tmp_path, tmp_path / "b.nii.gz"])) == 3
+
+
+def test_two_scans_of_one_name_are_both_refused(tmp_path: Path) -> None:
+    for name in ("x/a.nii.gz", "y/a.nrrd", "y/b.nii"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    scans = {str(s.files[0].relative_to(tmp_path)): s for s in find_scans([tmp_path / "x", tmp_path / "y"])}
+    assert "a.nrrd" in str(scans["x/a.nii.gz"].problem)
+    assert "a.nii.gz" in str(scans["y/a.nrrd"].problem)
+    assert scans["y/b.nii"].problem is None
+
+
+def test_channel_files(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    for name in ("a_0000", "a_0001", "b_0000", "plain"):
+        save_nifti(tmp_path / f"{name}.nii.gz", blobs((8, 8, 8)))
+    save_nifti(tmp_path / "four_0001.nii.gz", np.zeros((8, 8, 8, 2)))
+    scans = {scan.name: scan for scan in find_scans([tmp_path], ["T1", "T2"])}
+    assert set(scans) == {"a", "b", "plain", "four_0001"}
+    assert [file.name for file in scans["a"].files] == ["a_0000.nii.gz", "a_0001.nii.gz"]
+    assert "2 channels" in str(scans["b"].problem)
+    with pytest.raises(DataError, match="holds 1 channels, and the model takes 2"):
+        read_scan(scans["plain"], 2)
+    save_nifti(tmp_path / "a_0001.nii.gz", blobs((8, 8, 9)))
+    with pytest.raises(DataError, match="Channels must share a grid"):
+        read_scan(scans["a"], 2)
+    run = make_run(network_def={**UNET, "in_channels": 2}, channels=["T1", "T2"])
+    assert Predictor(run, device="cpu").predict(tmp_path / "four_0001.nii.gz").mask.shape == (8, 8, 8)
