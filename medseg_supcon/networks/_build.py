@@ -10,7 +10,7 @@ from torch import nn
 
 from medseg_supcon.errors import ConfigError
 
-from ._tap import FeatureTap
+from ._tap import CONVOLUTIONS, FeatureTap
 
 
 def build_network(
@@ -57,10 +57,11 @@ def build_network(
 
 
 def _check_channels(network: nn.Module, shown: str, in_channels: int | None, num_classes: int | None) -> None:
-    weighted = [p for p in network.parameters() if p.ndim in (3, 4, 5)]
-    if in_channels is not None and weighted and weighted[0].shape[1] not in (in_channels, 1):
+    # every network of MONAI defines the layer that reads the scan first
+    taken = next((m.in_channels for m in network.modules() if isinstance(m, CONVOLUTIONS)), in_channels)
+    if in_channels is not None and taken != in_channels:
         raise ConfigError(
-            f"network_def {shown} takes {weighted[0].shape[1]} channel(s), but the scans have {in_channels}: "
+            f"network_def {shown} takes {taken} channel(s), but the scans have {in_channels}: "
             f"set in_channels to {in_channels}."
         )
     if num_classes is None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from medseg_supcon.errors import ConfigError
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # extra outputs at lower resolution (DynUNet) are defined after the main one
 _SIDE_OUTPUTS = "deep_supervision_heads"
 _CURE = (
@@ -93,7 +93,7 @@ def _classifier_name(network: nn.Module) -> str:
 
 
 def _is_pointwise(module: nn.Module) -> bool:
-    if not isinstance(module, _CONVOLUTIONS):
+    if not isinstance(module, CONVOLUTIONS):
         return False
     return (
         all(k == 1 for k in module.kernel_size) and all(s == 1 for s in module.stride) and module.groups == 1

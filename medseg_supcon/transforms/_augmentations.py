@@ -56,7 +56,7 @@ def affine(
         raise ValueError(
             f"elastic is a probability, for patches of three axes, got {elastic} and {rank} axes."
         )
-    # uniform noise smoothed by sigma has a standard deviation of 0.087 sigma^-1.5: this gives 0.2 to 1.2 voxels
+    # uniform noise smoothed by sigma deviates by 0.087 sigma^-1.5: times the magnitude, 0.2 to 1.2 voxels
     bent = mt.Rand3DElasticd(keys, prob=1.0, sigma_range=(5.0, 7.0), magnitude_range=(50.0, 150.0), **common)
     return mt.OneOf([bent, straight], weights=[elastic, 1 - elastic])
 

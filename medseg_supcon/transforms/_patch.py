@@ -11,13 +11,14 @@ from torch.nn.functional import pad
 
 
 def crop_box(volume: torch.Tensor, start: Sequence[int], size: Sequence[int], fill: float) -> torch.Tensor:
-    """The voxels ``start .. start + size`` of a (C, *spatial) volume; ``fill`` where the scan has none."""
+    """The voxels ``start .. start + size`` of a (C, *spatial) volume, float32; ``fill`` where it has none."""
     slices, padding = [slice(None)], []
     for first, length, extent in zip(start, size, volume.shape[1:], strict=True):
         low, high = max(first, 0), min(first + length, extent)
         slices.append(slice(low, max(high, low)))
         padding.append((max(low, 0) - first, first + length - max(high, low)))
-    box = volume[tuple(slices)]
+    # a copy, for a policy may write in place; and an unsigned label map could not hold a fill of -1
+    box = volume[tuple(slices)].to(torch.float32, copy=True)
     if any(before or after for before, after in padding):
         box = pad(box, [amount for pair in reversed(padding) for amount in pair], value=fill)
     return box

@@ -105,7 +105,7 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
         image = torch.as_tensor(data[self.image_key])
         affine = affine_of(image)
         image = image.as_subclass(torch.Tensor)
-        label = self._shifted_label(data, image)
+        label = self._label(data, image)
         centre = self._draw_centre(data, image.shape[1:])
         views, geometries = [], []
         for policy, shadow in zip(self.policies, self._shadows, strict=True):
@@ -130,12 +130,12 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
         }
         return {**result, "name": data["name"]} if "name" in data else result
 
-    def _shifted_label(self, data: Mapping[Hashable, Any], image: torch.Tensor) -> torch.Tensor:
-        """The label map + 1 as float32, all 0 (unlabelled) where the case has none."""
+    def _label(self, data: Mapping[Hashable, Any], image: torch.Tensor) -> torch.Tensor:
+        """The label map, all -1 (unlabelled) where the case has none."""
         label = data.get(self.label_key)
         if label is None:
-            return torch.zeros(1, *image.shape[1:])
-        return torch.as_tensor(label).as_subclass(torch.Tensor).float() + 1
+            return torch.tensor(float(IGNORE_INDEX)).expand(1, *image.shape[1:])
+        return torch.as_tensor(label).as_subclass(torch.Tensor)
 
     def _draw_centre(self, data: Mapping[Hashable, Any], shape: Sequence[int]) -> np.ndarray[Any, Any]:
         anywhere = np.array([self.R.randint(length) for length in shape])
@@ -177,7 +177,7 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
         place = shifted_affine(affine, start)
         return {
             self.image_key: MetaTensor(crop_box(image, start, size, 0.0), affine=place),
-            self.label_key: MetaTensor(crop_box(label, start, size, 0.0), affine=place.clone()),
+            self.label_key: MetaTensor(crop_box(label, start, size, IGNORE_INDEX) + 1, affine=place.clone()),
         }
 
     def _run(self, policy: Any, seed: int, box: Mapping[str, MetaTensor]) -> dict[str, MetaTensor]:

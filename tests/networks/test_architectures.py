@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 from monai.inferers import sliding_window_inference
 from monai.networks.nets import UNet
 from torch import nn
@@ -260,6 +262,20 @@ def test_the_hook_is_gone_after_a_failure() -> None:
     with pytest.raises(RuntimeError):
         FeatureTap(network)(torch.zeros(1, 2, 8, 8, 8))
     assert not network[1]._forward_pre_hooks
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs the gloo backend of torch.distributed")
+def test_distributed(tmp_path: Path) -> None:
+    network = ContrastiveNetwork(nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, CLASSES, 1)))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(network)
+        logits, features = wrapped.train()(torch.randn(1, 1, 6, 6, 6))
+        (logits.sum() + features.sum()).backward()
+        assert all(p.grad is not None for p in network.parameters())
+        assert wrapped.eval()(torch.randn(1, 1, 6, 6, 6)).shape == (1, CLASSES, 6, 6, 6)
+    finally:
+        dist.destroy_process_group()
 
 
 # torch 2.13 looks at .grad of the features where it leaves and re-enters the graph around the hook

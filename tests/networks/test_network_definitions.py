@@ -38,8 +38,9 @@ def test_channels_must_fit_the_plan() -> None:
     assert isinstance(build_network(CONV, in_channels=2, num_classes=3), torch.nn.Conv3d)
     with pytest.raises(ConfigError, match="out_channels to 4"):
         build_network(CONV, num_classes=4)
-    with pytest.raises(ConfigError, match="in_channels to 1"):
-        build_network(CONV, in_channels=1)
+    for scans, takes in ((1, 2), (4, 1)):
+        with pytest.raises(ConfigError, match=f"in_channels to {scans}"):
+            build_network({**CONV, "in_channels": takes}, in_channels=scans)
 
 
 def test_the_definition_is_left_as_it_was() -> None:

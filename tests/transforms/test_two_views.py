@@ -97,10 +97,20 @@ def test_draws_belong_to_the_seed() -> None:
     assert not torch.equal(a["image"][0], a["image"][1])
 
 
+def test_unsigned_label_maps_are_filled_with_minus_one() -> None:
+    scan = case((5, 5, 5))
+    scan["label"] = torch.ones(1, 5, 5, 5, dtype=torch.uint8)
+    item = TwoViewsd(PATCH, identity_view(PATCH)).set_random_state(0)(scan)
+    assert set(item["label"].unique().tolist()) == {-1, 1}
+    assert torch.equal(item["label"] == 1, item["pair_ids"] >= 0)
+
+
 def test_the_case_is_left_as_it_was() -> None:
     scan = case()
     before = copy.deepcopy(scan)
     TwoViewsd(PATCH, standard_view(PATCH)).set_random_state(0)(scan)
+    in_place = mt.Lambdad(("image", "label"), func=lambda x: x.zero_())
+    TwoViewsd(PATCH, in_place, context=0.0).set_random_state(0)(scan)
     assert torch.equal(scan["image"], before["image"])
     assert torch.equal(scan["label"], before["label"])
     assert torch.equal(scan["image"].affine, before["image"].affine)
