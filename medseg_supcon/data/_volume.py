@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -93,6 +94,8 @@ def read_volume(path: Path) -> Volume:
     """
     image = _open(path)
     try:
+        if path.name.lower().endswith(".gz"):  # read to the end: nibabel alone never sees gzip's checksum
+            image = type(image).from_bytes(gzip.decompress(path.read_bytes()))
         with np.errstate(all="ignore"):  # overflow in the scaling shows up as Inf, which is reported
             data = np.asanyarray(image.dataobj)
     except Exception as error:  # gzip, zlib, OS and nibabel errors alike

@@ -30,8 +30,15 @@ def one_hot(label, overlap):
     return classes
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-200])
+def cut(path, bytes_=200):
+    path.write_bytes(path.read_bytes()[:-bytes_])
+
+
+def flip_a_bit(path):
+    """Spoil one voxel of a file whose blocks are stored, not compressed: gzip's checksum alone can tell."""
+    stored = bytearray(gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=0))
+    stored[-20] ^= 1
+    path.write_bytes(bytes(stored))
 
 
 def zero_affine(path):
@@ -46,6 +53,8 @@ FAULTS = {
     "image missing": ("image", "error", "missing", lambda p, d, w: p.unlink()),
     "label missing": ("label", "error", "missing", lambda p, d, w: p.unlink()),
     "image cut short": ("image", "error", "unreadable", lambda p, d, w: cut(p)),
+    "image without its checksum": ("image", "error", "unreadable", lambda p, d, w: cut(p, 6)),
+    "one bit flipped": ("image", "error", "unreadable", lambda p, d, w: flip_a_bit(p)),
     "label cut short": ("label", "error", "unreadable", lambda p, d, w: cut(p)),
     "image empty file": ("image", "error", "unreadable", lambda p, d, w: p.write_bytes(b"")),
     "image is text": ("image", "error", "unreadable", lambda p, d, w: p.write_text("no scan")),
@@ -205,3 +214,18 @@ def test_several_faults_at_once_reach_json_and_table(tmp_path, disk):
     assert [row["case"] for row in report.rows()] == ["case_0", "case_1", "case_2"]
     assert [row["severity"] for row in report.rows()] == ["error", "error", "warning"]
     assert "2 errors, 1 warning" in report.summary()
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_nifti_2_is_read_like_nifti_1(tmp_path, disk, ending):
+    items = []
+    for number in range(2):
+        scan, label = disk.scan_and_label(number)
+        item = {"image": f"images/{number}{ending}", "label": f"labels/{number}{ending}"}
+        for path, data in zip(item.values(), (scan, label), strict=True):
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            nibabel.save(nibabel.Nifti2Image(data, AFFINE), tmp_path / path)
+        items.append(item)
+    dataset = read_dataset(disk.json(tmp_path / "list.json", {"training": items}))
+    assert dataset.labels == {"background": 0, "label 1": 1, "label 2": 2}
+    assert not check_dataset(dataset).findings
