@@ -27,8 +27,8 @@ def balanced_class_weights(counts: Tensor | Sequence[float]) -> Tensor:
         ValueError: not one-dimensional, negative or not finite, or nothing but zeros.
 
     Example:
-        >>> balanced_class_weights([90, 10, 0]).tolist()
-        [0.3703703703703704, 3.3333333333333335, 0.0]
+        >>> balanced_class_weights([12, 4, 0, 8]).tolist()
+        [0.5, 1.5, 0.0, 0.75]
     """
     n_c = torch.as_tensor(counts, dtype=torch.float64)
     if n_c.ndim != 1 or n_c.numel() == 0:

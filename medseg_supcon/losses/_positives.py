@@ -61,12 +61,8 @@ def mean_dot(
     Returns:
         (A,)
     """
-    total = group_sums(rows, groups)[own]
-    if subgroups is None:
-        total = total - x
-    else:
-        total = total - group_sums(rows, subgroups)[own]
-    return (x * total).sum(1) / n
+    left_out = x if subgroups is None else group_sums(rows, subgroups)[own]
+    return (x * (group_sums(rows, groups)[own] - left_out)).sum(1) / n
 
 
 def mean_over_pairs(

@@ -110,7 +110,11 @@ class VoxelSupConLoss(nn.Module):
             z = self.projection(rows) if self.projection is not None else rows
         element, zeros = where[0], torch.zeros_like(where[0])
         label = y[where]
-        pair = ids[where] if ids is not None else zeros
+        pair = zeros
+        if ids is not None:
+            # Voxels without a partner (the sampler `all` takes them, too) must not find each other.
+            pair = ids[where]
+            pair = torch.where(pair >= 0, pair, -1 - torch.arange(len(pair), device=pair.device))
         view = view_ids[element] if view_ids is not None else zeros
 
         if self.within_scan and scan_ids is not None:
