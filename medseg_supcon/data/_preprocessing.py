@@ -14,6 +14,7 @@ from monai.transforms import Compose, LoadImage, ResampleToMatch, Transform
 
 from medseg_supcon.data._labels import class_indices
 from medseg_supcon.errors import RunError
+from medseg_supcon.losses import IGNORE_INDEX
 
 
 def read_preprocessing(bundle_root: str | Path) -> Compose:
@@ -70,7 +71,8 @@ class LabelPreprocessingd(Transform):  # type: ignore[misc]
         affine = label.affine
         if self.trust_scan_affine:
             affine = torch.as_tensor(image.meta["original_affine"], dtype=torch.float64)
-        indices = class_indices(label.numpy(), self.plan, file).astype(np.float32)
-        d["label"] = self.match(MetaTensor(torch.from_numpy(indices), affine=affine), image)
+        # one more than the class index: the zeros that come in from outside the label map are then "ignored"
+        indices = class_indices(label.numpy(), self.plan, file).astype(np.float32) - IGNORE_INDEX
+        d["label"] = self.match(MetaTensor(torch.from_numpy(indices), affine=affine), image) + IGNORE_INDEX
         d["label"].meta["filename_or_obj"] = str(file)
         return d

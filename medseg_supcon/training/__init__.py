@@ -5,7 +5,7 @@ from medseg_supcon.training._checkpoint import Checkpoint, load_initial, load_te
 from medseg_supcon.training._data import EpochSampler, SeededDataset, cached_dataset, item_seed, two_view_dataset
 from medseg_supcon.training._log import TrainingLog
 from medseg_supcon.training._metrics import label_pairs
-from medseg_supcon.training._optimise import EarlyStop, EpochSeed, GradientClip, IntervalValidation, StopOnNaN
+from medseg_supcon.training._optimise import EarlyStop, GradientClip, IntervalValidation, StepSeed, StopOnNaN
 from medseg_supcon.training._overlay import parse_setting
 from medseg_supcon.training._progress import ProgressDisplay
 from medseg_supcon.training._recipes import read_recipe, recipe_names, shared_folder
@@ -18,11 +18,11 @@ __all__ = [
     "DiceCrossEntropy",
     "EarlyStop",
     "EpochSampler",
-    "EpochSeed",
     "GradientClip",
     "IntervalValidation",
     "ProgressDisplay",
     "SeededDataset",
+    "StepSeed",
     "StopOnNaN",
     "TrainingLog",
     "TwoViewLoss",

@@ -37,8 +37,10 @@ class GradientClip:
         nn.utils.clip_grad_norm_(self.parameters, self.max_norm or math.inf)
 
 
-class EpochSeed:
-    """Seeds torch from (seed, epoch) when an epoch starts, so that a resumed run draws what an uninterrupted one does.
+class StepSeed:
+    """Seeds torch from (seed, step) before every step, so that a resumed run draws what an uninterrupted one does.
+
+    Whatever else draws in between (a data loader's start, a validation) then leaves no trace in the training.
 
     Args:
         seed: the run's seed.
@@ -48,10 +50,10 @@ class EpochSeed:
         self.seed = seed
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_STARTED, self)
+        engine.add_event_handler(Events.ITERATION_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        torch.manual_seed(item_seed(self.seed, engine.state.epoch, 0))
+        torch.manual_seed(item_seed(self.seed, 0, engine.state.iteration))
 
 
 class StopOnNaN:

@@ -21,6 +21,7 @@ from medseg_supcon.training._timing import default_minutes, epochs_within, time_
 TEMPLATE = "segmentation"
 FROM_INIT = ("channels", "orientation", "spacing", "intensity", "patch_size", "network_def")
 PLAN_PREFIX = "plan::"
+GROWTHS = 8  # of a patch that is too small for the network
 
 
 def is_planned(run: Path) -> bool:
@@ -72,7 +73,7 @@ def prepare_run(
     if is_planned(run):
         raise RunError(f"{run} already holds a run. Choose another --out, or go on with medseg train --resume.")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    plan = make_plan(fingerprint(dataset, split.training), dataset, device=where.type)
+    plan = make_plan(fingerprint(dataset, [*split.training, *split.unlabelled]), dataset, device=where.type)
     if trust_scan_affine:
         plan["trust_scan_affine"] = True
     if init is not None:
@@ -134,10 +135,23 @@ def _sort_settings(settings: Sequence[tuple[str, Any]]) -> tuple[list[tuple[str,
 
 
 def _fit_patch(plan: dict[str, Any]) -> None:
-    """The patch must be what the network divides by; the class count must be what the data has."""
-    network = build_network(plan["network_def"], in_channels=len(plan["channels"]), num_classes=len(plan["labels"]))
-    divisor = size_divisor(network, in_channels=len(plan["channels"]))
-    plan["patch_size"] = [int(n) for n in round_patch(plan["patch_size"], divisor)]
+    """Round the patch to what the network divides by, and enlarge it until the network can train on it.
+
+    A norm has nothing to normalise where the deepest level is a single voxel; the shortest axis grows then.
+    """
+    channels = len(plan["channels"])
+    network = build_network(plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]))
+    divisor = size_divisor(network, in_channels=channels)
+    patch = [int(n) for n in round_patch(plan["patch_size"], divisor)]
+    skeleton = network.to("meta").train()
+    for _ in range(GROWTHS):
+        try:
+            skeleton(torch.empty(2, channels, *patch, device="meta"))
+            break
+        except ValueError:  # torch's "Expected more than 1 spatial element when training"
+            axis = patch.index(min(patch))
+            patch[axis] += max(divisor[axis], 8)
+    plan["patch_size"] = patch
 
 
 def _write_template(run: Path) -> None:

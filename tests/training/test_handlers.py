@@ -14,7 +14,7 @@ from torch import nn
 from medseg_supcon.errors import RunError
 from medseg_supcon.training import (
     EarlyStop,
-    EpochSeed,
+    StepSeed,
     GradientClip,
     IntervalValidation,
     StopOnNaN,
@@ -52,18 +52,22 @@ def test_gradients_are_clipped_before_the_step():
     assert norms and all(n == pytest.approx(0.5, rel=1e-4) for n in norms)
 
 
-def draws_of_epochs(epochs, disturb):
+def draws_of_steps(disturb):
     drawn = []
-    engine = Engine(lambda e, b: torch.rand(disturb))
-    EpochSeed(3).attach(engine)
-    engine.add_event_handler(Events.EPOCH_STARTED, lambda e: drawn.append(torch.rand(1).item()))
-    engine.run([0, 0], max_epochs=epochs)
+
+    def step(engine, batch):
+        drawn.append(torch.rand(1).item())
+        torch.rand(disturb)
+
+    engine = Engine(step)
+    StepSeed(3).attach(engine)
+    engine.run([0] * 6, max_iters=6)
     return drawn
 
 
-def test_an_epoch_draws_the_same_whatever_came_before():
-    assert draws_of_epochs(3, disturb=1) == draws_of_epochs(3, disturb=7)
-    assert len(set(draws_of_epochs(3, disturb=1))) == 3
+def test_a_step_draws_the_same_whatever_came_before():
+    assert draws_of_steps(disturb=1) == draws_of_steps(disturb=7)
+    assert len(set(draws_of_steps(disturb=1))) == 6
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence():
