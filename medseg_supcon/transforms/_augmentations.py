@@ -49,7 +49,11 @@ def affine(
         "mode": ("bilinear", "nearest"),
         "padding_mode": "zeros",
     }
-    straight = mt.RandAffined(keys, prob=probability, **common)
+    # not RandAffined(prob=probability): where it only crops, MONAI 1.6 records the affine of an earlier draw
+    straight = mt.OneOf(
+        [mt.RandAffined(keys, prob=1.0, **common), mt.CenterSpatialCropd(keys, tuple(patch_size))],
+        weights=[probability, 1 - probability],
+    )
     if elastic <= 0:
         return straight
     if rank != 3 or elastic > 1:

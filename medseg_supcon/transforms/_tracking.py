@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from monai.transforms import Compose, Identityd, InvertibleTransform
+from monai.transforms import Compose, Identityd, InvertibleTransform, RandAffined
 
 # MONAI's packages of transforms that move voxels; everything else of MONAI's leaves them where they are
 _SPATIAL_PACKAGES = (
@@ -40,6 +40,9 @@ def moves_voxels(transform: Any, label_key: str) -> bool:
 
 def is_tracked(transform: Any) -> bool:
     """Whether the transform writes what it does into the MetaTensor's affine."""
+    if isinstance(transform, RandAffined) and transform.prob < 1:
+        # where chance leaves it only the crop to spatial_size, MONAI 1.6 records an earlier draw's affine
+        return transform.rand_affine.spatial_size is None
     return type(transform).__module__.startswith("monai.") and isinstance(transform, InvertibleTransform)
 
 

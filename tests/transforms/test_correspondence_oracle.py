@@ -45,6 +45,16 @@ def geometric_policies() -> dict[str, mt.Compose]:
         "all affine": standard_view(PATCH, flip_axes=(0, 1, 2), affine_probability=1.0, **plain),
         "elastic": standard_view(PATCH, elastic=1.0, **{**plain, **off}),
         "all and elastic": standard_view(PATCH, flip_axes=(0, 1, 2), elastic=0.7, **plain),
+        "sometimes affine": mt.Compose(
+            [mt.RandAffined(KEYS, prob=0.5, spatial_size=PATCH, rotate_range=0.3, scale_range=0.2, **LINEAR)]
+        ),
+        "sometimes": mt.Compose(
+            [
+                mt.RandAffined(KEYS, prob=0.5, shear_range=(0.2, 0.1), translate_range=(2, 3, 1), **LINEAR),
+                mt.RandRotated(KEYS, range_x=0.4, prob=0.5, **LINEAR),
+                mt.RandFlipd(KEYS, prob=0.5, spatial_axis=2),
+            ]
+        ),
         "rot90": mt.Compose([mt.RandRotate90d(KEYS, prob=1.0, spatial_axes=(0, 1))]),
         "rotated": mt.Compose([mt.RandRotated(KEYS, range_x=0.4, range_z=0.4, prob=1.0, **LINEAR)]),
         "zoomed": mt.Compose(
@@ -120,8 +130,8 @@ def errors(item: dict[str, torch.Tensor]) -> tuple[float, float]:
     paired = sure_2 & (ids_2 >= 0)
     paired[paired] = sure_1[ids_2[paired]]
     assert paired.any()
-    # brute force, every other voxel to keep it short
-    asked = np.flatnonzero(sure_2)[::2]
+    # brute force, every fifth voxel to keep it short
+    asked = np.flatnonzero(sure_2)[::5]
     distance = torch.cdist(torch.from_numpy(place_2[asked] @ unit), centres).amin(dim=1).numpy()
     found = np.linalg.norm((place_2[asked] - place_1[ids_2[asked]]) @ unit, axis=1)
     excess = (found - distance)[paired[asked]].max()
@@ -130,7 +140,7 @@ def errors(item: dict[str, torch.Tensor]) -> tuple[float, float]:
     return float(excess), float(missed.mean())
 
 
-BENT = ("elastic", "all and elastic", "grid distortion", "one of")
+BENT = ("elastic", "all and elastic", "grid distortion", "one of", "sometimes affine")
 
 
 @pytest.mark.parametrize("affine", AFFINES)
@@ -146,11 +156,24 @@ def test_pairs_are_nearest(policy: str, shape: str, affine: str) -> None:
     assert missed == 0
 
 
+@pytest.mark.parametrize("policy", [name for name in geometric_policies() if name not in BENT])
+def test_pairs_are_nearest_draw_after_draw(policy: str) -> None:
+    # a draw may leave a transform out, or leave traces of itself for the next
+    views = TwoViewsd(
+        PATCH, geometric_policies()[policy], foreground=0.0, context=0.3 if policy == "cropped" else 1.45
+    )
+    case = coordinate_case((38, 36, 30), OBLIQUE)
+    for seed in range(12):
+        excess, missed = errors(views.set_random_state(seed)(case))
+        assert excess < 1e-4
+        assert missed == 0
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("policy", BENT)
 def test_bent_views_pair_with_the_nearest(policy: str, shape: str) -> None:
     views = TwoViewsd(PATCH, geometric_policies()[policy], foreground=0.0)
-    for seed in range(3):
+    for seed in range(5):
         excess, missed = errors(views.set_random_state(seed)(coordinate_case(SHAPES[shape], OBLIQUE)))
         # the two sides fit the unit of length, a voxel of the bent view, to different voxels
         assert excess < 0.06
