@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,14 +117,16 @@ def _read_plan(file: Path) -> dict[str, Any]:
 
 def _load_weights(network: torch.nn.Module, file: Path) -> None:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # refused right after
+            state = torch.load(file, map_location="cpu", weights_only=True)
         network.load_state_dict(state)
     except pickle.UnpicklingError as error:
         raise RunError(
             f"{file} is damaged or holds more than weights, and was not loaded: such a file can run any "
             "code. Get the weights (a state dict) from where you trust them."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except Exception as error:  # a damaged pickle can make torch raise nearly anything
         reason = " ".join(str(error).split())[:200]
         raise RunError(
             f"{file} does not hold the weights of the plan's network, or is damaged: {reason}."

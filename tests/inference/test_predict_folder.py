@@ -1,0 +1,259 @@
+"""Many scans into a folder: the manifest, skipping, and nothing lost whatever fails."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from toy_runs import blobs, save_nifti, threshold_weights
+
+from medseg_supcon.errors import RunError
+from medseg_supcon.inference import Predictor, _mask, predict_paths
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    for number in range(3):
+        save_nifti(
+            tmp_path / "scans" / f"s{number}.nii.gz", blobs((12, 10, 9), number), np.diag([0.5, 2, 3, 1.0])
+        )
+    return tmp_path / "scans"
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_manifest(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
+    calls: list[tuple[int, int, str]] = []
+    predictor = Predictor(threshold_run, device="cpu")
+    manifest = predictor.run(
+        [scans], tmp_path / "out", progress=lambda i, n, e: calls.append((i, n, e["name"]))
+    )
+    assert calls == [(1, 3, "s0"), (2, 3, "s1"), (3, 3, "s2")]
+    assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
+    digest = hashlib.sha256((threshold_run / "models" / "model.pt").read_bytes()).hexdigest()
+    assert manifest["models"] == [{"name": "run", "sha256": digest}]
+    assert manifest["packages"]["torch"] == torch.__version__
+    for entry in manifest["scans"]:
+        mask = np.asarray(nib.load(tmp_path / "out" / f"{entry['name']}.nii.gz").dataobj)
+        assert entry["status"] == "done"
+        assert entry["spacing_mm"] == [0.5, 2.0, 3.0]
+        for name, value in (("organ", 4), ("lesion", 255)):
+            label, where = entry["labels"][name], np.argwhere(mask == value)
+            assert label["value"] == value
+            assert label["voxels"] == len(where)
+            assert label["volume_ml"] == pytest.approx(len(where) * 3 / 1000)
+            edges = bool(((where == 0) | (where == np.array(mask.shape) - 1)).any())
+            assert label["touches_border"] == edges
+
+
+def test_finished_scans_are_skipped_and_overwrite_redoes(
+    threshold_run: Path, scans: Path, tmp_path: Path
+) -> None:
+    predictor, out = Predictor(threshold_run, device="cpu"), tmp_path / "out"
+    predictor.run([scans / "s0.nii.gz"], out)
+    before = (out / "s0.nii.gz").stat().st_mtime_ns
+    manifest = predictor.run([scans], out)
+    assert [entry["status"] for entry in manifest["scans"]] == ["skipped", "done", "done"]
+    assert manifest["scans"][0]["labels"]  # kept from the first call
+    assert manifest["scans"][0]["warnings"] == []
+    assert (out / "s0.nii.gz").stat().st_mtime_ns == before
+    manifest = predictor.run([scans / "s0.nii.gz"], out, overwrite=True)
+    assert manifest["summary"] == {"done": 1, "skipped": 0, "failed": 0}
+    assert (out / "s0.nii.gz").stat().st_mtime_ns > before
+    names = [entry["name"] for entry in json.loads((out / "manifest.json").read_text())["scans"]]
+    assert sorted(names) == ["s0", "s1", "s2"]
+
+
+def test_a_mask_of_another_model_is_kept_and_said_so(
+    make_run: Callable[..., Path], threshold_run: Path, scans: Path, tmp_path: Path
+) -> None:
+    Predictor(threshold_run, device="cpu").run([scans], tmp_path / "out")
+    other = Predictor(make_run("other", seed=3), device="cpu")
+    entry = other.run([scans], tmp_path / "out")["scans"][0]
+    assert entry["status"] == "skipped"
+    assert entry["warnings"] == ["the mask was there already, made by another model"]
+
+
+def test_probabilities(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
+    predictor, out = Predictor(threshold_run, device="cpu"), tmp_path / "out"
+    predictor.run([scans], out)
+    # Masks alone are not all that was asked for.
+    assert predictor.run([scans], out, probabilities=True)["summary"]["done"] == 3
+    source, scores = nib.load(scans / "s1.nii.gz"), nib.load(out / "probabilities" / "s1.nii.gz")
+    assert scores.shape == (12, 10, 9, 3)
+    assert scores.get_data_dtype() == np.float32
+    np.testing.assert_allclose(scores.affine, source.affine)
+    values = scores.get_fdata()
+    np.testing.assert_allclose(values.sum(-1), 1, atol=1e-5)
+    mask = np.asarray(nib.load(out / "s1.nii.gz").dataobj)
+    np.testing.assert_array_equal(np.array([0, 4, 255])[values.argmax(-1)], mask)
+    assert predictor.run([scans], out, probabilities=True)["summary"]["skipped"] == 3
+
+
+def test_a_failing_scan_is_reported_and_the_rest_go_on(
+    threshold_run: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (scans / "s1.nii.gz").write_bytes(b"broken")
+    out = tmp_path / "out"
+    assert predict_paths([threshold_run], [scans, tmp_path / "missing.nii"], out, device="cpu") == 3
+    assert files(out) == {"manifest.json", "s0.nii.gz", "s2.nii.gz"}
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["summary"] == {"done": 2, "skipped": 0, "failed": 2}
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4  # a line each, not wrapped
+    assert any(str(scans / "s1.nii.gz") in line and "damaged" in line for line in lines)
+    assert predict_paths([threshold_run], [scans / "s1.nii.gz"], out, device="cpu") == 2
+    assert predict_paths([threshold_run], [scans / "s0.nii.gz"], out, device="cpu") == 0
+
+
+def _raise(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError(errno.EROFS, os.strerror(errno.EROFS))],
+)
+def test_a_mask_that_cannot_be_written_leaves_nothing(
+    threshold_run: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: OSError
+) -> None:
+    """The disk fills up while the second mask is written."""
+    real, out = os.replace, tmp_path / "out"
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).name == "s1.nii.gz":
+            raise fault
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    manifest = Predictor(threshold_run, device="cpu").run([scans], out)
+    assert [entry["status"] for entry in manifest["scans"]] == ["done", "failed", "done"]
+    assert os.strerror(fault.errno or 0) in manifest["scans"][1]["error"]
+    assert files(out) == {"manifest.json", "s0.nii.gz", "s2.nii.gz"}
+
+
+def test_a_full_disk_halfway_through_a_file(
+    threshold_run: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", _raise(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match=r"manifest\.json could not be written \(No space left"):
+        Predictor(threshold_run, device="cpu").run([scans], out)
+    assert files(out) == set()
+
+
+def test_ctrl_c_keeps_what_is_finished_and_no_partial_file(
+    threshold_run: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor, out = Predictor(threshold_run, device="cpu"), tmp_path / "out"
+    segment, calls = predictor.segment, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return segment(*arguments)
+
+    monkeypatch.setattr(predictor, "segment", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predictor.run([scans], out)
+    assert files(out) == {"manifest.json", "s0.nii.gz", "s1.nii.gz"}
+    statuses = [entry["status"] for entry in json.loads((out / "manifest.json").read_text())["scans"]]
+    assert statuses[0] == "done"
+    monkeypatch.undo()
+    manifest = predictor.run([scans], out)
+    assert [entry["status"] for entry in manifest["scans"]] == ["skipped", "skipped", "done"]
+
+
+def test_what_a_killed_process_left_does_not_count(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".s0.nii.gz.999999999.tmp").write_bytes(b"half a mask")
+    (out / f".s1.nii.gz.{os.getppid()}.tmp").write_bytes(b"of a process that still writes")
+    manifest = Predictor(threshold_run, device="cpu").run([scans], out)
+    assert manifest["summary"]["done"] == 3
+    assert files(out) == {
+        "manifest.json",
+        "s0.nii.gz",
+        "s1.nii.gz",
+        "s2.nii.gz",
+        f".s1.nii.gz.{os.getppid()}.tmp",
+    }
+
+
+def test_a_folder_that_cannot_be_written_to(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="masks cannot be written there"):
+        Predictor(threshold_run, device="cpu").run([scans], tmp_path / "file" / "out")
+
+
+def test_a_mask_never_replaces_its_scan(threshold_run: Path, scans: Path) -> None:
+    before = {path: path.read_bytes() for path in scans.iterdir()}
+    for overwrite in (False, True):
+        manifest = Predictor(threshold_run, device="cpu").run([scans], scans, overwrite=overwrite)
+        assert manifest["summary"]["failed"] == 3
+        assert "would replace the scan" in manifest["scans"][0]["error"]
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_an_unexpected_fault_of_one_scan(
+    threshold_run: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor(threshold_run, device="cpu")
+    prepare = predictor.prepare
+    monkeypatch.setattr(
+        predictor,
+        "prepare",
+        lambda scan: _raise(ZeroDivisionError("odd"))() if scan.name == "s0" else prepare(scan),
+    )
+    manifest = predictor.run([scans], tmp_path / "out")
+    assert [entry["status"] for entry in manifest["scans"]] == ["failed", "done", "done"]
+    assert "ZeroDivisionError: odd" in manifest["scans"][0]["error"]
+
+
+def test_keep_largest(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    scan = np.zeros((20, 20, 10), dtype=np.float32)
+    scan[1:6, 1:6, 1:6] = 1.5
+    scan[6, 6, 6] = 1.5  # touches by a corner: the same component
+    scan[12:15, 12:15, 2:5] = 1.5
+    scan[1:3, 15:18, 1:3] = 2.5
+    scan[10, 2, 8] = 2.5
+    path = save_nifti(tmp_path / "a.nii", scan)
+    mask = (
+        Predictor(make_run(weights=threshold_weights(), keep_largest=["organ"]), device="cpu")
+        .predict(path)
+        .mask
+    )
+    assert (mask == 4).sum() == 126
+    assert mask[12:15, 12:15, 2:5].max() == 0
+    assert (mask == 255).sum() == 13  # both of the lesion's
+
+
+def test_empty_masks_and_constant_scans_are_warned_of(threshold_run: Path, tmp_path: Path) -> None:
+    path = save_nifti(tmp_path / "a.nii", np.zeros((6, 6, 6), dtype=np.int16), codes=(0, 0))
+    warnings = Predictor(threshold_run, device="cpu").predict(path).warnings
+    assert any("mask is empty" in w for w in warnings)
+    assert any("all voxels have one value" in w for w in warnings)
+    assert any("no orientation" in w for w in warnings)
+
+
+def test_written_files_are_reproducible(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
+    predictor = Predictor(threshold_run, device="cpu")
+    for out in ("x", "y"):
+        predictor.run([scans], tmp_path / out)
+    assert (tmp_path / "x" / "s0.nii.gz").read_bytes() == (tmp_path / "y" / "s0.nii.gz").read_bytes()
+    assert _mask.label_type([0, 1.5]) == np.float32
