@@ -1,0 +1,160 @@
+"""Folders of masks against folders of label maps: the report, and what is wrong with single cases."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from medseg_supcon.errors import DataError, RunError
+from medseg_supcon.evaluation import MetricsReport, evaluate_folders, summarise, write_metrics
+
+LABELS = {"background": 0, "organ": 1, "lesion": 2}
+
+
+def save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(array.astype(np.uint8), np.diag([1, 1, 2, 1.0]) if affine is None else affine)
+    nib.save(image, path)
+
+
+def labels_of(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 3, (6, 7, 5))
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    for name in "abc":
+        save(tmp_path / "masks" / f"{name}.nii.gz", labels_of(ord(name)))
+        save(tmp_path / "labels" / f"{name}.nii", labels_of(ord(name) + (name == "b")))
+    return tmp_path / "masks", tmp_path / "labels"
+
+
+def test_report(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    report = evaluate_folders(*folders, LABELS, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == report
+    rows = list(csv.DictReader((tmp_path / "out" / "metrics.csv").read_text().splitlines()))
+    assert [(row["case"], row["class"]) for row in rows] == [
+        (c, k) for c in "abc" for k in ("organ", "lesion")
+    ]
+    organ = [float(row["dice"]) for row in rows if row["class"] == "organ"]
+    p, r = labels_of(ord("b")) == 1, labels_of(ord("c")) == 1
+    assert organ == [1.0, pytest.approx(2 * (p & r).sum() / (p.sum() + r.sum())), 1.0]
+    summary = report["summary"]
+    assert summary["classes"]["organ"]["dice"] == pytest.approx(np.mean(organ))
+    assert summary["classes"]["organ"]["dice_std"] == pytest.approx(np.std(organ))
+    assert summary["classes"]["organ"]["dice_median"] == 1.0
+    means = [summary["classes"][name]["dice"] for name in ("organ", "lesion")]
+    assert summary["mean"]["dice"] == pytest.approx(np.mean(means))
+    assert (summary["cases"], summary["failed"], summary["mean"]["n"]) == (3, 0, 2)
+    # Without names the classes are called by their values.
+    unnamed = evaluate_folders(*folders)
+    assert list(unnamed["summary"]["classes"]) == ["1", "2"]
+    assert unnamed["summary"]["mean"] == summary["mean"]
+
+
+def test_problems_of_single_cases(folders: tuple[Path, Path]) -> None:
+    masks, labels = folders
+    (masks / "a.nii.gz").unlink()
+    save(masks / "b.nii.gz", np.zeros((6, 7, 4)))
+    save(masks / "extra.nii.gz", np.zeros((6, 7, 4)))
+    for name, affine in (("d", np.diag([1, 1, 2.3, 1.0])), ("e", None)):
+        save(masks / f"{name}.nii.gz", labels_of(1), affine)
+        save(labels / f"{name}.nii", labels_of(1) + (name == "e") * 5)
+    (labels / "f.nii").write_text("no label map")
+    save(masks / "f.nii.gz", labels_of(1))
+    report = evaluate_folders(masks, labels, LABELS)
+    problems = {p["case"]: p["problem"] for p in report["problems"]}
+    assert set(problems) == {"a", "b", "d", "e", "f"}
+    assert "there is no mask of this name" in problems["a"]
+    assert "shape (6, 7, 4)" in problems["b"]
+    assert "affines differ" in problems["d"]
+    assert "does not declare" in problems["e"]
+    assert "damaged" in problems["f"]
+    assert report["summary"]["cases"] == 1
+    assert report["summary"]["failed"] == 5
+    assert report["without_reference"] == ["extra"]
+
+
+def test_nothing_to_score(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for arguments in ((folders[0], tmp_path / "missing"), (tmp_path / "empty", folders[1])):
+        with pytest.raises(DataError, match=str(tmp_path)):
+            evaluate_folders(*arguments)
+    save(tmp_path / "others" / "x.nii", labels_of(0))
+    with pytest.raises(DataError, match="no case could be scored"):
+        evaluate_folders(folders[0], tmp_path / "others")
+
+
+def test_an_ignore_label(tmp_path: Path) -> None:
+    reference, mask = labels_of(1), labels_of(1)
+    reference[:2], mask[:2] = 255, 0
+    save(tmp_path / "m" / "a.nii", mask)
+    save(tmp_path / "r" / "a.nii", reference)
+    report = evaluate_folders(tmp_path / "m", tmp_path / "r", ignore_label=255)
+    assert list(report["summary"]["classes"]) == ["1", "2"]
+    assert report["summary"]["mean"]["dice"] == 1.0
+
+
+def row(case: str, dice: float | None, empty: str = "") -> dict[str, Any]:
+    score = {
+        "case": case,
+        "class": "organ",
+        "dice": dice,
+        "hd95_mm": dice,
+        "surface_dice": dice,
+        "empty": empty,
+    }
+    return {**score, "tolerance_mm": 1.0, "volume_ml": 0.0, "reference_volume_ml": 0.0}
+
+
+def test_empty_classes_are_counted_and_never_nan(tmp_path: Path) -> None:
+    rows = [row("a", 0.5), row("b", None, "both"), row("c", 0.0, "prediction")]
+    organ = summarise(rows)["classes"]["organ"]
+    assert (organ["dice"], organ["n"]) == (0.25, 2)
+    assert organ["empty"] == {"both": 1, "prediction": 1, "reference": 0}
+    write_metrics([row("a", None, "both")], tmp_path)
+    text = (tmp_path / "metrics.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["summary"]["mean"] == {
+        "dice": None,
+        "hd95_mm": None,
+        "surface_dice": None,
+        "n": 0,
+    }
+    assert next(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))["dice"] == ""
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="could not be written"):
+        write_metrics([row("a", 1.0)], tmp_path / "file")
+
+
+def test_metrics_report_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
+    report = MetricsReport(tmp_path, LABELS)
+    mask = MetaTensor(torch.zeros(1, 4, 4, 4), affine=torch.eye(4))
+    other = torch.eye(4)
+    other[0, 3] = 2
+    pairs = {
+        "share one grid": MetaTensor(torch.zeros(1, 4, 4, 5), affine=torch.eye(4)),
+        "elsewhere in space": MetaTensor(torch.zeros(1, 4, 4, 4), affine=other),
+        "does not declare": MetaTensor(torch.full((1, 4, 4, 4), 7.0), affine=torch.eye(4)),
+    }
+    for sentence, label in pairs.items():
+        with pytest.raises(DataError, match=sentence):
+            report.update([{"name": "case", "pred": mask, "label": label}])
+    report.update([{"name": "case", "pred": mask, "label": mask}])
+    assert np.isnan(report.compute())  # both empty: no score
+    report.reset()
+    ones = MetaTensor(torch.ones(1, 4, 4, 4), affine=torch.eye(4))
+    report.update([{"name": "case", "pred": ones, "label": ones}])
+    assert report.compute() == 1.0
+    assert json.loads((tmp_path / "metrics.json").read_text())["summary"]["mean"]["dice"] == 1.0

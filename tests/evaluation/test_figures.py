@@ -1,0 +1,77 @@
+"""The pictures: they show the right slices and colours, at the right aspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from medseg_supcon.errors import DataError, RunError
+from medseg_supcon.evaluation import curves_figure, overlay_figure
+from medseg_supcon.evaluation._canvas import PALETTE
+from medseg_supcon.evaluation._overlay import _best_slice
+
+LABELS = {"background": 0, "organ": 3, "lesion": 7}
+
+
+def write(path: Path, array: np.ndarray, affine: np.ndarray) -> Path:
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_overlay(tmp_path: Path, with_reference: bool) -> None:
+    affine = np.array([[0, 1.0, 0, 0], [-1, 0, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]])
+    scan = np.random.default_rng(0).normal(size=(30, 24, 8)).astype(np.float32)
+    mask = np.zeros(scan.shape, np.uint8)
+    mask[5:20, 5:15, 2:6], mask[18:25, 10:20, 3:7] = 3, 7
+    files = [
+        write(tmp_path / f"{n}.nii", a, affine)
+        for n, a in (("s", scan), ("m", mask), ("p", np.roll(mask, 2, 0)))
+    ]
+    out = tmp_path / "new" / "picture.png"
+    overlay_figure(files[0], files[1] if with_reference else None, files[2], out, LABELS)
+    picture = imread(out)[..., :3]
+    assert picture.shape[1] > 600
+    for color in PALETTE[:2]:  # the classes' outlines and legend are there
+        rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        assert (np.abs(picture - rgb).max(-1) < 0.08).sum() > 50
+    with pytest.raises(DataError, match="share one grid"):
+        overlay_figure(files[0], None, write(tmp_path / "x.nii", mask[:5], affine), out, LABELS)
+    (tmp_path / "text.nii").write_text("no scan")
+    with pytest.raises(DataError, match=r"text\.nii"):
+        overlay_figure(tmp_path / "text.nii", None, files[2], out, LABELS)
+
+
+def test_the_slice_that_shows_most_of_every_class() -> None:
+    mask = np.zeros((10, 10, 10), int)
+    mask[:, :, 2] = 3  # a large class
+    mask[:, :5, 7] = 3
+    mask[4, 4, 7] = 7  # a small one
+    foreground = list(LABELS.items())[1:]
+    assert _best_slice(mask, foreground, 2) == 7
+    assert _best_slice(np.zeros((10, 10, 10)), foreground, 2) == 5
+
+
+def test_curves(tmp_path: Path) -> None:
+    history = tmp_path / "history.csv"
+    lines = ["epoch,step,seconds,learning_rate,loss,contrast,contrast_weight,val_mean_dice,val_dice_organ"]
+    lines += [
+        f"{e},{e * 9},1.0,0.1,{2 / e},{3 / e},0.1,{'' if e % 2 else 0.5},{'' if e % 2 else 'nan'}"
+        for e in range(1, 9)
+    ]
+    history.write_text("\n".join(lines))
+    curves_figure(history, tmp_path / "a.png")
+    curves_figure({"epoch": [1], "loss": [0.5]}, tmp_path / "b.png")
+    for name in "ab":
+        assert imread(tmp_path / f"{name}.png").shape[1] > 800
+    history.write_text(lines[0] + "\n")
+    for missing in (history, tmp_path / "nowhere.csv"):
+        with pytest.raises(RunError, match="Train first"):
+            curves_figure(missing, tmp_path / "c.png")
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="could not be written"):
+        curves_figure({"epoch": [1], "loss": [0.5]}, tmp_path / "file" / "c.png")
