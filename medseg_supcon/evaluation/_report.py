@@ -30,6 +30,7 @@ class MetricsReport(Metric):  # type: ignore[misc]  # ignite's stubs are not fol
         labels: class name -> value in the label files, background first.
         ignore_label: value of the reference that means "not annotated", or None.
         tolerance_mm: of the surface Dice.
+        trust_scan_affine: a label map's own affine may differ (``--allow-affine-mismatch``).
 
     Raises:
         DataError: a label map has another shape or place than its scan, or an undeclared value.
@@ -41,7 +42,9 @@ class MetricsReport(Metric):  # type: ignore[misc]  # ignite's stubs are not fol
         labels: Mapping[str, float],
         ignore_label: float | None = None,
         tolerance_mm: float = 1.0,
+        trust_scan_affine: bool = False,
     ) -> None:
+        self.trust_scan_affine = trust_scan_affine
         self.folder, self.labels = Path(folder), dict(labels)
         self.ignore_label, self.tolerance_mm = ignore_label, tolerance_mm
         self.rows: list[Row] = []
@@ -67,7 +70,8 @@ class MetricsReport(Metric):  # type: ignore[misc]  # ignite's stubs are not fol
                 )
             affine = np.asarray(pred.affine, dtype=np.float64)
             spacing = np.linalg.norm(affine[:3, :3], axis=0)
-            if not np.allclose(affine, np.asarray(label.affine), atol=0.1 * spacing.min()):
+            same_place = np.allclose(affine, np.asarray(label.affine), atol=0.1 * spacing.min())
+            if not same_place and not self.trust_scan_affine:
                 raise DataError(
                     f"{name}: the label map lies elsewhere in space than its scan (their affines differ). "
                     "Mend the header of the one that is wrong."

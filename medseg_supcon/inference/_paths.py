@@ -54,6 +54,8 @@ def predict_paths(
     predictor = Predictor(list(runs), device=device, tta=tta, trust=trust)
     found = predictor.find_scans(scans)
     summary = predictor.run(found, out, probabilities, overwrite, tell)["summary"]
+    counts = ", ".join(f"{count} {status}" for status, count in summary.items() if count)
+    console.print(f"{counts}: {out} (manifest.json says more)", markup=False)
     if not summary["failed"]:
         return 0
     return 3 if summary["done"] + summary["skipped"] else 2

@@ -151,6 +151,8 @@ def test_metrics_report_refuses_what_does_not_belong_together(tmp_path: Path) ->
     for sentence, label in pairs.items():
         with pytest.raises(DataError, match=sentence):
             report.update([{"name": "case", "pred": mask, "label": label}])
+    trusting = MetricsReport(tmp_path, LABELS, trust_scan_affine=True)
+    trusting.update([{"name": "case", "pred": mask, "label": pairs["elsewhere in space"]}])
     report.update([{"name": "case", "pred": mask, "label": mask}])
     assert np.isnan(report.compute())  # both empty: no score
     report.reset()

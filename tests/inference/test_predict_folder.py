@@ -111,7 +111,8 @@ def test_a_failing_scan_is_reported_and_the_rest_go_on(
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["summary"] == {"done": 2, "skipped": 0, "failed": 2}
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4  # a line each, not wrapped
+    assert len(lines) == 5  # a line each, not wrapped, and a last one
+    assert lines[-1].startswith("2 done, 2 failed: ")
     assert any(str(scans / "s1.nii.gz") in line and "damaged" in line for line in lines)
     assert predict_paths([threshold_run], [scans / "s1.nii.gz"], out, device="cpu") == 2
     assert predict_paths([threshold_run], [scans / "s0.nii.gz"], out, device="cpu") == 0
