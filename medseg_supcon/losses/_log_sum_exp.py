@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._similarity import Similarity
-from ._tiles import Criterion, Tile, sorted_order, tiles
+from ._tiles import STRIP, Criterion, Tile, sorted_order, tiles
 
 # e^50 times 1e9 keys times 1e7 is below float32's 3e38, and e^-50 / 1e9 / 1e7 is above its 1e-38.
 SAFE_BOUND = 50.0
@@ -76,7 +76,7 @@ class _Unshifted(torch.autograd.Function):
         tile: int,
     ) -> Tensor:
         total = x.new_zeros(len(x))
-        buffer = x.new_empty(tile * tile)
+        buffer = x.new_empty(tile * tile * STRIP)
         for t in tiles(criteria, len(x), len(y), tile):
             e = _exponentials(t, sim, x, y, buffer)
             total[t.i] += e @ (kx if t.among_anchors else ky)[t.j]
@@ -95,7 +95,7 @@ class _Unshifted(torch.autograd.Function):
         a = torch.where(total > 0, g / total, torch.zeros_like(total))
         with torch.autocast(x.device.type, enabled=False):
             dx, dy = torch.zeros_like(x), torch.zeros_like(y) if ctx.needs_input_grad[1] else None
-            buffer, outer = x.new_empty(tile * tile), x.new_empty(tile * tile)
+            buffer, outer = x.new_empty(tile * tile * STRIP), x.new_empty(tile * tile * STRIP)
             for t in tiles(criteria, len(x), len(y), tile):
                 e = _exponentials(t, sim, x, y, buffer)
                 scale = outer[: e.numel()].view_as(e)
@@ -132,7 +132,7 @@ class _Shifted(torch.autograd.Function):
     ) -> Tensor:
         lse = x.new_full((len(x),), -torch.inf)
         log_kx, log_ky = kx.log(), ky.log()
-        buffer = x.new_empty(tile * tile)
+        buffer = x.new_empty(tile * tile * STRIP)
         for t in tiles(criteria, len(x), len(y), tile):
             s = _scores(t, sim, x, y, buffer)
             log_k = (log_kx if t.among_anchors else log_ky)[t.j]
@@ -152,7 +152,7 @@ class _Shifted(torch.autograd.Function):
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         with torch.autocast(x.device.type, enabled=False):
             dx, dy = torch.zeros_like(x), torch.zeros_like(y) if ctx.needs_input_grad[1] else None
-            buffer = x.new_empty(tile * tile)
+            buffer = x.new_empty(tile * tile * STRIP)
             for t in tiles(criteria, len(x), len(y), tile):
                 s = _scores(t, sim, x, y, buffer)
                 log_k = (log_kx if t.among_anchors else log_ky)[t.j]

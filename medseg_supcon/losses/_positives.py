@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._similarity import Similarity
-from ._tiles import Criterion, Tile, sorted_order, tiles
+from ._tiles import STRIP, Criterion, Tile, sorted_order, tiles
 
 
 class _GroupSums(torch.autograd.Function):
@@ -111,7 +111,7 @@ class _MeanOverPairs(torch.autograd.Function):
         tile: int,
     ) -> Tensor:
         mean = torch.zeros_like(share)
-        buffer = x.new_empty(tile * tile)
+        buffer = x.new_empty(tile * tile * STRIP)
         for t in tiles(criteria, len(x), len(y), tile):
             s = sim.scores(x[t.i], (x if t.among_anchors else y)[t.j], buffer)
             mean[t.i] += _counted(-s if nu is None else -F.logsigmoid(s - nu[t.i, None]), t).sum(1)
@@ -130,7 +130,7 @@ class _MeanOverPairs(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             dx, dy = torch.zeros_like(x), torch.zeros_like(y) if ctx.needs_input_grad[1] else None
             dnu = torch.zeros_like(nu) if nu is not None else None
-            buffer = x.new_empty(tile * tile)
+            buffer = x.new_empty(tile * tile * STRIP)
             for t in tiles(criteria, len(x), len(y), tile):
                 s = sim.scores(x[t.i], (x if t.among_anchors else y)[t.j], buffer)
                 # d/ds = -g_i where nothing is given, else -g_i sigmoid(nu_i - s), and dnu is its negative.

@@ -19,8 +19,8 @@ from ._positives import mean_over_pairs
 from ._rows import Rows, Voxels, make_rows
 from ._similarity import Similarity, compute_dtype
 
-# On a CPU a tile and its gradient fit the second-level cache; a GPU wants work for all its cores.
-CPU_TILE, GPU_TILE = 512, 4096
+# Rows of a tile: on a CPU it fits the caches; a GPU wants work for all its cores.
+CPU_TILE, GPU_TILE = 384, 4096
 
 Bank = MemoryBank | tuple[Tensor, Tensor]
 

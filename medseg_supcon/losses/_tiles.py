@@ -8,11 +8,15 @@ are skipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# Wide tiles keep the number of calls, and of waits for other threads, small; narrow ones waste little on the
+# diagonal, where a tile cannot stand for its mirror image.
+STRIP = 4
 
 
 @dataclass(frozen=True)
@@ -76,30 +80,43 @@ def tiles(criteria: list[Criterion], n_anchors: int, n_others: int, size: int) -
         criteria: all of them must hold for a pair.
         n_anchors: A.
         n_others: M.
-        size: rows and columns of a tile.
+        size: rows of a tile; it has up to `STRIP` times as many columns.
     """
-    anchor_blocks, other_blocks = _blocks(n_anchors, size), _blocks(n_others, size)
     anchor_ranges = [_ranges(c.anchors, size) for c in criteria]
     other_ranges = [_ranges(c.others, size) for c in criteria]
-    for a, i in enumerate(anchor_blocks):
+    for a, i in enumerate(_blocks(n_anchors, size)):
         for among_anchors in (True, False):
-            first = a if among_anchors else 0
-            blocks, ranges = (anchor_blocks, anchor_ranges) if among_anchors else (other_blocks, other_ranges)
-            for b in range(first, len(blocks)):
-                j, mask = blocks[b], None
-                verdicts = [
+            n, ranges = (n_anchors, anchor_ranges) if among_anchors else (n_others, other_ranges)
+            blocks = _blocks(n, size)
+            verdicts = [
+                _all_verdicts(
                     _verdict(mine[a], theirs[b], c.equal)
                     for c, mine, theirs in zip(criteria, anchor_ranges, ranges, strict=True)
-                ]
-                if "none" in verdicts:
-                    continue
-                for c, verdict in zip(criteria, verdicts, strict=True):
-                    if verdict == "some":
-                        columns = (c.anchors if among_anchors else c.others)[j]
-                        same = c.anchors[i, None] == columns
-                        allowed = same if c.equal else ~same
-                        mask = allowed if mask is None else mask & allowed
+                )
+                for b in range(len(blocks))
+            ]
+            first = a if among_anchors else 0
+            for b, stop in _strips(verdicts, first, alone=first if among_anchors else -1):
+                j = slice(blocks[b].start, blocks[stop - 1].stop)
+                mask = None
+                for c in criteria if verdicts[b] == "some" else ():
+                    same = c.anchors[i, None] == (c.anchors if among_anchors else c.others)[j]
+                    allowed = same if c.equal else ~same
+                    mask = allowed if mask is None else mask & allowed
                 yield Tile(i, j, among_anchors, mask)
+
+
+def _strips(verdicts: list[str], first: int, alone: int) -> Iterator[tuple[int, int]]:
+    """Runs of up to `STRIP` blocks of one verdict, as (first, stop); block `alone` makes its own."""
+    b = first
+    while b < len(verdicts):
+        stop = b + 1
+        if b != alone:
+            while stop < len(verdicts) and stop - b < STRIP and verdicts[stop] == verdicts[b]:
+                stop += 1
+        if verdicts[b] != "none":
+            yield b, stop
+        b = stop
 
 
 def _blocks(n: int, size: int) -> list[slice]:
@@ -114,6 +131,12 @@ def _ranges(ids: Tensor, size: int) -> list[tuple[int, int]]:
     lowest = torch.stack([p.min() for p in parts]).tolist()
     highest = torch.stack([p.max() for p in parts]).tolist()
     return list(zip(lowest, highest, strict=True))
+
+
+def _all_verdicts(verdicts: Iterable[str]) -> str:
+    """The verdict on pairs that must meet every criterion."""
+    found = set(verdicts)
+    return "none" if "none" in found else "some" if "some" in found else "all"
 
 
 def _verdict(mine: tuple[int, int], theirs: tuple[int, int], equal: bool) -> str:
