@@ -54,7 +54,9 @@ def overlay_figure(
     rows = [("prediction", predicted, expected)]
     if expected is not None:
         rows.insert(0, ("reference", expected, None))
-    low, high = np.percentile(image, (0.5, 99.5))
+    slices = {cut: _best_slice(shown, foreground, cut) for cut in range(3)}
+    seen = np.concatenate([_plane(image, cut, index).ravel() for cut, index in slices.items()])
+    low, high = np.percentile(seen, (0.5, 99.8))
 
     size = np.array(image.shape) * spacing
     widths = [size[horizontal] for _, _, horizontal, _ in PLANES]
@@ -64,7 +66,7 @@ def overlay_figure(
     axes = figure.subplots(len(rows), 3, squeeze=False, gridspec_kw={"width_ratios": widths})
     for (title, fill, outline), line in zip(rows, axes, strict=True):
         for (plane, cut, horizontal, vertical), axis in zip(PLANES, line, strict=True):
-            index = _best_slice(shown, foreground, cut)
+            index = slices[cut]
             box = (0, size[horizontal], 0, size[vertical])
             grey = _plane(image, cut, index)
             axis.imshow(grey, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", extent=box)

@@ -79,4 +79,4 @@ def test_other_cases_and_another_folder(case: tuple[Path, Path], tmp_path: Path)
 def test_no_case_is_an_error(case: tuple[Path, Path]) -> None:
     with pytest.raises(RuntimeError) as error:
         evaluate(case[0], datalist=[])
-    assert "no case to evaluate" in str(error.value.__cause__)
+    assert "list of cases is empty" in str(error.value.__cause__)

@@ -54,10 +54,13 @@ def test_same_masks(make_run: Callable[..., Path], tmp_path: Path, plan: dict[st
     save_nifti(scans / "plain.nii.gz", blobs((30, 26, 20), 1))
     save_nifti(scans / "turned.nii.gz", blobs((22, 30, 11), 2), np.diag([-1.2, -1.0, 3.0, 1.0]))
     save_nifti(scans / "oblique.nii", blobs((24, 20, 12), 3), OBLIQUE)
+    slant = OBLIQUE.copy()
+    slant[:3, 0] += 0.004 * slant[:3, 1]  # as far from a right angle as is taken
+    save_nifti(scans / "slant.nii", blobs((24, 20, 12), 5), slant)
     save_nifti(scans / "slice.nii.gz", (blobs((24, 20, 1), 4) * 400).astype(np.int16), OBLIQUE)
     bundle = bundle_masks(run, scans, tmp_path / "bundle")
     manifest = Predictor(run, device="cpu").run([scans], tmp_path / "ours")
-    assert manifest["summary"] == {"done": 4, "skipped": 0, "failed": 0}
+    assert manifest["summary"] == {"done": 5, "skipped": 0, "failed": 0}
     for name, theirs in bundle.items():
         ours = nib.load(tmp_path / "ours" / name)
         assert ours.shape == theirs.shape
@@ -149,3 +152,12 @@ def test_bundle_refuses_an_empty_folder_and_equal_names(threshold_run: Path, tmp
     with pytest.raises(RuntimeError) as error:
         bundle_masks(threshold_run, tmp_path / "scans", tmp_path / "out")
     assert "one file per scan" in str(error.value.__cause__)
+
+
+def test_keep_largest(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("skimage", reason="MONAI keeps the largest component by scikit-image")
+    run = make_run(network_def=UNET, keep_largest=["organ", "lesion"], spacing=[1.4, 1.0, 1.0])
+    save_nifti(tmp_path / "scans" / "a.nii.gz", blobs((22, 26, 20), 2), OBLIQUE)
+    bundle = bundle_masks(run, tmp_path / "scans", tmp_path / "bundle")["a.nii.gz"]
+    ours = Predictor(run, device="cpu").predict(tmp_path / "scans" / "a.nii.gz").mask
+    assert (np.asarray(bundle.dataobj) != ours).sum() <= 5
