@@ -9,8 +9,9 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -29,13 +30,25 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-DatasetArg = Annotated[Path, typer.Argument(help="Decathlon folder, nnU-Net v2 raw folder, or MONAI datalist JSON.")]
-RunArg = Annotated[Path, typer.Argument(help="A trained run (a MONAI bundle).")]
-DeviceOption = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one.")]
-CasesOption = Annotated[Optional[Path], typer.Option(help="File with the case names to use, one a line.")]
-MismatchOption = Annotated[
-    bool, typer.Option("--allow-affine-mismatch", help="Where a label map's affine differs, trust the scan's.")
+DatasetArg = Annotated[
+    Path, typer.Argument(help="Decathlon folder, nnU-Net v2 raw folder, or MONAI datalist JSON.")
 ]
+RunArg = Annotated[Path, typer.Argument(help="A trained run (a MONAI bundle).")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one.")
+]
+CasesOption = Annotated[Path | None, typer.Option(help="File with the case names to use, one a line.")]
+MismatchOption = Annotated[
+    bool,
+    typer.Option("--allow-affine-mismatch", help="Where a label map's affine differs, trust the scan's."),
+]
+
+
+class ExportFormat(str, Enum):
+    """What `medseg export` writes."""
+
+    torchscript = "torchscript"
+    onnx = "onnx"
 
 
 def _show_version(value: bool) -> None:
@@ -46,7 +59,9 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
 ) -> None:
     pass
 
@@ -55,7 +70,7 @@ def _options(
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("medseg_demo"),
     device: DeviceOption = None,
-    epochs: Annotated[Optional[int], typer.Option(help="Shorten the training.", min=1)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Shorten the training.", min=1)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
 ) -> None:
     """The whole job on phantoms made on the spot: train, predict unseen scans, measure, draw."""
@@ -67,7 +82,7 @@ def demo(
 @app.command()
 def check(
     dataset: DatasetArg,
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the findings for machines.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings for machines.")] = None,
     cases: CasesOption = None,
     allow_affine_mismatch: MismatchOption = False,
 ) -> None:
@@ -88,34 +103,63 @@ def plan(
     dataset: DatasetArg,
     run: Annotated[Path, typer.Option("--out", help="The run to write.")],
     recipe: Annotated[str, typer.Option(help="A recipe's name, or a .yaml file of your own.")] = "joint",
-    epochs: Annotated[Optional[int], typer.Option(min=1, help="Length; default: what fits the planned time.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Length; default: what fits the planned time.")
+    ] = None,
     cases: CasesOption = None,
-    labels: Annotated[Optional[int], typer.Option(min=1, help="Labelled scans to use, validation included.")] = None,
-    unlabelled: Annotated[Optional[Path], typer.Option(help="Folder of further scans without labels.")] = None,
-    init: Annotated[Optional[Path], typer.Option(help="An earlier run to fine-tune.")] = None,
+    labels: Annotated[
+        int | None, typer.Option(min=1, help="Labelled scans to use, validation included.")
+    ] = None,
+    unlabelled: Annotated[Path | None, typer.Option(help="Folder of further scans without labels.")] = None,
+    init: Annotated[Path | None, typer.Option(help="An earlier run to fine-tune.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: DeviceOption = None,
-    settings: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any key of train.yaml, or plan::KEY.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key of train.yaml, or plan::KEY."),
+    ] = None,
     allow_affine_mismatch: MismatchOption = False,
 ) -> None:
     """The bundle that would be trained, with its expected time and memory. 'medseg train' goes on from it."""
-    _plan(dataset, run, recipe, epochs, cases, labels, unlabelled, init, seed, device, settings, allow_affine_mismatch)
+    _plan(
+        dataset,
+        run,
+        recipe,
+        epochs,
+        cases,
+        labels,
+        unlabelled,
+        init,
+        seed,
+        device,
+        settings,
+        allow_affine_mismatch,
+    )
     out.print(f"\nEdit {run / 'configs' / 'plan.json'} if you like, then: medseg train {dataset} --out {run}")
 
 
 @app.command()
 def train(
     dataset: DatasetArg,
-    run: Annotated[Path, typer.Option("--out", help="The run to write: a folder, which becomes a MONAI bundle.")],
+    run: Annotated[
+        Path, typer.Option("--out", help="The run to write: a folder, which becomes a MONAI bundle.")
+    ],
     recipe: Annotated[str, typer.Option(help="A recipe's name, or a .yaml file of your own.")] = "joint",
-    epochs: Annotated[Optional[int], typer.Option(min=1, help="Length; default: what fits the planned time.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Length; default: what fits the planned time.")
+    ] = None,
     cases: CasesOption = None,
-    labels: Annotated[Optional[int], typer.Option(min=1, help="Labelled scans to use, validation included.")] = None,
-    unlabelled: Annotated[Optional[Path], typer.Option(help="Folder of further scans without labels.")] = None,
-    init: Annotated[Optional[Path], typer.Option(help="An earlier run to fine-tune.")] = None,
+    labels: Annotated[
+        int | None, typer.Option(min=1, help="Labelled scans to use, validation included.")
+    ] = None,
+    unlabelled: Annotated[Path | None, typer.Option(help="Folder of further scans without labels.")] = None,
+    init: Annotated[Path | None, typer.Option(help="An earlier run to fine-tune.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: DeviceOption = None,
-    settings: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any key of train.yaml, or plan::KEY.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key of train.yaml, or plan::KEY."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
     allow_affine_mismatch: MismatchOption = False,
 ) -> None:
@@ -124,12 +168,24 @@ def train(
 
     check_device(device)
     if is_started(run) and not resume:
-        raise RunError(f"{run} already holds a trained run. Choose another --out, or go on with it: --resume.")
+        raise RunError(
+            f"{run} already holds a trained run. Choose another --out, or go on with it: --resume."
+        )
     if resume and is_finished(run):
         out.print(f"{run} is finished: nothing to resume.")
         return
     if is_planned(run):
-        given = [n for n, v in (("--cases", cases), ("--labels", labels), ("--init", init), ("--set", settings), ("--epochs", epochs)) if v]
+        given = [
+            n
+            for n, v in (
+                ("--cases", cases),
+                ("--labels", labels),
+                ("--init", init),
+                ("--set", settings),
+                ("--epochs", epochs),
+            )
+            if v
+        ]
         if given:
             raise RunError(
                 f"{run} is planned already; {', '.join(given)} would be ignored. Leave {'it' if len(given) == 1 else 'them'} "
@@ -137,7 +193,20 @@ def train(
             )
         err.print(f"Training what is planned in {run}.")
     else:
-        _plan(dataset, run, recipe, epochs, cases, labels, unlabelled, init, seed, device, settings, allow_affine_mismatch)
+        _plan(
+            dataset,
+            run,
+            recipe,
+            epochs,
+            cases,
+            labels,
+            unlabelled,
+            init,
+            seed,
+            device,
+            settings,
+            allow_affine_mismatch,
+        )
     train_run(run, device=device, resume=resume)
     print_metrics(run / "eval" / "metrics.json")
     out.print(
@@ -148,13 +217,25 @@ def train(
 
 @app.command()
 def predict(
-    run: Annotated[list[Path], typer.Argument(metavar="RUN... SCAN...", help="A run (several are an ensemble), then scans: files, folders, DICOM series folders.")],
+    run: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN... SCAN...",
+            help="A run (several are an ensemble), then scans: files, folders, DICOM series folders.",
+        ),
+    ],
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the masks.")],
-    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write each class's probability.")] = False,
-    tta: Annotated[bool, typer.Option("--tta", help="Average over mirrored scans where laterality allows it.")] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write each class's probability.")
+    ] = False,
+    tta: Annotated[
+        bool, typer.Option("--tta", help="Average over mirrored scans where laterality allows it.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo masks that exist.")] = False,
     device: DeviceOption = None,
-    trust: Annotated[bool, typer.Option("--trust", help="Run a bundle's own code: only for bundles you trust.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run a bundle's own code: only for bundles you trust.")
+    ] = False,
 ) -> None:
     """Masks of new scans, each in its scan's own space."""
     from medseg_supcon.training import check_device, is_planned
@@ -163,11 +244,20 @@ def predict(
     runs = [p for p in run if is_planned(p)]
     scans = [p for p in run if p not in runs]
     if not runs:
-        raise RunError(f"{run[0]} is not a run: it has no configs/plan.json. Usage: medseg predict RUN SCAN... --out DIR")
+        raise RunError(
+            f"{run[0]} is not a run: it has no configs/plan.json. Usage: medseg predict RUN SCAN... --out DIR"
+        )
     if not scans:
         raise ConfigError(f"No scan given. Usage: medseg predict {runs[0]} SCAN... --out DIR")
     code = predict_paths(
-        runs, scans, out_dir, probabilities=probabilities, tta=tta, overwrite=overwrite, device=device, trust=trust
+        runs,
+        scans,
+        out_dir,
+        probabilities=probabilities,
+        tta=tta,
+        overwrite=overwrite,
+        device=device,
+        trust=trust,
     )
     if code:
         raise typer.Exit(code)
@@ -175,12 +265,18 @@ def predict(
 
 @app.command()
 def evaluate(
-    run: Annotated[Optional[Path], typer.Argument(help="A trained run.")] = None,
-    dataset: Annotated[Optional[Path], typer.Argument(help="A data set with labels.")] = None,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for metrics.csv and metrics.json.")] = Path("evaluation"),
+    run: Annotated[Path | None, typer.Argument(help="A trained run.")] = None,
+    dataset: Annotated[Path | None, typer.Argument(help="A data set with labels.")] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for metrics.csv and metrics.json.")] = Path(
+        "evaluation"
+    ),
     cases: CasesOption = None,
-    predictions: Annotated[Optional[Path], typer.Option(help="Folder of masks, instead of RUN and DATASET.")] = None,
-    references: Annotated[Optional[Path], typer.Option(help="Folder of label maps to compare the masks with.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Folder of masks, instead of RUN and DATASET.")
+    ] = None,
+    references: Annotated[
+        Path | None, typer.Option(help="Folder of label maps to compare the masks with.")
+    ] = None,
     device: DeviceOption = None,
 ) -> None:
     """Dice, HD95 (mm), surface Dice and volumes (ml) per case and class, as CSV and JSON."""
@@ -202,13 +298,15 @@ def evaluate(
 def export(
     run: RunArg,
     file: Annotated[Path, typer.Option("--out", help="File to write.")],
-    format: Annotated[str, typer.Option(help="torchscript or onnx.")] = "torchscript",
+    format: Annotated[ExportFormat, typer.Option(help="What reads it.")] = ExportFormat.torchscript,
 ) -> None:
     """The trained network alone, for programs that have neither MONAI nor this package."""
     from medseg_supcon.inference import export_model
 
-    result = export_model(run, format, file)
-    out.print(f"Wrote {file} ({format}); largest difference from the network: {result['max_abs_difference']:.1e}")
+    result = export_model(run, format.value, file)
+    out.print(
+        f"Wrote {file} ({format.value}); largest difference from the network: {result['max_abs_difference']:.1e}"
+    )
 
 
 def _dataset(path: Path, cases: Path | None) -> Any:
@@ -238,7 +336,9 @@ def _plan(
     check_device(device)
     read_recipe(recipe)
     if is_planned(run):
-        raise RunError(f"{run} already holds a run. Choose another --out, or go on with it: medseg train ... --resume.")
+        raise RunError(
+            f"{run} already holds a run. Choose another --out, or go on with it: medseg train ... --resume."
+        )
     parsed = [parse_setting(s) for s in settings or ()]
     dataset = _dataset(path, cases)
     split = split_cases(dataset, labels=labels, seed=seed)
@@ -249,7 +349,9 @@ def _plan(
     if report.has_errors or report.findings:
         print_report(report, err)
     if report.has_errors:
-        raise MedsegError(f"The data set has errors (above): mend them and run 'medseg check {path}' until it is content.")
+        raise MedsegError(
+            f"The data set has errors (above): mend them and run 'medseg check {path}' until it is content."
+        )
     result = prepare_run(
         dataset,
         split,
@@ -274,7 +376,12 @@ def _evaluate_run(run: Path, dataset: Path, out_dir: Path, cases: Path | None, d
     if not labelled:
         raise MedsegError(f"{dataset} has no labelled case to evaluate on.")
     run_config(
-        run, "evaluate", "infer", device=device, datalist=items(labelled, found.root), dataset_dir=str(found.root.resolve()),
+        run,
+        "evaluate",
+        "infer",
+        device=device,
+        datalist=items(labelled, found.root),
+        dataset_dir=str(found.root.resolve()),
         output_dir=str(out_dir.resolve()),
     )
 
@@ -305,11 +412,16 @@ def _fault(error: Exception) -> None:
         show()
         sys.exit(2)
     if isinstance(error, OSError):
-        _stop(f"medseg: {error.strerror or error}: {error.filename or 'no file named'}. Check the disk and permissions.", 2)
+        _stop(
+            f"medseg: {error.strerror or error}: {error.filename or 'no file named'}. Check the disk and permissions.",
+            2,
+        )
     import traceback
 
     traceback.print_exc()
-    _stop("medseg: this is a fault of the program, not of your data. Please report it with the lines above.", 1)
+    _stop(
+        "medseg: this is a fault of the program, not of your data. Please report it with the lines above.", 1
+    )
 
 
 def _stop(message: str, code: int) -> None:

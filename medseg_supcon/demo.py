@@ -80,7 +80,9 @@ def _clear(out: Path, overwrite: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
         return
     if not (out / MARKER).exists():
-        raise RunError(f"{out} is not empty and no earlier demo. Choose another folder: medseg demo --out DIR")
+        raise RunError(
+            f"{out} is not empty and no earlier demo. Choose another folder: medseg demo --out DIR"
+        )
     if not overwrite:
         raise RunError(f"{out} holds an earlier demo. Replace it with --overwrite, or choose another --out.")
     shutil.rmtree(out)

@@ -39,7 +39,10 @@ def print_plan(plan: dict[str, Any], split: Any, run: Path) -> None:
         ("spacing", " x ".join(f"{s:g}" for s in plan["spacing"]) + f" mm ({plan['orientation']})"),
         ("patch", " x ".join(map(str, plan["patch_size"])) + f" voxels, {2 * plan['batch_size']} a step"),
         ("length", f"{plan['epochs']} epochs of {plan['steps_per_epoch']} steps"),
-        ("expected", f"about {expected['minutes']:.0f} min, {expected['memory_gib']:.1f} GiB on {expected['machine']}"),
+        (
+            "expected",
+            f"about {expected['minutes']:.0f} min, {expected['memory_gib']:.1f} GiB on {expected['machine']}",
+        ),
     ]
     err.print(f"Plan: {run / 'configs' / 'plan.json'}", markup=False)
     for name, text in rows:

@@ -127,7 +127,9 @@ def test_some_failed_and_all_failed_have_their_codes(medseg, trained_run, phanto
     code, _, error = medseg("predict", trained_run, scans, "--out", tmp_path / "masks", "--device", "cpu")
     assert code == 3 and "broken.nii.gz" in error
     assert (tmp_path / "masks" / good.name).exists()
-    code, _, error = medseg("predict", trained_run, scans / "broken.nii.gz", "--out", tmp_path / "none", "--device", "cpu")
+    code, _, error = medseg(
+        "predict", trained_run, scans / "broken.nii.gz", "--out", tmp_path / "none", "--device", "cpu"
+    )
     assert code == 2
     assert [p.name for p in (tmp_path / "none").glob("*.nii.gz")] == []
 
@@ -146,5 +148,3 @@ def test_a_fault_of_ours_exits_with_one(monkeypatch, capsys, phantoms):
         cli.main()
     assert stop.value.code == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
-
-

@@ -22,7 +22,6 @@ from medseg_supcon.errors import RunError
 from medseg_supcon.inference import Predictor
 from medseg_supcon.training import is_finished, prepare_run, run_config, train_run
 
-
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in these tests: sums in the same order
 
 
@@ -30,7 +29,12 @@ def bundle(config: Path, run: Path, cwd: Path, *more: str) -> None:
     """``python -m monai.bundle run`` from another folder."""
     command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", str(config)]
     done = subprocess.run(
-        [*command, "--bundle_root", str(run), *more], cwd=cwd, env=ONE_THREAD, capture_output=True, text=True, check=False
+        [*command, "--bundle_root", str(run), *more],
+        cwd=cwd,
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -86,7 +90,13 @@ def test_bundle_training_gives_the_same_weights_from_anywhere(trained_run, tmp_p
 
 
 def test_bundle_evaluation_gives_the_same_metrics(trained_run, tmp_path):
-    bundle(trained_run / "configs" / "evaluate.yaml", trained_run, tmp_path, "--output_dir", str(tmp_path / "out"))
+    bundle(
+        trained_run / "configs" / "evaluate.yaml",
+        trained_run,
+        tmp_path,
+        "--output_dir",
+        str(tmp_path / "out"),
+    )
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == json.loads(
         (trained_run / "eval" / "metrics.json").read_text()
     )
@@ -167,9 +177,7 @@ def test_fine_tuning_starts_from_the_earlier_weights(trained_run, phantoms, tmp_
 
 def test_the_dice_ce_recipe_has_no_contrast(phantoms, tmp_path):
     dataset, run = read_dataset(phantoms), tmp_path / "run"
-    prepare_run(
-        dataset, split_cases(dataset), run, recipe="dice_ce", epochs=1, settings=TINY, device="cpu"
-    )
+    prepare_run(dataset, split_cases(dataset), run, recipe="dice_ce", epochs=1, settings=TINY, device="cpu")
     run_config(run, "train", "train", device="cpu", quiet=True)
     with (run / "logs" / "history.csv").open() as stream:
         row = next(csv.DictReader(stream))

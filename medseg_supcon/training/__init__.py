@@ -2,7 +2,13 @@
 
 from medseg_supcon.training._batch import TwoViewLoss, prepare_views
 from medseg_supcon.training._checkpoint import Checkpoint, load_initial, load_tensors, save_atomically
-from medseg_supcon.training._data import EpochSampler, SeededDataset, cached_dataset, item_seed, two_view_dataset
+from medseg_supcon.training._data import (
+    EpochSampler,
+    SeededDataset,
+    cached_dataset,
+    item_seed,
+    two_view_dataset,
+)
 from medseg_supcon.training._log import TrainingLog
 from medseg_supcon.training._metrics import label_pairs
 from medseg_supcon.training._optimise import EarlyStop, GradientClip, IntervalValidation, StepSeed, StopOnNaN

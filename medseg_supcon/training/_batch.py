@@ -14,7 +14,10 @@ Target = dict[str, Tensor]
 
 
 def prepare_views(
-    batchdata: Mapping[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
+    batchdata: Mapping[str, Any],
+    device: str | torch.device | None = None,
+    non_blocking: bool = False,
+    **kwargs: Any,
 ) -> tuple[Tensor, Target]:
     """MONAI ``prepare_batch``: (B, 2, C, *patch) views become 2B patches, view 1 and 2 of a scan side by side.
 
@@ -58,7 +61,7 @@ class TwoViewLoss(nn.Module):
 
     def forward(self, prediction: tuple[Tensor, Tensor], target: Target) -> Tensor:
         logits, features = prediction
-        return self.loss(
+        loss: Tensor = self.loss(
             logits,
             target["label"],
             features,
@@ -66,3 +69,4 @@ class TwoViewLoss(nn.Module):
             view_ids=target["view_ids"],
             scan_ids=target["scan_ids"],
         )
+        return loss

@@ -38,7 +38,9 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise RunError(f"{path} does not exist. Train the run first: medseg train DATASET --out RUN.") from None
+        raise RunError(
+            f"{path} does not exist. Train the run first: medseg train DATASET --out RUN."
+        ) from None
     except Exception as error:  # torch raises many kinds for a damaged or unsafe file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(f"{path} cannot be loaded as a file of weights: {reason}") from error

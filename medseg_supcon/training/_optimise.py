@@ -77,12 +77,12 @@ class StopOnNaN:
             )
 
 
-class IntervalValidation(ValidationHandler):
+class IntervalValidation(ValidationHandler):  # type: ignore[misc]
     """MONAI's ``ValidationHandler``, every ``interval`` epochs and after the last one, whatever the interval."""
 
     def attach(self, engine: Engine) -> None:
         def due(engine: Engine, epoch: int) -> bool:
-            return epoch % self.interval == 0 or epoch == engine.state.max_epochs
+            return bool(epoch % self.interval == 0 or epoch == engine.state.max_epochs)
 
         condition: Callable[[Engine, int], bool] = due
         engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=condition), self)

@@ -81,7 +81,9 @@ def set_key(config: Any, key: str, value: Any, where: str, create: bool = False)
         last = depth == len(parts) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(f"{where} has no entry {part!r} in {SEPARATOR.join(parts[:depth])} ({len(node)} entries).")
+                raise ConfigError(
+                    f"{where} has no entry {part!r} in {SEPARATOR.join(parts[:depth])} ({len(node)} entries)."
+                )
             index: Any = int(part)
         elif isinstance(node, dict):
             if part not in node and not (create and last):

@@ -46,5 +46,7 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"Recipe {path} is not YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(overlay, dict):
-        raise ConfigError(f"Recipe {path} must be a mapping of train.yaml's keys to values, found a {type(overlay).__name__}.")
+        raise ConfigError(
+            f"Recipe {path} must be a mapping of train.yaml's keys to values, found a {type(overlay).__name__}."
+        )
     return overlay

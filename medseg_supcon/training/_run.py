@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-from medseg_supcon.data import Dataset, Split, fingerprint, make_plan, read_plan, validate_plan, write_datalist, write_plan
+from medseg_supcon.data import (
+    Dataset,
+    Split,
+    fingerprint,
+    make_plan,
+    read_plan,
+    validate_plan,
+    write_datalist,
+    write_plan,
+)
 from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.networks import build_network, round_patch, size_divisor
 from medseg_supcon.training._bundle_docs import write_metadata, write_model_card, write_twins
@@ -71,7 +80,9 @@ def prepare_run(
         RunError: the folder already holds a run.
     """
     if is_planned(run):
-        raise RunError(f"{run} already holds a run. Choose another --out, or go on with medseg train --resume.")
+        raise RunError(
+            f"{run} already holds a run. Choose another --out, or go on with medseg train --resume."
+        )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     plan = make_plan(fingerprint(dataset, [*split.training, *split.unlabelled]), dataset, device=where.type)
     if trust_scan_affine:
@@ -105,7 +116,9 @@ def refresh_documents(run: Path) -> None:
 
 def _inherit(plan: dict[str, Any], init: Path) -> None:
     if not is_planned(init) or not is_started(init):
-        raise RunError(f"--init {init}: not a trained run (configs/plan.json and models/model.pt are needed).")
+        raise RunError(
+            f"--init {init}: not a trained run (configs/plan.json and models/model.pt are needed)."
+        )
     earlier = read_plan(init / "configs" / "plan.json")
     if len(earlier["channels"]) != len(plan["channels"]):
         raise ConfigError(
@@ -122,7 +135,9 @@ def _inherit(plan: dict[str, Any], init: Path) -> None:
         )
 
 
-def _sort_settings(settings: Sequence[tuple[str, Any]]) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+def _sort_settings(
+    settings: Sequence[tuple[str, Any]],
+) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
     of_plan, of_config = [], []
     for key, value in settings:
         if key.startswith(PLAN_PREFIX):

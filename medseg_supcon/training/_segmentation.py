@@ -29,6 +29,8 @@ class DiceCrossEntropy(nn.Module):
         0.0
     """
 
+    class_weights: Tensor | None
+
     def __init__(
         self,
         dice_weight: float = 1.0,
@@ -51,4 +53,5 @@ class DiceCrossEntropy(nn.Module):
         # the mean by hand: with every voxel ignored torch's is 0 / 0
         seen = (weights[target.clamp_min(0)] * (target != self.ignore_index)).sum()
         ce = total / seen.clamp_min(torch.finfo(seen.dtype).tiny)
-        return self.dice_weight * self.dice(logits, labels) + self.ce_weight * ce
+        dice: Tensor = self.dice(logits, labels)
+        return self.dice_weight * dice + self.ce_weight * ce

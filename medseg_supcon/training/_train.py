@@ -35,9 +35,15 @@ def check_device(device: str | None) -> str | None:
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise ConfigError(f"--device {device!r} is no device. Use cpu, cuda, or cuda:0, cuda:1, ...") from None
-    if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()):
-        raise ConfigError(f"--device {device}: torch finds {torch.cuda.device_count()} CUDA device(s) here. Use --device cpu.")
+        raise ConfigError(
+            f"--device {device!r} is no device. Use cpu, cuda, or cuda:0, cuda:1, ..."
+        ) from None
+    if found.type == "cuda" and not (
+        torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()
+    ):
+        raise ConfigError(
+            f"--device {device}: torch finds {torch.cuda.device_count()} CUDA device(s) here. Use --device cpu."
+        )
     return device
 
 
@@ -51,7 +57,9 @@ def run_config(run: Path, name: str, workflow_type: str, **overrides: Any) -> Co
         overrides: config keys and values.
     """
     if not is_planned(run):
-        raise RunError(f"{run} is not a run: it has no configs/plan.json. Make one with medseg plan or medseg train.")
+        raise RunError(
+            f"{run} is not a run: it has no configs/plan.json. Make one with medseg plan or medseg train."
+        )
     device = overrides.pop("device", None)
     if device is not None:
         overrides["device"] = f"$torch.device('{check_device(device)}')"

@@ -22,7 +22,8 @@ def test_ranks_share_out_the_batches_of_one_process(cases, steps, batch, world, 
     one = EpochSampler(cases, steps, batch * world, seed)
     whole = list(islice(one, 2 * steps * batch * world))
     ranks = [
-        list(islice(EpochSampler(cases, steps, batch, seed, r, world), 2 * steps * batch)) for r in range(world)
+        list(islice(EpochSampler(cases, steps, batch, seed, r, world), 2 * steps * batch))
+        for r in range(world)
     ]
     rebuilt = []
     for step in range(2 * steps):
@@ -77,7 +78,9 @@ def test_cache_holds_what_memory_allows():
         calls.append(item["k"])
         return {"image": torch.zeros(1, 8, 8, 8)}
 
-    dataset = cached_dataset([{"k": i} for i in range(4)], Compose([Compose([Lambda(load)])]), memory_share=1e-12)
+    dataset = cached_dataset(
+        [{"k": i} for i in range(4)], Compose([Compose([Lambda(load)])]), memory_share=1e-12
+    )
     assert len(dataset) == 4
     before = len(calls)
     dataset[3], dataset[3]

@@ -14,9 +14,9 @@ from torch import nn
 from medseg_supcon.errors import RunError
 from medseg_supcon.training import (
     EarlyStop,
-    StepSeed,
     GradientClip,
     IntervalValidation,
+    StepSeed,
     StopOnNaN,
     load_initial,
     load_tensors,
@@ -81,7 +81,9 @@ def test_the_last_epoch_is_validated_too():
     handler = IntervalValidation.__new__(IntervalValidation)
     handler.interval = 2
     seen = []
-    handler.__class__ = type("Spied", (IntervalValidation,), {"__call__": lambda self, e: seen.append(e.state.epoch)})
+    handler.__class__ = type(
+        "Spied", (IntervalValidation,), {"__call__": lambda self, e: seen.append(e.state.epoch)}
+    )
     handler.attach(engine)
     engine.run([0], max_epochs=5)
     assert seen == [2, 4, 5]
@@ -89,7 +91,7 @@ def test_the_last_epoch_is_validated_too():
 
 def test_early_stop_counts_over_a_resume():
     class Validator:
-        class state:  # noqa: N801
+        class state:
             epoch, key_metric_name, metrics = 0, "dice", {"dice": 0.0}
 
     def run(stop, values, start=0):
@@ -131,7 +133,7 @@ def test_weights_that_are_missing_broken_or_code_are_sentences(tmp_path):
     with pytest.raises(RunError, match="does not exist"):
         load_tensors(tmp_path / "no.pt")
     (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 half a file")
-    with pytest.raises(RunError, match="broken.pt"):
+    with pytest.raises(RunError, match=r"broken\.pt"):
         load_tensors(tmp_path / "broken.pt")
 
     class Evil:
@@ -140,7 +142,7 @@ def test_weights_that_are_missing_broken_or_code_are_sentences(tmp_path):
 
     with (tmp_path / "evil.pt").open("wb") as stream:
         pickle.dump(Evil(), stream)
-    with pytest.raises(RunError, match="evil.pt"):
+    with pytest.raises(RunError, match=r"evil\.pt"):
         load_tensors(tmp_path / "evil.pt")
     assert not (tmp_path / "owned").exists()
 
