@@ -20,7 +20,7 @@ from ._rows import Rows, Voxels, make_rows
 from ._similarity import Similarity, compute_dtype
 
 # Rows of a tile: on a CPU it fits the caches; a GPU wants work for all its cores.
-CPU_TILE, GPU_TILE = 384, 4096
+CPU_TILE, GPU_TILE = 384, 2048
 
 Bank = MemoryBank | tuple[Tensor, Tensor]
 

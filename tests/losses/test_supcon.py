@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from medseg_supcon.losses import MemoryBank, SupConLoss
 
@@ -308,3 +310,28 @@ def test_bad_options_are_quoted(options, error, words):
 def test_bad_arguments_are_quoted(options, arguments, error, words):
     with pytest.raises(error, match=words):
         SupConLoss(**options)(**{"embeddings": Z, "labels": Y, **arguments})
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
+@pytest.mark.parametrize("temperature", (0.1, 0.01))
+def test_no_tensor_grows_with_the_square_of_n(options, temperature):
+    n, dim, tile = 1000, 6, 64
+    z, ids = batch(n, dim, 5, dtype=torch.float32)
+    z = z.requires_grad_()
+    loss = SupConLoss(temperature, **options, tile_size=tile)
+    with LargestTensor() as largest:
+        loss(z, **ids).backward()
+    assert n * dim <= largest.elements <= max(n * dim, 4 * tile * tile) < n * n / 50
