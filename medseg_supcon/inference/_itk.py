@@ -14,6 +14,8 @@ from medseg_supcon.inference._dicom import check_slices
 from medseg_supcon.inference._grid import Affine, Grid, Volume, check_affine, check_values
 from medseg_supcon.inference._nifti import wrong_channels
 
+# Named, as ITK itself does not know endings in capitals.
+READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO"}
 RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's world is LPS
 
 
@@ -64,7 +66,7 @@ def _load(files: list[Path], dicom: bool) -> Any:
             image = reader.Execute()
             check_slices(reader, image, source)
         else:
-            image = sitk.ReadImage(str(files[0]))
+            image = sitk.ReadImage(str(files[0]), imageIO=READERS.get(files[0].suffix.lower(), "GDCMImageIO"))
     except RuntimeError as error:
         if not files[0].exists():
             raise DataError(f"{files[0]}: there is no such file. Check the path.") from error

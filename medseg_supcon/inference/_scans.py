@@ -98,6 +98,10 @@ def _scans_at(path: Path) -> list[Scan]:
     kind = _kind(path)
     if kind is None:
         return [_refused(name, path, f"this is not a scan. Expected {FORMATS}.")]
+    slices = [files for _, files in series_in(path.parent) if path in files] if kind == "dicom" else []
+    if slices and len(slices[0]) > 1:
+        reason = f"this is one of {len(slices[0])} slices of a DICOM series. Give its folder."
+        return [_refused(name, path, reason)]
     return [Scan(name, (path,), kind)]
 
 

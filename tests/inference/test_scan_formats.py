@@ -109,6 +109,7 @@ def test_several_series_in_a_folder_are_told_apart(tmp_path: Path) -> None:
     assert [scan.name for scan in scans] == ["study_series3", "study_series12"]
     assert [len(scan.files) for scan in scans] == [3, 4]
     assert [scan.name for scan in find_scans([tmp_path])] == ["study_series3", "study_series12"]
+    assert "one of 3 slices" in str(find_scans([scans[0].files[1]])[0].problem)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +227,14 @@ def test_folders_and_names(tmp_path: Path) -> None:
     assert [scan.name for scan in find_scans([tmp_path])] == ["C", "a.v1", "b"]
     # The same file twice is one scan.
     assert len(find_scans([tmp_path, tmp_path / "b.nii.gz"])) == 3
+
+
+def test_endings_in_capitals_are_read(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "a.nii.gz", np.ones((4, 5, 6))).rename(tmp_path / "A.NII.GZ")
+    sitk.WriteImage(sitk.Image([4, 5, 6], sitk.sitkUInt8), str(tmp_path / "b.mha"))
+    (tmp_path / "b.mha").rename(tmp_path / "B.MHA")
+    for scan in find_scans([tmp_path]):
+        assert read_scan(scan, 1).data.shape == (1, 4, 5, 6)
 
 
 def test_two_scans_of_one_name_are_both_refused(tmp_path: Path) -> None:
