@@ -1,0 +1,14 @@
+"""Prints the requirements of pyproject.toml, those of the extras named included, one a line.
+
+python requirements.py pyproject.toml export
+"""
+
+import sys
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads(Path(sys.argv[1]).read_text())["project"]
+names = project["dependencies"] + [
+    r for extra in sys.argv[2:] for r in project["optional-dependencies"][extra]
+]
+sys.stdout.write("\n".join(names) + "\n")

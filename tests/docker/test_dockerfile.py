@@ -1,0 +1,126 @@
+"""The container's files: pinned, unprivileged, from the base image and the checkout alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DOCKER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def steps() -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = load("steps").instructions((DOCKER / "Dockerfile").read_text())
+    return found
+
+
+def arguments(steps: list[tuple[str, str]], name: str) -> list[str]:
+    return [argument for found, argument in steps if found == name]
+
+
+def test_one_base_with_a_version(steps: list[tuple[str, str]]) -> None:
+    (base,) = arguments(steps, "ARG")
+    assert re.fullmatch(r"BASE=nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu\d\d\.\d\d", base)
+    stages = {"dependencies", "package"}
+    assert {argument.split()[0] for argument in arguments(steps, "FROM")} <= {"${BASE}", *stages}
+
+
+def test_it_runs_as_nobody_in_particular(steps: list[tuple[str, str]]) -> None:
+    final = steps[max(i for i, (name, _) in enumerate(steps) if name == "FROM") :]
+    (user,) = arguments(final, "USER")
+    assert user.isdigit() and int(user) >= 1000
+    assert final.index(("USER", user)) > max(i for i, (name, _) in enumerate(final) if name == "RUN")
+    assert arguments(final, "ENTRYPOINT") == ['["medseg"]']
+    (environment,) = arguments(final, "ENV")
+    values = dict(word.split("=", 1) for word in environment.split())
+    assert all(values[name].startswith("/tmp") for name in ("HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR"))
+
+
+def test_every_install_is_pinned_and_leaves_no_cache(steps: list[tuple[str, str]]) -> None:
+    for command in arguments(steps, "RUN"):
+        for part in command.split("&&"):
+            if "pip install" in part:
+                assert "--no-cache-dir" in part
+                assert any(word in part for word in ("--constraint", "--no-index", "==")), part
+            if "apt-get install" in part:
+                assert "--no-install-recommends" in part and "rm -rf /var/lib/apt/lists" in command
+        assert "curl" not in command and "wget" not in command and "ADD" not in command
+
+
+def test_no_address_but_the_base_images_short_name() -> None:
+    for file in ("Dockerfile", "compose.yaml", "requirements.py", "steps.py", "check_without_docker.sh"):
+        text = (DOCKER / file).read_text()
+        addresses = re.findall(r"https?://\S+|--(?:extra-)?index-url|\b[\w-]+(?:\.[\w-]+)+/[\w/.-]+:\d", text)
+        assert [a for a in addresses if "localhost" not in a] == [], file
+
+
+def test_what_is_copied_exists_and_is_let_through() -> None:
+    steps = load("steps").instructions((DOCKER / "Dockerfile").read_text())
+    let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
+    for argument in arguments(steps, "COPY"):
+        if "--from=" not in argument:
+            for source in argument.split()[:-1]:
+                assert (ROOT / source).exists(), source
+                assert source in let_through, source
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
+def test_requirements_are_pyprojects() -> None:
+    command = [sys.executable, str(DOCKER / "requirements.py"), str(ROOT / "pyproject.toml"), "export"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    pinned = {
+        re.split("[=<> ]", line)[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    }
+    names = {re.split("[=<>!~ ]", line)[0].lower().replace("_", "-") for line in lines}
+    assert {"torch", "monai", "onnx"} <= names
+    assert names <= pinned
+
+
+def test_compose_is_shut_in() -> None:
+    content: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    services = content["services"]
+    assert {"train", "predict", "tensorboard"} <= set(services)
+    for name, service in services.items():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert name == "tensorboard" or service["network_mode"] == "none"
+
+
+def test_steps_become_a_shell_script(tmp_path: Path) -> None:
+    steps = load("steps")
+    text = "# x\nFROM a\nWORKDIR {w}\nCOPY one two ./\nRUN --mount=type=bind,from=p cat one \\\n && cat two > three\n"
+    (tmp_path / "one").write_text("1\n")
+    (tmp_path / "two").write_text("2\n")
+    work = tmp_path / "work"
+    script = "\n".join(steps.build(steps.instructions(text.replace("{w}", str(work))), str(tmp_path)))
+    shell = shutil.which("sh")
+    assert shell is not None
+    done = subprocess.run([shell, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+    assert (work / "three").read_text() == "2\n"
+
+
+def test_the_script_is_valid_shell() -> None:
+    shell = shutil.which("sh")
+    assert shell is not None
+    subprocess.run([shell, "-n", str(DOCKER / "check_without_docker.sh")], check=True)
