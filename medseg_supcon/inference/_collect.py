@@ -45,7 +45,7 @@ def add_inverse(
     members: int,
 ) -> None:
     """The way back by MONAI's own inverse, for preprocessing that is more than turning and scaling."""
-    whole = torch.cat([chunk.cpu() for chunk in chunks], dim=1)
+    whole = torch.cat([chunk.to("cpu", copy=True) for chunk in chunks], dim=1)
     whole = torch.softmax(whole, dim=0) if softmax else whole
     back = MetaTensor(whole, meta=image.meta, applied_operations=image.applied_operations)
     scores += model.preprocessing.inverse({"image": back})["image"].numpy() / members

@@ -35,7 +35,8 @@ def windows(
         buffer_device: where windows are stitched.
 
     Yields:
-        (K, rows, Y, Z) float32 on ``buffer_device``; the rows of all chunks add up to X.
+        (K, rows, Y, Z) float32 on ``buffer_device``; the rows of all chunks add up to X. A chunk is a view of the
+        buffer: good until the next one is asked for.
     """
     shape = tuple(image.shape[1:])
     pad = [max(p - n, 0) for p, n in zip(patch_size, shape, strict=True)]
@@ -72,16 +73,16 @@ def windows(
                 weight_here = weight.to(buffer_device)
             if x > first:
                 yield finished(x)
-                total, count = _advance(total, x - first), _advance(count, x - first)
+                _advance(total, x - first)
+                _advance(count, x - first)
                 first = x
             total[:, :, place[1], place[2]] += output
             count[0, :, place[1], place[2]] += weight_here
     yield finished(first + patch_size[0])
 
 
-def _advance(buffer: Tensor, rows: int) -> Tensor:
-    """The buffer moved on by some rows; new ones are zero."""
-    moved = torch.zeros_like(buffer)
-    if rows < buffer.shape[1]:
-        moved[:, :-rows] = buffer[:, rows:]
-    return moved
+def _advance(buffer: Tensor, rows: int) -> None:
+    """Moves the buffer on by some rows, class by class, so that there is never a second one; new rows are 0."""
+    for part in buffer:
+        part[:-rows] = part[rows:].clone()
+        part[-rows:] = 0
