@@ -67,6 +67,7 @@ def run_config(run: Path, name: str, workflow_type: str, **overrides: Any) -> Co
         config_file=str(run / "configs" / f"{name}.yaml"),
         workflow_type=workflow_type,
         bundle_root=str(run.resolve()),
+        logging_file=False,  # the command line has its own display
         **overrides,
     )
     with _own_errors():
