@@ -17,7 +17,7 @@ import torch
 from toy_runs import blobs, save_nifti, threshold_weights
 
 from medseg_supcon.errors import RunError
-from medseg_supcon.inference import Predictor, _mask, predict_paths
+from medseg_supcon.inference import Predictor, _mask
 
 
 @pytest.fixture
@@ -102,20 +102,17 @@ def test_probabilities(threshold_run: Path, scans: Path, tmp_path: Path) -> None
 
 
 def test_a_failing_scan_is_reported_and_the_rest_go_on(
-    threshold_run: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    threshold_run: Path, scans: Path, tmp_path: Path
 ) -> None:
     (scans / "s1.nii.gz").write_bytes(b"broken")
     out = tmp_path / "out"
-    assert predict_paths([threshold_run], [scans, tmp_path / "missing.nii"], out, device="cpu") == 3
+    manifest = Predictor(threshold_run, device="cpu").run([scans, tmp_path / "missing.nii"], out)
     assert files(out) == {"manifest.json", "s0.nii.gz", "s2.nii.gz"}
-    manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["summary"] == {"done": 2, "skipped": 0, "failed": 2}
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 5  # a line each, not wrapped, and a last one
-    assert lines[-1].startswith("2 done, 2 failed: ")
-    assert any(str(scans / "s1.nii.gz") in line and "damaged" in line for line in lines)
-    assert predict_paths([threshold_run], [scans / "s1.nii.gz"], out, device="cpu") == 2
-    assert predict_paths([threshold_run], [scans / "s0.nii.gz"], out, device="cpu") == 0
+    errors = {entry["name"]: entry["error"] for entry in manifest["scans"] if entry["status"] == "failed"}
+    assert set(errors) == {"s1", "missing"}
+    assert str(scans / "s1.nii.gz") in errors["s1"] and "damaged" in errors["s1"]
+    assert "no such file" in errors["missing"]
 
 
 def _raise(error: BaseException) -> Callable[..., Any]:
