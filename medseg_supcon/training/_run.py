@@ -174,7 +174,7 @@ def _write_template(run: Path) -> None:
     run.mkdir(parents=True, exist_ok=True)
     for source in sorted(template.rglob("*")):
         target = run / source.relative_to(template)
-        if source.is_file() and source.suffix != ".j2" and source.name != "train.yaml":
+        if source.is_file() and source.suffix != ".j2" and source.name not in ("train.yaml", "metadata.json"):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
 

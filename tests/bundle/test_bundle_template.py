@@ -1,0 +1,45 @@
+"""The template as it lies in the checkout is a bundle itself: the phantoms' plan, no cases, no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+from monai.bundle import ConfigWorkflow, verify_net_in_out
+
+from medseg_supcon.data import validate_plan
+from medseg_supcon.training._metadata import metadata_of
+
+TEMPLATE = Path(__file__).parents[2] / "bundles" / "segmentation"
+CONFIGS = TEMPLATE / "configs"
+VERSIONS = ("monai_version", "pytorch_version", "numpy_version", "required_packages_version")
+
+
+def test_its_metadata_follows_its_plan() -> None:
+    validate_plan(json.loads((CONFIGS / "plan.json").read_text()))
+    found = json.loads((CONFIGS / "metadata.json").read_text())
+    requirements = Path(__file__).with_name("metadata_requirements.json").read_text()
+    jsonschema.validate(found, json.loads(requirements))
+    fresh = metadata_of(TEMPLATE)
+    assert {k: v for k, v in found.items() if k not in VERSIONS} == {
+        k: v for k, v in fresh.items() if k not in VERSIONS
+    }
+
+
+def test_its_network_fits_its_metadata(elsewhere: Path) -> None:
+    verify_net_in_out(
+        "network_def",
+        str(CONFIGS / "metadata.json"),
+        str(CONFIGS / "inference.yaml"),
+        device="cpu",
+        bundle_root=str(TEMPLATE),
+    )
+
+
+def test_tools_can_open_it_without_data(elsewhere: Path) -> None:
+    workflow = ConfigWorkflow(
+        str(CONFIGS / "inference.yaml"), workflow_type="infer", logging_file=False, bundle_root=str(TEMPLATE)
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
