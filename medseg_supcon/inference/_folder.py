@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from medseg_supcon.inference._scans import Scan
 
 if TYPE_CHECKING:
     from medseg_supcon.inference._predictor import Prediction, Predictor
+    from medseg_supcon.inference._prepare import Prepared
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 logger = logging.getLogger(__name__)
@@ -51,39 +54,45 @@ def predict_folder(
             todo.append(scan)
         else:
             report(entry)
-    # One thread reads ahead and one writes behind; at most one scan waits in each.
+    # One thread reads the next scan and one writes the last mask, while this one segments.
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        behind: tuple[Scan, Future[dict[str, Any]]] | None = None
         try:
-            ahead: Future[Any] | None = reader.submit(predictor.prepare, todo[0]) if todo else None
-            behind: tuple[Scan, Future[dict[str, Any]]] | None = None
-            for index, scan in enumerate(todo):
-                if ahead is None:  # pragma: no cover  # submitted with the scan before
-                    raise RuntimeError("no scan was read ahead")
-                current, ahead = ahead, None
-                entry, prediction = None, None
+            for scan, prepared in _read_ahead(reader, predictor, todo):
+                outcome: Prediction | dict[str, Any]
                 try:
-                    prepared = current.result()
-                    if index + 1 < len(todo):
-                        ahead = reader.submit(predictor.prepare, todo[index + 1])
-                    prediction = predictor.segment(prepared, probabilities)
-                    del prepared, current
+                    outcome = predictor.segment(prepared.result(), probabilities)
                 except Exception as error:
-                    entry = _failed(scan, error)
-                    if ahead is None and index + 1 < len(todo):
-                        ahead = reader.submit(predictor.prepare, todo[index + 1])
+                    outcome = _failed(scan, error)
                 if behind is not None:
-                    report(_result(*behind))
+                    report(_written(*behind))
                     behind = None
-                if prediction is None:
-                    report(entry or {})
+                if isinstance(outcome, dict):
+                    report(outcome)
                 else:
-                    behind = scan, writer.submit(_write, prediction, out, predictor.labels)
+                    behind = scan, writer.submit(_write, outcome, out, predictor.labels)
             if behind is not None:
-                report(_result(*behind))
+                report(_written(*behind))
         except BaseException:
             reader.shutdown(wait=False, cancel_futures=True)
+            if behind is not None:  # Ctrl-C: the mask under way is finished, and listed
+                with suppress(RunError):
+                    manifest.add(_written(*behind))
             raise
     return manifest.of_this_call()
+
+
+def _read_ahead(
+    reader: ThreadPoolExecutor, predictor: Predictor, scans: Sequence[Scan]
+) -> Iterator[tuple[Scan, Future[Prepared]]]:
+    """Each scan with its future, when the next one's reading has been asked for; no more than that waits."""
+    coming: deque[tuple[Scan, Future[Prepared]]] = deque()
+    for scan in scans:
+        coming.append((scan, reader.submit(predictor.prepare, scan)))
+        if len(coming) == 2:
+            yield coming.popleft()
+    while coming:
+        yield coming.popleft()
 
 
 def _write(prediction: Prediction, out: Path, labels: dict[str, float]) -> dict[str, Any]:
@@ -97,7 +106,7 @@ def _write(prediction: Prediction, out: Path, labels: dict[str, float]) -> dict[
     return entry
 
 
-def _result(scan: Scan, future: Future[dict[str, Any]]) -> dict[str, Any]:
+def _written(scan: Scan, future: Future[dict[str, Any]]) -> dict[str, Any]:
     try:
         return future.result()
     except Exception as error:

@@ -68,7 +68,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)  # noqa: PTH105  # what the fault injection of the tests replaces
+        os.replace(temporary, path)  # what the fault injection of the tests replaces
     finally:
         temporary.unlink(missing_ok=True)
 

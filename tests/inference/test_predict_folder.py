@@ -171,9 +171,10 @@ def test_ctrl_c_keeps_what_is_finished_and_no_partial_file(
         predictor.run([scans], out)
     assert files(out) == {"manifest.json", "s0.nii.gz", "s1.nii.gz"}
     statuses = [entry["status"] for entry in json.loads((out / "manifest.json").read_text())["scans"]]
-    assert statuses[0] == "done"
+    assert statuses == ["done", "done"]
     monkeypatch.undo()
     manifest = predictor.run([scans], out)
+    assert manifest["scans"][1]["warnings"] == []
     assert [entry["status"] for entry in manifest["scans"]] == ["skipped", "skipped", "done"]
 
 
