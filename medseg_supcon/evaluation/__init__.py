@@ -1,18 +1,24 @@
 """How good masks are: metrics per case and class, their summary, and pictures."""
 
+from medseg_supcon.evaluation._comparison import compare_recipes, recipe_means
 from medseg_supcon.evaluation._curves import curves_figure
 from medseg_supcon.evaluation._folders import evaluate_folders
 from medseg_supcon.evaluation._metrics import case_metrics
 from medseg_supcon.evaluation._overlay import overlay_figure
 from medseg_supcon.evaluation._report import MetricsReport
+from medseg_supcon.evaluation._statistics import PairedDifference, paired_difference
 from medseg_supcon.evaluation._summary import summarise, write_metrics
 
 __all__ = [
     "MetricsReport",
+    "PairedDifference",
     "case_metrics",
+    "compare_recipes",
     "curves_figure",
     "evaluate_folders",
     "overlay_figure",
+    "paired_difference",
+    "recipe_means",
     "summarise",
     "write_metrics",
 ]

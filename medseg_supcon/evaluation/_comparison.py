@@ -1,0 +1,155 @@
+"""Recipes against one another: from rows of results to tables of means and paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medseg_supcon.evaluation._statistics import paired_difference
+
+Row = dict[str, Any]
+Array = npt.NDArray[np.float64]
+
+MEAN = "mean"  # the name under which the mean over classes stands in tables
+LEFT_OUT_RULE = (
+    "A class that a test case does not have gets no score from a run that rightly left it empty. It is left "
+    "out for that case in all runs, so that every run's mean is over the same cases."
+)
+
+
+def compare_recipes(
+    rows: Iterable[Row], recipes: Sequence[str], *, resamples: int = 10_000, seed: int = 0
+) -> list[Row]:
+    """Every recipe against the first, for each label budget, class and the mean over classes.
+
+    Args:
+        rows: one per run, case and class, with ``recipe``, ``labels``, ``seed``, ``case``, ``class``, ``dice``
+            (0..1 or None where there is no score). Other keys are not read.
+        recipes: names, the baseline first; a name that stands twice is compared with itself.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        Rows ``recipe``, ``baseline``, ``labels``, ``class`` (``mean``: over classes, per case), ``dice``,
+        ``baseline_dice``, ``difference``, ``low``, ``high`` (95 %), ``p``, ``cases``, ``seeds``, ``left_out``
+        (cases without a score).
+
+    Raises:
+        ValueError: fewer than two recipes, or a recipe has no rows for a budget or lacks one of its runs' cases.
+
+    Example:
+        >>> rows = [{"recipe": r, "labels": 5, "seed": 0, "case": "a", "class": "organ", "dice": d}
+        ...         for r, d in (("x", 0.5), ("y", 0.75))]
+        >>> compare_recipes(rows, ["x", "y"])[0]["difference"]
+        0.25
+    """
+    if len(recipes) < 2:
+        raise ValueError(f"recipes must name at least two, the baseline first; got {list(recipes)}")
+    rows = list(rows)
+    found = []
+    for labels in sorted({row["labels"] for row in rows}):
+        scores = score_tables([row for row in rows if row["labels"] == labels], recipes)
+        for recipe in recipes[1:]:
+            for name, tables in scores.items():
+                found.append(
+                    {"recipe": recipe, "baseline": recipes[0], "labels": labels, "class": name}
+                    | _difference(tables[recipe], tables[recipes[0]], resamples, seed)
+                )
+    return found
+
+
+def _difference(scores: Array, baseline: Array, resamples: int, seed: int) -> Row:
+    scored = np.isfinite(baseline[0])
+    left_out = int((~scored).sum())
+    if not scored.any():
+        nothing = dict.fromkeys(("dice", "baseline_dice", "difference", "low", "high", "p"))
+        return {**nothing, "cases": 0, "seeds": len(scores), "left_out": left_out}
+    a, b = scores[:, scored], baseline[:, scored]
+    d = paired_difference(a, b, resamples=resamples, seed=seed)
+    return {
+        "dice": float(a.mean()),
+        "baseline_dice": float(b.mean()),
+        **d._asdict(),
+        "left_out": left_out,
+    }
+
+
+def score_tables(rows: Sequence[Row], recipes: Iterable[str]) -> dict[str, dict[str, Array]]:
+    """The Dice of one label budget as tables, class -> recipe -> (S, K), and the mean over classes as ``mean``.
+
+    Seeds and cases are in sorted order. A class that some run has no score for is NaN for that case in all.
+
+    Raises:
+        ValueError: a run lacks a case, or the rows name no run of a recipe.
+    """
+    names = list(dict.fromkeys(recipes))
+    seeds = sorted({row["seed"] for row in rows})
+    cases = sorted({row["case"] for row in rows})
+    classes = list(dict.fromkeys(row["class"] for row in rows))
+    found = {(r["recipe"], r["seed"], r["case"], r["class"]): r["dice"] for r in rows}
+    table = np.full((len(names), len(seeds), len(cases), len(classes)), np.nan)
+    for index in np.ndindex(*table.shape):
+        recipe, seed, case, name = (
+            of[i] for of, i in zip((names, seeds, cases, classes), index, strict=True)
+        )
+        if (recipe, seed, case, name) not in found:
+            raise ValueError(f"there is no result of {recipe!r}, seed {seed}, for {name!r} of case {case!r}")
+        value = found[recipe, seed, case, name]
+        table[index] = np.nan if value is None else value
+    table[:, :, ~np.isfinite(table).all(axis=(0, 1))] = np.nan
+    counted = np.isfinite(table).sum(axis=3)
+    mean = np.where(counted > 0, np.nansum(table, axis=3) / np.maximum(counted, 1), np.nan)
+    scores = {MEAN: {recipe: mean[i] for i, recipe in enumerate(names)}}
+    for c, name in enumerate(classes):
+        scores[name] = {recipe: table[i, :, :, c] for i, recipe in enumerate(names)}
+    return scores
+
+
+def recipe_means(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
+    """Dice of each recipe, label budget and class: the mean over cases and seeds, and how far the seeds differ.
+
+    Returns:
+        Rows ``recipe``, ``labels``, ``class`` (``mean`` first), ``dice``, ``seed_std`` (sample standard
+        deviation of the runs' means; None with one seed), ``by_seed``, ``cases``, ``seeds``.
+    """
+    rows = list(rows)
+    found = []
+    for labels in sorted({row["labels"] for row in rows}):
+        scores = score_tables([row for row in rows if row["labels"] == labels], recipes)
+        for recipe in dict.fromkeys(recipes):
+            for name, tables in scores.items():
+                scored = tables[recipe][:, np.isfinite(tables[recipe][0])]
+                runs = scored.mean(axis=1) if scored.size else np.zeros(0)
+                found.append(
+                    {
+                        "recipe": recipe,
+                        "labels": labels,
+                        "class": name,
+                        "dice": float(runs.mean()) if runs.size else None,
+                        "seed_std": float(runs.std(ddof=1)) if runs.size > 1 else None,
+                        "by_seed": runs.tolist(),
+                        "cases": scored.shape[1],
+                        "seeds": len(scored),
+                    }
+                )
+    return found
+
+
+def verdict(row: Row) -> str:
+    """A difference as a sentence's end: who won and how sure.
+
+    >>> verdict({"difference": 0.02, "low": 0.01, "high": 0.03, "p": 0.001, "recipe": "b", "baseline": "a"})
+    'b is clearly better than a'
+    """
+    if row["difference"] is None:
+        return f"{row['recipe']} and {row['baseline']} have no score to compare"
+    if row["low"] == row["high"] == 0:
+        return f"{row['recipe']} and {row['baseline']} give the same"
+    if row["low"] > 0:
+        return f"{row['recipe']} is clearly better than {row['baseline']}"
+    if row["high"] < 0:
+        return f"{row['recipe']} is clearly worse than {row['baseline']}"
+    return f"no clear difference between {row['recipe']} and {row['baseline']}"
