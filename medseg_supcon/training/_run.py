@@ -56,6 +56,7 @@ def prepare_run(
     device: str | None = None,
     minutes: float | None = None,
     trust_scan_affine: bool = False,
+    plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the bundle that would be trained, and measure how long that would take.
 
@@ -71,6 +72,8 @@ def prepare_run(
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; by default a GPU where there is one.
         minutes: time that training may take (default: 22 on a CPU, 60 on a GPU).
         trust_scan_affine: label maps take their scan's affine (``--allow-affine-mismatch``).
+        plan: one that :func:`prepare_run` returned for the same cases: it is taken as it is, and neither the
+            data nor the time is measured again. Settings of the plan, ``epochs`` and ``init``'s part are in it.
 
     Returns:
         the plan, as written.
@@ -84,27 +87,32 @@ def prepare_run(
             f"{run} already holds a run. Choose another --out, or go on with medseg train --resume."
         )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    plan = make_plan(fingerprint(dataset, [*split.training, *split.unlabelled]), dataset, device=where.type)
-    if trust_scan_affine:
-        plan["trust_scan_affine"] = True
-    if init is not None:
-        _inherit(plan, init)
     of_plan, of_config = _sort_settings(settings)
-    for key, value in of_plan:
-        set_key(plan, key, value, "The plan (configs/plan.json)")
-    _fit_patch(plan)
-    validate_plan(plan)
+    if plan is not None:
+        made = dict(plan)
+    else:
+        cases = [*split.training, *split.unlabelled]
+        made = make_plan(fingerprint(dataset, cases), dataset, device=where.type)
+        if trust_scan_affine:
+            made["trust_scan_affine"] = True
+        if init is not None:
+            _inherit(made, init)
+        for key, value in of_plan:
+            set_key(made, key, value, "The plan (configs/plan.json)")
+        _fit_patch(made)
+        validate_plan(made)
     _write_template(run)
-    write_plan(plan, run / "configs" / "plan.json")
+    write_plan(made, run / "configs" / "plan.json")
     write_datalist(split, run / "configs" / "datalist.json", dataset.root)
     _write_train_config(run, dataset.root, recipe, of_config, seed, init)
-    timing = time_training(run, device)
-    budget = minutes if minutes is not None else default_minutes(where)
-    plan["epochs"] = epochs or epochs_within(budget, plan, timing, len(split.validation))
-    plan["expected"] = _expected(plan, timing, len(split.validation))
-    write_plan(plan, run / "configs" / "plan.json")
+    if plan is None:
+        timing = time_training(run, device)
+        budget = minutes if minutes is not None else default_minutes(where)
+        made["epochs"] = epochs or epochs_within(budget, made, timing, len(split.validation))
+        made["expected"] = _expected(made, timing, len(split.validation))
+        write_plan(made, run / "configs" / "plan.json")
     refresh_documents(run)
-    return plan
+    return made
 
 
 def refresh_documents(run: Path) -> None:
