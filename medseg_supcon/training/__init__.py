@@ -11,12 +11,17 @@ from medseg_supcon.training._data import (
 )
 from medseg_supcon.training._log import TrainingLog
 from medseg_supcon.training._metrics import label_pairs
+from medseg_supcon.training._mixed import MixedSampler, with_unknown
 from medseg_supcon.training._optimise import EarlyStop, GradientClip, IntervalValidation, StepSeed, StopOnNaN
 from medseg_supcon.training._overlay import parse_setting
 from medseg_supcon.training._progress import ProgressDisplay
 from medseg_supcon.training._recipes import read_recipe, recipe_names, shared_folder
 from medseg_supcon.training._run import is_planned, is_started, prepare_run, refresh_documents
 from medseg_supcon.training._segmentation import DiceCrossEntropy
+from medseg_supcon.training._staged_loss import StagedLoss
+from medseg_supcon.training._staged_network import StagedNetwork
+from medseg_supcon.training._stages import LateValidation, Stages, stage_at, stage_epochs, staged_schedule
+from medseg_supcon.training._timing import machine_name, peak_memory_gib
 from medseg_supcon.training._train import check_device, is_finished, run_config, train_run
 
 __all__ = [
@@ -26,8 +31,13 @@ __all__ = [
     "EpochSampler",
     "GradientClip",
     "IntervalValidation",
+    "LateValidation",
+    "MixedSampler",
     "ProgressDisplay",
     "SeededDataset",
+    "StagedLoss",
+    "StagedNetwork",
+    "Stages",
     "StepSeed",
     "StopOnNaN",
     "TrainingLog",
@@ -41,7 +51,9 @@ __all__ = [
     "label_pairs",
     "load_initial",
     "load_tensors",
+    "machine_name",
     "parse_setting",
+    "peak_memory_gib",
     "prepare_run",
     "prepare_views",
     "read_recipe",
@@ -50,6 +62,10 @@ __all__ = [
     "run_config",
     "save_atomically",
     "shared_folder",
+    "stage_at",
+    "stage_epochs",
+    "staged_schedule",
     "train_run",
     "two_view_dataset",
+    "with_unknown",
 ]
