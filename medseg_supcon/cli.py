@@ -16,6 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from medseg_supcon import __version__
+from medseg_supcon.cli_evidence import compare, embed
+from medseg_supcon.cli_options import CasesOption, DatasetArg, DeviceOption, MismatchOption, RunArg
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
 from medseg_supcon.terminal import err, out, predict_paths, print_metrics, print_plan, print_report
 
@@ -29,19 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-DatasetArg = Annotated[
-    Path, typer.Argument(help="Decathlon folder, nnU-Net v2 raw folder, or MONAI datalist JSON.")
-]
-RunArg = Annotated[Path, typer.Argument(help="A trained run (a MONAI bundle).")]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one.")
-]
-CasesOption = Annotated[Path | None, typer.Option(help="File with the case names to use, one a line.")]
-MismatchOption = Annotated[
-    bool,
-    typer.Option("--allow-affine-mismatch", help="Where a label map's affine differs, trust the scan's."),
-]
 
 
 class ExportFormat(str, Enum):
@@ -294,6 +283,10 @@ def evaluate(
     out.print(f"Every case: {out_dir / 'metrics.csv'}")
 
 
+app.command()(compare)
+app.command()(embed)
+
+
 @app.command()
 def export(
     run: RunArg,
@@ -434,8 +427,7 @@ def _quieten() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     logging.captureWarnings(True)
-    for name in ("ignite", "py.warnings", "monai"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
+from medseg_supcon.training._memory import keep_freed_memory
+
 NICE_EPOCHS = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 120, 150, 200, 250, 300, 400, 500, 700, 1000)
 
 
@@ -42,6 +44,7 @@ def time_training(run: Path, device: str | None = None, steps: int = 4) -> dict[
     Returns:
         ``seconds_per_step``, ``seconds_per_validation_case``, ``memory_gib``, ``machine``.
     """
+    keep_freed_memory()  # as the training will
     parser = ConfigParser()
     parser.read_config(str(run / "configs" / "train.yaml"))
     parser["bundle_root"] = str(run)
