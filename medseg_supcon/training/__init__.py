@@ -10,6 +10,7 @@ from medseg_supcon.training._data import (
     two_view_dataset,
 )
 from medseg_supcon.training._log import TrainingLog
+from medseg_supcon.training._memory import keep_freed_memory
 from medseg_supcon.training._metrics import label_pairs
 from medseg_supcon.training._mixed import MixedSampler, with_unknown
 from medseg_supcon.training._optimise import EarlyStop, GradientClip, IntervalValidation, StepSeed, StopOnNaN
@@ -48,6 +49,7 @@ __all__ = [
     "is_planned",
     "is_started",
     "item_seed",
+    "keep_freed_memory",
     "label_pairs",
     "load_initial",
     "load_tensors",
