@@ -12,7 +12,7 @@ import pytest
 
 from medseg_supcon import cli
 
-COMMANDS = ["demo", "check", "plan", "train", "predict", "evaluate", "export"]
+COMMANDS = ["demo", "check", "plan", "train", "predict", "evaluate", "compare", "embed", "export"]
 
 
 @pytest.fixture

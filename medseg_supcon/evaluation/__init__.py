@@ -1,7 +1,15 @@
 """How good masks are: metrics per case and class, their summary, and pictures."""
 
+from medseg_supcon.evaluation._compare_report import write_comparison
 from medseg_supcon.evaluation._comparison import compare_recipes, recipe_means
 from medseg_supcon.evaluation._curves import curves_figure
+from medseg_supcon.evaluation._embedding import (
+    Embedding,
+    class_separation,
+    principal_components,
+    scatter_figure,
+    t_sne,
+)
 from medseg_supcon.evaluation._folders import evaluate_folders
 from medseg_supcon.evaluation._metrics import case_metrics
 from medseg_supcon.evaluation._overlay import overlay_figure
@@ -10,15 +18,21 @@ from medseg_supcon.evaluation._statistics import PairedDifference, paired_differ
 from medseg_supcon.evaluation._summary import summarise, write_metrics
 
 __all__ = [
+    "Embedding",
     "MetricsReport",
     "PairedDifference",
     "case_metrics",
+    "class_separation",
     "compare_recipes",
     "curves_figure",
     "evaluate_folders",
     "overlay_figure",
     "paired_difference",
+    "principal_components",
     "recipe_means",
+    "scatter_figure",
     "summarise",
+    "t_sne",
+    "write_comparison",
     "write_metrics",
 ]

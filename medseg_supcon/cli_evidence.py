@@ -1,0 +1,134 @@
+"""The commands that measure: ``medseg compare`` and ``medseg embed``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medseg_supcon.cli_options import (
+    CasesOption,
+    DatasetArg,
+    DeviceOption,
+    MismatchOption,
+    RunArg,
+    SettingsOption,
+)
+from medseg_supcon.errors import ConfigError, MedsegError
+from medseg_supcon.terminal import err, out, print_report
+
+
+def compare(
+    dataset: DatasetArg,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder of the comparison.")],
+    recipes: Annotated[
+        str, typer.Option(help="Names or .yaml files, separated by commas; the first is the baseline.")
+    ],
+    seeds: Annotated[str, typer.Option(help="Seeds of training, separated by commas.")] = "0",
+    labels: Annotated[
+        str, typer.Option(help="Labelled scans (validation included), separated by commas; or 'all'.")
+    ] = "all",
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Length of every run; default: what fits the planned time.")
+    ] = None,
+    cases: CasesOption = None,
+    test_cases: Annotated[
+        Path | None,
+        typer.Option(help="File with the cases to test on; default: those that no run learns from."),
+    ] = None,
+    split_seed: Annotated[int, typer.Option(min=0, help="Of the split, which all runs share.")] = 0,
+    robustness: Annotated[
+        bool, typer.Option("--robustness/--no-robustness", help="Test on corrupted scans, too.")
+    ] = True,
+    device: DeviceOption = None,
+    settings: SettingsOption = None,
+    allow_affine_mismatch: MismatchOption = False,
+) -> None:
+    """Recipes x seeds x label budgets, paired and at equal budget: who wins, by how much, how sure.
+
+    Give the command again to go on after an interruption: finished runs are kept. All GPUs are used.
+    """
+    from medseg_supcon.comparison import compare as run_comparison
+    from medseg_supcon.comparison import design_comparison
+    from medseg_supcon.data import check_dataset, read_case_names, read_dataset
+    from medseg_supcon.training import check_device, parse_setting
+
+    check_device(device)
+    parsed = [parse_setting(text) for text in settings or ()]
+    data = read_dataset(dataset)
+    design = design_comparison(
+        data,
+        _separated(recipes, "--recipes"),
+        [_whole(text, "--seeds") for text in _separated(seeds, "--seeds")],
+        [None if text == "all" else _whole(text, "--labels") for text in _separated(labels, "--labels")],
+        cases=None if cases is None else read_case_names(cases),
+        test_cases=None if test_cases is None else read_case_names(test_cases),
+        split_seed=split_seed,
+    )
+    used = {c.name for s in design.splits.values() for c in (*s.training, *s.validation)}
+    report = check_dataset(
+        data.select([*used, *(case.name for case in design.test)]),
+        allow_affine_mismatch=allow_affine_mismatch,
+    )
+    if report.has_errors:
+        print_report(report, err)
+        raise MedsegError(
+            f"The data set has errors (above): mend them and run 'medseg check {dataset}' until it is content."
+        )
+    err.print(f"Testing on {len(design.test)} scans: {design.tested_on}.", markup=False)
+    found = run_comparison(
+        design,
+        out_dir,
+        epochs=epochs,
+        settings=parsed,
+        device=device,
+        robustness=robustness,
+        trust_scan_affine=allow_affine_mismatch,
+        say=lambda text: err.print(text, markup=False),
+    )
+    for sentence in [*found["answers"], *(f"Note: {text}" for text in found["caveats"])]:
+        out.print(sentence, markup=False)
+    out.print(f"\nThe report: {out_dir / 'report.html'}; tables: {out_dir / 'summary.md'}", markup=False)
+
+
+def embed(
+    run: RunArg,
+    dataset: DatasetArg,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for pictures and figures.")],
+    cases: CasesOption = None,
+    voxels: Annotated[int, typer.Option(min=20, help="Voxels to sample, over all cases.")] = 1500,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample and of t-SNE.")] = 0,
+    device: DeviceOption = None,
+) -> None:
+    """What the network's features look like, before and after training: pictures, class separation."""
+    from medseg_supcon.data import read_case_names, read_dataset
+    from medseg_supcon.embedding import embed_run
+    from medseg_supcon.training import check_device
+
+    check_device(device)
+    names = None if cases is None else read_case_names(cases)
+    found = embed_run(
+        run, read_dataset(dataset), out_dir, cases=names, voxels=voxels, seed=seed, device=device
+    )
+    for sentence in found["sentences"]:
+        out.print(sentence, markup=False)
+    out.print(
+        f"\nPictures: {out_dir / 'pca.png'}, {out_dir / 'tsne.png'}; figures: {out_dir / 'separation.csv'}\n"
+        f"To turn the points: tensorboard --logdir {out_dir / 'projector'}",
+        markup=False,
+    )
+
+
+def _separated(text: str, option: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise ConfigError(f"{option} {text!r}: expected values separated by commas.")
+    return parts
+
+
+def _whole(text: str, option: str) -> int:
+    if not text.isdecimal():
+        what = "a whole number" + (" or 'all'" if option == "--labels" else "")
+        raise ConfigError(f"{option}: {text!r} is not {what}.")
+    return int(text)

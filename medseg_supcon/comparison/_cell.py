@@ -1,0 +1,77 @@
+"""One run of a comparison: train it, or go on with it, and test it under every condition."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medseg_supcon.training import is_finished, machine_name, peak_memory_gib, run_config, train_run
+
+CLEAN = "clean"
+Job = Mapping[str, Any]
+
+
+def run_cell(job: Job, device: str | None = None, quiet: bool = False) -> None:
+    """Do what is left to do of one run.
+
+    Args:
+        job: ``run`` (a planned run), ``tests`` (folder), ``dataset_dir`` and ``conditions``: name -> items.
+        device: where.
+        quiet: no progress display.
+    """
+    run, tests = Path(job["run"]), Path(job["tests"])
+    if not _is_trained(run):
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        train_run(run, device=device, resume=True, quiet=quiet)
+        _write_cost(tests / "cost.json", where)
+    for condition, items in job["conditions"].items():
+        folder = tests / condition.replace(" ", "_")
+        if is_tested(run, folder, items):
+            continue
+        (folder / "metrics.json").unlink(missing_ok=True)
+        run_config(
+            run,
+            "evaluate",
+            "infer",
+            device=device,
+            datalist=list(items),
+            dataset_dir=job["dataset_dir"],
+            output_dir=str(folder.resolve()),
+        )
+        if condition != CLEAN:
+            shutil.rmtree(folder / "predictions", ignore_errors=True)
+
+
+def is_done(job: Job) -> bool:
+    """Trained to its end, and tested under every condition on these very cases."""
+    run, tests = Path(job["run"]), Path(job["tests"])
+    return _is_trained(run) and all(
+        is_tested(run, tests / condition.replace(" ", "_"), items)
+        for condition, items in job["conditions"].items()
+    )
+
+
+def is_tested(run: Path, folder: Path, items: list[dict[str, Any]]) -> bool:
+    """The folder holds the scores of the run's present weights on these cases."""
+    metrics, model = folder / "metrics.json", run / "models" / "model.pt"
+    if not (metrics.exists() and model.exists()) or metrics.stat().st_mtime < model.stat().st_mtime:
+        return False
+    cases = {row["case"] for row in json.loads(metrics.read_text())["rows"]}
+    return cases == {item["name"] for item in items}
+
+
+def _is_trained(run: Path) -> bool:
+    return is_finished(run) and (run / "eval" / "metrics.json").exists()
+
+
+def _write_cost(path: Path, device: torch.device) -> None:
+    """Peak memory of this process or its GPU; of an interrupted run the larger part's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    earlier = json.loads(path.read_text())["memory_gib"] if path.exists() else 0.0
+    memory = max(earlier, peak_memory_gib(device))
+    path.write_text(json.dumps({"memory_gib": round(memory, 3), "machine": machine_name(device)}) + "\n")

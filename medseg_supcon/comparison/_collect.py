@@ -1,0 +1,121 @@
+"""What the runs of a comparison left behind, as rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from medseg_supcon.comparison._cell import CLEAN
+from medseg_supcon.comparison._design import Cell, Design
+from medseg_supcon.evaluation import overlay_figure, summarise
+from medseg_supcon.training import is_finished
+
+Row = dict[str, Any]
+MOST_EXAMPLES = 4
+SCORES = ("dice", "hd95_mm", "surface_dice", "volume_ml", "reference_volume_ml", "empty")
+
+
+def read_results(out: Path, cells: Iterable[Cell], condition: str) -> list[Row]:
+    """A row per run, test case and class: ``recipe``, ``labels``, ``seed``, ``case``, ``class`` and the scores."""
+    rows = []
+    for cell in cells:
+        path = out / "tests" / cell.name / condition.replace(" ", "_") / "metrics.json"
+        for row in json.loads(path.read_text())["rows"]:
+            of = {"recipe": cell.recipe, "labels": cell.labels, "seed": cell.seed}
+            rows.append(of | {key: row[key] for key in ("case", "class", *SCORES)})
+    return rows
+
+
+def read_runs(out: Path, cells: Iterable[Cell], results: Sequence[Row]) -> list[Row]:
+    """A row per run: what it cost and how it ended.
+
+    ``test_dice`` and ``hd95_mm``: mean over classes; ``validation_dice``, ``loss`` and ``contrastive_loss``: the
+    last epoch that has one; ``minutes`` of training, validations included; ``memory_gib``: the peak.
+    """
+    found = []
+    for cell in cells:
+        run = out / "runs" / cell.name
+        mine = [
+            r
+            for r in results
+            if (r["recipe"], r["labels"], r["seed"]) == (cell.recipe, cell.labels, cell.seed)
+        ]
+        test = summarise(mine)["mean"]
+        history = read_history(run)
+        cost_file = out / "tests" / cell.name / "cost.json"
+        cost = json.loads(cost_file.read_text()) if cost_file.exists() else {}
+        found.append(
+            {
+                "recipe": cell.recipe,
+                "labels": cell.labels,
+                "seed": cell.seed,
+                "test_dice": test["dice"],
+                "test_hd95_mm": test["hd95_mm"],
+                "validation_dice": _last(history, "val_mean_dice"),
+                "loss": _last(history, "loss"),
+                "contrastive_loss": _last(history, "contrastive"),
+                "epochs": len(history),
+                "steps": int(history[-1]["step"]) if history else 0,
+                "minutes": round(sum(float(row["seconds"]) for row in history) / 60, 2),
+                "memory_gib": cost.get("memory_gib"),
+                "machine": cost.get("machine"),
+                "finished": is_finished(run),
+            }
+        )
+    return found
+
+
+def read_history(run: Path) -> list[dict[str, str]]:
+    """The rows of a run's ``history.csv``."""
+    with (run / "logs" / "history.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def draw_example(design: Design, out: Path, results: Sequence[Row]) -> list[tuple[str, Path]]:
+    """The test scan of median Dice under the baseline, as each recipe's first run of the largest budget masks it."""
+    budget, seed = max(design.splits), design.seeds[0]
+    rows = [r for r in results if (r["labels"], r["seed"]) == (budget, seed) and r["dice"] is not None]
+    dice = {
+        (recipe, case.name): [r["dice"] for r in rows if (r["recipe"], r["case"]) == (recipe, case.name)]
+        for recipe in design.recipes
+        for case in design.test
+    }
+    score = {key: sum(values) / len(values) for key, values in dice.items() if values}
+    ranked = sorted(
+        (c for c in design.test if (design.recipes[0], c.name) in score),
+        key=lambda c: score[design.recipes[0], c.name],
+    )
+    if not ranked:
+        return []
+    case, found = ranked[len(ranked) // 2], []
+    for recipe in list(dict.fromkeys(design.recipes))[:MOST_EXAMPLES]:
+        cell = Cell(recipe, budget, seed)
+        mask = out / "tests" / cell.name / CLEAN / "predictions" / f"{case.name}.nii.gz"
+        picture = out / "pictures" / "examples" / f"{recipe}.png"
+        if mask.exists() and (recipe, case.name) in score:
+            overlay_figure(case.images[0], case.label, mask, picture, design.dataset.labels)
+            found.append(
+                (
+                    f"{recipe}, {budget} labels, seed {seed}: {case.name}, Dice {score[recipe, case.name]:.3f}",
+                    picture,
+                )
+            )
+    return found
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Rows with one set of keys; None is an empty field."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
+
+
+def _last(history: Sequence[dict[str, str]], column: str) -> float | None:
+    values = [row[column] for row in history if row.get(column)]
+    return float(values[-1]) if values else None

@@ -1,0 +1,157 @@
+"""``medseg compare``: prepare every run, train and test what is not done yet, and write what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from medseg_supcon.comparison._cell import CLEAN, is_done, run_cell
+from medseg_supcon.comparison._collect import draw_example, read_history, read_results, read_runs, write_csv
+from medseg_supcon.comparison._design import Cell, Design
+from medseg_supcon.comparison._runs import conditions_of, make_plans, prepare_cells, unequal_recipes
+from medseg_supcon.comparison._workers import devices, run_jobs
+from medseg_supcon.errors import RunError
+from medseg_supcon.evaluation import compare_recipes, write_comparison
+from medseg_supcon.training import read_recipe
+
+MARKER = "comparison.json"
+Say = Callable[[str], None]
+
+
+def compare(
+    design: Design,
+    out: Path,
+    *,
+    epochs: int | None = None,
+    settings: Sequence[tuple[str, Any]] = (),
+    device: str | None = None,
+    robustness: bool = True,
+    trust_scan_affine: bool = False,
+    say: Say = print,
+    processes: bool = True,
+) -> dict[str, Any]:
+    """Train and test every run of a design, and write tables, pictures and ``report.html``.
+
+    What is finished is kept and what is half done goes on, so the same call can be made again.
+
+    Args:
+        design: of `design_comparison`.
+        out: folder of the comparison; new, or of an earlier call.
+        epochs: of every run; by default what fits the planned time of the first plan.
+        settings: (key, value) overrides for all runs, as of ``medseg train --set``.
+        device: of all runs; by default every GPU there is, else the CPU.
+        robustness: test on corrupted scans, too.
+        trust_scan_affine: as ``medseg train --allow-affine-mismatch``.
+        say: told what is going on, in lines.
+        processes: False: run everything in this process, quietly.
+
+    Returns:
+        what ``comparison.json`` holds.
+
+    Raises:
+        RunError: the folder holds something else, an earlier run was made otherwise, or a run failed.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
+        raise RunError(f"{out} is not empty and holds no comparison. Choose another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / MARKER).exists():
+        (out / MARKER).write_text("{}\n")
+    plans = make_plans(
+        design, out, settings=settings, epochs=epochs, device=device, trust_scan_affine=trust_scan_affine, say=say
+    )  # fmt: skip
+    conditions = conditions_of(robustness)
+    jobs = prepare_cells(design, out, plans, settings, conditions)
+    _run(jobs, device, say, processes)
+    results = {c: read_results(out, design.cells, c) for c in conditions}
+    return _write(design, out, plans, results, settings)
+
+
+def _run(jobs: dict[Path, Cell], device: str | None, say: Say, processes: bool) -> None:
+    todo = [job for job in jobs if not is_done(json.loads(job.read_text()))]
+    if len(todo) < len(jobs):
+        say(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished already.")
+    where = devices(device)
+    start, failed, count = monotonic(), {}, 0
+
+    def done(job: Path, problem: str) -> None:
+        nonlocal count
+        count += 1
+        if problem:
+            failed[jobs[job].name] = problem
+        left = (monotonic() - start) / count * (len(todo) - count) / 60
+        state = f"failed: {problem}" if problem else "done"
+        say(
+            f"{count}/{len(todo)}  {jobs[job].name} {state}"
+            + (f"; about {left:.0f} min left" if left else "")
+        )
+
+    if todo:
+        say(f"{len(todo)} runs to do on {', '.join(where)}.")
+    if processes:
+        run_jobs(todo, where, done)
+    else:
+        for job in todo:
+            run_cell(json.loads(job.read_text()), where[0], quiet=True)
+            done(job, "")
+    if failed:
+        name, problem = next(iter(failed.items()))
+        raise RunError(
+            f"{len(failed)} of {len(jobs)} runs failed; {name}: {problem}. The others are kept: the same "
+            "command goes on from here."
+        )
+
+
+def _write(
+    design: Design,
+    out: Path,
+    plans: dict[int, dict[str, Any]],
+    results: dict[str, list[dict[str, Any]]],
+    settings: Sequence[tuple[str, Any]],
+) -> dict[str, Any]:
+    clean = results[CLEAN]
+    runs = read_runs(out, design.cells, clean)
+    first = next(iter(plans.values()))
+    histories = {
+        cell.name: (cell.recipe, cell.labels, read_history(out / "runs" / cell.name)) for cell in design.cells
+    }
+    robustness = [
+        {"condition": condition} | row
+        for condition, rows in results.items()
+        if len(results) > 1
+        for row in compare_recipes(rows, design.recipes)
+        if row["class"] == "mean"
+    ]
+    write_csv(clean, out / "results.csv")
+    write_csv(runs, out / "runs.csv")
+    if len(results) > 1:
+        worse = [{"condition": c} | row for c, rows in results.items() if c != CLEAN for row in rows]
+        write_csv(worse, out / "robustness.csv")
+    about = {
+        "dataset": design.dataset.name,
+        "classes": list(design.dataset.labels)[1:],
+        "recipes": list(design.recipes),
+        "overlays": {name: read_recipe(file) for name, file in design.files.items()},
+        "settings": [f"{key}={value}" for key, value in settings],
+        "patch_size": first["patch_size"],
+        "seeds": list(design.seeds),
+        "splits": {
+            labels: {
+                part: [case.name for case in getattr(split, part)]
+                for part in ("training", "validation", "unlabelled")
+            }
+            for labels, split in design.splits.items()
+        },
+        "test": [case.name for case in design.test],
+        "tested_on": design.tested_on,
+        "epochs": first["epochs"],
+        "steps": first["epochs"] * first["steps_per_epoch"],
+        "patches_per_step": 2 * first["batch_size"],
+        "warnings": [*unequal_recipes(design), *(w for s in design.splits.values() for w in s.warnings)],
+    }
+    examples = draw_example(design, out, clean)
+    found = write_comparison(out, about, clean, runs, robustness, histories, examples)
+    (out / MARKER).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    return found

@@ -1,0 +1,193 @@
+"""What is compared: recipes, seeds, label budgets, and which scans train, validate and test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from medseg_supcon.data import Case, Dataset, Split, split_cases
+from medseg_supcon.errors import ConfigError, DataError
+from medseg_supcon.training import read_recipe
+
+PUT_ASIDE = 0.25  # share of the cases that tests where no case is left over
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a comparison."""
+
+    recipe: str
+    labels: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The run's folder."""
+        return f"{self.recipe}_labels{self.labels}_seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Design:
+    """A comparison before it is run.
+
+    Attributes:
+        dataset: all cases.
+        recipes: names, the baseline first; a name may stand twice.
+        files: recipe name -> what ``read_recipe`` takes.
+        seeds: of training; the split has one of its own.
+        splits: labelled cases of a budget -> its split, the same for all recipes and seeds.
+        test: labelled cases that no run trains or validates on.
+        tested_on: a sentence on how they were chosen.
+    """
+
+    dataset: Dataset
+    recipes: tuple[str, ...]
+    files: dict[str, str | Path]
+    seeds: tuple[int, ...]
+    splits: dict[int, Split]
+    test: tuple[Case, ...]
+    tested_on: str
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every run, the small budgets first and the recipes side by side, so that early results compare."""
+        return [
+            Cell(recipe, labels, seed)
+            for labels in self.splits
+            for seed in self.seeds
+            for recipe in dict.fromkeys(self.recipes)
+        ]
+
+
+def design_comparison(
+    dataset: Dataset,
+    recipes: Sequence[str | Path],
+    seeds: Sequence[int] = (0,),
+    labels: Sequence[int | None] = (None,),
+    *,
+    cases: Iterable[str] | None = None,
+    test_cases: Iterable[str] | None = None,
+    split_seed: int = 0,
+) -> Design:
+    """Decide who trains, validates and tests.
+
+    The runs draw from the pool: ``cases`` (default: all), without the test cases. Without ``test_cases`` the
+    labelled cases outside ``cases`` test; if there are none, the labelled cases that no budget uses (they are
+    then withheld from the unlabelled scans, too); if there are none of those, a quarter of the cases is put
+    aside before anything else.
+
+    Args:
+        dataset: what was read.
+        recipes: names or files, the baseline first; at least two.
+        seeds: of training.
+        labels: budgets: labelled scans, validation included; None: all of the pool.
+        cases: names of the pool.
+        test_cases: names of the cases to test on.
+        split_seed: of the one order from which all budgets are taken.
+
+    Raises:
+        ConfigError: fewer than two recipes, no seed, a recipe that does not exist, two files of one name.
+        DataError: a case is unknown, in the pool and tested, or without label; or nothing is left to test on.
+    """
+    files = _recipe_files(recipes)
+    if not seeds or min(seeds) < 0:
+        raise ConfigError("--seeds: expected whole numbers from 0, separated by commas, such as 0,1,2.")
+    pool, test, told = _test_cases(dataset, cases, test_cases, labels, split_seed)
+    splits: dict[int, Split] = {}
+    for budget in labels:
+        split = split_cases(pool, labels=budget, seed=split_seed)
+        splits[len({c.name for c in (*split.training, *split.validation)})] = split
+    if not test:
+        used = {c.name for s in splits.values() for c in (*s.training, *s.validation)}
+        patients = {c.patient for c in pool.cases if c.name in used and c.patient is not None}
+        test = tuple(c for c in pool.labelled if c.name not in used and c.patient not in patients)
+        names = {c.name for c in test}
+        splits = {
+            n: replace(s, unlabelled=tuple(c for c in s.unlabelled if c.name not in names))
+            for n, s in splits.items()
+        }
+        told = (
+            "the labelled cases that no run trains or validates on; they were withheld from the unlabelled "
+            "scans, too (--test-cases chooses others)"
+        )
+    if not test:
+        raise DataError(
+            f"{dataset.root}: no labelled case is left to test on. Name some with --test-cases FILE, or give "
+            "smaller budgets with --labels."
+        )
+    return Design(
+        dataset,
+        tuple(Path(r).stem for r in recipes),
+        files,
+        tuple(dict.fromkeys(seeds)),
+        dict(sorted(splits.items())),
+        test,
+        told,
+    )
+
+
+def _recipe_files(recipes: Sequence[str | Path]) -> dict[str, str | Path]:
+    files: dict[str, str | Path] = {}
+    for recipe in recipes:
+        overlay, name = read_recipe(recipe), Path(recipe).stem
+        if name in files and overlay != read_recipe(files[name]):
+            raise ConfigError(
+                f"--recipes: {files[name]} and {recipe} are different recipes of one name. Rename a file."
+            )
+        files.setdefault(name, recipe)
+    if len(recipes) < 2:
+        raise ConfigError(
+            "--recipes: a comparison needs at least two, the baseline first, such as dice_ce,joint."
+        )
+    return files
+
+
+def _test_cases(
+    dataset: Dataset,
+    cases: Iterable[str] | None,
+    test_cases: Iterable[str] | None,
+    labels: Sequence[int | None],
+    split_seed: int,
+) -> tuple[Dataset, tuple[Case, ...], str]:
+    """The pool, the test cases (none: what the budgets leave), and how they were chosen."""
+    pool = dataset if cases is None else dataset.select(cases)
+    named = {case.name for case in pool.cases}
+    if test_cases is not None:
+        test = dataset.select(test_cases).cases
+        bare = [case.name for case in test if case.label is None]
+        if bare:
+            raise DataError(f"--test-cases: {bare[0]!r} has no label map to test against. Leave it out.")
+        both = [case.name for case in test if case.name in named]
+        if both and cases is not None:
+            raise DataError(f"{both[0]!r} is in --cases and in --test-cases: a case cannot train and test.")
+        return _without(pool, test), test, "the cases that --test-cases names"
+    outside = tuple(case for case in dataset.labelled if case.name not in named)
+    if outside:
+        return _without(pool, outside), outside, "the labelled cases that --cases leaves out"
+    if None not in labels and all(n is not None and n < len(pool.labelled) for n in labels):
+        return pool, (), ""
+    split = split_cases(pool, seed=split_seed, validation_fraction=PUT_ASIDE)
+    if split.warnings:
+        raise DataError(
+            f"{dataset.root}: it takes at least two labelled patients to compare recipes, one of them to test "
+            f"on; found {len(dataset.labelled)} labelled case(s)."
+        )
+    told = f"{len(split.validation)} cases put aside at random before any split (--test-cases chooses others)"
+    return _without(pool, split.validation), split.validation, told
+
+
+def _without(pool: Dataset, test: Sequence[Case]) -> Dataset:
+    """The pool without the test cases; no patient on both sides."""
+    names = {case.name for case in test}
+    rest = [case for case in pool.cases if case.name not in names]
+    patients = {case.patient for case in test if case.patient is not None}
+    shared = [case for case in rest if case.patient in patients]
+    if shared:
+        raise DataError(
+            f"case {shared[0].name!r} would train, and another scan of its patient {shared[0].patient!r} tests. "
+            "Keep a patient's scans on one side: name the cases with --cases and --test-cases."
+        )
+    if not rest:
+        raise DataError(f"{pool.root}: every case is a test case, none is left to train on.")
+    return pool.select(case.name for case in rest)

@@ -1,0 +1,149 @@
+"""``medseg embed``: what a run's network makes of voxels, before training and after."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medseg_supcon.data import Case, Dataset, read_plan
+from medseg_supcon.embedding._networks import heads_of, networks_of
+from medseg_supcon.embedding._voxels import sample_features
+from medseg_supcon.errors import DataError, RunError
+from medseg_supcon.evaluation import (
+    Embedding,
+    class_separation,
+    principal_components,
+    scatter_figure,
+    t_sne,
+)
+from medseg_supcon.training import is_planned, is_started
+
+DEFAULT_CASES = 8
+FEATURES, PROJECTED = "encoder features", "projected features"
+
+
+def embed_run(
+    run: Path,
+    dataset: Dataset,
+    out: Path,
+    *,
+    cases: Iterable[str] | None = None,
+    voxels: int = 1500,
+    seed: int = 0,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Dense and projected features of sampled voxels before and after training: pictures and class separation.
+
+    Before training is the run's network as its seed (and its ``--init``) made it. Voxels are drawn once, evenly
+    over classes, and are the same in all sets.
+
+    Args:
+        run: a trained run.
+        dataset: scans with label maps.
+        out: folder for ``pca.png``, ``tsne.png``, ``separation.csv``, ``separation.json`` and ``projector/``.
+        cases: names; by default up to 8 labelled cases that the run did not train on.
+        voxels: over all cases.
+        seed: of the draw and of t-SNE.
+        device: where the network runs.
+
+    Returns:
+        what ``separation.json`` holds.
+
+    Raises:
+        RunError: not a trained run. DataError: no labelled case, or other channels than the run's.
+    """
+    if not (is_planned(run) and is_started(run)):
+        raise RunError(f"{run} is not a trained run. Train it first: medseg train DATASET --out {run}.")
+    plan = read_plan(run / "configs" / "plan.json")
+    chosen, told = _choose(run, dataset, cases)
+    if len(dataset.channels) != len(plan["channels"]):
+        raise DataError(
+            f"{dataset.root} has {len(dataset.channels)} channel(s) per scan, the run {len(plan['channels'])}."
+        )
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    networks = networks_of(run, where)
+    features, labels, scans = sample_features(run, plan, dataset, chosen, networks, voxels, seed, where)
+    classes = list(plan["labels"])
+    sets = [Embedding(f"{FEATURES}, {when}", rows.numpy()) for when, rows in features.items()]
+    heads, note = heads_of(run)
+    with torch.no_grad():
+        for when, head in heads.items():
+            sets.append(Embedding(f"{PROJECTED}, {when}", head(features[when]).float().numpy()))
+    rows = [
+        {"vectors": s.name, "width": s.vectors.shape[1]} | class_separation(s.vectors, labels, scans, seed)
+        for s in sets
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    _draw(sets, labels, classes, seed, out)
+    _write_projector(sets, labels, [chosen[i].name for i in scans], classes, out / "projector")
+    found = {
+        "run": str(run),
+        "cases": [case.name for case in chosen],
+        "voxels": {name: int((labels == c).sum()) for c, name in enumerate(classes)},
+        "separation": rows,
+        "sentences": [told, *([note] if note else []), *(_sentence(row) for row in rows)],
+    }
+    (out / "separation.json").write_text(json.dumps(found, indent=1) + "\n")
+    with (out / "separation.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return found
+
+
+def _choose(run: Path, dataset: Dataset, names: Iterable[str] | None) -> tuple[list[Case], str]:
+    if names is not None:
+        labelled = dataset.select(names).labelled
+        told = f"{len(labelled)} scans, as named."
+    else:
+        lists = json.loads((run / "configs" / "datalist.json").read_text())
+        trained = {item["name"] for item in lists["training"]}
+        unseen = tuple(case for case in dataset.labelled if case.name not in trained)
+        labelled = (unseen or dataset.labelled)[:DEFAULT_CASES]
+        told = f"{len(labelled)} scans that the run {'did not train' if unseen else 'trained'} on."
+    if not labelled:
+        raise DataError(
+            f"{dataset.root}: none of the cases has a label map. Classes are needed to tell voxels apart."
+        )
+    return list(labelled), told
+
+
+def _draw(sets: Sequence[Embedding], labels: Any, classes: Sequence[str], seed: int, out: Path) -> None:
+    panels = []
+    for name, vectors in sets:
+        points, shares = principal_components(vectors)
+        panels.append((f"{name} ({100 * sum(shares):.0f} % of the variance)", points))
+    scatter_figure(panels, labels, classes, "Voxels by their first two principal components", out / "pca.png")
+    maps = [(name, t_sne(vectors, seed)) for name, vectors in sets]
+    scatter_figure(maps, labels, classes, "Voxels by t-SNE", out / "tsne.png")
+
+
+def _write_projector(
+    sets: Sequence[Embedding], labels: Any, cases: Sequence[str], classes: Sequence[str], folder: Path
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    shutil.rmtree(folder, ignore_errors=True)  # a projector appends
+    metadata = [[classes[int(c)], case] for c, case in zip(labels, cases, strict=True)]
+    with SummaryWriter(str(folder)) as writer:
+        for name, vectors in sets:
+            tag = name.replace(", ", "_").replace(" ", "_")
+            writer.add_embedding(
+                torch.from_numpy(vectors), metadata, tag=tag, metadata_header=["class", "case"]
+            )
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    return (
+        f"{row['vectors']}: silhouette {number(row['silhouette'])}, linear probe {number(row['linear_probe'])} "
+        f"(balanced accuracy), collapse {number(row['collapse'])}."
+    )

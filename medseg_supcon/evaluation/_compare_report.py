@@ -1,0 +1,183 @@
+"""A comparison for a person: sentences, tables in Markdown and CSV, and one HTML page with its pictures inside."""
+
+from __future__ import annotations
+
+import base64
+import csv
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from medseg_supcon import __version__
+from medseg_supcon.evaluation._compare_figures import (
+    Histories,
+    differences_figure,
+    efficiency_figure,
+    learning_figure,
+    robustness_figure,
+)
+from medseg_supcon.evaluation._comparison import (
+    LEFT_OUT_RULE,
+    MEAN,
+    compare_recipes,
+    recipe_means,
+    verdict,
+)
+from medseg_supcon.evaluation._summary import EMPTY_RULE
+
+Row = dict[str, Any]
+FEW_SEEDS, FEW_CASES = 3, 10
+
+
+def write_comparison(
+    out: Path,
+    about: Mapping[str, Any],
+    results: Sequence[Row],
+    runs: Sequence[Row],
+    robustness: Sequence[Row],
+    histories: Histories,
+    examples: Sequence[tuple[str, Path]] = (),
+) -> dict[str, Any]:
+    """Write ``summary.csv``, ``summary.md``, ``differences.csv``, ``pictures/`` and ``report.html``.
+
+    Args:
+        out: the comparison's folder.
+        about: what was compared: ``dataset``, ``recipes`` (names, the baseline first), ``overlays``, ``seeds``,
+            ``splits``, ``test``, ``tested_on``, ``epochs``, ``steps``, ``patches_per_step``, ``warnings``.
+        results: rows of `compare_recipes`.
+        runs: a row per run, with its cost.
+        robustness: rows of `compare_recipes` for the mean over classes, with ``condition``; may be empty.
+        histories: run -> recipe, labels, rows of its ``history.csv``.
+        examples: (caption, PNG) of pictures to show.
+
+    Returns:
+        everything the report says, as JSON values.
+    """
+    recipes = list(about["recipes"])
+    means, differences = recipe_means(results, recipes), compare_recipes(results, recipes)
+    costs = _costs(runs, recipes)
+    pictures = out / "pictures"
+    efficiency_figure(means, recipes, pictures / "label_efficiency.png")
+    differences_figure(differences, pictures / "differences.png")
+    learning_figure(histories, recipes, pictures / "learning.png")
+    if robustness:
+        robustness_figure(robustness, recipes, pictures / "robustness.png")
+    _write_csv(means, out / "summary.csv")
+    _write_csv(differences, out / "differences.csv")
+    found = {
+        "about": dict(about),
+        "answers": [answer(row) for row in differences if row["class"] == MEAN],
+        "caveats": caveats(about, differences),
+        "means": means,
+        "differences": differences,
+        "costs": costs,
+        "robustness": list(robustness),
+        "runs": list(runs),
+        "version": __version__,
+    }
+    view = {
+        **found,
+        "classes": list(dict.fromkeys(row["class"] for row in means)),
+        "conditions": list(dict.fromkeys(row["condition"] for row in robustness)),
+        "rules": [LEFT_OUT_RULE, EMPTY_RULE],
+        "images": {p.stem: _inline(p) for p in sorted(pictures.glob("*.png")) if p.parent == pictures},
+        "examples": [(caption, _inline(path)) for caption, path in examples],
+    }
+    (out / "report.html").write_text(_render("report.html.j2", view), encoding="utf-8")
+    (out / "summary.md").write_text(_render("summary.md.j2", view), encoding="utf-8")
+    return found
+
+
+def answer(row: Row) -> str:
+    """Who won, by how much and how sure, in a sentence."""
+    if row["difference"] is None:
+        return f"With {row['labels']} labelled scans: {verdict(row)}."
+    return (
+        f"With {row['labels']} labelled scans: {verdict(row)}. {row['recipe']} scores {row['dice']:.4f}, "
+        f"{row['baseline']} {row['baseline_dice']:.4f}: {points(row['difference'])} Dice points (95 % interval "
+        f"{points(row['low'])} to {points(row['high'])}, p = {row['p']:.3g}, {row['cases']} test scans, "
+        f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''})."
+    )
+
+
+def points(value: float | None) -> str:
+    """A difference of Dice in points (hundredths), with its sign.
+
+    >>> points(0.0123), points(-0.004), points(0.0)
+    ('+1.23', '-0.40', '0.00')
+    """
+    if value is None:
+        return "-"
+    text = f"{100 * value:+.2f}"
+    return text[1:] if float(text) == 0 else text
+
+
+def caveats(about: Mapping[str, Any], differences: Sequence[Row]) -> list[str]:
+    """What a reader must know before they believe a figure."""
+    found = list(dict.fromkeys(about["warnings"]))
+    seeds = len(about["seeds"])
+    if seeds == 1:
+        found.append(
+            "One seed: the intervals cover which scans were tested, not the chance of training. Another seed may "
+            "turn a small difference round."
+        )
+    elif seeds < FEW_SEEDS:
+        found.append(f"{seeds} seeds: the intervals see little of the chance of training and are too narrow.")
+    if len(about["test"]) < FEW_CASES:
+        found.append(
+            f"{len(about['test'])} test scans: too few for a firm statement about other scans; with fewer than 6 "
+            "the test's p cannot fall below 0.05."
+        )
+    comparisons = sum(row["class"] == MEAN for row in differences)
+    if comparisons > 1:
+        found.append(
+            f"{comparisons} comparisons of the mean: each interval is a 95 % one by itself, so one in twenty "
+            "excludes 0 by chance where there is no difference."
+        )
+    return found
+
+
+def _costs(runs: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
+    """Minutes and memory of a run of each recipe, over all its runs."""
+    found: list[Row] = []
+    for recipe in dict.fromkeys(recipes):
+        mine = [run for run in runs if run["recipe"] == recipe]
+        memory = [run["memory_gib"] for run in mine if run["memory_gib"] is not None]
+        minutes = sum(run["minutes"] for run in mine) / len(mine)
+        steps = sum(run["steps"] for run in mine)
+        found.append(
+            {
+                "recipe": recipe,
+                "runs": len(mine),
+                "minutes": round(minutes, 2),
+                "seconds_per_step": 60 * sum(run["minutes"] for run in mine) / max(steps, 1),
+                "relative_time": minutes / found[0]["minutes"] if found and found[0]["minutes"] else 1.0,
+                "memory_gib": max(memory) if memory else None,
+                "machine": ", ".join(sorted({run["machine"] for run in mine if run["machine"]})),
+            }
+        )
+    return found
+
+
+def _render(name: str, view: Mapping[str, Any]) -> str:
+    environment = Environment(
+        autoescape=name.endswith(".html.j2"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["points"] = points
+    environment.filters["number"] = lambda v, digits=4: "-" if v is None else f"{v:.{digits}f}"
+    source = files("medseg_supcon.evaluation").joinpath("templates", name).read_text(encoding="utf-8")
+    return environment.from_string(source).render(view)
+
+
+def _inline(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _write_csv(rows: Sequence[Row], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [key for key in rows[0] if key != "by_seed"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
