@@ -19,9 +19,11 @@ from medseg_supcon.training._progress import ProgressDisplay
 from medseg_supcon.training._recipes import read_recipe, recipe_names, shared_folder
 from medseg_supcon.training._run import is_planned, is_started, prepare_run, refresh_documents
 from medseg_supcon.training._segmentation import DiceCrossEntropy
+from medseg_supcon.training._semi_loss import SemiSupervisedLoss
 from medseg_supcon.training._staged_loss import StagedLoss
 from medseg_supcon.training._staged_network import StagedNetwork
 from medseg_supcon.training._stages import LateValidation, Stages, stage_at, stage_epochs, staged_schedule
+from medseg_supcon.training._teacher import PseudoLabels, Teacher, shipped_network
 from medseg_supcon.training._timing import machine_name, peak_memory_gib
 from medseg_supcon.training._train import check_device, is_finished, run_config, train_run
 
@@ -35,12 +37,15 @@ __all__ = [
     "LateValidation",
     "MixedSampler",
     "ProgressDisplay",
+    "PseudoLabels",
     "SeededDataset",
+    "SemiSupervisedLoss",
     "StagedLoss",
     "StagedNetwork",
     "Stages",
     "StepSeed",
     "StopOnNaN",
+    "Teacher",
     "TrainingLog",
     "TwoViewLoss",
     "cached_dataset",
@@ -64,6 +69,7 @@ __all__ = [
     "run_config",
     "save_atomically",
     "shared_folder",
+    "shipped_network",
     "stage_at",
     "stage_epochs",
     "staged_schedule",
