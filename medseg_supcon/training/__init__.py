@@ -16,6 +16,19 @@ from medseg_supcon.training._mixed import MixedSampler, with_unknown
 from medseg_supcon.training._optimise import EarlyStop, GradientClip, IntervalValidation, StepSeed, StopOnNaN
 from medseg_supcon.training._overlay import parse_setting
 from medseg_supcon.training._progress import ProgressDisplay
+from medseg_supcon.training._rank_sampler import RankSampler
+from medseg_supcon.training._ranks import (
+    BlankFillerd,
+    batch_share,
+    distributed,
+    join_ranks,
+    leave_ranks,
+    rank,
+    rank_device,
+    rank_share,
+    ranks_here,
+    world_size,
+)
 from medseg_supcon.training._recipes import read_recipe, recipe_names, shared_folder
 from medseg_supcon.training._run import is_planned, is_started, prepare_run, refresh_documents
 from medseg_supcon.training._segmentation import DiceCrossEntropy
@@ -28,6 +41,7 @@ from medseg_supcon.training._timing import machine_name, peak_memory_gib
 from medseg_supcon.training._train import check_device, is_finished, run_config, train_run
 
 __all__ = [
+    "BlankFillerd",
     "Checkpoint",
     "DiceCrossEntropy",
     "EarlyStop",
@@ -38,6 +52,7 @@ __all__ = [
     "MixedSampler",
     "ProgressDisplay",
     "PseudoLabels",
+    "RankSampler",
     "SeededDataset",
     "SemiSupervisedLoss",
     "StagedLoss",
@@ -48,14 +63,18 @@ __all__ = [
     "Teacher",
     "TrainingLog",
     "TwoViewLoss",
+    "batch_share",
     "cached_dataset",
     "check_device",
+    "distributed",
     "is_finished",
     "is_planned",
     "is_started",
     "item_seed",
+    "join_ranks",
     "keep_freed_memory",
     "label_pairs",
+    "leave_ranks",
     "load_initial",
     "load_tensors",
     "machine_name",
@@ -63,6 +82,10 @@ __all__ = [
     "peak_memory_gib",
     "prepare_run",
     "prepare_views",
+    "rank",
+    "rank_device",
+    "rank_share",
+    "ranks_here",
     "read_recipe",
     "recipe_names",
     "refresh_documents",
@@ -76,4 +99,5 @@ __all__ = [
     "train_run",
     "two_view_dataset",
     "with_unknown",
+    "world_size",
 ]

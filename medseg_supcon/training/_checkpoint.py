@@ -11,6 +11,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from medseg_supcon.errors import RunError
+from medseg_supcon.training._ranks import rank
 
 FORMAT = 1
 
@@ -72,7 +73,8 @@ class Checkpoint:
     ``checkpoint.pt`` holds network, loss (projection head, memory bank, warm-up), optimiser, schedule, loss
     scale, epoch and best metric; random states are not needed, since draws belong to (seed, epoch).
     ``best.pt`` and ``model.pt`` are bare state dicts of the stock network: the best validation's and
-    what inference uses.
+    what inference uses. Of several ranks the first one writes, and every one loads: ``folder`` must be one that
+    all machines see. State dicts are those of the plain modules, so any number of processes can resume.
 
     Args:
         folder: ``RUN/models``.
@@ -143,13 +145,17 @@ class Checkpoint:
         improved = metric is not None and (self.best is None or metric > self.best)
         if improved:
             self.best, self.best_epoch = metric, engine.state.epoch
-            save_atomically(weights, self.folder / "best.pt")
+            self._save(weights, "best.pt")
         if improved or self.keep == "last" or self.validator is None:
-            save_atomically(weights, self.folder / "model.pt")
+            self._save(weights, "model.pt")
         self._write(engine, finished=False)
 
+    def _save(self, value: Any, name: str) -> None:
+        if rank() == 0:
+            save_atomically(value, self.folder / name)
+
     def _write(self, engine: Any, finished: bool) -> None:
-        save_atomically(
+        self._save(
             {
                 "format": FORMAT,
                 "finished": finished,
@@ -162,7 +168,7 @@ class Checkpoint:
                 "scaler": None if engine.scaler is None else engine.scaler.state_dict(),
                 "state": {name: thing.state_dict() for name, thing in self.state.items()},
             },
-            self.path,
+            self.path.name,
         )
 
     def _metric(self, epoch: int) -> float | None:

@@ -17,13 +17,16 @@ from medseg_supcon.errors import DataError
 Key = tuple[int, int, int]  # epoch, slot in the epoch, case
 
 
-def item_seed(seed: int, epoch: int, slot: int) -> int:
+def item_seed(seed: int, epoch: int, slot: int, stream: int = 0) -> int:
     """Seed of one training item, a 32-bit integer that depends on its place and on nothing else.
+
+    Streams of one place are independent of each other.
 
     >>> item_seed(0, 1, 2) == item_seed(0, 1, 2), item_seed(0, 1, 2) == item_seed(0, 2, 1)
     (True, False)
     """
-    return int(np.random.SeedSequence((seed, epoch, slot)).generate_state(1)[0])
+    key = (stream,) if stream else ()
+    return int(np.random.SeedSequence((seed, epoch, slot), spawn_key=key).generate_state(1)[0])
 
 
 def cached_dataset(

@@ -15,6 +15,8 @@ from monai.visualize import blend_images
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from medseg_supcon.training._ranks import mean_over_ranks, rank
+
 
 def overlay_slice(image: Tensor, label: Tensor, prediction: Tensor) -> Tensor:
     """The axial slice with most foreground, reference beside prediction, as an RGB image.
@@ -39,7 +41,8 @@ def overlay_slice(image: Tensor, label: Tensor, prediction: Tensor) -> Tensor:
 class TrainingLog:
     """Writes every epoch's means to ``history.csv`` and TensorBoard, and an overlay image at validation.
 
-    Rows and events past the epoch that a resumed run starts from are dropped, so the curves have no fork.
+    Rows and events past the epoch that a resumed run starts from are dropped, so the curves have no fork. Of
+    several ranks the first one writes the means over all.
 
     Args:
         folder: ``RUN/logs``.
@@ -75,7 +78,7 @@ class TrainingLog:
     def start(self, engine: Engine) -> None:
         """Open the files once, keeping what belongs to the epochs before this one."""
         self._sums, self._count, self._since = {}, 0, monotonic()
-        if self.writer is not None:
+        if self.writer is not None or rank() > 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         done = engine.state.epoch - 1
@@ -95,13 +98,16 @@ class TrainingLog:
 
     def write(self, engine: Engine) -> None:
         """A row and its scalars at the end of an epoch."""
+        sums = mean_over_ranks(self._sums)
+        if rank() > 0:
+            return
         row: dict[str, Any] = {
             "epoch": engine.state.epoch,
             "step": engine.state.iteration,
             "seconds": round(monotonic() - self._since, 2),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
-        row |= {name: float(total) / max(1, self._count) for name, total in self._sums.items()}
+        row |= {name: float(total) / max(1, self._count) for name, total in sums.items()}
         row |= self._validation(engine.state.epoch)
         self.rows.append(row)
         columns: list[str] = list(dict.fromkeys(c for r in self.rows for c in r))
@@ -135,6 +141,8 @@ class TrainingLog:
 
     def draw_overlay(self, engine: Engine) -> None:
         """Draw the last validation case; kept until the epoch's row is written."""
+        if rank() > 0:
+            return
         output = engine.state.output[0]
         prediction = output["pred"].argmax(0, keepdim=True)
         self._overlay = overlay_slice(

@@ -14,6 +14,7 @@ from torch import nn
 
 from medseg_supcon.errors import RunError
 from medseg_supcon.training._data import item_seed
+from medseg_supcon.training._ranks import on_any_rank, rank
 
 
 class GradientClip:
@@ -41,6 +42,7 @@ class StepSeed:
     """Seeds torch from (seed, step) before every step, so that a resumed run draws what an uninterrupted one does.
 
     Whatever else draws in between (a data loader's start, a validation) then leaves no trace in the training.
+    Each rank has a stream of its own (rank 0 that of a single process), so that dropout differs between them.
 
     Args:
         seed: the run's seed.
@@ -53,13 +55,13 @@ class StepSeed:
         engine.add_event_handler(Events.ITERATION_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        torch.manual_seed(item_seed(self.seed, 0, engine.state.iteration))
+        torch.manual_seed(item_seed(self.seed, 0, engine.state.iteration, rank()))
 
 
 class StopOnNaN:
     """Ends the run with a sentence when the loss is no number.
 
-    Checked every ``interval`` steps, since looking at the loss makes a GPU wait.
+    Checked every ``interval`` steps, since looking at the loss makes a GPU wait. Of several ranks all stop.
     """
 
     def __init__(self, interval: int = 25) -> None:
@@ -70,7 +72,7 @@ class StopOnNaN:
 
     def __call__(self, engine: Engine) -> None:
         loss = engine.state.output["loss"]
-        if not torch.isfinite(loss).all():
+        if on_any_rank(not torch.isfinite(loss).all(), loss.device):
             raise RunError(
                 f"The loss became {loss.item()} at step {engine.state.iteration}. Try a lower learning rate "
                 "(--set learning_rate=1e-3) or switch mixed precision off (--set amp=false)."
@@ -110,7 +112,7 @@ class EarlyStop:
             return
         value = float(state.metrics[state.key_metric_name])
         self.best, self.waited = (value, 0) if value > self.best else (self.best, self.waited + 1)
-        if self.waited >= self.patience:
+        if on_any_rank(self.waited >= self.patience, getattr(engine.state, "device", None)):
             engine.terminate()
 
     def state_dict(self) -> dict[str, float]:

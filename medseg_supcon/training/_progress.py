@@ -11,6 +11,8 @@ from ignite.engine import Engine, Events
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from medseg_supcon.training._ranks import rank
+
 
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss.
@@ -30,7 +32,8 @@ def _loss(engine: Engine) -> float:
 class ProgressDisplay:
     """A progress bar on a terminal, a line per validated epoch elsewhere (both on stderr).
 
-    The time left counts validation and augmentation: it is the pace of the last epochs.
+    The time left counts validation and augmentation: it is the pace of the last epochs. Of several ranks the first
+    one shows it.
 
     Args:
         name: what is trained, shown before the bar.
@@ -47,7 +50,7 @@ class ProgressDisplay:
         self._dice = ""
 
     def attach(self, engine: Engine) -> None:
-        if self.quiet:
+        if self.quiet or rank() > 0:
             return
         engine.add_event_handler(Events.EPOCH_STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=5), self.step)

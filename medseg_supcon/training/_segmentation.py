@@ -8,10 +8,13 @@ from monai.losses import DiceLoss
 from torch import Tensor, nn
 
 from medseg_supcon.losses import IGNORE_INDEX
+from medseg_supcon.training._ranks import sum_over_ranks, world_size
 
 
 class DiceCrossEntropy(nn.Module):
     """MONAI's Dice loss plus cross-entropy, both blind to ignored voxels (``DiceCELoss`` cannot be told to).
+
+    With several ranks it is the loss of the batch over all of them, see ``sum_over_ranks``.
 
     Args:
         dice_weight, ce_weight: factors of the two terms.
@@ -52,6 +55,20 @@ class DiceCrossEntropy(nn.Module):
         total = F.cross_entropy(logits, target, weights, ignore_index=self.ignore_index, reduction="sum")
         # the mean by hand: with every voxel ignored torch's is 0 / 0
         seen = (weights[target.clamp_min(0)] * (target != self.ignore_index)).sum()
-        ce = total / seen.clamp_min(torch.finfo(seen.dtype).tiny)
-        dice: Tensor = self.dice(logits, labels)
+        sums = sum_over_ranks(torch.stack((total, seen)))
+        ce = sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
+        dice: Tensor = self.dice(logits, labels) if world_size() == 1 else self._over_ranks(logits, labels)
         return self.dice_weight * dice + self.ce_weight * ce
+
+    def _over_ranks(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """``self.dice`` of the batch over all ranks."""
+        if not self.dice.batch:
+            return sum_over_ranks(self.dice(logits, labels)) / world_size()
+        p = logits.softmax(1)[:, 1:] * (labels != self.ignore_index)
+        y = F.one_hot(labels[:, 0].long().clamp_min(0), logits.shape[1]).movedim(-1, 1)[:, 1:] * (
+            labels != self.ignore_index
+        )
+        axes = [0, *range(2, p.ndim)]
+        overlap, size = sum_over_ranks(torch.stack(((p * y).sum(axes), (p + y).sum(axes))))
+        dice: Tensor = (2 * overlap + self.dice.smooth_nr) / (size + self.dice.smooth_dr)
+        return 1 - dice.mean()
