@@ -121,7 +121,7 @@ def test_the_history_names_the_stage_and_validates_once_there_is_a_classifier(wa
     assert [bool(r["val_mean_dice"]) for r in rows] == [False] * 3 + [True] * 3
 
 
-@pytest.mark.parametrize("step", [8, 10, 11, 13, 18], ids=lambda s: f"killed_at_step_{s}")
+@pytest.mark.parametrize("step", [8, 11, 13], ids=lambda s: f"killed_at_step_{s}")
 def test_an_interrupted_training_ends_with_the_same_weights(planned, watched, tmp_path, step):
     run = shutil.copytree(planned, tmp_path / "run")
     broken = workflow(run)
