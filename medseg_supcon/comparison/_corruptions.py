@@ -19,7 +19,7 @@ from medseg_supcon.data import Case
 Volume = npt.NDArray[np.float32]
 
 NOISE_SHARE = 0.1  # standard deviation, of the scan's range
-BIAS_RANGE = (0.2, 0.4)  # coefficients of the log field's polynomial of third degree
+BIAS_RANGE = (-0.4, 0.4)  # coefficients of the log field's polynomial of third degree
 GHOSTS, GHOST_INTENSITY = 4, 0.5  # every fourth line of k-space loses half
 SHRINK = 2  # voxels to a side of one
 

@@ -109,6 +109,8 @@ def robustness_figure(robustness: Sequence[Row], recipes: Sequence[str], path: P
 
 def learning_figure(histories: Histories, recipes: Sequence[str], path: Path) -> None:
     """Loss, contrastive loss and validation Dice by epoch at the largest budget; thin: each run, bold: their mean."""
+    from matplotlib.ticker import MaxNLocator
+
     budget = max(labels for _, labels, _ in histories.values())
     colors = recipe_colors(recipes)
     panels = [
@@ -122,7 +124,7 @@ def learning_figure(histories: Histories, recipes: Sequence[str], path: Path) ->
             runs = [
                 _curve(rows, column) for name, n, rows in histories.values() if name == recipe and n == budget
             ]
-            runs = [run for run in runs if run]
+            runs = [run for run in runs if any(run.values())]  # a term that is 0 throughout is not in use
             for run in runs:
                 axis.plot(list(run), list(run.values()), color=color, linewidth=0.7, alpha=0.5)
             epochs = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
@@ -131,6 +133,7 @@ def learning_figure(histories: Histories, recipes: Sequence[str], path: Path) ->
                 epochs, mean, color=color, linewidth=2.0, marker="." if len(epochs) < 3 else "", label=recipe
             )
         _dress(axis, title, "epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=9, frameon=False, loc="outside lower center", ncols=5)
     save(figure, path)

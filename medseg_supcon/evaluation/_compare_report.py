@@ -59,6 +59,7 @@ def write_comparison(
     recipes = list(about["recipes"])
     means, differences = recipe_means(results, recipes), compare_recipes(results, recipes)
     costs = _costs(runs, recipes)
+    robustness = _with_losses(robustness, recipes)
     pictures = out / "pictures"
     efficiency_figure(means, recipes, pictures / "label_efficiency.png")
     differences_figure(differences, pictures / "differences.png")
@@ -74,12 +75,13 @@ def write_comparison(
         "means": means,
         "differences": differences,
         "costs": costs,
-        "robustness": list(robustness),
+        "robustness": robustness,
         "runs": list(runs),
         "version": __version__,
     }
     view = {
         **found,
+        "cost": cost_sentence(costs),
         "classes": list(dict.fromkeys(row["class"] for row in means)),
         "conditions": list(dict.fromkeys(row["condition"] for row in robustness)),
         "rules": [LEFT_OUT_RULE, EMPTY_RULE],
@@ -159,6 +161,32 @@ def _costs(runs: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
                 "machine": ", ".join(sorted({run["machine"] for run in mine if run["machine"]})),
             }
         )
+    return found
+
+
+def cost_sentence(costs: Sequence[Row]) -> str:
+    """Time of each recipe's runs beside the baseline's.
+
+    >>> a = {"recipe": "a", "minutes": 2.0, "relative_time": 1.0}
+    >>> cost_sentence([a, {"recipe": "b", "minutes": 3.0, "relative_time": 1.5}])
+    'Training takes 2.0 min a run with a, 3.0 min with b (1.50 x).'
+    """
+    others = [f", {c['minutes']:.1f} min with {c['recipe']} ({c['relative_time']:.2f} x)" for c in costs[1:]]
+    return f"Training takes {costs[0]['minutes']:.1f} min a run with {costs[0]['recipe']}{''.join(others)}."
+
+
+def _with_losses(robustness: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
+    """Rows by budget and recipe, each with what the corruption took from the recipe's and the baseline's Dice."""
+    ordered = sorted(robustness, key=lambda row: (row["labels"], recipes.index(row["recipe"])))
+    clean = {(r["recipe"], r["labels"]): r for r in ordered if r["condition"] == "clean"}
+    found = []
+    for row in ordered:
+        whole = clean[row["recipe"], row["labels"]]
+        lost = {
+            f"{key}_change": None if row[key] is None else row[key] - whole[key]
+            for key in ("dice", "baseline_dice")
+        }
+        found.append({**row, **lost})
     return found
 
 
