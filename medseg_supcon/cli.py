@@ -8,18 +8,18 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from medseg_supcon import __version__
 from medseg_supcon.cli_evidence import compare, embed
 from medseg_supcon.cli_options import CasesOption, DatasetArg, DeviceOption, MismatchOption, RunArg
+from medseg_supcon.cli_training import plan, read_selected, train
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
-from medseg_supcon.terminal import err, out, predict_paths, print_metrics, print_plan, print_report
+from medseg_supcon.terminal import err, out, predict_paths, print_metrics, print_report
 
 app = typer.Typer(
     name="medseg",
@@ -78,7 +78,7 @@ def check(
     """What is wrong with this data set, case by case. Exit code 2 on errors, 0 on warnings alone."""
     from medseg_supcon.data import check_dataset
 
-    report = check_dataset(_dataset(dataset, cases), allow_affine_mismatch=allow_affine_mismatch)
+    report = check_dataset(read_selected(dataset, cases), allow_affine_mismatch=allow_affine_mismatch)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
@@ -87,121 +87,8 @@ def check(
         raise typer.Exit(2)
 
 
-@app.command()
-def plan(
-    dataset: DatasetArg,
-    run: Annotated[Path, typer.Option("--out", help="The run to write.")],
-    recipe: Annotated[str, typer.Option(help="A recipe's name, or a .yaml file of your own.")] = "joint",
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Length; default: what fits the planned time.")
-    ] = None,
-    cases: CasesOption = None,
-    labels: Annotated[
-        int | None, typer.Option(min=1, help="Labelled scans to use, validation included.")
-    ] = None,
-    unlabelled: Annotated[Path | None, typer.Option(help="Folder of further scans without labels.")] = None,
-    init: Annotated[Path | None, typer.Option(help="An earlier run to fine-tune.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: DeviceOption = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any key of train.yaml, or plan::KEY."),
-    ] = None,
-    allow_affine_mismatch: MismatchOption = False,
-) -> None:
-    """The bundle that would be trained, with its expected time and memory. 'medseg train' goes on from it."""
-    _plan(
-        dataset,
-        run,
-        recipe,
-        epochs,
-        cases,
-        labels,
-        unlabelled,
-        init,
-        seed,
-        device,
-        settings,
-        allow_affine_mismatch,
-    )
-    out.print(f"\nEdit {run / 'configs' / 'plan.json'} if you like, then: medseg train {dataset} --out {run}")
-
-
-@app.command()
-def train(
-    dataset: DatasetArg,
-    run: Annotated[
-        Path, typer.Option("--out", help="The run to write: a folder, which becomes a MONAI bundle.")
-    ],
-    recipe: Annotated[str, typer.Option(help="A recipe's name, or a .yaml file of your own.")] = "joint",
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Length; default: what fits the planned time.")
-    ] = None,
-    cases: CasesOption = None,
-    labels: Annotated[
-        int | None, typer.Option(min=1, help="Labelled scans to use, validation included.")
-    ] = None,
-    unlabelled: Annotated[Path | None, typer.Option(help="Folder of further scans without labels.")] = None,
-    init: Annotated[Path | None, typer.Option(help="An earlier run to fine-tune.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: DeviceOption = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any key of train.yaml, or plan::KEY."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
-    allow_affine_mismatch: MismatchOption = False,
-) -> None:
-    """Train a segmentation network on a data set; the run is a MONAI bundle."""
-    from medseg_supcon.training import check_device, is_finished, is_planned, is_started, train_run
-
-    check_device(device)
-    if is_started(run) and not resume:
-        raise RunError(
-            f"{run} already holds a trained run. Choose another --out, or go on with it: --resume."
-        )
-    if resume and is_finished(run):
-        out.print(f"{run} is finished: nothing to resume.")
-        return
-    if is_planned(run):
-        given = [
-            n
-            for n, v in (
-                ("--cases", cases),
-                ("--labels", labels),
-                ("--init", init),
-                ("--set", settings),
-                ("--epochs", epochs),
-            )
-            if v
-        ]
-        if given:
-            raise RunError(
-                f"{run} is planned already; {', '.join(given)} would be ignored. Leave {'it' if len(given) == 1 else 'them'} "
-                "out, edit the run's configs, or choose another --out."
-            )
-        err.print(f"Training what is planned in {run}.")
-    else:
-        _plan(
-            dataset,
-            run,
-            recipe,
-            epochs,
-            cases,
-            labels,
-            unlabelled,
-            init,
-            seed,
-            device,
-            settings,
-            allow_affine_mismatch,
-        )
-    train_run(run, device=device, resume=resume)
-    print_metrics(run / "eval" / "metrics.json")
-    out.print(
-        f"\nThe run is in {run} (a MONAI bundle; {run / 'docs' / 'README.md'} describes it).\n"
-        f"Masks of new scans: medseg predict {run} SCANS --out MASKS"
-    )
+app.command()(plan)
+app.command()(train)
 
 
 @app.command()
@@ -302,69 +189,11 @@ def export(
     )
 
 
-def _dataset(path: Path, cases: Path | None) -> Any:
-    from medseg_supcon.data import read_case_names, read_dataset
-
-    dataset = read_dataset(path)
-    return dataset if cases is None else dataset.select(read_case_names(cases))
-
-
-def _plan(
-    path: Path,
-    run: Path,
-    recipe: str,
-    epochs: int | None,
-    cases: Path | None,
-    labels: int | None,
-    unlabelled: Path | None,
-    init: Path | None,
-    seed: int,
-    device: str | None,
-    settings: list[str] | None,
-    allow_affine_mismatch: bool,
-) -> None:
-    from medseg_supcon.data import check_dataset, read_unlabelled, split_cases
-    from medseg_supcon.training import check_device, is_planned, parse_setting, prepare_run, read_recipe
-
-    check_device(device)
-    read_recipe(recipe)
-    if is_planned(run):
-        raise RunError(
-            f"{run} already holds a run. Choose another --out, or go on with it: medseg train ... --resume."
-        )
-    parsed = [parse_setting(s) for s in settings or ()]
-    dataset = _dataset(path, cases)
-    split = split_cases(dataset, labels=labels, seed=seed)
-    if unlabelled is not None:
-        split = replace(split, unlabelled=(*split.unlabelled, *read_unlabelled(unlabelled, dataset)))
-    chosen = dataset.select([c.name for c in (*split.training, *split.validation)])
-    report = check_dataset(chosen, allow_affine_mismatch=allow_affine_mismatch)
-    if report.has_errors or report.findings:
-        print_report(report, err)
-    if report.has_errors:
-        raise MedsegError(
-            f"The data set has errors (above): mend them and run 'medseg check {path}' until it is content."
-        )
-    result = prepare_run(
-        dataset,
-        split,
-        run,
-        recipe=recipe,
-        settings=parsed,
-        epochs=epochs,
-        seed=seed,
-        init=init,
-        device=device,
-        trust_scan_affine=allow_affine_mismatch,
-    )
-    print_plan(result, split, run)
-
-
 def _evaluate_run(run: Path, dataset: Path, out_dir: Path, cases: Path | None, device: str | None) -> None:
     from medseg_supcon.data import items
     from medseg_supcon.training import run_config
 
-    found = _dataset(dataset, cases)
+    found = read_selected(dataset, cases)
     labelled = [c for c in found.cases if c.label is not None]
     if not labelled:
         raise MedsegError(f"{dataset} has no labelled case to evaluate on.")

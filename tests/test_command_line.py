@@ -9,6 +9,8 @@ import sys
 import nibabel
 import numpy as np
 import pytest
+import yaml
+from conftest import TINY
 
 from medseg_supcon import cli
 
@@ -142,9 +144,87 @@ def test_long_paths_are_not_wrapped_off_a_terminal(medseg, tmp_path):
 
 def test_a_fault_of_ours_exits_with_one(monkeypatch, capsys, phantoms):
     monkeypatch.setattr(sys, "argv", ["medseg", "check", str(phantoms)])
-    monkeypatch.setattr(cli, "_dataset", lambda *a: 1 / 0)
+    monkeypatch.setattr(cli, "read_selected", lambda *a: 1 / 0)
     monkeypatch.setattr(cli, "_quieten", lambda: None)
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+TINY_SET = [
+    f"--set={key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in TINY
+]
+
+
+def test_arguments_that_the_template_does_not_spell_out_can_be_set(medseg, phantoms, tmp_path):
+    more = ("--set", "view_1::elastic=0.2", "--set", "contrastive_loss::loss::positives=same_voxel")
+    code, _, error = medseg("plan", phantoms, "--out", tmp_path / "run", "--epochs", 1, *TINY_SET, *more)
+    assert code == 0, error
+    config = yaml.safe_load((tmp_path / "run" / "configs" / "train.yaml").read_text())
+    assert config["view_1"]["elastic"] == 0.2
+    assert config["contrastive_loss"]["loss"]["positives"] == "same_voxel"
+
+
+@pytest.mark.parametrize("setting", ["sampling=hrd", "learning_rate=abc", "view_1::elastik=1"])
+def test_a_setting_that_cannot_be_leaves_no_half_run(medseg, phantoms, tmp_path, setting):
+    code, _, error = medseg(
+        "train", phantoms, "--out", tmp_path / "run", "--epochs", 1, *TINY_SET, "--set", setting
+    )
+    assert code == 2 and "settings" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def planned(medseg, phantoms, tmp_path):
+    run = tmp_path / "planned"
+    assert medseg("plan", phantoms, "--out", run, "--set", "epochs=2", *TINY_SET)[0] == 0
+    return run
+
+
+def test_length_set_by_key_is_the_plans(planned):
+    plan = json.loads((planned / "configs" / "plan.json").read_text())
+    assert (plan["epochs"], plan["steps_per_epoch"]) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda text: text.replace("[16, 16, 16]", "[15, 16, 16]"), "patch_size"),
+        (lambda text: text[:200], "JSON"),
+        (lambda text: text.replace('"spacing"', '"spacin"'), "spacing"),
+    ],
+)
+def test_a_plan_edited_wrongly_is_a_sentence(medseg, phantoms, planned, edit, says):
+    path = planned / "configs" / "plan.json"
+    path.write_text(edit(path.read_text()))
+    code, _, error = medseg("train", phantoms, "--out", planned)
+    assert code == 2 and says in error
+
+
+def test_what_a_planned_folder_would_ignore_is_refused(medseg, phantoms, planned, tmp_path):
+    code, _, error = medseg("train", phantoms, "--out", planned, "--recipe", "dice_ce", "--seed", 3)
+    assert code == 2 and "--recipe, --seed" in error
+    other = shutil.copytree(phantoms, tmp_path / "other")
+    code, _, error = medseg("train", other, "--out", planned)
+    assert code == 2 and str(other) in error
+    assert medseg("train", tmp_path / "nowhere", "--out", planned)[0] == 2
+
+
+def test_a_slip_in_a_recipe_of_ones_own_is_refused(medseg, phantoms, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("contrast_wieght: 0.2\n")
+    code, _, error = medseg("plan", phantoms, "--out", tmp_path / "run", "--recipe", own)
+    assert code == 2 and "contrast_weight" in error
+
+
+def test_a_recipe_may_choose_the_network(medseg, phantoms, tmp_path):
+    own, settings = tmp_path / "own.yaml", dict(TINY)
+    own.write_text(
+        yaml.safe_dump(
+            {"network_def": settings["network_def"], "plan::patch_size": [16, 16, 16], "epochs": 1}
+        )
+    )
+    assert medseg("plan", phantoms, "--out", tmp_path / "run", "--recipe", own)[0] == 0
+    plan = json.loads((tmp_path / "run" / "configs" / "plan.json").read_text())
+    assert plan["network_def"] == settings["network_def"] and plan["epochs"] == 1

@@ -104,11 +104,12 @@ class EarlyStop:
 
     def attach(self, engine: Engine) -> None:
         if self.patience is not None:
-            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+            # with the validation itself, so that a checkpoint of this epoch holds the count
+            self.validator.add_event_handler(Events.COMPLETED, self, engine)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, validator: Engine, engine: Engine) -> None:
         state = self.validator.state
-        if state.epoch != engine.state.epoch or self.patience is None:
+        if self.patience is None:
             return
         value = float(state.metrics[state.key_metric_name])
         self.best, self.waited = (value, 0) if value > self.best else (self.best, self.waited + 1)

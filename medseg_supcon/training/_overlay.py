@@ -86,7 +86,8 @@ def set_key(config: Any, key: str, value: Any, where: str, create: bool = False)
                 )
             index: Any = int(part)
         elif isinstance(node, dict):
-            if part not in node and not (create and last):
+            # a component takes arguments that the template does not spell out
+            if part not in node and not (last and (create or "_target_" in node)):
                 raise ConfigError(_unknown(config, node, key, part, where))
             index = part
         else:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from medseg_supcon.data import (
 from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.networks import build_network, round_patch, size_divisor
 from medseg_supcon.training._bundle_docs import write_metadata, write_model_card, write_twins
+from medseg_supcon.training._faults import settings_at_fault
 from medseg_supcon.training._overlay import dump_commented, load_commented, merge, set_key
 from medseg_supcon.training._recipes import read_recipe, shared_folder
 from medseg_supcon.training._timing import default_minutes, epochs_within, time_training
@@ -30,6 +33,8 @@ from medseg_supcon.training._timing import default_minutes, epochs_within, time_
 TEMPLATE = "segmentation"
 FROM_INIT = ("channels", "orientation", "spacing", "intensity", "patch_size", "network_def")
 PLAN_PREFIX = "plan::"
+OF_PLAN = ("network_def", "epochs", "steps_per_epoch", "batch_size")  # train.yaml takes these from the plan
+NEW_SECTIONS = ("finalize",)  # that nothing refers to
 GROWTHS = 8  # of a patch that is too small for the network
 
 
@@ -87,6 +92,7 @@ def prepare_run(
             f"{run} already holds a run. Choose another --out, or go on with medseg train --resume."
         )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    recipe_plan, overlay = _sort_settings(list(read_recipe(recipe).items()))
     of_plan, of_config = _sort_settings(settings)
     if plan is not None:
         made = dict(plan)
@@ -97,21 +103,28 @@ def prepare_run(
             made["trust_scan_affine"] = True
         if init is not None:
             _inherit(made, init)
-        for key, value in of_plan:
+        for key, value in (*recipe_plan, *of_plan):
             set_key(made, key, value, "The plan (configs/plan.json)")
+        epochs = epochs or dict([*recipe_plan, *of_plan]).get("epochs")
         _fit_patch(made)
         validate_plan(made)
-    _write_template(run)
-    write_plan(made, run / "configs" / "plan.json")
-    write_datalist(split, run / "configs" / "datalist.json", dataset.root)
-    _write_train_config(run, dataset.root, recipe, of_config, seed, init)
-    if plan is None:
-        timing = time_training(run, device)
-        budget = minutes if minutes is not None else default_minutes(where)
-        made["epochs"] = epochs or epochs_within(budget, made, timing, len(split.validation))
-        made["expected"] = _expected(made, timing, len(split.validation))
+    budget = minutes if minutes is not None else default_minutes(where)
+    existed = run.exists()
+    try:
+        _write_template(run)
         write_plan(made, run / "configs" / "plan.json")
-    refresh_documents(run)
+        write_datalist(split, run / "configs" / "datalist.json", dataset.root)
+        _write_train_config(run, dataset.root, recipe, dict(overlay), of_config, seed, init)
+        if plan is None:
+            with settings_at_fault():
+                timing = time_training(run, device)
+            made["epochs"] = epochs or epochs_within(budget, made, timing, len(split.validation))
+            made["expected"] = _expected(made, timing, len(split.validation))
+            write_plan(made, run / "configs" / "plan.json")
+        refresh_documents(run)
+    except BaseException:  # an interruption, too, leaves no half of a plan that a later call would train
+        shutil.rmtree(run if not existed else run / "configs", ignore_errors=True)
+        raise
     return made
 
 
@@ -123,7 +136,7 @@ def refresh_documents(run: Path) -> None:
 
 
 def _inherit(plan: dict[str, Any], init: Path) -> None:
-    if not is_planned(init) or not is_started(init):
+    if not is_planned(init) or not (init / "models" / "model.pt").is_file():
         raise RunError(
             f"--init {init}: not a trained run (configs/plan.json and models/model.pt are needed)."
         )
@@ -150,7 +163,7 @@ def _sort_settings(
     for key, value in settings:
         if key.startswith(PLAN_PREFIX):
             of_plan.append((key[len(PLAN_PREFIX) :], value))
-        elif key.split("::")[0] == "network_def":
+        elif key.split("::")[0] in OF_PLAN:
             of_plan.append((key, value))
         else:
             of_config.append((key, value))
@@ -191,6 +204,7 @@ def _write_train_config(
     run: Path,
     dataset_dir: Path,
     recipe: str | Path,
+    overlay: Mapping[str, Any],
     settings: Sequence[tuple[str, Any]],
     seed: int,
     init: Path | None,
@@ -201,7 +215,9 @@ def _write_train_config(
     tree["recipe"] = Path(recipe).stem
     if init is not None:
         tree["init_weights"] = str((init / "models" / "model.pt").resolve())
-    merge(tree, read_recipe(recipe), "train.yaml")
+    known = set(tree)
+    merge(tree, overlay, "train.yaml")
+    _refuse_unknown(tree, known, recipe)
     for key, value in settings:
         set_key(tree, key, value, "train.yaml")
     (run / "configs" / "train.yaml").write_text(dump_commented(tree))
@@ -210,6 +226,18 @@ def _write_train_config(
         other = load_commented(evaluate)
         other["dataset_dir"] = str(dataset_dir.resolve())
         evaluate.write_text(dump_commented(other))
+
+
+def _refuse_unknown(tree: Mapping[str, Any], known: set[str], recipe: str | Path) -> None:
+    """A recipe may add sections, but one that nothing refers to is a slip of the pen."""
+    text = dump_commented(tree)
+    for key in tree:
+        if key not in known and key not in NEW_SECTIONS and not re.search(rf"@{re.escape(key)}\b", text):
+            near = get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"Recipe {recipe}: train.yaml has no key {key!r}, and nothing refers to it.{hint}"
+            )
 
 
 def _expected(plan: Mapping[str, Any], timing: Mapping[str, Any], validation_cases: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
+from medseg_supcon.errors import ConfigError
 from medseg_supcon.training._memory import keep_freed_memory
 
 NICE_EPOCHS = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 120, 150, 200, 250, 300, 400, 500, 700, 1000)
@@ -104,4 +105,8 @@ def epochs_within(minutes: float, plan: dict[str, Any], timing: dict[str, Any], 
 
 def default_minutes(device: torch.device) -> float:
     """How long training may take by default: 22 minutes on a CPU, 60 on a GPU; ``MEDSEG_MINUTES`` overrides."""
-    return float(os.environ.get("MEDSEG_MINUTES") or (22 if device.type == "cpu" else 60))
+    text = os.environ.get("MEDSEG_MINUTES")
+    try:
+        return float(text) if text else (22.0 if device.type == "cpu" else 60.0)
+    except ValueError:
+        raise ConfigError(f"MEDSEG_MINUTES must be a number of minutes, found {text!r}.") from None

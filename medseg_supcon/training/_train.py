@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from monai.bundle import ConfigWorkflow
 
+from medseg_supcon.data import read_plan, validate_plan
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
+from medseg_supcon.networks import build_network, size_divisor
 from medseg_supcon.training._checkpoint import load_tensors
+from medseg_supcon.training._faults import innermost, settings_at_fault
 from medseg_supcon.training._run import is_planned, read_json, refresh_documents
 
 
@@ -70,8 +73,10 @@ def run_config(run: Path, name: str, workflow_type: str, **overrides: Any) -> Co
         logging_file=False,  # the command line has its own display
         **overrides,
     )
-    with _own_errors():
+    with settings_at_fault():
         workflow.initialize()
+        workflow.parser.get_parsed_content("train::trainer" if workflow_type == "train" else "evaluator")
+    with _own_errors():
         workflow.run()
         workflow.finalize()
     return workflow
@@ -79,16 +84,23 @@ def run_config(run: Path, name: str, workflow_type: str, **overrides: Any) -> Co
 
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
-    """MONAI wraps errors raised while a config is resolved: bring ours back out."""
+    """MONAI wraps errors raised while a config runs: bring ours back out."""
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, MedsegError):
-                raise cause from None
-            cause = cause.__cause__ or cause.__context__
+        cause = innermost(error)
+        if isinstance(cause, MedsegError):
+            raise cause from None
         raise
+
+
+def _check_plan(run: Path) -> None:
+    """A plan edited by hand must still be one that the network can train on."""
+    path = run / "configs" / "plan.json"
+    plan = read_plan(path)
+    channels = len(plan["channels"])
+    network = build_network(plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]))
+    validate_plan(plan, divisor=size_divisor(network, in_channels=channels), source=path)
 
 
 def train_run(run: Path, device: str | None = None, resume: bool = False, quiet: bool = False) -> None:
@@ -101,6 +113,7 @@ def train_run(run: Path, device: str | None = None, resume: bool = False, quiet:
         quiet: no progress display.
     """
     if not (resume and is_finished(run)):
+        _check_plan(run)
         overrides: dict[str, Any] = {"resume": resume}
         if quiet:
             overrides["quiet"] = True

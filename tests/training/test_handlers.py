@@ -89,30 +89,34 @@ def test_the_last_epoch_is_validated_too():
     assert seen == [2, 4, 5]
 
 
+def validated_epochs(stop_after, values, state=None):
+    """Epochs that a training with these validation scores runs for, and the handler's state after it."""
+    validator, engine = Engine(lambda e, b: None), Engine(lambda e, b: None)
+    validator.state.key_metric_name = "dice"
+    stop = EarlyStop(validator, stop_after)
+    if state is not None:
+        stop.load_state_dict(state)
+
+    @engine.on(Events.EPOCH_COMPLETED)
+    def validate(e):
+        def score(v):
+            v.state.metrics["dice"] = values[e.state.epoch - 1]
+
+        with validator.add_event_handler(Events.EPOCH_COMPLETED, score):
+            validator.run([0])
+
+    stop.attach(engine)
+    engine.run([0], max_epochs=len(values))
+    return engine.state.epoch, stop.state_dict()
+
+
 def test_early_stop_counts_over_a_resume():
-    class Validator:
-        class state:
-            epoch, key_metric_name, metrics = 0, "dice", {"dice": 0.0}
-
-    def run(stop, values, start=0):
-        engine = Engine(lambda e, b: None)
-
-        @engine.on(Events.EPOCH_COMPLETED)
-        def validate(e):
-            Validator.state.epoch = e.state.epoch
-            Validator.state.metrics = {"dice": values[e.state.epoch - 1]}
-
-        stop.attach(engine)
-        engine.run([0], max_epochs=len(values))
-        return engine.state.epoch
-
     values = [0.1, 0.5, 0.4, 0.3, 0.2, 0.9]
-    assert run(EarlyStop(Validator, 2), values) == 4
-    first = EarlyStop(Validator, 2)
-    run(first, values[:3])
-    second = EarlyStop(Validator, 2)
-    second.load_state_dict(first.state_dict())
-    assert second.waited == 1 and second.best == 0.5
+    assert validated_epochs(2, values)[0] == 4
+    assert validated_epochs(None, values)[0] == 6
+    _, state = validated_epochs(2, values[:3])
+    assert state == {"best": 0.5, "waited": 1}
+    assert validated_epochs(2, values[3:], state)[0] == 1
 
 
 def test_saving_is_all_or_nothing(tmp_path, monkeypatch):

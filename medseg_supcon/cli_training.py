@@ -1,0 +1,175 @@
+"""The commands that make a run: ``medseg plan`` and ``medseg train``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medseg_supcon.cli_options import CasesOption, DatasetArg, DeviceOption, MismatchOption, SettingsOption
+from medseg_supcon.errors import MedsegError, RunError
+from medseg_supcon.terminal import err, out, print_metrics, print_plan, print_report
+
+RunOption = Annotated[
+    Path, typer.Option("--out", help="The run to write: a folder, which becomes a MONAI bundle.")
+]
+RecipeOption = Annotated[
+    str | None, typer.Option(help="A recipe's name (default: joint), or a .yaml file of yours.")
+]
+EpochsOption = Annotated[int | None, typer.Option(min=1, help="Length; default: what fits the planned time.")]
+LabelsOption = Annotated[int | None, typer.Option(min=1, help="Labelled scans to use, validation included.")]
+UnlabelledOption = Annotated[Path | None, typer.Option(help="Folder of further scans without labels.")]
+InitOption = Annotated[Path | None, typer.Option(help="An earlier run to fine-tune.")]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, help="Of the split, the weights and all draws (default: 0).")
+]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked to be planned; ``None`` where nothing was said."""
+
+    recipe: str | None
+    epochs: int | None
+    cases: Path | None
+    labels: int | None
+    unlabelled: Path | None
+    init: Path | None
+    seed: int | None
+    settings: list[str] | None
+    allow_affine_mismatch: bool
+
+    def given(self) -> list[str]:
+        """The options that were given, as they are written."""
+        names = {"settings": "--set"}
+        return [names.get(name, "--" + name.replace("_", "-")) for name, value in vars(self).items() if value]
+
+
+def plan(
+    dataset: DatasetArg,
+    run: RunOption,
+    recipe: RecipeOption = None,
+    epochs: EpochsOption = None,
+    cases: CasesOption = None,
+    labels: LabelsOption = None,
+    unlabelled: UnlabelledOption = None,
+    init: InitOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    settings: SettingsOption = None,
+    allow_affine_mismatch: MismatchOption = False,
+) -> None:
+    """The bundle that would be trained, with its expected time and memory. 'medseg train' goes on from it."""
+    request = Request(recipe, epochs, cases, labels, unlabelled, init, seed, settings, allow_affine_mismatch)
+    _prepare(dataset, run, request, device)
+    out.print(f"\nEdit {run / 'configs' / 'plan.json'} if you like, then: medseg train {dataset} --out {run}")
+
+
+def train(
+    dataset: DatasetArg,
+    run: RunOption,
+    recipe: RecipeOption = None,
+    epochs: EpochsOption = None,
+    cases: CasesOption = None,
+    labels: LabelsOption = None,
+    unlabelled: UnlabelledOption = None,
+    init: InitOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    settings: SettingsOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
+    allow_affine_mismatch: MismatchOption = False,
+) -> None:
+    """Train a segmentation network on a data set; the run is a MONAI bundle."""
+    from medseg_supcon.training import check_device, is_finished, is_planned, is_started, train_run
+
+    check_device(device)
+    request = Request(recipe, epochs, cases, labels, unlabelled, init, seed, settings, allow_affine_mismatch)
+    if is_started(run) and not resume:
+        raise RunError(
+            f"{run} already holds a trained run. Choose another --out, or go on with it: --resume."
+        )
+    if resume and is_finished(run):
+        out.print(f"{run} is finished: nothing to resume.")
+        return
+    if is_planned(run):
+        _go_on(dataset, run, request, resume)
+    else:
+        _prepare(dataset, run, request, device)
+    train_run(run, device=device, resume=resume)
+    print_metrics(run / "eval" / "metrics.json")
+    out.print(
+        f"\nThe run is in {run} (a MONAI bundle; {run / 'docs' / 'README.md'} describes it).\n"
+        f"Masks of new scans: medseg predict {run} SCANS --out MASKS"
+    )
+
+
+def read_selected(path: Path, cases: Path | None) -> Any:
+    """A data set, or the cases of it that a file names."""
+    from medseg_supcon.data import read_case_names, read_dataset
+
+    dataset = read_dataset(path)
+    return dataset if cases is None else dataset.select(read_case_names(cases))
+
+
+def _go_on(dataset: Path, run: Path, request: Request, resume: bool) -> None:
+    """A planned folder is trained as it is: say so where something else was asked for."""
+    from monai.bundle import ConfigParser
+
+    planned = Path(ConfigParser.load_config_file(str(run / "configs" / "train.yaml"))["dataset_dir"])
+    root = read_selected(dataset, None).root.resolve()
+    if root != planned.resolve():
+        raise RunError(
+            f"{run} is planned for {planned}, not for {root}. Choose another --out, or that data set."
+        )
+    given = request.given()
+    if given and not resume:
+        raise RunError(
+            f"{run} is planned already; {', '.join(given)} would be ignored. Leave {'it' if len(given) == 1 else 'them'} "
+            "out, edit the run's configs, or choose another --out."
+        )
+    err.print(f"{'Resuming' if resume else 'Training'} what is planned in {run}.", markup=False)
+    if given:
+        err.print(f"[yellow]note[/] the plan's own values hold for {', '.join(given)}")
+
+
+def _prepare(path: Path, run: Path, request: Request, device: str | None) -> None:
+    from medseg_supcon.data import check_dataset, read_unlabelled, split_cases
+    from medseg_supcon.training import check_device, is_planned, parse_setting, prepare_run, read_recipe
+
+    check_device(device)
+    recipe, seed = request.recipe or "joint", request.seed or 0
+    read_recipe(recipe)
+    if is_planned(run):
+        raise RunError(
+            f"{run} already holds a run. Choose another --out, or go on with it: medseg train ... --resume."
+        )
+    parsed = [parse_setting(s) for s in request.settings or ()]
+    dataset = read_selected(path, request.cases)
+    split = split_cases(dataset, labels=request.labels, seed=seed)
+    if request.unlabelled is not None:
+        more = read_unlabelled(request.unlabelled, dataset)
+        split = replace(split, unlabelled=(*split.unlabelled, *more))
+    chosen = dataset.select([c.name for c in (*split.training, *split.validation)])
+    report = check_dataset(chosen, allow_affine_mismatch=request.allow_affine_mismatch)
+    if report.findings:
+        print_report(report, err)
+    if report.has_errors:
+        raise MedsegError(
+            f"The data set has errors (above): mend them and run 'medseg check {path}' until it is content."
+        )
+    result = prepare_run(
+        dataset,
+        split,
+        run,
+        recipe=recipe,
+        settings=parsed,
+        epochs=request.epochs,
+        seed=seed,
+        init=request.init,
+        device=device,
+        trust_scan_affine=request.allow_affine_mismatch,
+    )
+    print_plan(result, split, run)
