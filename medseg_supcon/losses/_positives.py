@@ -45,7 +45,7 @@ def group_sums(rows: Tensor, groups: Tensor) -> Tensor:
 
 
 def mean_dot(
-    x: Tensor, rows: Tensor, own: Tensor, groups: Tensor, subgroups: Tensor | None, n: Tensor
+    x: Tensor, rows: Tensor, own: Tensor, groups: Tensor, subgroups: Tensor | None, n: Tensor, unit: bool
 ) -> Tensor:
     """mean_p x_i . x_p over the rows of i's group, without i itself or without i's subgroup.
 
@@ -57,12 +57,24 @@ def mean_dot(
         subgroups: (R,) subgroup of each row, 0 .. H - 1, each within one group and left out of the mean as
             a whole (the anchor's own view); None: only the anchor itself is left out.
         n: (A,) number of positives of each anchor, > 0.
+        unit: no row is longer than 1, so that none drowns the sum of its group.
 
     Returns:
         (A,)
     """
-    left_out = x if subgroups is None else group_sums(rows, subgroups)[own]
-    return (x * (group_sums(rows, groups)[own] - left_out)).sum(1) / n
+    if subgroups is not None:
+        # What the other views add up to, by subtraction: in float64, or a large view drowns a small one.
+        n_subgroups = int(subgroups.max()) + 1
+        group_of = groups.new_empty(n_subgroups).scatter_(0, subgroups, groups)
+        sums: Tensor = _GroupSums.apply(rows, subgroups, n_subgroups)  # type: ignore[no-untyped-call]
+        wide = sums.double()
+        others = (group_sums(wide, group_of) - wide).to(rows.dtype)[subgroups[own]]
+    elif unit:
+        others = group_sums(rows, groups)[own] - x
+    else:
+        wide = rows.double()
+        others = (group_sums(wide, groups) - wide)[own].to(rows.dtype)
+    return (x * others).sum(1) / n
 
 
 def mean_over_pairs(

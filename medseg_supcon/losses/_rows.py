@@ -52,13 +52,16 @@ class Rows:
     n_positives: Tensor  # (A,) |P(i)|, > 0
     weights: Tensor  # (A,) w
     key_weights: tuple[Tensor, Tensor] | None  # (A,), (M,) k
+    unit_length: bool  # cosine
 
     def criterion(self, ids: Tensor, equal: bool) -> Criterion:
         return Criterion(ids[self.own], ids[self.rest], equal)
 
     def mean_dot(self) -> Tensor:
         """(A,) mean over P(i) of z_i . z_p."""
-        return mean_dot(self.x, self.z, self.own, self.groups, self.subgroups, self.n_positives)
+        return mean_dot(
+            self.x, self.z, self.own, self.groups, self.subgroups, self.n_positives, self.unit_length
+        )
 
 
 def make_rows(
@@ -124,6 +127,7 @@ def make_rows(
         n_positives=n_positives[own].to(z.dtype),
         weights=w[own],
         key_weights=(k[own], k[rest]) if k is not None else None,
+        unit_length=unit_length,
     )
 
 

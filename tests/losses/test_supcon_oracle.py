@@ -173,3 +173,43 @@ def test_gradcheck(options, tau):
 
     z = case["z"].clone().requires_grad_()
     assert torch.autograd.gradcheck(function, z, eps=1e-7, atol=1e-4, rtol=1e-4)
+
+
+def test_a_small_view_beside_a_large_one_keeps_its_digits():
+    # 3,000 voxels of one view beside one of the other: the positives of most are a single voxel.
+    n, generator = 3000, torch.Generator().manual_seed(0)
+    z = torch.tensor([1.0, 0, 0, 0]) + 0.01 * torch.randn(n + 1, 4, generator=generator)
+    z = torch.nn.functional.normalize(z.double(), dim=1).float()
+    views = torch.zeros(n + 1, dtype=torch.long)
+    views[-1] = 1
+    u = z.double() / z.double().norm(dim=1, keepdim=True)
+    s = u[:n] @ u[-1] / 0.1
+    # Each of the many has one key, its positive: L = 0. The last has n keys, all of them positive.
+    expected = (s.logsumexp(0) - s.mean()) / (n + 1)
+    z.requires_grad_()
+    value = SupConLoss(0.1, denominator="same_class", keys="other_view")(
+        z, torch.zeros(n + 1, dtype=torch.long), view_ids=views
+    )
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), abs=3e-6)
+    # d/du_j, j < n: (softmax_j - 1 / n) u_last / tau / (n + 1), on the tangent of u_j.
+    push = ((s.softmax(0) - 1 / n) / 0.1 / (n + 1))[:, None] * u[-1]
+    tangent = push - u[:n] * (push * u[:n]).sum(1, keepdim=True)
+    torch.testing.assert_close(z.grad[:n].double(), tangent, rtol=0, atol=2e-9)
+
+
+@pytest.mark.parametrize("length", (1e3, 1e5, 1e7))
+@pytest.mark.parametrize("keys", ("all", "other_view"))
+def test_a_row_much_longer_than_its_class_keeps_the_dot_products_digits(length, keys):
+    case = random_case(3, torch.float32)
+    z = case["z"].clone()
+    z[2] *= length
+    y = [i % 2 for i in range(len(z))]
+    mine = SupConLoss(1.0, "dot", denominator="same_class", keys=keys)(
+        z, torch.tensor(y), view_ids=torch.tensor(case["views"])
+    )
+    truth = oracle(
+        z.tolist(), y, case["pairs"], case["views"], kind="dot", positives="same_class",
+        denominator="same_class", keys=keys, mean="outside_log", tau=1.0,
+    )  # fmt: skip
+    assert mine.item() == pytest.approx(truth, rel=1e-5)
