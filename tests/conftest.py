@@ -7,20 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import TINY
 
 torch.set_num_threads(1)
-
-TINY_NETWORK = (
-    "$torch.nn.Sequential(monai.networks.nets.UNet(spatial_dims=3, in_channels=1, out_channels=8, "
-    "channels=(8, 16), strides=(2,), num_res_units=1), torch.nn.Conv3d(8, 6, 1))"
-)
-TINY = [
-    ("network_def", TINY_NETWORK),
-    ("plan::patch_size", [16, 16, 16]),
-    ("plan::steps_per_epoch", 3),
-    ("contrast_samples", 256),
-]
-
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:

@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 import yaml
-from conftest import TINY
+from tiny_run import TINY
 
 from medseg_supcon import cli
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import TINY
+from tiny_run import TINY
 
 from medseg_supcon.data import read_dataset, split_cases
 from medseg_supcon.errors import RunError

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from tiny_run import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ignite.engine import Events

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY
+from tiny_run import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ignite.engine import Events

@@ -1,0 +1,14 @@
+"""Settings of a run that trains in seconds: whole, not good."""
+
+from __future__ import annotations
+
+TINY_NETWORK = (
+    "$torch.nn.Sequential(monai.networks.nets.UNet(spatial_dims=3, in_channels=1, out_channels=8, "
+    "channels=(8, 16), strides=(2,), num_res_units=1), torch.nn.Conv3d(8, 6, 1))"
+)
+TINY = [
+    ("network_def", TINY_NETWORK),
+    ("plan::patch_size", [16, 16, 16]),
+    ("plan::steps_per_epoch", 3),
+    ("contrast_samples", 256),
+]
