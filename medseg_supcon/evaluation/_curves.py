@@ -12,7 +12,7 @@ from medseg_supcon.errors import RunError
 from medseg_supcon.evaluation._canvas import GRID, INK, color_of, new_figure, save
 
 MEAN, PER_CLASS = "val_mean_dice", "val_dice_"
-NO_LOSS = ("epoch", "step", "seconds", "learning_rate")
+NO_LOSS = ("epoch", "step", "seconds", "learning_rate", "stage", "confident")
 
 History = Mapping[str, Sequence[Any]]
 
