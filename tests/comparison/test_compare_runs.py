@@ -1,0 +1,212 @@
+"""A small comparison on phantoms: equal budgets, resuming, and figures that can be had again from its tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shutil
+import sys
+
+import pytest
+from tiny_run import TINY
+from scipy import stats
+
+from medseg_supcon import cli
+from medseg_supcon.comparison import Cell, _compare, _corruptions, _runs, compare, design_comparison
+from medseg_supcon.comparison._workers import devices, run_jobs
+from medseg_supcon.data import read_dataset
+from medseg_supcon.errors import RunError
+from medseg_supcon.training import _checkpoint
+
+FIRST, SECOND = Cell("dice_ce", 2, 0).name, Cell("joint", 2, 0).name
+NOISE_ONLY = {"noise": _corruptions.CORRUPTIONS["noise"]}
+
+
+def quiet(_):
+    """Say nothing."""
+
+
+def again(design, out, **more):
+    """The comparison of these tests, in this process."""
+    options = {"epochs": 2, "settings": TINY, "device": "cpu", "say": quiet, "processes": False} | more
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_runs, "CORRUPTIONS", NOISE_ONLY)
+        return compare(design, out, **options)
+
+
+@pytest.fixture(scope="module")
+def design(phantoms):
+    return design_comparison(read_dataset(phantoms), ["dice_ce", "joint"], [0], [2])
+
+
+@pytest.fixture(scope="module")
+def compared(design, tmp_path_factory):
+    """(folder, what compare returned). Do not change the folder."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    return out, again(design, out)
+
+
+@pytest.fixture
+def copied(compared, tmp_path):
+    return shutil.copytree(compared[0], tmp_path / "copy", copy_function=shutil.copy2)
+
+
+def table(path):
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_every_run_has_the_same_budget(compared):
+    out, found = compared
+    plans = {(out / "runs" / name / "configs" / "plan.json").read_text() for name in (FIRST, SECOND)}
+    lists = {(out / "runs" / name / "configs" / "datalist.json").read_text() for name in (FIRST, SECOND)}
+    assert len(plans) == len(lists) == 1
+    assert [row["steps"] for row in table(out / "runs.csv")] == ["6", "6"]
+    used = json.loads(lists.pop())
+    seen = {item["name"] for part in used.values() for item in part}
+    assert not seen & set(found["about"]["test"])
+
+
+def test_the_tables_follow_from_the_results(compared):
+    out, found = compared
+    rows = table(out / "results.csv")
+    assert {row["case"] for row in rows} == set(found["about"]["test"])
+    cases = sorted({row["case"] for row in rows})
+
+    def mean(recipe, case):
+        dice = [row["dice"] for row in rows if (row["recipe"], row["case"]) == (recipe, case)]
+        return math.fsum(map(float, dice)) / len(dice)
+
+    assert all(row["dice"] for row in rows)  # phantoms have every class: nothing is left out
+    d = [mean("joint", case) - mean("dice_ce", case) for case in cases]
+    row = next(r for r in table(out / "differences.csv") if r["class"] == "mean")
+    assert float(row["difference"]) == pytest.approx(math.fsum(d) / len(d), abs=1e-12)
+    assert float(row["p"]) == pytest.approx(stats.wilcoxon(d).pvalue if any(d) else 1.0)
+    assert min(d) - 1e-12 <= float(row["low"]) <= float(row["high"]) <= max(d) + 1e-12
+
+
+def test_test_scores_are_those_of_medseg_evaluate(compared):
+    out, _ = compared
+    metrics = json.loads((out / "tests" / SECOND / "clean" / "metrics.json").read_text())["rows"]
+    rows = [row for row in table(out / "results.csv") if row["recipe"] == "joint"]
+    assert [float(row["dice"]) for row in rows] == [row["dice"] for row in metrics]
+
+
+def test_the_report_stands_alone(compared):
+    out, found = compared
+    html = (out / "report.html").read_text()
+    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)', html))
+    assert len(re.findall("<img", html)) >= 5
+    assert not re.search(r'(href|src)="https?:', html)
+    for word in ("dice_ce", "joint", "no clear difference", "95 %", "GiB", "noise", *found["about"]["test"]):
+        assert word in html, word
+    text = (out / "summary.md").read_text()
+    assert found["answers"][0] in text and "| joint | 2 | mean |" in text
+    for name in ("label_efficiency", "differences", "learning", "robustness"):
+        assert (out / "pictures" / f"{name}.png").stat().st_size > 5000
+
+
+def test_robustness_is_measured_on_worse_scans(compared):
+    out, found = compared
+    assert {row["condition"] for row in found["robustness"]} == {"clean", "noise"}
+    clean = [row["dice"] for row in table(out / "results.csv")]
+    noisy = [row["dice"] for row in table(out / "robustness.csv")]
+    assert len(clean) == len(noisy) and clean != noisy
+
+
+def test_what_is_finished_is_kept(compared, design, copied):
+    model = copied / "runs" / SECOND / "models" / "model.pt"
+    metrics = copied / "tests" / SECOND / "clean" / "metrics.json"
+    before = model.stat().st_mtime_ns, metrics.stat().st_mtime_ns
+    found = again(design, copied)
+    assert (model.stat().st_mtime_ns, metrics.stat().st_mtime_ns) == before
+    assert found["differences"] == compared[1]["differences"]
+
+
+def test_an_interrupted_run_goes_on(compared, design, copied, monkeypatch):
+    for folder in ("runs", "tests"):
+        shutil.rmtree(copied / folder / SECOND)
+    save = _checkpoint.Checkpoint.save
+
+    def stop(self, engine):
+        if engine.state.epoch == 2:
+            raise KeyboardInterrupt
+        save(self, engine)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_checkpoint.Checkpoint, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            again(design, copied)
+    assert (copied / "runs" / SECOND / "models" / "checkpoint.pt").exists()
+    found = again(design, copied)
+    assert found["differences"] == compared[1]["differences"]
+
+
+def test_a_recipe_against_itself(phantoms, copied):
+    design = design_comparison(read_dataset(phantoms), ["joint", "joint"], [0], [2])
+    found = again(design, copied)
+    for row in found["differences"]:
+        assert (row["difference"], row["low"], row["high"], row["p"]) == (0, 0, 0, 1)
+    assert "give the same" in found["answers"][0]
+
+
+def test_other_settings_are_refused(design, copied):
+    with pytest.raises(RunError, match="other settings"):
+        again(design, copied, settings=[*TINY, ("learning_rate", 0.1)])
+    with pytest.raises(RunError, match="2 epochs, not 3"):
+        again(design, copied, epochs=3)
+
+
+def test_a_strange_folder_is_refused(design, tmp_path):
+    (tmp_path / "thesis.txt").write_text("")
+    with pytest.raises(RunError, match="holds no comparison"):
+        again(design, tmp_path)
+
+
+def test_the_command_line_goes_on_too(copied, phantoms, monkeypatch, capsys):
+    monkeypatch.setattr(_runs, "CORRUPTIONS", NOISE_ONLY)
+    monkeypatch.setattr(cli, "_quieten", lambda: None)
+    values = {"network_def": TINY[0][1], "plan::patch_size": "[16, 16, 16]", "plan::steps_per_epoch": "3"}
+    sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    arguments = [phantoms, "--out", copied, "--recipes", "dice_ce,joint", "--seeds", "0", "--labels", "2"]
+    more = ["--epochs", "2", "--device", "cpu", *sets, "--set", "contrast_samples=256"]
+    monkeypatch.setattr(sys, "argv", ["medseg", "compare", *map(str, arguments), *more])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    shown = capsys.readouterr()
+    assert stop.value.code == 0, shown.err
+    assert "2 of 2 runs are finished already" in shown.err
+    assert "With 2 labelled scans" in shown.out and "report.html" in shown.out
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(tmp_path):
+    for name in ("a", "b"):
+        job = {"run": str(tmp_path / name), "tests": str(tmp_path / "t"), "dataset_dir": "", "conditions": {}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(job))
+    found = {}
+    run_jobs(
+        [tmp_path / "a.json", tmp_path / "b.json"],
+        ["cpu", "cpu"],
+        lambda job, text: found.update({job.stem: text}),
+    )
+    assert set(found) == {"a", "b"}
+    assert all(str(tmp_path) in text and "plan" in text for text in found.values()), found  # a sentence
+
+
+def test_devices(monkeypatch):
+    assert devices("cpu") == ["cpu"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert devices(None) == ["cuda:0", "cuda:1", "cuda:2"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert devices(None) == ["cpu"]
+
+
+def test_a_failure_is_a_sentence(design, copied, monkeypatch):
+    shutil.rmtree(copied / "tests" / SECOND)
+    monkeypatch.setattr(
+        _compare, "run_jobs", lambda jobs, where, done: [done(job, "no memory") for job in jobs]
+    )
+    with pytest.raises(RunError, match=f"1 of 2 runs failed; {SECOND}: no memory"):
+        again(design, copied, processes=True)
