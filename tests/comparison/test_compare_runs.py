@@ -10,8 +10,8 @@ import shutil
 import sys
 
 import pytest
-from tiny_run import TINY
 from scipy import stats
+from tiny_run import TINY
 
 from medseg_supcon import cli
 from medseg_supcon.comparison import Cell, _compare, _corruptions, _runs, compare, design_comparison
