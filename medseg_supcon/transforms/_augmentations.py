@@ -8,9 +8,9 @@ from typing import Any
 
 import monai.transforms as mt
 
-ANISOTROPY = (
-    3.0  # nnU-Net's threshold: slices this many times thicker than the pixels are turned in plane only
-)
+# nnU-Net's threshold: slices this many times thicker than the pixels, and slabs this many times thinner than
+# they are wide, are turned in plane only
+ANISOTROPY = 3.0
 Keys = tuple[str, str]
 
 
@@ -26,6 +26,27 @@ def check(patch_size: Sequence[int], scale: tuple[float, float], strength: float
         )
 
 
+def turning_axes(patch_size: Sequence[int], spacing: Sequence[float] | None) -> list[int]:
+    """The axes to turn a patch about; a turn about one axis carries the two others into one another.
+
+    Only the coarsest axis where voxels are anisotropic, and none whose two others differ so much in extent
+    that the patch would be turned out of itself (a thin scan has nothing there). 2 is the one of 2-D.
+    """
+    rank = len(patch_size)
+    voxel = [1.0] * rank if spacing is None else list(spacing)
+    extent = [length * mm for length, mm in zip(patch_size, voxel, strict=True)]
+    axes = list(range(3))
+    if rank == 3 and max(voxel) / min(voxel) >= ANISOTROPY:
+        axes = [voxel.index(max(voxel))]
+    others = {axis: [mm for other, mm in enumerate(extent) if other != axis] for axis in axes}
+    return [axis for axis in axes if max(others[axis]) / min(others[axis]) < ANISOTROPY]
+
+
+def zooms(patch_size: Sequence[int], scale: tuple[float, float]) -> list[tuple[float, float]]:
+    """MONAI's ``scale_range``: none along an axis of one voxel, which has no neighbours to show."""
+    return [(scale[0] - 1, scale[1] - 1) if length > 1 else (0.0, 0.0) for length in patch_size]
+
+
 def affine(
     patch_size: Sequence[int],
     keys: Keys,
@@ -37,15 +58,12 @@ def affine(
 ) -> Any:
     """Rotation, zoom, crop to the patch and, with probability ``elastic``, bending: one resampling."""
     rank = len(patch_size)
-    angle = math.radians(degrees)
-    angles = [angle] * rank
-    if spacing is not None and max(spacing) / min(spacing) >= ANISOTROPY:
-        coarsest = list(spacing).index(max(spacing))
-        angles = [angle if axis == coarsest else 0.0 for axis in range(rank)]
+    axes = turning_axes(patch_size, spacing)
+    angles = [math.radians(degrees) if axis in axes else 0.0 for axis in range(3)]
     common: dict[str, Any] = {
         "spatial_size": tuple(patch_size),
-        "rotate_range": angles if rank == 3 else angle,
-        "scale_range": [(scale[0] - 1, scale[1] - 1)] * rank,
+        "rotate_range": angles if rank == 3 else angles[2],
+        "scale_range": zooms(patch_size, scale),
         "mode": ("bilinear", "nearest"),
         "padding_mode": "zeros",
     }

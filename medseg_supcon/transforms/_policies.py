@@ -7,7 +7,7 @@ from typing import Any
 
 import monai.transforms as mt
 
-from ._augmentations import Keys, affine, check, flips, gamma, intensity, simulated_low_resolution
+from ._augmentations import Keys, affine, check, flips, gamma, intensity, simulated_low_resolution, zooms
 
 KEYS: Keys = ("image", "label")
 
@@ -39,7 +39,8 @@ def standard_view(
         affine_probability: how often the view is rotated and zoomed at all.
         strength: 0 leaves intensities alone, 1 is nnU-Net's ranges; below 2.5.
         spacing: mm per axis. Where one axis is at least 3 times coarser than the finest, rotation is about
-            that axis only (in plane); None means isotropic.
+            that axis only (in plane); None means isotropic. Nor is a patch turned where two axes would change
+            places of which one is at least 3 times as long (mm), nor zoomed along an axis of one voxel.
         elastic: how often the affine is joined by an elastic deformation (in the same resampling; its
             displacements have a standard deviation of 0.2 to 1.2 voxels). Such a view of 40x56x40 costs some
             150 ms, with its correspondence.
@@ -105,13 +106,13 @@ def crop_resize_view(
         Chen et al. 2020, SimCLR, appendix A (random crop and resize).
     """
     check(patch_size, scale, 1.0)
-    shift = [length * (1 - scale[0]) / 2 for length in patch_size]
+    shift = [length * (1 - scale[0]) / 2 if length > 1 else 0.0 for length in patch_size]
     resize = mt.RandAffined(
         keys,
         spatial_size=tuple(patch_size),
         prob=1.0,
         translate_range=shift,
-        scale_range=[(scale[0] - 1, scale[1] - 1)] * len(patch_size),
+        scale_range=zooms(patch_size, scale),
         mode=("bilinear", "nearest"),
         padding_mode="zeros",
     )

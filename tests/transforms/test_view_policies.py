@@ -11,6 +11,7 @@ from monai.data import MetaTensor
 
 from medseg_supcon.transforms import (
     ForegroundIndexd,
+    TwoViewsd,
     crop_resize_view,
     identity_view,
     randaugment_view,
@@ -106,6 +107,36 @@ def test_thick_slices_are_turned_in_plane_only() -> None:
     assert affine[:3, 1].tolist() == pytest.approx([0, 1, 0], abs=1e-6)
     angle = math.degrees(math.acos(float(affine[0, 0])))
     assert 0.1 < angle <= 30.01
+
+
+@pytest.mark.parametrize(
+    ("patch", "spacing", "turned"),
+    [
+        ((40, 40, 40), (1, 1, 1), {0, 1, 2}),
+        ((40, 40, 5), (1, 1, 1), {2}),
+        ((40, 40, 5), None, {2}),
+        ((40, 40, 16), (1, 1, 2.5), {0, 1, 2}),  # 16 thick voxels are as long as 40 thin ones
+        ((1, 64, 64), (1, 1, 1), {0}),
+        ((20, 20, 80), (1, 1, 1), {2}),
+        ((40, 40, 5), (1, 4, 1), set()),  # the coarse axis is not the thin one
+    ],
+)
+def test_a_patch_is_not_turned_out_of_itself(patch, spacing, turned) -> None:
+    view = standard_view(patch, spacing=spacing, scale=(1.0, 1.0), affine_probability=1.0, strength=0.0)
+    box = MetaTensor(torch.zeros(1, *patch), affine=torch.eye(4))
+    view.set_random_state(0)
+    matrix = view({"image": box, "label": box})["image"].affine[:3, :3]
+    carried = {(i, j) for i in range(3) for j in range(3) if i != j and abs(matrix[i, j]) > 1e-6}
+    assert carried == {(i, j) for k in turned for i in range(3) for j in range(3) if len({i, j, k}) == 3}
+
+
+@pytest.mark.parametrize("patch", [(40, 40, 5), (5, 40, 40), (64, 64, 1), (40, 40, 40)])
+def test_views_of_a_thin_scan_show_the_scan(patch) -> None:
+    for policy in (standard_view(patch, flip_axes=[0], spacing=(1, 1, 1)), crop_resize_view(patch)):
+        views = TwoViewsd(patch, policy).set_random_state(0)
+        scan = {"image": torch.rand(1, *patch), "label": (torch.rand(1, *patch) > 0.5).float()}
+        inside = [float((views(scan)["label"] >= 0).float().mean()) for _ in range(16)]
+        assert sum(inside) / len(inside) > 0.6
 
 
 def test_zoom_stays_in_its_range() -> None:
