@@ -4,7 +4,7 @@ from medseg_supcon.data._check import check_dataset
 from medseg_supcon.data._dataset import Case, Dataset, read_case_names
 from medseg_supcon.data._fingerprint import CaseFingerprint, Fingerprint, fingerprint
 from medseg_supcon.data._items import items, load_items, write_datalist
-from medseg_supcon.data._labels import class_indices, label_mapping
+from medseg_supcon.data._labels import class_indices, label_mapping, snap_labels
 from medseg_supcon.data._layouts import read_dataset, read_unlabelled
 from medseg_supcon.data._phantoms import PHANTOM_LABELS, make_phantoms
 from medseg_supcon.data._plan import make_plan, network_definition
@@ -37,6 +37,7 @@ __all__ = [
     "read_plan",
     "read_preprocessing",
     "read_unlabelled",
+    "snap_labels",
     "split_cases",
     "validate_plan",
     "write_datalist",

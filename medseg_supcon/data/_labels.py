@@ -13,7 +13,7 @@ from medseg_supcon.data._volume import as_whole, count_values, in_parallel, read
 from medseg_supcon.errors import ConfigError, DataError
 from medseg_supcon.losses import IGNORE_INDEX
 
-__all__ = ["class_indices", "label_mapping", "parse_labels", "scan_labels"]
+__all__ = ["class_indices", "label_mapping", "parse_labels", "scan_labels", "snap_labels"]
 
 Labels = dict[str, "int | float"]
 
@@ -139,6 +139,26 @@ def label_mapping(plan: Mapping[str, Any]) -> tuple[list[int | float], list[int]
         values.append(plan["ignore_label"])
         indices.append(IGNORE_INDEX)
     return values, indices
+
+
+def snap_labels(label: npt.NDArray[Any], values: Iterable[float]) -> npt.NDArray[Any]:
+    """The label map with every value within 1e-3 of one of `values` set to that very one.
+
+    Float label files and files with a scaling hold 0.9999999 where 1 is meant. Other values stay as they are.
+
+    Example:
+        >>> import numpy as np
+        >>> from medseg_supcon.data import snap_labels
+        >>> snap_labels(np.array([0.0, 0.9999999, 0.5]), [0, 1]).tolist()
+        [0.0, 1.0, 0.5]
+    """
+    declared = list(values)
+    if label.dtype.kind != "f" or set(count_values(label)) <= set(declared):
+        return label
+    out = label.astype(np.float64)  # a declared 0.1 is no float32
+    for value in declared:
+        out[np.abs(label - value) <= TOLERANCE] = value
+    return out
 
 
 def class_indices(

@@ -10,6 +10,7 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 
+from medseg_supcon.data import snap_labels
 from medseg_supcon.errors import DataError
 from medseg_supcon.evaluation._metrics import Row
 from medseg_supcon.evaluation._report import score_case
@@ -55,6 +56,7 @@ def evaluate_folders(
             if name not in masks:
                 raise DataError(f"{reference}: there is no mask of this name in {predictions}. Predict it.")
             mask, label, spacing = _pair(masks[name], reference)
+            mask = snap_labels(mask, labels.values())
             unknown = sorted(set(np.unique(mask).tolist()) - set(labels.values()))
             if unknown:
                 raise DataError(
@@ -88,7 +90,8 @@ def _values_in(files: Sequence[Path], ignore_label: float | None) -> dict[str, f
     values: set[float] = {0}
     for file in files:
         try:
-            values |= set(np.unique(_read(file)[0]).tolist())
+            found = np.unique(_read(file)[0])
+            values |= set(snap_labels(found, {round(v) for v in found if np.isfinite(v)}).tolist())
         except DataError:
             continue  # reported with its case
     named = sorted(values - {0} - ({ignore_label} if ignore_label is not None else set()))

@@ -11,6 +11,7 @@ import torch.distributed
 from ignite.engine import Engine
 from ignite.metrics import Metric
 
+from medseg_supcon.data import snap_labels
 from medseg_supcon.errors import DataError
 from medseg_supcon.evaluation._metrics import Row, case_metrics
 from medseg_supcon.evaluation._summary import summarise, write_metrics
@@ -112,11 +113,14 @@ def score_case(
 ) -> list[Row]:
     """`case_metrics` with the case's name, after a check that the reference holds declared values only.
 
+    Values within 1e-3 of a declared one are that one, as in the check and in training.
+
     Raises:
         DataError: the reference holds a value that ``labels`` does not name.
     """
-    ignore = None if ignore_label is None else reference == ignore_label
     declared = [*labels.values(), *([] if ignore_label is None else [ignore_label])]
+    prediction, reference = snap_labels(prediction, labels.values()), snap_labels(reference, declared)
+    ignore = None if ignore_label is None else reference == ignore_label
     unknown = sorted(set(np.unique(reference).tolist()) - set(declared))
     if unknown:
         raise DataError(

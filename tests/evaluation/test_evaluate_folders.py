@@ -160,3 +160,29 @@ def test_metrics_report_refuses_what_does_not_belong_together(tmp_path: Path) ->
     report.update([{"name": "case", "pred": ones, "label": ones}])
     assert report.compute() == 1.0
     assert json.loads((tmp_path / "metrics.json").read_text())["summary"]["mean"]["dice"] == 1.0
+
+
+def test_rounding_of_the_scaling_is_no_value_of_its_own(tmp_path: Path) -> None:
+    exact = labels_of(1).astype(np.float32)
+    rounded = np.where(exact == 1, np.float32(0.9999999), np.where(exact == 2, np.float32(2.0000002), 0))
+    for folder, array in (("m", exact), ("r", rounded), ("m2", rounded), ("r2", exact)):
+        (tmp_path / folder).mkdir()
+        nib.save(nib.Nifti1Image(array.astype(np.float32), np.eye(4)), tmp_path / folder / "a.nii")
+    scaled = nib.Nifti1Image(exact, np.eye(4))  # stored as integers with a slope: 2 comes back as 1.99996
+    scaled.header.set_data_dtype(np.int16)
+    (tmp_path / "s").mkdir()
+    nib.save(scaled, tmp_path / "s" / "a.nii")
+    for masks, maps in (("m", "r"), ("m2", "r2"), ("m2", "r"), ("m", "s")):
+        for labels in (LABELS, None):
+            report = evaluate_folders(tmp_path / masks, tmp_path / maps, labels)
+            assert report["problems"] == []
+            assert len(report["summary"]["classes"]) == 2
+            assert report["summary"]["mean"]["dice"] == 1.0
+    ignored = evaluate_folders(
+        tmp_path / "m", tmp_path / "r", {"background": 0, "organ": 1, "lesion": 2}, ignore_label=1
+    )
+    assert ignored["summary"]["classes"]["lesion"]["dice"] == 1.0
+    report = MetricsReport(tmp_path, LABELS)
+    pred, label = (MetaTensor(torch.from_numpy(a)[None], affine=torch.eye(4)) for a in (exact, rounded))
+    report.update([{"name": "case", "pred": pred, "label": label}])
+    assert report.compute() == 1.0
