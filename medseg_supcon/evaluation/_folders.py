@@ -17,6 +17,7 @@ from medseg_supcon.evaluation._report import score_case
 from medseg_supcon.evaluation._summary import metrics_report, write_report
 
 ENDINGS = (".nii.gz", ".nii")
+SUFFIX = "_0000"  # nnU-Net gives it to scans of a single channel, and a mask has its scan's name
 
 
 def evaluate_folders(
@@ -29,6 +30,7 @@ def evaluate_folders(
 ) -> dict[str, Any]:
     """Scores the masks of one folder against the label maps of equal name in another.
 
+    A mask may carry nnU-Net's suffix of a single channel: ``x_0000.nii.gz`` is scored against ``x.nii.gz``.
     A label map without a mask, a mask on another grid and a damaged file are ``problems`` of the report,
     and the other cases go on; masks without a label map are listed in ``without_reference``.
 
@@ -47,6 +49,7 @@ def evaluate_folders(
         DataError: a folder is missing or holds no NIfTI file, or no case at all could be scored.
     """
     masks, maps = _files(Path(predictions)), _files(Path(references))
+    masks = _without_suffix(masks, maps)
     problems: list[dict[str, str]] = []
     if labels is None:
         labels = _values_in([*maps.values(), *masks.values()], ignore_label)
@@ -84,6 +87,12 @@ def _files(folder: Path) -> dict[str, Path]:
     if not found:
         raise DataError(f"{folder} holds no NIfTI file (.nii, .nii.gz).")
     return found
+
+
+def _without_suffix(masks: Mapping[str, Path], maps: Mapping[str, Path]) -> dict[str, Path]:
+    """The masks, one called ``x_0000`` as ``x`` where that alone is a label map's name and no other mask's."""
+    names = {f"{name}{SUFFIX}": name for name in maps if name not in masks}
+    return {name if name in maps else names.get(name, name): file for name, file in masks.items()}
 
 
 def _values_in(files: Sequence[Path], ignore_label: float | None) -> dict[str, float]:

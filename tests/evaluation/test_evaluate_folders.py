@@ -186,3 +186,17 @@ def test_rounding_of_the_scaling_is_no_value_of_its_own(tmp_path: Path) -> None:
     pred, label = (MetaTensor(torch.from_numpy(a)[None], affine=torch.eye(4)) for a in (exact, rounded))
     report.update([{"name": "case", "pred": pred, "label": label}])
     assert report.compute() == 1.0
+
+
+def test_masks_named_as_scans_with_a_channel_suffix(folders: tuple[Path, Path]) -> None:
+    masks, maps = folders
+    expected = evaluate_folders(masks, maps, LABELS)["rows"]
+    for name in "ab":
+        (masks / f"{name}.nii.gz").rename(masks / f"{name}_0000.nii.gz")
+    save(masks / "c_0000.nii.gz", np.zeros((6, 7, 5)))  # c has a mask of its own
+    report = evaluate_folders(masks, maps, LABELS)
+    assert (report["rows"], report["problems"]) == (expected, [])
+    assert report["without_reference"] == ["c_0000"]
+    (maps / "a.nii").rename(maps / "a_0000.nii")  # equal names come first
+    report = evaluate_folders(masks, maps, LABELS)
+    assert [row["dice"] for row in report["rows"] if row["case"] == "a_0000"] == [1.0, 1.0]
