@@ -153,6 +153,10 @@ def evaluate(
     references: Annotated[
         Path | None, typer.Option(help="Folder of label maps to compare the masks with.")
     ] = None,
+    ignore_label: Annotated[
+        float | None,
+        typer.Option(metavar="VALUE", help="With --references: their value that means 'not annotated'."),
+    ] = None,
     device: DeviceOption = None,
 ) -> None:
     """Dice, HD95 (mm), surface Dice and volumes (ml) per case and class, as CSV and JSON."""
@@ -161,7 +165,9 @@ def evaluate(
     if predictions is not None and references is not None:
         from medseg_supcon.evaluation import evaluate_folders
 
-        evaluate_folders(predictions, references, out=out_dir)
+        evaluate_folders(predictions, references, out=out_dir, ignore_label=ignore_label)
+    elif ignore_label is not None:
+        raise ConfigError("--ignore-label belongs to --predictions and --references: a run has its own.")
     elif run is not None and dataset is not None:
         _evaluate_run(run, dataset, out_dir, cases, device)
     else:

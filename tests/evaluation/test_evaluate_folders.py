@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from typer.testing import CliRunner
 
-from medseg_supcon.errors import DataError, RunError
+from medseg_supcon.cli import app
+from medseg_supcon.errors import ConfigError, DataError, RunError
 from medseg_supcon.evaluation import MetricsReport, evaluate_folders, summarise, write_metrics
 
 LABELS = {"background": 0, "organ": 1, "lesion": 2}
@@ -200,3 +202,17 @@ def test_masks_named_as_scans_with_a_channel_suffix(folders: tuple[Path, Path]) 
     (maps / "a.nii").rename(maps / "a_0000.nii")  # equal names come first
     report = evaluate_folders(masks, maps, LABELS)
     assert [row["dice"] for row in report["rows"] if row["case"] == "a_0000"] == [1.0, 1.0]
+
+
+def test_the_command_line_takes_an_ignore_label(tmp_path: Path) -> None:
+    reference, mask = labels_of(1), labels_of(1)
+    reference[:2], mask[:2] = 255, 0
+    save(tmp_path / "m" / "a.nii", mask)
+    save(tmp_path / "r" / "a.nii", reference)
+    folders = ["--predictions", str(tmp_path / "m"), "--references", str(tmp_path / "r")]
+    call = ["evaluate", *folders, "--out", str(tmp_path / "out"), "--ignore-label"]
+    assert CliRunner().invoke(app, [*call, "255"], catch_exceptions=False).exit_code == 0
+    summary = json.loads((tmp_path / "out" / "metrics.json").read_text())["summary"]
+    assert (list(summary["classes"]), summary["mean"]["dice"]) == (["1", "2"], 1.0)
+    with pytest.raises(ConfigError, match="--references"):
+        CliRunner().invoke(app, ["evaluate", "run", "data", "--ignore-label", "3"], catch_exceptions=False)
