@@ -118,7 +118,7 @@ class Fingerprint:
             "spacing": _spread(self.spacings),
             "foreground_intensity": {
                 name: {key: readable(value) for key, value in self.foreground(channel).items()}
-                for channel, name in enumerate(self.channels)
+                for channel, name in enumerate(_told_apart(self.channels))
             },
             "volume_ml": volumes,
         }
@@ -127,6 +127,18 @@ class Fingerprint:
 def readable(value: float, digits: int = 4) -> float:
     """A number rounded to some significant digits."""
     return float(f"{float(value):.{digits}g}")
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """The names, a repeated one with its number: ``"CT"``, ``"CT (2)"``."""
+    unique: list[str] = []
+    for name in names:
+        number, candidate = 1, name
+        while candidate in unique:
+            number += 1
+            candidate = f"{name} ({number})"
+        unique.append(candidate)
+    return unique
 
 
 def _spread(values: Floats) -> dict[str, Any]:

@@ -11,7 +11,7 @@ __all__ = ["intensity_transforms"]
 
 
 def intensity_transforms(
-    channels: Sequence[str], foreground: Mapping[str, Mapping[str, float]]
+    channels: Sequence[str], foreground: Sequence[Mapping[str, float]]
 ) -> list[dict[str, Any]]:
     """Transform configs for key ``image`` that bring a scan to about zero mean and unit variance.
 
@@ -21,23 +21,21 @@ def intensity_transforms(
     its way, and stacked again.
 
     Args:
-        channels: names in order; "CT" in any case is CT.
-        foreground: channel name -> "mean", "std", "percentile_00_5", "percentile_99_5" inside the structures.
+        channels: names in order, of which several may be equal; "CT" in any case is CT.
+        foreground: per channel "mean", "std", "percentile_00_5", "percentile_99_5" inside the structures.
     """
     is_ct = [name.strip().lower() == "ct" for name in channels]
     if not any(is_ct):
         return [{"_target_": "NormalizeIntensityd", "keys": "image", "channel_wise": True}]
     if len(channels) == 1:
-        return [_window("image", foreground[channels[0]])]
+        return [_window("image", foreground[0])]
     postfixes = [str(index) for index in range(len(channels))]
     keys = [f"image_{postfix}" for postfix in postfixes]
     steps: list[dict[str, Any]] = [
         {"_target_": "SplitDimd", "keys": "image", "output_postfixes": postfixes, "dim": 0, "keepdim": True}
     ]
-    for key, name, ct in zip(keys, channels, is_ct, strict=True):
-        steps.append(
-            _window(key, foreground[name]) if ct else {"_target_": "NormalizeIntensityd", "keys": key}
-        )
+    for key, stats, ct in zip(keys, foreground, is_ct, strict=True):
+        steps.append(_window(key, stats) if ct else {"_target_": "NormalizeIntensityd", "keys": key})
     steps.append({"_target_": "ConcatItemsd", "keys": keys, "name": "image", "dim": 0})
     steps.append({"_target_": "DeleteItemsd", "keys": keys})
     return steps

@@ -109,7 +109,7 @@ def make_plan(
     # Seconds of a step: 0.9 microseconds a voxel on two cores (measured); for the GPU a guess.
     seconds = 0.05 + 2 * batch * voxels * (6e-8 if on_gpu else 1.8e-6 / min(cores, 8))
     minutes = 120 if on_gpu else 25
-    foreground = {name: fingerprint.foreground(c) for c, name in enumerate(dataset.channels)}
+    foreground = [fingerprint.foreground(c) for c in range(len(dataset.channels))]
     present = counts > 0
     weights = np.where(present, counts.sum() / (len(counts) * np.where(present, counts, 1)), 0.0)
     return {

@@ -203,6 +203,22 @@ def test_ct_and_pet_are_treated_apart_and_stay_in_place():
     assert torch.allclose(back.affine, affine.to(back.affine.dtype))
 
 
+def test_channels_of_one_name_have_a_window_each():
+    rng = np.random.default_rng(0)
+    values = np.stack([rng.normal(50, 10, 500), rng.normal(900, 50, 500), rng.normal(0, 1, 500)]).astype("f4")
+    case = CaseFingerprint("a", (40, 40, 40), (1, 1, 1), "RAS", (900, 300, 100), values)
+    channels = ("CT", "CT", "CT")
+    found = Fingerprint((case,), channels, tuple(LABELS))
+    plan = make_plan(found, Dataset(None, "toy", (), channels, dict(LABELS)))
+    stats = plan["fingerprint"]["foreground_intensity"]
+    assert list(stats) == ["CT", "CT (2)", "CT (3)"]
+    assert [one["mean"] for one in stats.values()] == pytest.approx(values.mean(1), abs=0.5)
+    out = transforms_of(plan)({"image": MetaTensor(values.reshape(3, 500, 1, 1))})["image"].squeeze()
+    low, high = np.percentile(values, [0.5, 99.5], axis=1)[..., None]
+    mean, std = values.mean(1, keepdims=True), values.std(1, keepdims=True)
+    np.testing.assert_allclose(out, (values.clip(low, high) - mean) / std, atol=2e-3)
+
+
 def test_plans_survive_the_disk_and_stay_short(tmp_path, phantoms):
     dataset = read_dataset(phantoms)
     plan = make_plan(fingerprint(dataset), dataset, cores=2)
