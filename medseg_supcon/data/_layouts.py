@@ -204,18 +204,23 @@ def _labels(
 
 def _channels(content: Mapping[str, Any], cases: list[Case]) -> tuple[str, ...]:
     declared = content.get("channel_names", content.get("modality"))
-    if isinstance(declared, str):
-        return (declared,)
+    if isinstance(declared, str):  # one name for all: a data list's "modality": "MRI"
+        number = _channel_count(cases[0])
+        return (declared,) if number == 1 else tuple(f"{declared} {index}" for index in range(number))
     if isinstance(declared, list) and declared:
         return tuple(str(name) for name in declared)
     if isinstance(declared, Mapping) and declared:
         ordered = sorted(declared.items(), key=lambda pair: (len(str(pair[0])), str(pair[0])))
         return tuple(str(name) for _, name in ordered)
-    number = len(cases[0].images)
-    if number == 1:
-        try:
-            shape, _ = read_header(cases[0].images[0])
-            number = shape[3] if len(shape) == 4 else 1
-        except DataError:  # the check reports the file
-            number = 1
+    number = _channel_count(cases[0])
     return ("scan",) if number == 1 else tuple(f"channel {index}" for index in range(number))
+
+
+def _channel_count(case: Case) -> int:
+    if len(case.images) > 1:
+        return len(case.images)
+    try:
+        shape, _ = read_header(case.images[0])
+    except DataError:  # the check reports the file
+        return 1
+    return shape[3] if len(shape) == 4 else 1

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from medseg_supcon.data import read_case_names, read_dataset, read_unlabelled
+from medseg_supcon.data import check_dataset, fingerprint, read_case_names, read_dataset, read_unlabelled
 from medseg_supcon.errors import ConfigError, DataError, MedsegError
 
 
@@ -25,6 +25,27 @@ def test_decathlon_with_four_channels_in_one_file(tmp_path, disk):
     dataset = read_dataset(disk.decathlon(tmp_path, channels=["FLAIR", "T1w", "t1gd", "T2w"]))
     assert dataset.channels == ("FLAIR", "T1w", "t1gd", "T2w")
     assert [len(case.images) for case in dataset.cases] == [1] * 4
+
+
+def test_one_text_names_every_channel(tmp_path, disk):
+    names = ("MRI 0", "MRI 1", "MRI 2")
+    root = disk.decathlon(tmp_path / "one", channels=["a", "b", "c"], modality="MRI")
+    dataset = read_dataset(root)
+    assert dataset.channels == names
+    assert not check_dataset(dataset).has_errors
+    assert fingerprint(dataset).foreground(2)["mean"] == pytest.approx(100, abs=5)
+    root = disk.nnunet(tmp_path / "many", channels=["a", "b", "c"])
+    items = [
+        {
+            "image": [f"imagesTr/case_{n}_000{c}.nii.gz" for c in range(3)],
+            "label": f"labelsTr/case_{n}.nii.gz",
+        }
+        for n in range(4)
+    ]
+    dataset = read_dataset(disk.json(root / "list.json", {"modality": "MRI", "training": items}))
+    assert dataset.channels == names
+    assert not check_dataset(dataset).has_errors
+    assert read_dataset(disk.decathlon(tmp_path / "single", modality="MRI")).channels == ("MRI",)
 
 
 def test_eleven_channels_keep_their_order(tmp_path, disk):
