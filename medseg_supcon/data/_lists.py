@@ -94,8 +94,7 @@ def list_cases(items: object, key: str, root: Path, source: Path, *, labelled: b
             raise DataError(
                 f'{source}: item {number} of "{key}" names no "image". Give it the path of its scan.'
             )
-        texts = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
-        images = tuple(inside(root, text, source) for text in texts)
+        images = tuple(inside(root, text, source) for text in _texts(image))
         if any(is_hidden(path) for path in images):
             continue
         label = item.get("label") if labelled else None
@@ -111,6 +110,10 @@ def list_cases(items: object, key: str, root: Path, source: Path, *, labelled: b
         given = next((str(item[k]) for k in NAME_KEYS if item.get(k)), None)
         cases.append(Case(given or _case_name(images, label_path), images, label_path, patient))
     return cases
+
+
+def _texts(image: Any) -> list[Any]:
+    return list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
 
 
 def _case_name(images: tuple[Path, ...], label: Path | None) -> str:
@@ -136,7 +139,10 @@ def validation_of_folds(items: Sequence[Any], cases: Sequence[Case]) -> frozense
 
 
 def _named(items: Sequence[Any], cases: Sequence[Case]) -> list[tuple[str, Any]]:
-    return [(case.name, item) for case, item in zip(cases, items, strict=False)]
+    """The case's name beside the item that it was made of: `list_cases` makes none of hidden files."""
+    images = ((item, item["image"] if isinstance(item, Mapping) else item) for item in items)
+    seen = (item for item, image in images if not any(is_hidden(text) for text in _texts(image)))
+    return [(case.name, item) for case, item in zip(cases, seen, strict=True)]
 
 
 def without_twins(cases: Sequence[Case], source: Path) -> tuple[Case, ...]:

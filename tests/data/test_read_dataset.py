@@ -122,6 +122,19 @@ def test_datalist_folds(tmp_path, disk):
     assert read_dataset(root).validation == {"case_0", "case_2"}
 
 
+def test_hidden_files_in_a_list_do_not_shift_the_folds(tmp_path, disk):
+    root = disk.decathlon(tmp_path)
+    content = json.loads((root / "dataset.json").read_text())
+    shown = [{**item, "fold": number // 2} for number, item in enumerate(content["training"])]
+    hidden = {"image": "imagesTr/._case_0.nii.gz", "label": "labelsTr/._case_0.nii.gz", "fold": 1}
+    several = {**hidden, "image": ["imagesTr/._case_1.nii.gz", "imagesTr/._case_2.nii.gz"]}
+    content["training"] = [hidden, shown[0], several, "imagesTr/._case_3.nii.gz", *shown[1:]]
+    disk.json(root / "dataset.json", content)
+    dataset = read_dataset(root)
+    assert [case.name for case in dataset.cases] == [f"case_{n}" for n in range(4)]
+    assert dataset.validation == {"case_0", "case_1"}
+
+
 def test_absolute_paths_may_lie_anywhere(tmp_path, disk):
     scan, label = disk.scan_and_label(0)
     image = disk.nifti(tmp_path / "elsewhere/a.nii.gz", scan)
