@@ -59,7 +59,13 @@ class LabelPreprocessingd(Transform):  # type: ignore[misc]
         self.plan = plan
         trusted = plan.get("trust_scan_affine", False) if trust_scan_affine is None else trust_scan_affine
         self.trust_scan_affine = bool(trusted)
-        self.load = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float64)
+        self.load = LoadImage(
+            "NibabelReader",
+            image_only=True,
+            dtype=np.float64,
+            ensure_channel_first=True,
+            squeeze_non_spatial_dims=True,
+        )
         self.match = ResampleToMatch(mode="nearest", padding_mode="zeros")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -41,7 +41,7 @@ class Volume:
     """A scan or label map as stored.
 
     Attributes:
-        data: voxels (X, Y, Z) or (X, Y, Z, C), scaling applied; a trailing axis of one is dropped.
+        data: voxels (X, Y, Z) or (X, Y, Z, C), scaling applied; further axes of one are dropped.
         affine: (4, 4), voxel indices to RAS+ mm.
     """
 
@@ -108,9 +108,8 @@ def read_volume(path: Path) -> Volume:
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
+    """Without axes of one behind the third: ITK writes channels as (X, Y, Z, 1, C)."""
+    return (*shape[:3], *(length for length in shape[3:] if length != 1))
 
 
 def slabs(length: int, voxels: int) -> Iterator[slice]:

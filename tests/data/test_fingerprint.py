@@ -8,8 +8,10 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
+from monai.data import MetaTensor
 
-from medseg_supcon.data import fingerprint, read_dataset
+from medseg_supcon.data import LabelPreprocessingd, check_dataset, fingerprint, read_dataset
 from medseg_supcon.errors import DataError
 
 
@@ -62,6 +64,31 @@ def test_four_channels_in_one_file_are_those_of_four_files(tmp_path, disk):
     for a, b in zip(one.cases, many.cases, strict=True):
         assert (a.shape, a.spacing, a.class_voxels) == (b.shape, b.spacing, b.class_voxels)
         np.testing.assert_array_equal(a.foreground, b.foreground)
+
+
+def test_channels_as_itk_writes_them(tmp_path, disk):
+    """(X, Y, Z, 1, C), here by SimpleITK itself, and a label map with two further axes of one."""
+    root = disk.decathlon(tmp_path, channels=["T1", "T2"])
+    expected = fingerprint(read_dataset(root))
+    for file in (root / "imagesTr").iterdir():
+        data = nibabel.load(file).get_fdata(dtype=np.float32)
+        vector = sitk.GetImageFromArray(np.ascontiguousarray(data.transpose(2, 1, 0, 3)), isVector=True)
+        vector.SetDirection(np.diag([-1.0, -1, 1]).ravel().tolist())  # LPS: the RAS identity of the files
+        sitk.WriteImage(vector, str(file))
+        assert nibabel.load(file).shape == (12, 10, 8, 1, 2)
+    for file in (root / "labelsTr").iterdir():
+        disk.nifti(file, np.asanyarray(nibabel.load(file).dataobj)[..., None, None])
+    dataset = read_dataset(root)
+    assert not check_dataset(dataset).has_errors
+    for a, b in zip(expected.cases, fingerprint(dataset).cases, strict=True):
+        assert (a.shape, a.spacing, a.class_voxels) == (b.shape, b.spacing, b.class_voxels)
+        np.testing.assert_array_equal(a.foreground, b.foreground)
+    image = MetaTensor(torch.zeros(2, 12, 10, 8), affine=torch.eye(4))
+    case = dataset.cases[0]
+    label = LabelPreprocessingd({"labels": dataset.labels})({"image": image, "label": str(case.label)})[
+        "label"
+    ]
+    np.testing.assert_array_equal(label[0], nibabel.load(case.label).get_fdata()[..., 0, 0])
 
 
 def test_ignored_voxels_count_for_no_class(tmp_path, disk):
