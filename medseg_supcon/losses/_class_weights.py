@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._checks import number_vector
+
 
 def balanced_class_weights(counts: Tensor | Sequence[float]) -> Tensor:
     """Inverse-frequency class weights, w_c = n / (C n_c), with 0 for an absent class.
@@ -25,14 +27,13 @@ def balanced_class_weights(counts: Tensor | Sequence[float]) -> Tensor:
 
     Raises:
         ValueError: not one-dimensional, negative or not finite, or nothing but zeros.
+        TypeError: not numbers.
 
     Example:
         >>> balanced_class_weights([12, 4, 0, 8]).tolist()
         [0.5, 1.5, 0.0, 0.75]
     """
-    n_c = torch.as_tensor(counts, dtype=torch.float64)
-    if n_c.ndim != 1 or n_c.numel() == 0:
-        raise ValueError(f"counts must be (C,) with C >= 1, got shape {tuple(n_c.shape)}")
+    n_c = number_vector("counts", counts)
     if not bool(torch.isfinite(n_c).all()) or bool((n_c < 0).any()) or not bool(n_c.sum() > 0):
         raise ValueError(f"counts must be finite and >= 0 with a positive sum, got {n_c.tolist()}")
     weights = n_c.sum() / (n_c.numel() * n_c)

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_choice
+from ._checks import check_choice, check_integers, check_number
+from ._draw import Draw, class_counts, class_quotas
 
 # Of so many random candidates per voxel wanted, `hard` takes the hardest.
 CANDIDATES = 8
@@ -45,6 +46,7 @@ class VoxelSampler:
 
     Raises:
         ValueError: an argument outside its values.
+        TypeError: an argument of another type.
 
     Example:
         >>> labels = torch.zeros(1, 8, 8, 8, dtype=torch.long)
@@ -65,8 +67,10 @@ class VoxelSampler:
     ) -> None:
         check_choice("strategy", strategy, ("stratified", "uniform", "hard", "all"))
         check_choice("background", background, ("anchor", "negatives_only", "exclude"))
-        if max_samples < 1:
-            raise ValueError(f"max_samples must be at least 1, got {max_samples}")
+        check_number("max_samples", max_samples, 1, integer=True)
+        check_number("hard_fraction", hard_fraction)
+        if seed is not None:
+            check_number("seed", seed, integer=True)
         if not 0 <= hard_fraction <= 1:
             raise ValueError(f"hard_fraction must lie in 0 .. 1, got {hard_fraction}")
         self.strategy = strategy
@@ -90,8 +94,9 @@ class VoxelSampler:
             labels: (B, *spatial) integer class indices; negative: never drawn.
             pair_ids: (B, *spatial) int64, unique to a physical voxel over the batch, negative: no partner.
                 If given, voxels are drawn together with their partners, and only such as have an id:
-                half of `max_samples` by the strategy, the rest are their partners.
-            logits: (B, C, *spatial), for `hard`.
+                half of `max_samples` by the strategy, the rest are their partners. Where the partners are
+                more than that, those of a class that the half took whole come before the others.
+            logits: (B, C, *spatial), for `hard`, a channel for every class that occurs.
             generator: on the CPU; in place of the sampler's own.
 
         Returns:
@@ -99,36 +104,46 @@ class VoxelSampler:
 
         Raises:
             ValueError: shapes that do not fit.
+            TypeError: labels that are not integers.
         """
+        check_integers("labels", labels)
+        labels = labels.long()  # uint8 would wrap at -1
         for name, value in (("pair_ids", pair_ids), ("logits", logits)):
-            shape = None if value is None else value.shape if name == "pair_ids" else value[:, 0].shape
-            if shape is not None and shape != labels.shape:
+            if value is None:
+                continue
+            shape = value.shape if name == "pair_ids" else value.shape[:1] + value.shape[2:]
+            if shape != labels.shape:
                 raise ValueError(f"{name} must match labels {tuple(labels.shape)}, got {tuple(shape)}")
-        draw = _Draw(labels, logits, generator or self.generator)
+        draw = Draw(labels, logits, generator or self.generator)
         drawable = labels.reshape(-1)
-        if pair_ids is not None:
-            drawable = drawable.masked_fill(pair_ids.reshape(-1) < 0, -1)
-        counts = _class_counts(drawable)
-        if self.background == "exclude" and counts:
-            counts[0] = 0
+        if self.background == "exclude":
+            drawable = drawable.masked_fill(drawable == 0, -1)
         if self.strategy == "all":
-            lowest = 1 if self.background == "exclude" else 0
-            indices = (labels.reshape(-1) >= lowest).nonzero()[:, 0]
-        elif pair_ids is None:
-            indices = self._draw(draw, drawable, counts, self.max_samples)
+            indices = (drawable >= 0).nonzero()[:, 0]
         else:
-            seeds = self._draw(draw, drawable, counts, (self.max_samples + 1) // 2)
-            indices = self._with_partners(draw, seeds, drawable, pair_ids.reshape(-1))
+            if pair_ids is not None:
+                drawable = drawable.masked_fill(pair_ids.reshape(-1) < 0, -1)
+            counts = class_counts(drawable)
+            if self.strategy == "hard" and logits is not None and logits.shape[1] < len(counts):
+                raise ValueError(
+                    f"logits must have a channel for each class, at least {len(counts)}, got {logits.shape[1]}"
+                )
+            if pair_ids is None:
+                indices = self._draw(draw, drawable, counts, self.max_samples)
+            else:
+                half = (self.max_samples + 1) // 2
+                seeds = self._draw(draw, drawable, counts, half)
+                rank = self._precedence(counts, half).to(labels.device)[drawable[seeds]]
+                indices = self._with_partners(draw, seeds, rank, drawable, pair_ids.reshape(-1))
         anchors = torch.ones_like(indices, dtype=torch.bool)
         if self.background == "negatives_only":
             anchors = labels.reshape(-1)[indices] != 0
         return VoxelSample(indices, anchors)
 
-    def _draw(self, draw: _Draw, drawable: Tensor, counts: list[int], budget: int) -> Tensor:
+    def _draw(self, draw: Draw, drawable: Tensor, counts: list[int], budget: int) -> Tensor:
         """Sorted indices of `budget` voxels (or of all there are) by the strategy."""
         if self.strategy == "uniform":
-            lowest = 1 if self.background == "exclude" else 0
-            return draw.some(drawable, None, sum(counts), budget, lowest).sort().values
+            return draw.some(drawable, None, sum(counts), budget).sort().values
         parts = []
         for c, quota in enumerate(class_quotas(counts, budget)):
             if quota == 0:
@@ -144,10 +159,23 @@ class VoxelSampler:
             parts.append(candidates[torch.cat((hardest[:hard], rest))])
         return torch.cat(parts).sort().values if parts else drawable.new_zeros(0, dtype=torch.long)
 
-    def _with_partners(self, draw: _Draw, seeds: Tensor, drawable: Tensor, pair_ids: Tensor) -> Tensor:
-        """Every drawable voxel of the seeds' ids; whole ids are dropped until `max_samples` is kept."""
-        wanted = torch.unique(pair_ids[seeds])
-        wanted = wanted[draw.permutation(len(wanted))]
+    def _precedence(self, counts: list[int], budget: int) -> Tensor:
+        """(C,) for classes taken whole their size, the rarest first; the others come last, all alike."""
+        last = sum(counts)
+        whole = [
+            self.strategy != "uniform" and q == n
+            for q, n in zip(class_quotas(counts, budget), counts, strict=True)
+        ]
+        return torch.tensor([n if w else last for n, w in zip(counts, whole, strict=True)], dtype=torch.long)
+
+    def _with_partners(
+        self, draw: Draw, seeds: Tensor, rank: Tensor, drawable: Tensor, pair_ids: Tensor
+    ) -> Tensor:
+        """Every drawable voxel of the seeds' ids; whole ids of the last ranks go until `max_samples` is kept."""
+        wanted, place = torch.unique(pair_ids[seeds], return_inverse=True)
+        first = rank.new_zeros(len(wanted)).scatter_reduce_(0, place, rank, "amin", include_self=False)
+        chance = draw.permutation(len(wanted))
+        wanted = wanted[chance[first[chance].argsort(stable=True)]]
         # A small table sieves the dense map; only what passes is looked up exactly.
         sieve = torch.zeros(1 << 20, dtype=torch.bool, device=pair_ids.device)
         sieve[wanted & 0xFFFFF] = True
@@ -161,77 +189,3 @@ class VoxelSampler:
         members = torch.bincount(order, minlength=len(wanted))
         fits = members.cumsum(0) <= self.max_samples
         return found[fits[order]]
-
-
-def class_quotas(counts: list[int], budget: int) -> list[int]:
-    """Voxels to take of each class: equal shares, except that no class gives more than it has.
-
-    Example:
-        >>> class_quotas([1000, 3, 0, 50], 60)
-        [28, 3, 0, 29]
-    """
-    quotas = [0] * len(counts)
-    present = sorted((n, c) for c, n in enumerate(counts) if n > 0)
-    for position, (n, c) in enumerate(present):
-        share = -(-budget // (len(present) - position))
-        quotas[c] = min(n, share)
-        budget -= quotas[c]
-    return quotas
-
-
-class _Draw:
-    """Random choices on one batch of label maps, made on the CPU: a seed means one thing everywhere."""
-
-    def __init__(self, labels: Tensor, logits: Tensor | None, generator: torch.Generator | None) -> None:
-        self.labels, self.logits, self.generator = labels, logits, generator
-
-    def permutation(self, n: int) -> Tensor:
-        return torch.randperm(n, generator=self.generator).to(self.labels.device)
-
-    def choose(self, n: int, k: int) -> Tensor:
-        """k distinct numbers out of 0 .. n - 1, every set of them equally likely."""
-        if 4 * k >= n:
-            return self.permutation(n)[:k]
-        drawn = torch.zeros(0, dtype=torch.long)
-        while len(drawn) < k:
-            more = torch.randint(n, (k + k // 4 + 8,), generator=self.generator)
-            drawn = torch.unique(torch.cat((drawn, more)))
-        return drawn[torch.randperm(len(drawn), generator=self.generator)[:k]].to(self.labels.device)
-
-    def some(self, drawable: Tensor, c: int | None, n: int, k: int, lowest: int = 0) -> Tensor:
-        """k of the n voxels of class c (None: of any class from `lowest` on)."""
-        total = len(drawable)
-        if n * 16 < total or 2 * k >= n:
-            members = (drawable == c if c is not None else drawable >= lowest).nonzero()[:, 0]
-            return members if k >= n else members[self.choose(n, k)]
-        # A class that fills much of the batch is met by chance: no list of its voxels is made.
-        drawn = drawable.new_zeros(0, dtype=torch.long)
-        while len(drawn) < k:
-            tries = int(1.2 * k * total / n) + 16
-            more = torch.randint(total, (tries,), generator=self.generator).to(drawable.device)
-            hit = drawable[more] == c if c is not None else drawable[more] >= lowest
-            drawn = torch.unique(torch.cat((drawn, more[hit])))
-        return drawn[self.permutation(len(drawn))[:k]]
-
-    def hardness(self, voxels: Tensor, c: int) -> Tensor:
-        """1 - p(true class), or the share of the neighbourhood that has another label; ties at random."""
-        where = torch.unravel_index(voxels, self.labels.shape)
-        if self.logits is not None:
-            index: tuple[Tensor | slice, ...] = (where[0], slice(None), *where[1:])
-            return 1.0 - self.logits[index].float().softmax(1)[:, c]
-        score = torch.rand(len(voxels), generator=self.generator).to(voxels.device) * 0.5
-        for axis in range(1, self.labels.ndim):
-            for step in (-2, -1, 1, 2):
-                moved = list(where)
-                moved[axis] = (where[axis] + step).clamp(0, self.labels.shape[axis] - 1)
-                neighbour = self.labels[tuple(moved)]
-                score += (neighbour != c) & (neighbour >= 0)
-        return score
-
-
-def _class_counts(labels: Tensor) -> list[int]:
-    """Voxels of class 0, 1, ...; negative labels are not counted."""
-    if labels.numel() == 0:
-        return []
-    counts: list[int] = torch.bincount(labels.clamp_min(-1) + 1).tolist()
-    return counts[1:]

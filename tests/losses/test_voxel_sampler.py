@@ -116,7 +116,60 @@ def test_partners_are_drawn_together(shift, budget, seed):
     assert torch.equal(everywhere.nonzero()[:, 0], indices)
 
 
+def shuffled_views(views, counts, seed):
+    """One label map seen `views` times, and the ids of its voxels."""
+    once = label_maps(counts, (1, 8, 8, 8), seed)
+    pair_ids = torch.arange(512).view(1, 8, 8, 8)
+    return once.repeat(views, 1, 1, 1), pair_ids.repeat(views, 1, 1, 1)
+
+
+@pytest.mark.parametrize("strategy", ("stratified", "hard"))
+@pytest.mark.parametrize(("views", "budget"), ((2, 64), (2, 65), (3, 64), (4, 64), (5, 70)))
+def test_a_rare_class_is_whole_in_every_view(strategy, views, budget):
+    for seed in range(20):
+        labels, pair_ids = shuffled_views(views, [400, 98, 2], seed)
+        indices, _ = VoxelSampler(strategy, budget, seed=seed)(labels, pair_ids=pair_ids)
+        taken = labels.flatten()[indices].bincount(minlength=3).tolist()
+        assert taken[2] == 2 * views
+        # The others share what is left: neither is starved by the order.
+        assert min(taken[:2]) > 0
+        assert budget - views < sum(taken) <= budget or views == 2
+
+
+def test_excluded_background_is_no_partner():
+    labels = torch.zeros(2, 4, 4, 4, dtype=torch.long)
+    labels[0, :2] = 1
+    pair_ids = torch.arange(64).view(1, 4, 4, 4).repeat(2, 1, 1, 1)
+    for strategy in ("stratified", "uniform", "hard", "all"):
+        sampler = VoxelSampler(strategy, 20, background="exclude", seed=0)
+        taken = labels.flatten()[sampler(labels, pair_ids=pair_ids).indices]
+        assert len(taken) > 0
+        assert (taken == 1).all()
+
+
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.int8, torch.int16, torch.int32))
+def test_labels_of_any_integer_dtype(dtype):
+    labels = label_maps([900, 100, 24])
+    expected = VoxelSampler(max_samples=60, seed=0)(labels)
+    drawn = VoxelSampler(max_samples=60, seed=0)(labels.to(dtype))
+    assert len(drawn.indices) == 60
+    assert torch.equal(drawn.indices, expected.indices)
+
+
 def test_complaints():
+    for option, value, kind in (
+        ("max_samples", 2.5, "an integer"),
+        ("max_samples", "a", "an integer"),
+        ("hard_fraction", "a", "a number"),
+        ("seed", 1.5, "an integer"),
+        ("seed", "a", "an integer"),
+    ):
+        with pytest.raises(TypeError, match=f"{option} must be {kind}, got {value!r}"):
+            VoxelSampler(**{option: value})
+    with pytest.raises(TypeError, match=r"labels must be integers, got torch.float32"):
+        VoxelSampler()(torch.zeros(1, 4, 4))
+    with pytest.raises(ValueError, match="logits must have a channel for each class, at least 3, got 2"):
+        VoxelSampler("hard", 9)(label_maps([9, 9, 9]), logits=torch.zeros(2, 2, 8, 8, 8))
     with pytest.raises(ValueError, match=r"strategy must be one of .* got 'random'"):
         VoxelSampler("random")
     with pytest.raises(ValueError, match=r"background must be one of .* got 'none'"):
