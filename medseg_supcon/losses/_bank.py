@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_ids, check_integers, check_matrix, check_number
+
 
 class MemoryBank(nn.Module):
     """A ring buffer of detached embeddings for each class: keys and positives of later steps.
@@ -19,6 +21,7 @@ class MemoryBank(nn.Module):
 
     Raises:
         ValueError: an argument below 1.
+        TypeError: an argument that is no integer.
 
     Example:
         >>> bank = MemoryBank(num_classes=2, dim=3, size=4)
@@ -34,8 +37,7 @@ class MemoryBank(nn.Module):
     def __init__(self, num_classes: int, dim: int, size: int) -> None:
         super().__init__()
         for name, value in (("num_classes", num_classes), ("dim", dim), ("size", size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_number(name, value, 1, integer=True)
         self.num_classes, self.dim, self.size = num_classes, dim, size
         self.register_buffer("embeddings", torch.zeros(num_classes, size, dim))
         self.register_buffer("filled", torch.zeros(num_classes, dtype=torch.long))
@@ -45,7 +47,8 @@ class MemoryBank(nn.Module):
     def enqueue(self, embeddings: Tensor, labels: Tensor) -> None:
         """Write embeddings over the oldest of their class.
 
-        Of more than `size` embeddings of a class, the last `size` stay.
+        Of more than `size` embeddings of a class, the last `size` stay. One that is not finite is not
+        stored: a single overflow would make every later step's loss NaN.
 
         Args:
             embeddings: (N, D).
@@ -53,14 +56,18 @@ class MemoryBank(nn.Module):
 
         Raises:
             ValueError: shapes that do not fit the bank, or a label >= C.
+            TypeError: embeddings that are not floating point, or labels that are not integers.
         """
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.dim or labels.shape != embeddings.shape[:1]:
+        check_matrix("embeddings", embeddings)
+        check_integers("labels", labels)
+        if embeddings.shape[1] != self.dim or labels.shape != embeddings.shape[:1]:
             raise ValueError(
                 f"embeddings must be (N, {self.dim}) and labels (N,), "
                 f"got {tuple(embeddings.shape)} and {tuple(labels.shape)}"
             )
-        stored = labels >= 0
-        classes, rows = labels[stored].long(), embeddings.detach()[stored].to(self.embeddings.dtype)
+        rows = embeddings.detach().to(self.embeddings.dtype)
+        stored = (labels >= 0) & rows.isfinite().all(1)
+        classes, rows = labels[stored].long(), rows[stored]
         if len(classes) == 0:
             return
         if int(classes.max()) >= self.num_classes:
@@ -84,3 +91,27 @@ class MemoryBank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, dim={self.dim}, size={self.size}"
+
+
+Bank = MemoryBank | tuple[Tensor, Tensor]
+
+
+def bank_entries(bank: Bank | None, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """A bank's embeddings and labels, checked against those of the batch; none without a bank."""
+    if bank is None:
+        return embeddings[:0].detach(), torch.zeros(0, dtype=torch.long, device=embeddings.device)
+    if isinstance(bank, MemoryBank):
+        stored, labels = bank.entries()
+    elif isinstance(bank, (tuple, list)) and len(bank) == 2:
+        stored, labels = bank
+    else:
+        raise TypeError(
+            f"bank must be a MemoryBank or a pair (embeddings, labels), got {type(bank).__name__}"
+        )
+    check_matrix("bank embeddings", stored)
+    dim, device = embeddings.shape[1], embeddings.device
+    if stored.shape[1] != dim or stored.device != device:
+        raise ValueError(
+            f"bank embeddings must be (M, {dim}) on {device}, got {tuple(stored.shape)} on {stored.device}"
+        )
+    return stored, check_ids("bank labels", labels, stored, "a bank")

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_number
+
 
 class DiceSupConLoss(nn.Module):
     """segmentation_loss + w(step) * contrastive_loss, with a linear warm-up of w.
@@ -26,7 +28,8 @@ class DiceSupConLoss(nn.Module):
         step: steps so far, a buffer that checkpoints carry.
 
     Raises:
-        ValueError: weight or warmup_steps below 0.
+        ValueError: weight or warmup_steps below 0, or infinite.
+        TypeError: a weight that is no number, or warmup_steps that is no integer.
 
     Example:
         >>> dice, contrast = (lambda logits, labels: logits.mean()), (lambda f, labels, **ids: f.sum())
@@ -45,10 +48,8 @@ class DiceSupConLoss(nn.Module):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
-        if not weight >= 0:
-            raise ValueError(f"weight must be >= 0, got {weight}")
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be >= 0, got {warmup_steps}")
+        check_number("weight", weight, 0)
+        check_number("warmup_steps", warmup_steps, 0, integer=True)
         self.segmentation_loss = segmentation_loss
         self.contrastive_loss = contrastive_loss
         self.weight = float(weight)
@@ -81,7 +82,8 @@ class DiceSupConLoss(nn.Module):
             ValueError: features missing though weight > 0.
         """
         segmentation = self.segmentation_loss(logits, labels)
-        weight = torch.full((), self.weight, device=segmentation.device)
+        dtype = torch.promote_types(segmentation.dtype, torch.float32)
+        weight = torch.full((), self.weight, device=segmentation.device, dtype=dtype)
         if self.weight > 0 and self.warmup_steps > 0:
             weight = weight * ((self.step + 1) / self.warmup_steps).clamp(max=1.0).to(weight)
         contrastive = torch.zeros((), device=segmentation.device)

@@ -20,13 +20,13 @@ def class_indices(labels: Tensor) -> Tensor:
         (B, *spatial) int64, unlabelled voxels `IGNORE_INDEX`.
 
     Raises:
-        ValueError: fewer than three axes, or values that are not whole numbers.
+        ValueError: fewer than three axes, no channel, or values that are not whole numbers.
 
     Example:
         >>> class_indices(torch.tensor([[[0.0, 1.0, 0.0]], [[1.0, 0.0, 0.0]]]).movedim(0, 1)).tolist()
         [[1, 0, -1]]
     """
-    if labels.ndim < 3:
+    if labels.ndim < 3 or labels.shape[1] == 0:
         raise ValueError(
             f"labels must be (B, 1, *spatial) or (B, C, *spatial), got shape {tuple(labels.shape)}"
         )
@@ -38,5 +38,8 @@ def class_indices(labels: Tensor) -> Tensor:
         return indices.long()
     whole = indices.long()
     if not torch.equal(whole.to(indices.dtype), indices):
-        raise ValueError("labels must be whole numbers (class indices); were they interpolated linearly?")
+        wrong = indices[whole.to(indices.dtype) != indices][0].item()
+        raise ValueError(
+            f"labels must be whole numbers (class indices), got {wrong}; were they interpolated linearly?"
+        )
     return whole

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ._bank import MemoryBank
+from ._checks import check_number
 from ._gather import gather_rows, mean_over_ranks, world_size
 from ._labels import IGNORE_INDEX, class_indices
 from ._sampler import VoxelSampler
@@ -15,7 +16,8 @@ from ._supcon import SupConLoss
 class VoxelSupConLoss(nn.Module):
     """`SupConLoss` on voxels sampled from dense features.
 
-    Voxels are gathered from the feature map, cast to float32, and only those are projected. Unlabelled
+    Voxels are gathered from the feature map, cast to float32 (with a projection, to the dtype of its
+    parameters), and only those are projected. Unlabelled
     voxels (`IGNORE_INDEX`, and the loss's own `ignore_index`) are never sampled.
 
     Under torch.distributed with several ranks the keys of all ranks are gathered, with gradient. Every
@@ -57,8 +59,7 @@ class VoxelSupConLoss(nn.Module):
         super().__init__()
         if bank is not None and within_scan:
             raise ValueError("bank must be None with within_scan=True: its entries belong to other scans")
-        if enqueue_per_class < 1:
-            raise ValueError(f"enqueue_per_class must be at least 1, got {enqueue_per_class}")
+        check_number("enqueue_per_class", enqueue_per_class, 1, integer=True)
         self.loss = loss
         self.sampler = sampler
         self.projection = projection
@@ -90,7 +91,7 @@ class VoxelSupConLoss(nn.Module):
             logits: (B, C, *spatial), for a sampler that looks for voxels where the network is unsure.
 
         Returns:
-            Scalar, float32 (float64 for float64 features).
+            Scalar, float32; float64 for float64 embeddings.
 
         Raises:
             ValueError: shapes that do not fit, or ids that an option needs and that are missing.
@@ -106,7 +107,7 @@ class VoxelSupConLoss(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             index: tuple[Tensor | slice, ...] = (where[0], slice(None), *where[1:])
             rows = features[index]
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            rows = rows.to(self._dtype(rows))
             z = self.projection(rows) if self.projection is not None else rows
         element, zeros = where[0], torch.zeros_like(where[0])
         label = y[where]
@@ -142,6 +143,12 @@ class VoxelSupConLoss(nn.Module):
     @property
     def _spread(self) -> bool:
         return self.gather and world_size() > 1
+
+    def _dtype(self, rows: Tensor) -> torch.dtype:
+        """What the projection computes in; without one, at least float32."""
+        parameters = self.projection.parameters() if self.projection is not None else ()
+        own = next((p.dtype for p in parameters if p.is_floating_point()), None)
+        return own or torch.promote_types(rows.dtype, torch.float32)
 
     def _by_scan(
         self, z: Tensor, label: Tensor, pair: Tensor, view: Tensor, anchors: Tensor, scan: Tensor

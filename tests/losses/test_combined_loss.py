@@ -88,10 +88,21 @@ def test_complaints():
     logits, labels, _ = batch()
     with pytest.raises(ValueError, match=r"features must be given .*weight=0.1.*got None"):
         make()(logits, labels)
-    with pytest.raises(ValueError, match="weight must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="weight must be at least 0, got -1"):
         make(weight=-1)
-    with pytest.raises(ValueError, match="warmup_steps must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="weight must be finite, got inf"):
+        make(weight=float("inf"))
+    with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
         make(warmup_steps=-1)
+    for steps in (1.5, float("nan"), "a"):
+        with pytest.raises(TypeError, match=f"warmup_steps must be an integer, got {steps!r}"):
+            make(warmup_steps=steps)
+
+
+def test_the_weight_is_as_precise_as_the_segmentation_loss():
+    loss = DiceSupConLoss(lambda a, b: a.mean(), lambda f, labels, **ids: f.sum(), weight=0.1)
+    ones = torch.ones(2, dtype=torch.float64)
+    assert loss(ones, ones, ones).item() == pytest.approx(1.2, abs=1e-15)
 
 
 def test_balanced_class_weights():
@@ -103,6 +114,8 @@ def test_balanced_class_weights():
     for wrong in ([], [0, 0], [1, -1], [1, float("nan")], [[1.0]]):
         with pytest.raises(ValueError, match="counts must be"):
             balanced_class_weights(torch.tensor(wrong))
+    with pytest.raises(TypeError, match=r"counts must be real numbers.* got 'ab'"):
+        balanced_class_weights("ab")
 
 
 def test_examples_of_the_docstrings():

@@ -53,9 +53,27 @@ def test_entries_are_detached_copies():
     assert (before == 2).all()
 
 
+def test_rows_that_are_not_finite_are_not_stored():
+    bank = MemoryBank(2, 2, 4)
+    z = torch.arange(8.0).view(4, 2)
+    z[1, 0], z[2, 1] = torch.inf, torch.nan
+    bank.enqueue(z, torch.tensor([0, 0, 1, 1]))
+    embeddings, classes = bank.entries()
+    assert embeddings.tolist() == [[0.0, 1.0], [6.0, 7.0]]
+    assert classes.tolist() == [0, 1]
+    narrow = MemoryBank(2, 2, 4).half()
+    narrow.enqueue(torch.tensor([[1e6, 0.0], [1.0, 0.0]]), torch.tensor([0, 0]))
+    assert narrow.entries()[0].tolist() == [[1.0, 0.0]]
+
+
 def test_complaints():
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         MemoryBank(2, 3, 0)
+    for size in (2.5, "a"):
+        with pytest.raises(TypeError, match=f"size must be an integer, got {size!r}"):
+            MemoryBank(2, 3, size)
+    with pytest.raises(TypeError, match=r"labels must be integers, got torch.float32"):
+        MemoryBank(2, 3, 4).enqueue(torch.zeros(1, 3), torch.tensor([1.5]))
     bank = MemoryBank(2, 3, 4)
     with pytest.raises(ValueError, match=r"\(N, 3\).*got \(5, 2\)"):
         bank.enqueue(torch.zeros(5, 2), torch.zeros(5, dtype=torch.long))

@@ -106,6 +106,28 @@ def test_projects_only_what_it_sampled():
     assert seen == [((17, 6), torch.float32)]
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("given", (torch.float16, torch.float32, torch.float64))
+def test_rows_take_the_dtype_of_the_projection(dtype, given):
+    b = batch()
+    torch.manual_seed(0)
+    projection = nn.Linear(6, 4)
+    expected = VoxelSupConLoss(SupConLoss(), ALL, projection)(b["features"], b["labels"])
+    value = VoxelSupConLoss(SupConLoss(), ALL, projection.to(dtype))(b["features"].to(given), b["labels"])
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # bfloat16 keeps two to three digits of an embedding.
+    torch.testing.assert_close(value.float(), expected, rtol=0.05, atol=0.0)
+
+
+def test_a_broken_batch_does_not_poison_the_bank():
+    b = batch()
+    module = VoxelSupConLoss(SupConLoss(), ALL, bank=MemoryBank(3, 6, 8))
+    broken = {**b, "features": b["features"].clone()}
+    broken["features"][0, 0] = torch.inf
+    assert not module(**broken).isfinite()
+    assert module(**b).isfinite()
+
+
 def test_background_as_negatives_only():
     b = batch()
     b["labels"].clamp_(0)
@@ -174,7 +196,8 @@ def test_hard_sampling_takes_logits():
     [
         ({"features": torch.zeros(4, 6)}, {}, r"features must be \(B, F, \*spatial\)"),
         ({"labels": torch.zeros(4, 1, 4, 5, 2)}, {}, r"labels must be .*got \(4, 1, 4, 5, 2\)"),
-        ({"labels": torch.full((4, 1, 4, 5, 3), 0.5)}, {}, "whole numbers"),
+        ({"labels": torch.full((4, 1, 4, 5, 3), 0.5)}, {}, "whole numbers.* got 0.5"),
+        ({"labels": torch.zeros(4, 0, 4, 5, 3)}, {}, r"labels must be .*got shape \(4, 0, 4, 5, 3\)"),
         ({"pair_ids": None}, ARTICLE, "pair_ids must be given"),
         ({"pair_ids": torch.zeros(4, 4, 5, 3, dtype=torch.long)}, ARTICLE, "pair_ids must be .* int64"),
         ({"view_ids": None}, ARTICLE, "view_ids must be given"),
