@@ -22,8 +22,9 @@ from torch.autograd.function import once_differentiable
 from ._similarity import Similarity
 from ._tiles import STRIP, Criterion, Tile, sorted_order, tiles
 
-# e^50 times 1e9 keys times 1e7 is below float32's 3e38, and e^-50 / 1e9 / 1e7 is above its 1e-38.
-SAFE_BOUND = 50.0
+# e^50 times 1e9 keys times 1e7 is below float32's 3e38, and e^-50 / 1e9 / 1e7 is above its 1e-38. The hundredth
+# is for unit vectors at temperature 0.02 that rounding left a little too long.
+SAFE_BOUND = 50.01
 
 
 def log_sum_exp(
@@ -31,7 +32,7 @@ def log_sum_exp(
     y: Tensor,
     criteria: list[Criterion],
     similarity: Similarity,
-    k: tuple[Tensor, Tensor] | None,
+    log_k: tuple[Tensor, Tensor] | None,
     tile: int,
 ) -> Tensor:
     """log sum_j k_j exp(s_ij) over the rows j != i of x and y that meet the criteria with anchor i.
@@ -41,7 +42,7 @@ def log_sum_exp(
         y: (M, D) other keys.
         criteria: which pairs count; none: all.
         similarity: s.
-        k: weights >= 0 of the rows of x, (A,), and of y, (M,); None: 1.
+        log_k: log k of the rows of x, (A,), and of y, (M,), float64, -inf for k = 0; None: 0.
         tile: rows and columns of a tile.
 
     Returns:
@@ -51,15 +52,23 @@ def log_sum_exp(
     others = sorted_order([c.others for c in criteria], len(y), y.device)
     if criteria:
         x, y, criteria = x[mine], y[others], [c.take(mine, others) for c in criteria]
-        k = (k[0][mine], k[1][others]) if k is not None else None
+        log_k = (log_k[0][mine], log_k[1][others]) if log_k is not None else None
     bound = similarity.bound(x.detach(), y.detach())
-    if k is not None and len(x):
-        positive = torch.cat(k)
-        positive = positive[positive > 0]
-        bound += float(positive.log().abs().max()) if len(positive) else 0.0
-    function = _Unshifted if bound <= SAFE_BOUND else _Shifted
-    kx, ky = k if k is not None else (x.new_ones(len(x)), y.new_ones(len(y)))
-    lse: Tensor = function.apply(x, y, kx, ky, criteria, similarity, tile)  # type: ignore[no-untyped-call]
+    if log_k is None:
+        log_k = x.new_zeros(len(x)), y.new_zeros(len(y))
+    elif len(x):
+        finite = torch.cat(log_k)
+        finite = finite[finite.isfinite()]
+        bound += float(finite.abs().max()) if len(finite) else 0.0
+    # Few rows need no larger buffer than they fill.
+    tile = max(min(tile, max(len(x), len(y))), 1)
+    lse: Tensor
+    if bound <= SAFE_BOUND:
+        kx, ky = (log.exp().to(x.dtype) for log in log_k)
+        lse = _Unshifted.apply(x, y, kx, ky, criteria, similarity, tile)  # type: ignore[no-untyped-call]
+    else:
+        log_kx, log_ky = (log.to(x.dtype) for log in log_k)
+        lse = _Shifted.apply(x, y, log_kx, log_ky, criteria, similarity, tile)  # type: ignore[no-untyped-call]
     return torch.empty_like(lse).index_copy(0, mine, lse) if criteria else lse
 
 
@@ -124,14 +133,13 @@ class _Shifted(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         y: Tensor,
-        kx: Tensor,
-        ky: Tensor,
+        log_kx: Tensor,
+        log_ky: Tensor,
         criteria: list[Criterion],
         sim: Similarity,
         tile: int,
     ) -> Tensor:
         lse = x.new_full((len(x),), -torch.inf)
-        log_kx, log_ky = kx.log(), ky.log()
         buffer = x.new_empty(tile * tile * STRIP)
         for t in tiles(criteria, len(x), len(y), tile):
             s = _scores(t, sim, x, y, buffer)

@@ -104,6 +104,7 @@ def mean_over_pairs(
     others = sorted_order([c.others for c in criteria], len(y), y.device)
     criteria = [c.take(mine, others) for c in criteria]
     nu = nu[mine] if nu is not None else None
+    tile = max(min(tile, max(len(x), len(y))), 1)
     mean: Tensor = _MeanOverPairs.apply(  # type: ignore[no-untyped-call]
         x[mine], y[others], nu, 1.0 / n[mine], criteria, similarity, tile
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._checks import check_in_range
 from ._positives import mean_dot
-from ._similarity import UnitVectors, Widen
+from ._similarity import UnitVectors, Widen, dtype_for
 from ._tiles import Criterion
 
 Weights = tuple[float, ...] | None
@@ -51,7 +51,7 @@ class Rows:
     subgroups: Tensor | None  # (R,) equal: the same group and view
     n_positives: Tensor  # (A,) |P(i)|, > 0
     weights: Tensor  # (A,) w
-    key_weights: tuple[Tensor, Tensor] | None  # (A,), (M,) k
+    log_k: tuple[Tensor, Tensor] | None  # (A,), (M,) logarithms of the key weights, float64
     unit_length: bool  # cosine
 
     def criterion(self, ids: Tensor, equal: bool) -> Criterion:
@@ -85,9 +85,13 @@ def make_rows(
             stored_labels[stored_labels != ignore_index],
         )
     # Only now do the vectors count: an ignored voxel may hold anything, NaN included.
-    vectors: Callable[[Tensor], Tensor] = (UnitVectors if unit_length else Widen).apply
-    z = vectors(batch.embeddings)
-    stored = vectors(stored.detach()).to(z.dtype)
+    z: Tensor
+    if unit_length:
+        z = UnitVectors.apply(batch.embeddings)  # type: ignore[no-untyped-call]
+        stored = UnitVectors.apply(stored.detach()).to(z.dtype)  # type: ignore[no-untyped-call]
+    else:
+        dtype = dtype_for(batch.embeddings, stored)
+        z, stored = Widen.apply(batch.embeddings, dtype), stored.detach().to(dtype)  # type: ignore[no-untyped-call]
     n_batch, n_stored = len(z), len(stored)
 
     labels = torch.cat((batch.labels, stored_labels))
@@ -105,7 +109,7 @@ def make_rows(
         subgroups = torch.unique(groups * (n_batch + 1) + views, return_inverse=True)[1]
         n_positives -= _occurrences(subgroups)
 
-    w = z.new_tensor(class_weights)[labels] if class_weights is not None else z.new_ones(len(labels))
+    w = z.new_tensor(_relative(class_weights))[labels] if class_weights else z.new_ones(len(labels))
     may_anchor = torch.cat((batch.may_anchor, batch.may_anchor.new_zeros(n_stored)))
     is_anchor = may_anchor & (n_positives > 0) & (w > 0)
     own, rest = is_anchor.nonzero()[:, 0], (~is_anchor).nonzero()[:, 0]
@@ -113,7 +117,7 @@ def make_rows(
         return None
     # The bank needs no gradient; neither does y where nothing but the bank is in it.
     beside = rest[rest < n_batch]
-    k = z.new_tensor(key_weights)[labels] if key_weights is not None else None
+    log_k = _logarithms(key_weights, labels) if key_weights is not None else None
     return Rows(
         x=z if len(own) == n_batch else z[own],
         y=torch.cat((z[beside], stored)) if len(beside) else stored,
@@ -126,9 +130,21 @@ def make_rows(
         subgroups=subgroups,
         n_positives=n_positives[own].to(z.dtype),
         weights=w[own],
-        key_weights=(k[own], k[rest]) if k is not None else None,
+        log_k=(log_k[own], log_k[rest]) if log_k is not None else None,
         unit_length=unit_length,
     )
+
+
+def _relative(weights: tuple[float, ...]) -> list[float]:
+    """Weights over the largest, which no dtype overflows; the loss, a weighted mean, is the same."""
+    largest = max(weights) or 1.0
+    return [w / largest for w in weights]
+
+
+def _logarithms(weights: tuple[float, ...], labels: Tensor) -> Tensor:
+    """log of each row's weight, float64: a weight itself may be too small or large for float32."""
+    logs = [math.log(k) if k > 0 else -math.inf for k in weights]
+    return torch.tensor(logs, dtype=torch.float64, device=labels.device)[labels]
 
 
 def _with_stored(ids: Tensor, n_stored: int) -> Tensor:

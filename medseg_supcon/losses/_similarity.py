@@ -45,18 +45,30 @@ class UnitVectors(torch.autograd.Function):
         return saturate(tangent, ctx.dtype)
 
 
+def dtype_for(*embeddings: Tensor) -> torch.dtype:
+    """`compute_dtype`, but float64 where a row is so long or short that float32 cannot square its length."""
+    dtype = compute_dtype(embeddings[0].dtype)
+    if dtype == torch.float32:
+        for z in embeddings:
+            if z.numel():
+                largest = z.detach().abs().amax(1)
+                if bool(((largest > 1e15) | ((largest > 0) & (largest < 1e-15))).any()):
+                    return torch.float64
+    return dtype
+
+
 class Widen(torch.autograd.Function):
-    """z in `compute_dtype`; a gradient too large for z's own dtype saturates instead of overflowing."""
+    """z in `dtype`; a gradient too large for z's own dtype saturates instead of overflowing."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
+    def forward(ctx: Any, z: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.dtype = z.dtype
-        return z.to(compute_dtype(z.dtype))
+        return z.to(dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return saturate(grad, ctx.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return saturate(grad, ctx.dtype), None
 
 
 def saturate(grad: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,15 +5,14 @@ Read `SupConLoss` first; `_log_sum_exp.py` and `_positives.py` hold the two sums
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ._bank import MemoryBank
-from ._checks import check_choice, check_ids, check_matrix, class_vector
+from ._bank import Bank, bank_entries
+from ._checks import check_choice, check_ids, check_matrix, check_number, class_vector
 from ._log_sum_exp import log_sum_exp
 from ._positives import mean_over_pairs
 from ._rows import Rows, Voxels, make_rows
@@ -21,8 +20,6 @@ from ._similarity import Similarity, compute_dtype
 
 # Rows of a tile: on a CPU it fits the caches; a GPU wants work for all its cores.
 CPU_TILE, GPU_TILE = 384, 2048
-
-Bank = MemoryBank | tuple[Tensor, Tensor]
 
 
 class SupConLoss(nn.Module):
@@ -41,7 +38,7 @@ class SupConLoss(nn.Module):
         positives: P(i): `same_class`, y_j = y_i, or `same_voxel`, equal pair_ids.
         denominator: D(i): `all` keys (Khosla et al. 2020, eq. 2); the keys of i's class, `same_class`;
             or `other_class`: per pair, the pair's own positive and all keys of other classes (Wang et al.
-            2021, eq. 4): L_i = mean_p -log(e^{s_ip} / (e^{s_ip} + sum_{n: y_n != y_i} k_{y_n} e^{s_in})).
+            2021): L_i = mean_p -log(e^{s_ip} / (e^{s_ip} + sum_{n: y_n != y_i} k_{y_n} e^{s_in})).
         keys: `all`, or `other_view`: only voxels whose view_id differs from the anchor's (positives, too).
             Bank entries belong to no view and so count as other views.
         class_weights: (C,) w >= 0, one per class; None: 1. `balanced_class_weights` makes them.
@@ -62,6 +59,7 @@ class SupConLoss(nn.Module):
 
     Raises:
         ValueError: an option or a weight that is not allowed.
+        TypeError: a number that is none.
 
     Example:
         >>> loss = SupConLoss(temperature=0.1)
@@ -85,7 +83,8 @@ class SupConLoss(nn.Module):
         tile_size: int | None = None,
     ) -> None:
         super().__init__()
-        if not (math.isfinite(temperature) and temperature > 0):
+        check_number("temperature", temperature)
+        if temperature <= 0:
             raise ValueError(f"temperature must be a positive number, got {temperature}")
         check_choice("similarity", similarity, ("cosine", "dot", "euclidean"))
         check_choice("positives", positives, ("same_class", "same_voxel"))
@@ -94,8 +93,10 @@ class SupConLoss(nn.Module):
         check_choice("positive_mean", positive_mean, ("outside_log", "inside_log"))
         if positive_mean == "inside_log" and denominator == "other_class":
             raise ValueError("positive_mean='inside_log' is not defined for denominator='other_class'")
-        if tile_size is not None and tile_size < 1:
-            raise ValueError(f"tile_size must be at least 1, got {tile_size}")
+        if tile_size is not None:
+            check_number("tile_size", tile_size, 1, integer=True)
+        if ignore_index is not None:
+            check_number("ignore_index", ignore_index, integer=True)
         self.temperature = float(temperature)
         self.similarity = similarity
         self.positives = positives
@@ -161,7 +162,7 @@ class SupConLoss(nn.Module):
             batch = self._checked(embeddings, labels, pair_ids, view_ids, anchors)
             rows = make_rows(
                 batch,
-                self._stored(bank, batch),
+                bank_entries(bank, batch.embeddings),
                 self.similarity == "cosine",
                 self.ignore_index,
                 self.class_weights,
@@ -173,7 +174,8 @@ class SupConLoss(nn.Module):
                 return nothing, torch.zeros_like(nothing)
             losses, contrasted = self._anchor_losses(rows)
             weights = rows.weights[contrasted]
-            return (weights * losses[contrasted]).sum(), weights.sum()
+            dtype = compute_dtype(embeddings.dtype)
+            return (weights * losses[contrasted]).sum().to(dtype), weights.sum().to(dtype)
 
     def _anchor_losses(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """L_i of every anchor, (A,), and which of them have a denominator, (A,) bool."""
@@ -185,7 +187,7 @@ class SupConLoss(nn.Module):
         if self.denominator != "all":
             denominator.insert(0, rows.criterion(rows.labels, equal=self.denominator == "same_class"))
 
-        lse = log_sum_exp(rows.x, rows.y, denominator, similarity, rows.key_weights, tile)
+        lse = log_sum_exp(rows.x, rows.y, denominator, similarity, rows.log_k, tile)
         if self.denominator == "other_class":
             loss = mean_over_pairs(rows.x, rows.y, lse, rows.n_positives, positive, similarity, tile)
             return loss, torch.ones_like(loss, dtype=torch.bool)
@@ -195,7 +197,8 @@ class SupConLoss(nn.Module):
             towards = -mean_over_pairs(rows.x, rows.y, None, rows.n_positives, positive, similarity, tile)
         else:
             towards = rows.mean_dot() / self.temperature
-        return lse - towards, lse.detach() != -torch.inf
+        # An infinite distance to every key empties no denominator: it must show.
+        return lse - towards, (lse.detach() != -torch.inf) | ~towards.detach().isfinite()
 
     def _checked(
         self,
@@ -213,7 +216,8 @@ class SupConLoss(nn.Module):
                 "labels", labels, embeddings, "this loss (only same_voxel with all needs none)"
             )
         else:
-            labels = torch.zeros(n, dtype=torch.long, device=embeddings.device)
+            # Any label but the one that is ignored.
+            labels = torch.full((n,), int(self.ignore_index == 0), device=embeddings.device)
         pairs = views = None
         if self.positives == "same_voxel":
             pairs = check_ids("pair_ids", pair_ids, embeddings, "positives='same_voxel'")
@@ -225,23 +229,10 @@ class SupConLoss(nn.Module):
             raise ValueError(f"anchors must be ({n},) bool, got {tuple(anchors.shape)} {anchors.dtype}")
         return Voxels(embeddings, labels, pairs, views, anchors)
 
-    @staticmethod
-    def _stored(bank: Bank | None, batch: Voxels) -> tuple[Tensor, Tensor]:
-        """The bank's embeddings and labels, checked; none without a bank."""
-        if bank is None:
-            return batch.embeddings[:0], batch.labels[:0]
-        stored, labels = bank.entries() if isinstance(bank, MemoryBank) else bank
-        check_matrix("bank embeddings", stored)
-        dim, device = batch.embeddings.shape[1], batch.embeddings.device
-        if stored.shape[1] != dim or stored.device != device:
-            raise ValueError(
-                f"bank embeddings must be (M, {dim}) on {device}, "
-                f"got {tuple(stored.shape)} on {stored.device}"
-            )
-        return stored, check_ids("bank labels", labels, stored, "a bank")
-
     def extra_repr(self) -> str:
         return (
             f"temperature={self.temperature}, similarity={self.similarity!r}, positives={self.positives!r}, "
-            f"denominator={self.denominator!r}, keys={self.keys!r}"
+            f"denominator={self.denominator!r}, keys={self.keys!r}, class_weights={self.class_weights}, "
+            f"key_weights={self.key_weights}, ignore_index={self.ignore_index}, "
+            f"positive_mean={self.positive_mean!r}"
         )

@@ -100,7 +100,9 @@ def test_same_voxel_needs_no_labels():
     z, ids = batch()
     loss = SupConLoss(positives="same_voxel")
     with_labels = loss(z, ids["labels"], pair_ids=ids["pair_ids"])
-    torch.testing.assert_close(loss(z, pair_ids=ids["pair_ids"]), with_labels)
+    for ignore in (None, -1, 0, 1):
+        loss = SupConLoss(positives="same_voxel", ignore_index=ignore)
+        torch.testing.assert_close(loss(z, pair_ids=ids["pair_ids"]), with_labels)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
@@ -213,6 +215,12 @@ def test_nan_in_an_embedding_is_not_hidden():
         assert SupConLoss(temperature)(z, ids["labels"]).isnan()
 
 
+def test_an_infinite_distance_is_not_hidden():
+    z = torch.tensor([[torch.inf, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    anchors = torch.tensor([True, False, False])
+    assert not SupConLoss(0.1, "euclidean")(z, torch.zeros(3, dtype=torch.long), anchors=anchors).isfinite()
+
+
 def test_identical_points_have_a_finite_euclidean_gradient():
     z = torch.ones(8, 3, requires_grad=True)
     SupConLoss(0.1, "euclidean")(z, torch.arange(8) % 2).backward()
@@ -272,6 +280,15 @@ Z, Y = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
         ({"key_weights": torch.ones(2, 2)}, ValueError, r"key_weights .* \(2, 2\)"),
         ({"key_weights": [float("inf")]}, ValueError, "key_weights must be finite"),
         ({"tile_size": 0}, ValueError, "tile_size must be at least 1, got 0"),
+        ({"tile_size": 2.5}, TypeError, "tile_size must be an integer, got 2.5"),
+        ({"tile_size": "x"}, TypeError, "tile_size must be an integer, got 'x'"),
+        ({"temperature": "0.1"}, TypeError, "temperature must be a number, got '0.1'"),
+        ({"temperature": None}, TypeError, "temperature must be a number, got None"),
+        ({"class_weights": "ab"}, TypeError, "class_weights must be real numbers.* got 'ab'"),
+        ({"key_weights": torch.tensor([1 + 1j])}, TypeError, "key_weights must be real numbers"),
+        ({"ignore_index": "a"}, TypeError, "ignore_index must be an integer, got 'a'"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
+        ({"ignore_index": True}, TypeError, "ignore_index must be an integer, got True"),
     ],
 )
 def test_bad_options_are_quoted(options, error, words):
@@ -289,6 +306,10 @@ def test_bad_options_are_quoted(options, error, words):
             TypeError,
             "floating point, got torch.int64",
         ),
+        ({}, {"embeddings": [[1.0]]}, TypeError, "embeddings must be a tensor, got list"),
+        ({}, {"labels": [0, 0]}, TypeError, "labels must be a tensor, got list"),
+        ({}, {"bank": "x"}, TypeError, "bank must be a MemoryBank or a pair .* got str"),
+        ({}, {"bank": Z}, TypeError, "bank must be a MemoryBank or a pair .* got Tensor"),
         ({}, {"labels": None}, ValueError, "labels must be given"),
         ({}, {"labels": Y[:3]}, ValueError, r"labels must be \(4,\).*got \(3,\)"),
         ({}, {"labels": Y.float()}, TypeError, "labels must be integers, got torch.float32"),
@@ -312,6 +333,12 @@ def test_bad_arguments_are_quoted(options, arguments, error, words):
         SupConLoss(**options)(**{"embeddings": Z, "labels": Y, **arguments})
 
 
+def test_its_name_tells_every_option():
+    name = repr(SupConLoss(class_weights=[1, 2], ignore_index=255, positive_mean="inside_log"))
+    for words in ("class_weights=(1.0, 2.0)", "ignore_index=255", "positive_mean='inside_log'"):
+        assert words in name
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the size of the largest tensor that any operation returns."""
 
@@ -323,6 +350,15 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.elements = max(self.elements, leaf.numel())
         return result
+
+
+def test_few_voxels_need_no_large_buffer():
+    z, ids = batch(20)
+    z = z.requires_grad_()
+    for denominator in ("all", "other_class"):
+        with LargestTensor() as largest:
+            SupConLoss(denominator=denominator)(z, ids["labels"]).backward()
+        assert largest.elements <= 4 * 20 * 20
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)

@@ -213,3 +213,50 @@ def test_a_row_much_longer_than_its_class_keeps_the_dot_products_digits(length, 
         denominator="same_class", keys=keys, mean="outside_log", tau=1.0,
     )  # fmt: skip
     assert mine.item() == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ("euclidean", "dot"))
+@pytest.mark.parametrize("scale", (1e-30, 1e-17, 1e16, 1e19, 1e30))
+def test_lengths_that_float32_cannot_square(kind, scale):
+    z = random_case(3, torch.float32)["z"] * scale
+    n = len(z)
+    y = [i % 3 for i in range(n)]
+    # The temperature goes with the length, so that the loss is one of moderate scores.
+    tau = scale if kind == "euclidean" else 1.0
+    expected = oracle(
+        z.tolist(), y, [0] * n, [0] * n, kind=kind, positives="same_class",
+        denominator="all", keys="all", mean="outside_log", tau=tau,
+    )  # fmt: skip
+    z.requires_grad_()
+    value = SupConLoss(tau, kind)(z, torch.tensor(y))
+    value.backward()
+    assert value.dtype == torch.float32
+    if expected * n < torch.finfo(torch.float32).max:
+        assert value.item() == pytest.approx(expected, rel=1e-5)
+    else:
+        assert value.item() == math.inf
+    assert z.grad.isfinite().all()
+    if kind == "euclidean":
+        small = (z.detach().double() / scale).requires_grad_()
+        SupConLoss(1.0, kind)(small, torch.tensor(y)).backward()
+        torch.testing.assert_close(z.grad.double() * scale, small.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("factor", (1e-60, 1e38, 1e60))
+def test_weights_beyond_float32(factor):
+    case = random_case(3, torch.float32)
+    y = [i % 3 for i in range(len(case["z"]))]
+    w, k = [1.0, 2.0, 0.5], [0.5, 1.0, 2.0]
+    big_w, big_k = [v * factor for v in w], [v * factor for v in k]
+    z = case["z"].clone().requires_grad_()
+    value = SupConLoss(0.1, class_weights=big_w, key_weights=big_k)(z, torch.tensor(y))
+    value.backward()
+    truth = oracle(
+        case["z"].tolist(), y, case["pairs"], case["views"], kind="cosine", positives="same_class",
+        denominator="all", keys="all", mean="outside_log", tau=0.1, w=w, k=k,
+    )  # fmt: skip
+    # A common factor of k moves the log-sum-exp by its logarithm, and the gradient not at all.
+    assert value.item() == pytest.approx(truth + math.log(factor), rel=1e-5)
+    wide = case["z"].double().requires_grad_()
+    SupConLoss(0.1, class_weights=w, key_weights=k)(wide, torch.tensor(y)).backward()
+    assert (z.grad.double() - wide.grad).norm() < 1e-4 * wide.grad.norm()
