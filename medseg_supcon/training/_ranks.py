@@ -101,9 +101,8 @@ def distributed(module: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         # in place, all but a module that is a norm itself
         nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-    # Unused parameters: a projection head at contrast_weight 0, frozen stages, deep-supervision heads.
-    ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True)
+    # unused parameters: a projection head at contrast_weight 0, frozen stages, deep-supervision heads
+    return DistributedDataParallel(module, find_unused_parameters=True)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
