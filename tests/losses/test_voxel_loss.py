@@ -121,7 +121,7 @@ def test_rows_take_the_dtype_of_the_projection(dtype, given):
 
 def test_a_broken_batch_does_not_poison_the_bank():
     b = batch()
-    module = VoxelSupConLoss(SupConLoss(), ALL, bank=MemoryBank(3, 6, 8))
+    module = VoxelSupConLoss(SupConLoss(), ALL, bank=MemoryBank(3, 6, 200))
     broken = {**b, "features": b["features"].clone()}
     broken["features"][0, 0] = torch.inf
     assert not module(**broken).isfinite()
