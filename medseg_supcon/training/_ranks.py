@@ -72,6 +72,7 @@ def join_ranks(device: torch.device) -> None:
 def leave_ranks() -> None:
     """End what :func:`join_ranks` began."""
     if dist.is_available() and dist.is_initialized():
+        dist.barrier()  # no rank leaves while another still talks to it
         dist.destroy_process_group()
 
 
