@@ -41,7 +41,8 @@ def group_sums(rows: Tensor, groups: Tensor) -> Tensor:
     """(N, D): for each row (N, D) the sum over its group (N,)."""
     n_groups = int(groups.max()) + 1
     sums: Tensor = _GroupSums.apply(rows, groups, n_groups)  # type: ignore[no-untyped-call]
-    return sums[groups]
+    # not sums[groups]: the backward pass of indexing adds up in no fixed order on several CPU threads
+    return sums.index_select(0, groups)
 
 
 def mean_dot(
@@ -68,7 +69,7 @@ def mean_dot(
         group_of = groups.new_empty(n_subgroups).scatter_(0, subgroups, groups)
         sums: Tensor = _GroupSums.apply(rows, subgroups, n_subgroups)  # type: ignore[no-untyped-call]
         wide = sums.double()
-        others = (group_sums(wide, group_of) - wide).to(rows.dtype)[subgroups[own]]
+        others = (group_sums(wide, group_of) - wide).to(rows.dtype).index_select(0, subgroups[own])
     elif unit:
         others = group_sums(rows, groups)[own] - x
     else:
