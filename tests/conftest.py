@@ -11,6 +11,7 @@ from tiny_run import TINY
 
 torch.set_num_threads(1)
 
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder that holds Task04_Hippocampus and LeftAtrium_1p5mm, from MEDSEG_DATA."""

@@ -9,11 +9,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny_run import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
+from tiny_run import TINY
 from torch import nn
 
 from medseg_supcon.data import read_dataset, split_cases

@@ -10,12 +10,12 @@ import sys
 
 import pytest
 import torch
-from tiny_run import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.optimizers import WarmupCosineSchedule
+from tiny_run import TINY
 
 from medseg_supcon.data import read_dataset, split_cases
 from medseg_supcon.errors import ConfigError
