@@ -148,8 +148,9 @@ def verdict(row: Row) -> str:
         return f"{row['recipe']} and {row['baseline']} have no score to compare"
     if row["low"] == row["high"] == 0:
         return f"{row['recipe']} and {row['baseline']} give the same"
-    if row["low"] > 0:
-        return f"{row['recipe']} is clearly better than {row['baseline']}"
-    if row["high"] < 0:
-        return f"{row['recipe']} is clearly worse than {row['baseline']}"
+    if row["low"] > 0 or row["high"] < 0:
+        which = "better" if row["low"] > 0 else "worse"
+        if row.get("seeds") == 1:  # the interval knows nothing of other seeds
+            return f"{row['recipe']} is {which} than {row['baseline']} with this one seed; others may say otherwise"
+        return f"{row['recipe']} is clearly {which} than {row['baseline']}"
     return f"no clear difference between {row['recipe']} and {row['baseline']}"

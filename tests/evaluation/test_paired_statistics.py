@@ -199,3 +199,10 @@ def test_a_recipe_named_twice_is_the_same():
     row = compare_recipes(rows, ["x", "x"])[0]
     assert (row["difference"], row["low"], row["high"], row["p"]) == (0, 0, 0, 1)
     assert "the same" in verdict(row)
+
+
+def test_one_seed_is_never_clear():
+    row = {"difference": 0.02, "low": 0.01, "high": 0.03, "p": 0.001, "recipe": "b", "baseline": "a"}
+    assert "clearly" in verdict({**row, "seeds": 3})
+    assert "clearly" not in verdict({**row, "seeds": 1})
+    assert "worse" in verdict({**row, "low": -0.03, "high": -0.01, "seeds": 1})
