@@ -7,7 +7,18 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-ROOMS = ("data", "errors", "evaluation", "inference", "losses", "networks", "training", "transforms")
+ROOMS = (
+    "comparison",
+    "data",
+    "embedding",
+    "errors",
+    "evaluation",
+    "inference",
+    "losses",
+    "networks",
+    "training",
+    "transforms",
+)
 
 
 def __getattr__(name: str) -> Any:

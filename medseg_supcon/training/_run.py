@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -249,13 +248,3 @@ def _expected(plan: Mapping[str, Any], timing: Mapping[str, Any], validation_cas
         "memory_gib": timing["memory_gib"],
         "machine": timing["machine"],
     }
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of a run; a RunError sentence where it is missing or broken."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RunError(f"{path} does not exist: is {path.parents[1]} a run?") from None
-    except json.JSONDecodeError as error:
-        raise RunError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}.") from None

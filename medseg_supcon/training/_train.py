@@ -15,7 +15,8 @@ from medseg_supcon.errors import ConfigError, MedsegError, RunError
 from medseg_supcon.networks import build_network, size_divisor
 from medseg_supcon.training._checkpoint import load_tensors
 from medseg_supcon.training._faults import innermost, settings_at_fault
-from medseg_supcon.training._run import is_planned, read_json, refresh_documents
+from medseg_supcon.training._metadata import read_json
+from medseg_supcon.training._run import is_planned, refresh_documents
 
 
 def is_finished(run: Path) -> bool:
