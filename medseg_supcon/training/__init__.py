@@ -2,6 +2,7 @@
 
 from medseg_supcon.training._batch import TwoViewLoss, prepare_views
 from medseg_supcon.training._checkpoint import Checkpoint, load_initial, load_tensors, save_atomically
+from medseg_supcon.training._copy_paste import CopyPaste
 from medseg_supcon.training._data import (
     EpochSampler,
     SeededDataset,
@@ -43,6 +44,7 @@ from medseg_supcon.training._train import check_device, is_finished, run_config,
 __all__ = [
     "BlankFillerd",
     "Checkpoint",
+    "CopyPaste",
     "DiceCrossEntropy",
     "EarlyStop",
     "EpochSampler",

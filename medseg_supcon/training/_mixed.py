@@ -23,6 +23,7 @@ class MixedSampler(EpochSampler):
         seed: the run's seed.
         share: share of every batch that is unlabelled, at least one scan of each kind; ``None``: every scan
             counts alike.
+        first_epoch: before this epoch only labelled scans are drawn.
         last_epoch: from the next epoch on only labelled scans are drawn; ``None``: never.
         required: without an unlabelled scan, training ends with a sentence.
         rank, world_size: this process among ``world_size``.
@@ -44,6 +45,7 @@ class MixedSampler(EpochSampler):
         seed: int = 0,
         *,
         share: float | None = None,
+        first_epoch: int = 1,
         last_epoch: int | None = None,
         required: bool = False,
         rank: int = 0,
@@ -52,7 +54,8 @@ class MixedSampler(EpochSampler):
         super().__init__(labelled, steps_per_epoch, batch_size, seed, rank, world_size)
         if share is not None and not 0 < share < 1:
             raise ConfigError(f"unlabelled_share must lie between 0 and 1, got {share}.")
-        self.unlabelled, self.share, self.last_epoch, self.required = unlabelled, share, last_epoch, required
+        self.unlabelled, self.share, self.required = unlabelled, share, required
+        self.first_epoch, self.last_epoch = first_epoch, last_epoch
 
     def __iter__(self) -> Iterator[Key]:
         # not in __init__: MONAI would bury the sentence in errors of its own
@@ -71,7 +74,8 @@ class MixedSampler(EpochSampler):
 
     def order(self, epoch: int) -> list[int]:
         """The scan of every slot of an epoch, over all ranks; in a batch the labelled ones come first."""
-        if self.unlabelled == 0 or (self.last_epoch is not None and epoch > self.last_epoch):
+        over = self.last_epoch is not None and epoch > self.last_epoch
+        if self.unlabelled == 0 or epoch < self.first_epoch or over:
             return super().order(epoch)
         batches = self.steps * self.world_size
         rng = np.random.default_rng((self.seed, epoch, 1))  # not the stream of labelled scans alone
