@@ -42,6 +42,12 @@ def compare(
         bool, typer.Option("--robustness/--no-robustness", help="Test on corrupted scans, too.")
     ] = True,
     device: DeviceOption = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Runs at once; default: one on each GPU, or one. They share the CPU's threads."
+        ),
+    ] = None,
     settings: SettingsOption = None,
     allow_affine_mismatch: MismatchOption = False,
 ) -> None:
@@ -83,6 +89,7 @@ def compare(
         epochs=epochs,
         settings=parsed,
         device=device,
+        workers=workers,
         robustness=robustness,
         trust_scan_affine=allow_affine_mismatch,
         say=lambda text: err.print(text, markup=False),

@@ -9,25 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from medseg_supcon.training import is_finished, machine_name, peak_memory_gib, run_config, train_run
+from medseg_supcon.training import (
+    is_finished,
+    is_planned,
+    machine_name,
+    peak_memory_gib,
+    run_config,
+    train_run,
+)
 
 CLEAN = "clean"
 Job = Mapping[str, Any]
 
 
-def run_cell(job: Job, device: str | None = None, quiet: bool = False) -> None:
+def run_cell(job: Job, device: str | None = None, quiet: bool = False, sharing: int = 1) -> None:
     """Do what is left to do of one run.
 
     Args:
         job: ``run`` (a planned run), ``tests`` (folder), ``dataset_dir`` and ``conditions``: name -> items.
         device: where.
         quiet: no progress display.
+        sharing: runs at once on this machine, which share its memory for cached scans.
     """
     run, tests = Path(job["run"]), Path(job["tests"])
     if not _is_trained(run):
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        train_run(run, device=device, resume=True, quiet=quiet)
+        train_run(run, device=device, resume=True, quiet=quiet, **_memory_share(run, sharing))
         _write_cost(tests / "cost.json", where)
     for condition, items in job["conditions"].items():
         folder = tests / condition.replace(" ", "_")
@@ -63,6 +72,14 @@ def is_tested(run: Path, folder: Path, items: list[dict[str, Any]]) -> bool:
         return False
     cases = {row["case"] for row in json.loads(metrics.read_text())["rows"]}
     return cases == {item["name"] for item in items}
+
+
+def _memory_share(run: Path, sharing: int) -> dict[str, str]:
+    """This process's part of what the run's config lets the cache take."""
+    if sharing == 1 or not is_planned(run):
+        return {}
+    whole = yaml.safe_load((run / "configs" / "train.yaml").read_text())["memory_share"]
+    return {"memory_share": f"$({str(whole).removeprefix('$')}) / {sharing}"}
 
 
 def _is_trained(run: Path) -> bool:

@@ -28,6 +28,7 @@ def compare(
     epochs: int | None = None,
     settings: Sequence[tuple[str, Any]] = (),
     device: str | None = None,
+    workers: int | None = None,
     robustness: bool = True,
     trust_scan_affine: bool = False,
     say: Say = print,
@@ -43,6 +44,8 @@ def compare(
         epochs: of every run; by default what fits the planned time of the first plan.
         settings: (key, value) overrides for all runs, as of ``medseg train --set``.
         device: of all runs; by default every GPU there is, else the CPU.
+        workers: runs at once; by default one on each device. On a CPU they divide its threads: a run's figures
+            depend on its seed and its number of threads, not on what runs beside it.
         robustness: test on corrupted scans, too.
         trust_scan_affine: as ``medseg train --allow-affine-mismatch``.
         say: told what is going on, in lines.
@@ -64,16 +67,15 @@ def compare(
     )  # fmt: skip
     conditions = conditions_of(robustness)
     jobs = prepare_cells(design, out, plans, settings, conditions)
-    _run(jobs, device, say, processes)
+    _run(jobs, devices(device, workers), say, processes)
     results = {c: read_results(out, design.cells, c) for c in conditions}
     return _write(design, out, plans, results, settings)
 
 
-def _run(jobs: dict[Path, Cell], device: str | None, say: Say, processes: bool) -> None:
+def _run(jobs: dict[Path, Cell], where: list[str], say: Say, processes: bool) -> None:
     todo = [job for job in jobs if not is_done(json.loads(job.read_text()))]
     if len(todo) < len(jobs):
         say(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished already.")
-    where = devices(device)
     start, failed, count = monotonic(), {}, 0
 
     def done(job: Path, problem: str) -> None:
@@ -89,7 +91,8 @@ def _run(jobs: dict[Path, Cell], device: str | None, say: Say, processes: bool) 
         )
 
     if todo:
-        say(f"{len(todo)} runs to do on {', '.join(where)}.")
+        at_once = f", {len(where)} at once" if len(where) > 1 else ""
+        say(f"{len(todo)} runs to do on {', '.join(dict.fromkeys(where))}{at_once}.")
     if processes:
         run_jobs(todo, where, done)
     else:

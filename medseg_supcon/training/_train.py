@@ -13,6 +13,7 @@ from monai.bundle import ConfigWorkflow
 from medseg_supcon.data import read_plan, validate_plan
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
 from medseg_supcon.networks import build_network, size_divisor
+from medseg_supcon.training._bundle_docs import write_network, write_twins
 from medseg_supcon.training._checkpoint import load_tensors
 from medseg_supcon.training._faults import innermost, settings_at_fault
 from medseg_supcon.training._metadata import read_json
@@ -104,7 +105,9 @@ def _check_plan(run: Path) -> None:
     validate_plan(plan, divisor=size_divisor(network, in_channels=channels), source=path)
 
 
-def train_run(run: Path, device: str | None = None, resume: bool = False, quiet: bool = False) -> None:
+def train_run(
+    run: Path, device: str | None = None, resume: bool = False, quiet: bool = False, **overrides: Any
+) -> None:
     """Train a planned run to its end, evaluate it on its validation cases and write its documents.
 
     Args:
@@ -112,10 +115,13 @@ def train_run(run: Path, device: str | None = None, resume: bool = False, quiet:
         device: overrides the config's.
         resume: go on from ``models/checkpoint.pt`` (afresh where there is none).
         quiet: no progress display.
+        overrides: of train.yaml's keys, for this call alone.
     """
     if not (resume and is_finished(run)):
         _check_plan(run)
-        overrides: dict[str, Any] = {"resume": resume}
+        write_network(run)  # the plan may have been edited
+        write_twins(run)
+        overrides["resume"] = resume
         if quiet:
             overrides["quiet"] = True
         run_config(run, "train", "train", device=device, **overrides)

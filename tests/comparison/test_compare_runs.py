@@ -5,20 +5,35 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+from time import sleep
 
 import pytest
+import torch
 from scipy import stats
 from tiny_run import TINY
 
 from medseg_supcon import cli
-from medseg_supcon.comparison import Cell, _compare, _corruptions, _runs, compare, design_comparison
+from medseg_supcon.comparison import (
+    Cell,
+    _cell,
+    _compare,
+    _corruptions,
+    _runs,
+    _workers,
+    compare,
+    design_comparison,
+)
+from medseg_supcon.comparison import __main__ as comparison_main
 from medseg_supcon.comparison._workers import devices, run_jobs
 from medseg_supcon.data import read_dataset
 from medseg_supcon.errors import RunError
-from medseg_supcon.training import _checkpoint
+from medseg_supcon.training import _checkpoint, is_finished
 
 FIRST, SECOND = Cell("dice_ce", 2, 0).name, Cell("joint", 2, 0).name
 NOISE_ONLY = {"noise": _corruptions.CORRUPTIONS["noise"]}
@@ -34,6 +49,15 @@ def again(design, out, **more):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_runs, "CORRUPTIONS", NOISE_ONLY)
         return compare(design, out, **options)
+
+
+def arguments(dataset, out):
+    """The same by the command line."""
+    values = {"network_def": TINY[0][1], "plan::patch_size": "[16, 16, 16]", "plan::steps_per_epoch": "3"}
+    sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    given = ["compare", dataset, "--out", out, "--recipes", "dice_ce,joint", "--seeds", "0", "--labels", "2"]
+    more = ["--epochs", "2", "--device", "cpu", *sets, "--set", "contrast_samples=256"]
+    return [*map(str, given), *more]
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +192,7 @@ def test_a_strange_folder_is_refused(design, tmp_path):
 def test_the_command_line_goes_on_too(copied, phantoms, monkeypatch, capsys):
     monkeypatch.setattr(_runs, "CORRUPTIONS", NOISE_ONLY)
     monkeypatch.setattr(cli, "_quieten", lambda: None)
-    values = {"network_def": TINY[0][1], "plan::patch_size": "[16, 16, 16]", "plan::steps_per_epoch": "3"}
-    sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    arguments = [phantoms, "--out", copied, "--recipes", "dice_ce,joint", "--seeds", "0", "--labels", "2"]
-    more = ["--epochs", "2", "--device", "cpu", *sets, "--set", "contrast_samples=256"]
-    monkeypatch.setattr(sys, "argv", ["medseg", "compare", *map(str, arguments), *more])
+    monkeypatch.setattr(sys, "argv", ["medseg", *arguments(phantoms, copied)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     shown = capsys.readouterr()
@@ -195,10 +215,61 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path):
     assert all(str(tmp_path) in text and "plan" in text for text in found.values()), found  # a sentence
 
 
+def test_killed_side_by_side_and_resumed(compared, phantoms, design, copied):
+    """SIGKILL of two runs in the middle leaves what a whole comparison is made of, to the last bit."""
+    for folder in ("runs", "tests"):
+        shutil.rmtree(copied / folder)
+    run = [sys.executable, "-m", "medseg_supcon.cli", *arguments(phantoms, copied), "--workers", "2"]
+    checkpoints = [copied / "runs" / cell / "models" / "checkpoint.pt" for cell in (FIRST, SECOND)]
+    log = copied.parent / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen([*run, "--no-robustness"], stderr=stream, start_new_session=True)
+        while process.poll() is None and not any(path.exists() for path in checkpoints):
+            sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert "2 runs to do on cpu, 2 at once." in log.read_text()
+    assert any(path.exists() for path in checkpoints), log.read_text()
+    assert not all(is_finished(copied / "runs" / cell) for cell in (FIRST, SECOND))
+    found = again(design, copied)
+    for key in ("means", "differences", "robustness"):
+        assert found[key] == compared[1][key]
+    for name in ("results.csv", "robustness.csv", "summary.csv", "differences.csv"):
+        assert (copied / name).read_bytes() == (compared[0] / name).read_bytes()
+    for cell in (FIRST, SECOND):
+        here, there = (torch.load(out / "runs" / cell / "models/model.pt") for out in (copied, compared[0]))
+        assert all(torch.equal(here[key], there[key]) for key in there)
+
+
+def test_a_run_ends_with_the_comparison_that_started_it(monkeypatch):
+    parents, ended = iter([7, 7, 1]), []
+    monkeypatch.setattr(comparison_main.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(comparison_main, "sleep", lambda _: None)
+    monkeypatch.setattr(comparison_main.os, "_exit", ended.append)
+    comparison_main._end_with(7)
+    assert ended == [130] and next(parents, None) is None
+
+
+def test_workers_share_threads_and_memory(monkeypatch, trained_run):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    here, name = _workers._Pool(["cpu"] * 3)._environment("cpu")
+    assert (here["OMP_NUM_THREADS"], name) == ("2", "cpu")
+    alone, _ = _workers._Pool(["cpu"])._environment("cpu")
+    assert alone.get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
+    gpu, name = _workers._Pool(["cuda:0", "cuda:1"])._environment("cuda:1")
+    assert (gpu["CUDA_VISIBLE_DEVICES"], name) == ("6", "cuda")
+    assert _cell._memory_share(trained_run, 1) == {}
+    assert eval(_cell._memory_share(trained_run, 4)["memory_share"].removeprefix("$")) == pytest.approx(0.1)
+
+
 def test_devices(monkeypatch):
     assert devices("cpu") == ["cpu"]
+    assert devices("cpu", 3) == ["cpu"] * 3
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     assert devices(None) == ["cuda:0", "cuda:1", "cuda:2"]
+    assert devices(None, 2) == ["cuda:0", "cuda:1"]
+    assert devices(None, 4) == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert devices(None) == ["cpu"]
 
