@@ -36,6 +36,8 @@ def self_contained(config: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[s
         for word, escaped in (("@", "\\x40"), ("#", "\\x23"), ("import", "\\x69mport")):
             text = text.replace(word, escaped)
         whole["plan"] = f"${text}"
+        if "network_json" in whole:
+            whole["network_json"] = json.dumps(plan["network_def"])
     return whole
 
 

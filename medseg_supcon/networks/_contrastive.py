@@ -11,6 +11,8 @@ from medseg_supcon.errors import ConfigError
 
 from ._tap import FeatureTap
 
+OWN = "network."
+
 
 class ContrastiveNetwork(nn.Module):
     """A stock network with its dense features beside its logits.
@@ -20,7 +22,8 @@ class ContrastiveNetwork(nn.Module):
     is taken and the others are left out: the contrastive loss and Dice speak of the same voxels, and
     inference uses that output only.
 
-    The state dict holds the stock network's under ``network.`` and nothing else.
+    The state dict is the stock network's, under its own names, so that what exchanges weights with a trainer
+    (federated learning, checkpoint loaders) needs to know nothing of this wrapper.
 
     Args:
         network: see :class:`FeatureTap`.
@@ -46,6 +49,8 @@ class ContrastiveNetwork(nn.Module):
         self._tap = FeatureTap(network)
         self.in_channels = self._tap.in_channels
         self.out_channels = self._tap.out_channels
+        self.register_state_dict_post_hook(_without_own_name)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_own_name)  # type: ignore[no-untyped-call]
 
     @property
     def classifier(self) -> nn.Module:
@@ -61,6 +66,19 @@ class ContrastiveNetwork(nn.Module):
         """Logits and features in either mode."""
         output, features = self._tap(x)
         return _main_output(output, x), features
+
+
+def _without_own_name(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """``network.weight`` becomes ``weight``."""
+    own = f"{prefix}{OWN}"
+    for name in [name for name in state if name.startswith(own)]:
+        state[prefix + name.removeprefix(own)] = state.pop(name)
+
+
+def _with_own_name(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """``weight`` becomes ``network.weight``; in place, as torch wants it."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[f"{prefix}{OWN}{name.removeprefix(prefix)}"] = state.pop(name)
 
 
 def _main_output(output: Any, x: torch.Tensor) -> torch.Tensor:

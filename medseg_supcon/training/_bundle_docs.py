@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from medseg_supcon.errors import ConfigError
-from medseg_supcon.training._metadata import metadata_of
+from medseg_supcon.training._metadata import metadata_of, read_json
 from medseg_supcon.training._model_card import model_card
 
 
@@ -37,6 +38,20 @@ def write_model_card(run: Path) -> None:
         RunError: ``configs/plan.json`` is missing or broken.
     """
     _write(run / "docs" / "README.md", model_card(run))
+
+
+def write_network(run: Path) -> None:
+    """Write the plan's network into the configs that carry it (``network_json``), comments left as they are.
+
+    Raises:
+        RunError: ``configs/plan.json`` is missing or broken.
+    """
+    text = json.dumps(read_json(run / "configs" / "plan.json")["network_def"]).replace("'", "''")
+    for path in sorted((run / "configs").glob("*.yaml")):
+        old = path.read_text(encoding="utf-8")
+        new = re.sub(r"(?m)^network_json:.*$", lambda _: f"network_json: '{text}'", old)
+        if new != old:
+            _write(path, new)
 
 
 def write_twins(run: Path) -> None:

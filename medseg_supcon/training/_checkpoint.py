@@ -115,9 +115,13 @@ class Checkpoint:
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def start(self, engine: Any) -> None:
-        """Load the checkpoint if asked to and there is one, else begin afresh."""
-        if not (self.resume and self.path.exists()):
-            return
+        """Load the checkpoint if asked to and there is one; in any case draw what belongs to the epoch that comes."""
+        if self.resume and self.path.exists():
+            self._load(engine)
+        if self.sampler is not None:
+            self.sampler.epoch = engine.state.epoch + 1  # not 1 in a federated client's second round
+
+    def _load(self, engine: Any) -> None:
         saved = load_tensors(self.path, engine.state.device)
         for key, value in self.config.items():
             if saved["config"].get(key) != value:
@@ -131,8 +135,6 @@ class Checkpoint:
             engine.scaler.load_state_dict(saved["scaler"])
         engine.state.epoch, engine.state.iteration = saved["epoch"], saved["iteration"]
         self.best, self.best_epoch = saved["best"], saved["best_epoch"]
-        if self.sampler is not None:
-            self.sampler.epoch = saved["epoch"] + 1
 
     def finish(self, engine: Any) -> None:
         """Mark the training as finished, at its last epoch or by early stopping."""

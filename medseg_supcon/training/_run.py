@@ -23,7 +23,7 @@ from medseg_supcon.data import (
 )
 from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.networks import build_network, round_patch, size_divisor
-from medseg_supcon.training._bundle_docs import write_metadata, write_model_card, write_twins
+from medseg_supcon.training._bundle_docs import write_metadata, write_model_card, write_network, write_twins
 from medseg_supcon.training._faults import settings_at_fault
 from medseg_supcon.training._overlay import dump_commented, load_commented, merge, set_key
 from medseg_supcon.training._recipes import read_recipe, shared_folder
@@ -128,8 +128,9 @@ def prepare_run(
 
 
 def refresh_documents(run: Path) -> None:
-    """Write what follows from the rest of the run: JSON twins, metadata, model card."""
+    """Write what follows from the rest of the run: the network in the configs, JSON twins, metadata, model card."""
     write_metadata(run)
+    write_network(run)
     write_twins(run)
     write_model_card(run)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from monai.networks.utils import get_state_dict
 from monai.transforms import LoadImaged, SaveImaged
 
 from medseg_supcon.inference import Predictor
+from medseg_supcon.networks import build_network
+from medseg_supcon.training._faults import innermost
 
 # MONAI warns that a config is code, whoever wrote it.
 pytestmark = [
@@ -94,37 +98,71 @@ def test_train_command_gives_the_runs_weights(run_copy: Path, trained_run: Path,
         torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-6)
 
 
-def test_bundle_load(trained_run: Path, elsewhere: Path) -> None:
-    network = load(
-        trained_run.name,
-        bundle_dir=str(trained_run.parent),
-        workflow_type="inference",
-        device="cpu",
-        args_file={"bundle_root": str(trained_run)},
-    )
+@pytest.mark.parametrize("kind", [{}, {"workflow_type": "inference"}], ids=["train", "inference"])
+def test_bundle_load_from_elsewhere(trained_run: Path, elsewhere: Path, kind: dict[str, str]) -> None:
+    """As a bundle of the zoo: its name and the folder that it lies in, no bundle_root."""
+    network = load(trained_run.name, bundle_dir=str(trained_run.parent), device="cpu", **kind)
     weights = torch.load(trained_run / "models" / "model.pt", weights_only=True)
+    assert network.state_dict().keys() == weights.keys()
     for name, tensor in network.state_dict().items():
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0)
 
 
-def test_a_federated_round(run_copy: Path, elsewhere: Path) -> None:
+def test_bundle_load_into_a_network_at_hand(trained_run: Path, elsewhere: Path) -> None:
+    plan = json.loads((trained_run / "configs" / "plan.json").read_text())
+    mine = build_network(plan["network_def"])
+    load(trained_run.name, model=mine, bundle_dir=str(trained_run.parent), device="cpu")
+    weights = torch.load(trained_run / "models" / "model.pt", weights_only=True)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in mine.state_dict().items())
+
+
+def test_bundle_load_in_another_bundles_folder_is_no_mixture(
+    trained_run: Path, planned_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(planned_run())  # its plan, of another network, would be found at bundle_root "."
+    with pytest.raises(RuntimeError) as error:
+        load(trained_run.name, bundle_dir=str(trained_run.parent), workflow_type="inference", device="cpu")
+    assert "is that the right bundle?" in str(innermost(error.value))
+
+
+def test_two_federated_clients(trained_run: Path, tmp_path: Path, elsewhere: Path) -> None:
+    """Two rounds of averaging, on clients that have different cases; weights go by the stock network's names."""
     from monai.fl.client import MonaiAlgo
-    from monai.fl.utils.constants import ExtraItems, FlStatistics
+    from monai.fl.utils.constants import ExtraItems, FlStatistics, ModelType
     from monai.fl.utils.exchange_object import ExchangeObject
 
-    client = MonaiAlgo(bundle_root=str(run_copy), train_kwargs={"quiet": True})
-    client.initialize({ExtraItems.CLIENT_NAME: "one"})
-    start = {name: tensor.clone() for name, tensor in get_state_dict(client.trainer.network).items()}
-    client.train(ExchangeObject(weights=start))
-    sent = client.get_weights()
-    assert sent.statistics[FlStatistics.NUM_EXECUTED_ITERATIONS] == 3
-    assert any(np.abs(difference).max() > 0 for difference in sent.weights.values())
-    after = {name: start[name] + torch.as_tensor(sent.weights[name]) for name in start}
-    moved = client.evaluate(ExchangeObject(weights=after)).metrics["val_mean_dice"]
-    again = client.evaluate(ExchangeObject(weights=after)).metrics["val_mean_dice"]
-    assert 0 <= moved <= 1
-    assert moved == again
-    client.finalize()
+    plan = json.loads((trained_run / "configs" / "plan.json").read_text())
+    cases = json.loads((trained_run / "configs" / "datalist.json").read_text())
+    clients, runs = [], []
+    for i in range(2):
+        run = Path(shutil.copytree(trained_run, tmp_path / f"client{i}"))
+        mine = {**cases, "training": cases["training"][i::2]}
+        (run / "configs" / "datalist.json").write_text(json.dumps(mine))
+        client = MonaiAlgo(bundle_root=str(run), send_weight_diff=False, train_kwargs={"quiet": True})
+        client.initialize({ExtraItems.CLIENT_NAME: f"client{i}"})
+        clients.append(client)
+        runs.append(run)
+    model: dict[str, torch.Tensor] = build_network(plan["network_def"]).state_dict()
+    drawn = []
+    for _ in range(2):
+        sent = []
+        for client in clients:
+            client.train(ExchangeObject(weights=model))
+            sent.append(client.get_weights())
+            assert sent[-1].weights.keys() == model.keys()
+            assert sent[-1].statistics[FlStatistics.NUM_EXECUTED_ITERATIONS] == 3
+        drawn.append(clients[0].train_workflow.parser.get_parsed_content("train::sampler").epoch)
+        assert any(not torch.equal(sent[0].weights[k], sent[1].weights[k]) for k in model)
+        model = {k: (sent[0].weights[k] + sent[1].weights[k]) / 2 for k in model}
+    assert drawn == [1, 2]  # a second round draws anew
+    scores = [client.evaluate(ExchangeObject(weights=model)).metrics["val_mean_dice"] for client in clients]
+    assert scores[0] == scores[1]  # one model, the same validation cases
+    assert all(torch.equal(t, model[k]) for k, t in get_state_dict(clients[0].evaluator.network).items())
+    # what a server asks for at the end goes by the same names
+    best = clients[0].get_weights({ExtraItems.MODEL_TYPE: ModelType.BEST_MODEL})
+    assert best.weights.keys() == model.keys()
+    for client in clients:
+        client.finalize()
 
 
 class LabelApp:

@@ -105,7 +105,7 @@ class Architecture:
         keys = list(stock.state_dict())
         network = ContrastiveNetwork(stock)
         network.train()(self.scan())
-        assert list(network.state_dict()) == [f"network.{key}" for key in keys]
+        assert list(network.state_dict()) == keys
         assert list(stock.state_dict()) == keys
         assert not any(module._forward_pre_hooks for module in stock.modules())
 
