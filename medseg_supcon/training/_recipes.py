@@ -29,9 +29,16 @@ def recipe_names() -> list[str]:
 def read_recipe(name: str | Path) -> dict[str, Any]:
     """A recipe's overlay on ``train.yaml``: a name from ``configs/``, or a YAML file of one's own.
 
+    A recipe with a key ``base`` starts from that recipe (a name, or a file's path, seen from the recipe's folder)
+    and goes over it.
+
     Raises:
-        ConfigError: no such recipe, or not a mapping of keys to values.
+        ConfigError: no such recipe, not a mapping of keys to values, or recipes that start from one another.
     """
+    return _read(str(name), ())
+
+
+def _read(name: str, above: tuple[Path, ...]) -> dict[str, Any]:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         path = shared_folder("configs") / f"{name}.yaml"
@@ -49,4 +56,13 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"Recipe {path} must be a mapping of train.yaml's keys to values, found a {type(overlay).__name__}."
         )
-    return overlay
+    base = overlay.pop("base", None)
+    if base is None:
+        return overlay
+    if path.resolve() in above:
+        raise ConfigError(
+            f"Recipe {path} starts from itself: its base is {base!r}. Take one of the bases out."
+        )
+    found = path.parent / str(base) if Path(str(base)).suffix in (".yaml", ".yml") else base
+    inherited = _read(str(found), (*above, path.resolve()))
+    return {key: value for key, value in inherited.items() if key not in overlay} | overlay

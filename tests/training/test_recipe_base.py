@@ -1,0 +1,37 @@
+"""A recipe that starts from another one."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from medseg_supcon.errors import ConfigError
+from medseg_supcon.training import read_recipe
+
+
+def write(folder, **recipes):
+    for name, text in recipes.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return {name: folder / f"{name}.yaml" for name in recipes}
+
+
+def test_a_recipe_goes_over_its_base_and_its_bases_base(tmp_path):
+    files = write(
+        tmp_path,
+        one="base: semi\ncontrast_weight: 0.0\n",
+        two="base: one.yaml\nconfidence: 0.5\nview_1: {_target_: x}\n",
+    )
+    semi = read_recipe("semi")
+    two = read_recipe(files["two"])
+    assert two == semi | {"contrast_weight": 0.0, "confidence": 0.5, "view_1": {"_target_": "x"}}
+    assert list(two)[-2:] == ["confidence", "view_1"], "what a recipe says itself comes last"
+    assert yaml.safe_load(files["two"].read_text())["base"] == "one.yaml"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("base: a.yaml\n", "starts from itself"), ("base: nothing\n", "no recipe 'nothing'")],
+)
+def test_a_base_that_leads_nowhere_is_a_sentence(tmp_path, text, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        read_recipe(write(tmp_path, a=text)["a"])
