@@ -12,6 +12,8 @@ from medseg_supcon.data._plan_file import read_plan, validate_plan, write_plan
 from medseg_supcon.data._preprocessing import LabelPreprocessingd, read_preprocessing
 from medseg_supcon.data._report import Finding, Report
 from medseg_supcon.data._split import Split, split_cases
+from medseg_supcon.data._unreadable import not_a_file, unreadable
+from medseg_supcon.data._volume import read_volume
 
 __all__ = [
     "PHANTOM_LABELS",
@@ -32,13 +34,16 @@ __all__ = [
     "make_phantoms",
     "make_plan",
     "network_definition",
+    "not_a_file",
     "read_case_names",
     "read_dataset",
     "read_plan",
     "read_preprocessing",
     "read_unlabelled",
+    "read_volume",
     "snap_labels",
     "split_cases",
+    "unreadable",
     "validate_plan",
     "write_datalist",
     "write_plan",

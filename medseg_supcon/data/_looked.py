@@ -48,7 +48,8 @@ class Looked:
         try:
             return read_volume(file)
         except DataError as error:
-            code = "missing" if "no such file" in str(error) else "unreadable"
+            missing = "no such file" in str(error) or "does not exist" in str(error)
+            code = "missing" if missing else "unreadable"
             self.findings.append(Finding(self.case.name, file, "error", code, str(error)))
             return None
 

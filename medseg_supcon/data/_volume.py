@@ -14,6 +14,7 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 
+from medseg_supcon.data._unreadable import not_a_file, unreadable
 from medseg_supcon.errors import DataError
 
 __all__ = [
@@ -59,21 +60,14 @@ def stem(path: str | Path) -> str:
 
 
 def _open(path: Path) -> Any:
-    if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises where a name is too long
-        raise DataError(f"{path}: there is no such file. Correct the data list or put the file in its place.")
+    if (problem := not_a_file(path)) is not None:
+        raise DataError(problem)
     if not path.name.lower().endswith(NIFTI_ENDINGS):
         raise DataError(f"{path}: training data must be NIfTI (.nii or .nii.gz). Convert this file.")
     try:
         return nibabel.load(path)
     except Exception as error:  # nibabel raises a dozen kinds for broken headers
-        raise DataError(_unreadable(path, error)) from error
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    if isinstance(error, PermissionError):
-        return f"{path}: there is no permission to read it. Ask its owner, or run: chmod u+r {path.name}"
-    reason = " ".join(str(error).split())[:120] or type(error).__name__
-    return f"{path}: cannot be read as NIfTI ({reason}). It is damaged or cut short: copy or export it again."
+        raise DataError(unreadable(path, error)) from error
 
 
 def read_header(path: Path) -> tuple[tuple[int, ...], npt.NDArray[np.float64]]:
@@ -99,7 +93,7 @@ def read_volume(path: Path) -> Volume:
         with np.errstate(all="ignore"):  # overflow in the scaling shows up as Inf, which is reported
             data = np.asanyarray(image.dataobj)
     except Exception as error:  # gzip, zlib, OS and nibabel errors alike
-        raise DataError(_unreadable(path, error)) from error
+        raise DataError(unreadable(path, error)) from error
     if data.dtype.kind not in "buif":
         raise DataError(
             f"{path}: voxels must be plain numbers, found {data.dtype}. Export a grey-value image."

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import numpy.typing as npt
 
-from medseg_supcon.data import snap_labels
+from medseg_supcon.data import read_volume, snap_labels
 from medseg_supcon.errors import DataError
 from medseg_supcon.evaluation._metrics import Row
 from medseg_supcon.evaluation._report import score_case
@@ -126,16 +125,7 @@ def _pair(
 
 
 def _read(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-    try:
-        image: Any = nibabel.load(file)
-        data = np.asanyarray(image.dataobj)
-    except Exception as error:  # nibabel and gzip raise a dozen kinds for damaged files
-        raise DataError(
-            f"{file} cannot be read as NIfTI: it is damaged or cut short. Copy it again."
-        ) from error
-    shape: Sequence[int] = data.shape
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3:
-        raise DataError(f"{file}: expected a 3-D label map, found shape {data.shape}.")
-    return data.reshape(shape), np.asarray(image.affine, dtype=np.float64)
+    volume = read_volume(file)
+    if volume.data.ndim != 3 or volume.data.size == 0:
+        raise DataError(f"{file}: expected a 3-D label map, found shape {volume.data.shape}. Save one volume.")
+    return volume.data, volume.affine

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import nibabel
 import numpy as np
 import numpy.typing as npt
 
@@ -12,6 +13,11 @@ from medseg_supcon.errors import DataError
 
 Affine = npt.NDArray[np.float64]
 MAX_SHEAR = 1e-2  # cosine of the angle between two axes
+# What a NIfTI header says about where the voxels are.
+PLACE = (
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z"),
+)
 
 
 @dataclass(frozen=True)
@@ -21,15 +27,12 @@ class Grid:
     Attributes:
         shape: of the file, (X, Y, Z) and any trailing axes of one.
         affine: (4, 4), voxel indices to RAS+ mm.
-        qform, sform: the file's two affines, None where its code is 0.
-        codes: NIfTI's qform and sform codes.
+        header: a NIfTI header that says the same; the file's own where it has one.
     """
 
     shape: tuple[int, ...]
     affine: Affine
-    qform: Affine | None = None
-    sform: Affine | None = None
-    codes: tuple[int, int] = (1, 1)
+    header: Any
 
     @property
     def spacing(self) -> npt.NDArray[np.float64]:
@@ -39,6 +42,22 @@ class Grid:
     @property
     def voxel_ml(self) -> float:
         return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+    @classmethod
+    def at(cls, shape: tuple[int, ...], affine: Affine) -> Grid:
+        """The grid of a file that is not NIfTI: qform and sform alike, code 1 (scanner)."""
+        header = nibabel.Nifti1Header()
+        header.set_qform(affine, 1)
+        header.set_sform(affine, 1)
+        header.set_xyzt_units("mm")
+        return cls(shape, affine, header)
+
+    def place(self, header: Any) -> None:
+        """Puts a mask where the scan is: its forms, codes, voxel sizes and unit of length, to the last bit."""
+        for name in PLACE:
+            header[name] = self.header[name]
+        header["pixdim"][:4] = self.header["pixdim"][:4]
+        header["xyzt_units"] = int(self.header["xyzt_units"]) & 7
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def read_itk(files: Sequence[Path], channels: int, dicom: bool = False) -> Volum
             )
     if len(data) != channels:
         raise DataError(wrong_channels(source, len(data), channels))
-    grid = Grid(tuple(data.shape[1:]), affine, affine, affine)
+    grid = Grid.at(tuple(data.shape[1:]), affine)
     return Volume(check_values(data, source), grid, affine)
 
 

@@ -38,20 +38,15 @@ def keep_largest(classes: npt.NDArray[Any], which: Sequence[int]) -> None:
 
 
 def write_nifti(path: Path, data: npt.NDArray[Any], grid: Grid) -> None:
-    """Writes (X, Y, Z) or (X, Y, Z, K) as NIfTI-1 in the scan's grid: its shape, affine and form codes.
+    """Writes (X, Y, Z) or (X, Y, Z, K) as NIfTI-1 in the scan's grid: its shape, forms, codes and unit.
 
     Raises:
         OSError: it could not be written; nothing is left behind.
     """
     shape = grid.shape if data.ndim == 3 else (*grid.shape[:3], data.shape[3])
     kind = nibabel.Nifti1Image if max(shape) < 2**15 else nibabel.Nifti2Image  # NIfTI-1 counts to 32767
-    image = kind(data.reshape(shape), grid.affine, dtype=data.dtype)
-    header = image.header
-    header.set_xyzt_units("mm")
-    # Without codes readers fall back on the voxel sizes alone, as for the scan itself.
-    image.set_qform(grid.qform, grid.codes[0], update_affine=False)
-    image.set_sform(grid.sform, grid.codes[1], update_affine=False)
-    header["pixdim"][1:4] = grid.spacing
+    image = kind(data.reshape(shape), None, dtype=data.dtype)
+    grid.place(image.header)
 
     def write(file: IO[bytes]) -> None:
         with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=3, mtime=0) as packed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from monai.data.utils import correct_nifti_header_if_necessary
 
+from medseg_supcon.data import not_a_file, unreadable
 from medseg_supcon.errors import DataError
 from medseg_supcon.inference._grid import Grid, Volume, check_affine, check_values
+
+MM = {1: 1000.0, 3: 0.001}  # NIfTI's codes for metre and micron; others are taken for mm
+UNIT = {1: "metres", 3: "microns"}
+AT_ONCE = 2**24  # bytes
 
 
 def dimensions(path: Path) -> tuple[int, ...]:
@@ -58,6 +64,8 @@ def wrong_channels(file: Path, found: int, expected: int) -> str:
 
 def _read_one(file: Path) -> Volume:
     try:
+        if (problem := not_a_file(file)) is not None:
+            raise DataError(problem)
         image: Any = nibabel.load(file)
         if not isinstance(image, nibabel.Nifti1Image):
             raise DataError(f"{file}: expected NIfTI, found {type(image).__name__}. Convert it to .nii.gz.")
@@ -71,42 +79,56 @@ def _read_one(file: Path) -> Volume:
             raise DataError(
                 f"{file}: expected a 3-D scan or channels in a fourth axis, found shape {shape}. Split it."
             )
-        data = check_values(np.asanyarray(image.dataobj), file)
+        data = check_values(_voxels(image, file), file)
+        channels = extra[0] if extra else 1
+        grid, warnings = _grid(image, shape if channels == 1 else shape[:3], file)
+        affine = np.asarray(correct_nifti_header_if_necessary(image).affine, dtype=np.float64)
     except (DataError, MemoryError):
         raise
-    except PermissionError as error:
-        raise DataError(f"{file}: may not be read. Check its permissions.") from error
     except Exception as error:  # nibabel and gzip raise a dozen kinds for damaged files
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise DataError(
-            f"{file}: cannot be read as NIfTI ({reason}). It is damaged or cut short: copy or export it "
-            "again."
-        ) from error
-    channels = extra[0] if extra else 1
+        raise DataError(unreadable(file, error)) from error
     # NIfTI stores x fastest: keep that order, and have the channels first.
     data = np.moveaxis(data.reshape((*shape[:3], channels), order="F"), -1, 0)
-    grid, warnings = _grid(image, shape if channels == 1 else shape[:3], file)
-    affine = np.asarray(correct_nifti_header_if_necessary(image).affine, dtype=np.float64)
-    return Volume(data, grid, check_affine(affine, file), warnings)
+    return Volume(data, grid, _in_mm(check_affine(affine, file), grid.header), warnings)
+
+
+def _voxels(image: Any, file: Path) -> npt.NDArray[Any]:
+    """The voxels, scaled. A packed file is read to its end: gzip's checksum stands there."""
+    if not file.name.lower().endswith(".gz"):
+        return np.asanyarray(image.dataobj)
+    with gzip.open(file) as stream:
+        holder = nibabel.FileHolder(fileobj=stream)
+        voxels = np.asanyarray(type(image).from_file_map({"image": holder}).dataobj)
+        while stream.read(AT_ONCE):
+            pass
+    return voxels
 
 
 def _grid(image: Any, shape: tuple[int, ...], file: Path) -> tuple[Grid, list[str]]:
+    header, warnings = image.header.copy(), []
     affine = check_affine(image.affine, file)
-    qform, q_code = image.get_qform(coded=True)
-    sform, s_code = image.get_sform(coded=True)
-    warnings = []
+    q_code, s_code = int(header["qform_code"]), int(header["sform_code"])
     if q_code == 0 and s_code == 0:
         warnings.append(
             "the header gives no orientation (qform and sform codes 0): left and right are a guess"
         )
-    elif q_code > 0 and s_code > 0 and not np.allclose(qform, sform, atol=0.1 * _smallest_voxel(affine)):
-        warnings.append("qform and sform disagree: the sform was used")
-    return Grid(shape, affine, _array(qform), _array(sform), (int(q_code), int(s_code))), warnings
+    elif q_code > 0 and s_code > 0:
+        try:
+            agree = np.allclose(header.get_qform(), affine, atol=0.1 * _smallest_voxel(affine))
+        except ValueError:  # a quaternion that turns nothing
+            agree = False
+        if not agree:
+            warnings.append("qform and sform disagree: the sform was used")
+    unit = int(header["xyzt_units"]) & 7
+    if unit in UNIT:
+        warnings.append(f"the header gives lengths in {UNIT[unit]}, and they were taken so")
+    return Grid(shape, _in_mm(affine, header), header), warnings
+
+
+def _in_mm(affine: npt.NDArray[np.float64], header: Any) -> npt.NDArray[np.float64]:
+    factor = MM.get(int(header["xyzt_units"]) & 7, 1.0)
+    return np.asarray(np.diag([factor, factor, factor, 1.0]) @ affine)
 
 
 def _smallest_voxel(affine: npt.NDArray[Any]) -> float:
     return float(np.linalg.norm(affine[:3, :3], axis=0).min())
-
-
-def _array(affine: npt.NDArray[Any] | None) -> npt.NDArray[np.float64] | None:
-    return None if affine is None else np.asarray(affine, dtype=np.float64)

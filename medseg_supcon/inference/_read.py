@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from medseg_supcon.data import not_a_file
 from medseg_supcon.errors import DataError
 from medseg_supcon.inference._grid import Volume
 from medseg_supcon.inference._itk import read_itk
@@ -18,8 +19,8 @@ def read_scan(scan: Scan, channels: int) -> Volume:
     if scan.problem is not None:
         raise DataError(scan.problem)
     for file in scan.files:
-        if not file.exists():
-            raise DataError(f"{file}: there is no such file or folder. Check the path.")
+        if (problem := not_a_file(file)) is not None:
+            raise DataError(problem)
     if scan.kind == "nifti":
         return read_nifti(scan.files, channels)
     return read_itk(scan.files, channels, dicom=scan.kind == "dicom")

@@ -166,7 +166,7 @@ NAN = np.where(np.arange(27).reshape(3, 3, 3) == 5, np.nan, 1.0)
 RGB = np.zeros((4, 4, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
 BAD: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "text": ("a.nii.gz", _text, "damaged or cut short"),
-    "empty file": ("a.nii", lambda p: p.touch(), "damaged or cut short"),
+    "empty file": ("a.nii", lambda p: p.touch(), "the file is empty"),
     "truncated gzip": ("a.nii.gz", _cut, "damaged or cut short"),
     "truncated plain": ("a.nii", _cut_plain, "damaged or cut short"),
     "gzip of nothing": ("a.nii.gz", lambda p: p.write_bytes(gzip.compress(b"")), "damaged or cut short"),
