@@ -17,6 +17,7 @@ from medseg_supcon.errors import RunError
 from medseg_supcon.inference._collect import add, add_inverse, label
 from medseg_supcon.inference._folder import predict_folder
 from medseg_supcon.inference._grid import Grid
+from medseg_supcon.inference._heap import keep_freed_memory
 from medseg_supcon.inference._mask import keep_largest, label_type
 from medseg_supcon.inference._memory import attempts
 from medseg_supcon.inference._model import Model, load_model
@@ -24,7 +25,7 @@ from medseg_supcon.inference._network import network_outputs
 from medseg_supcon.inference._prepare import Prepared, prepare
 from medseg_supcon.inference._resample import Way
 from medseg_supcon.inference._scans import Scan, find_scans
-from medseg_supcon.inference._window import windows
+from medseg_supcon.inference._window import batch_on, windows
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class Predictor:
         started = time.perf_counter()
         warnings = list(prepared.warnings)
         for way in attempts(self.device, self.plan["inference"]["sw_batch_size"], warnings):
-            with way:
+            with way, keep_freed_memory(way.device.type == "cpu"):
                 classes, scores = self._infer(prepared, way.device, way.buffers, way.batch, probabilities)
         keep = [i for i, name in enumerate(self.labels) if name in self.plan["keep_largest"]]
         keep_largest(classes, keep)
@@ -190,7 +191,7 @@ class Predictor:
                 predict,
                 model.plan["patch_size"],
                 model.plan["inference"]["overlap"],
-                batch,
+                batch_on(device, batch, model.plan["patch_size"]),
                 device,
                 buffers,
             )

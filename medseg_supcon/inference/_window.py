@@ -6,12 +6,22 @@ one patch's depth of it is in memory at a time, which bounds the memory for long
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor
 from torch.nn import functional as F
+
+CPU_VOXELS = 2**20  # of a batch: more is no faster on a CPU, and takes more memory
+
+
+def batch_on(device: torch.device, batch_size: int, patch_size: Sequence[int]) -> int:
+    """Windows per call: on a CPU fewer large ones, but two (torch convolves one alone more slowly)."""
+    if device.type != "cpu":
+        return batch_size
+    return min(batch_size, max(2, CPU_VOXELS // math.prod(patch_size)))
 
 
 def windows(
