@@ -168,6 +168,7 @@ class Checkpoint:
                 "best_epoch": self.best_epoch,
                 "config": self.config,
                 "scaler": None if engine.scaler is None else engine.scaler.state_dict(),
+                "model": self.network.state_dict(),  # where MONAI's tools look for weights
                 "state": {name: thing.state_dict() for name, thing in self.state.items()},
             },
             self.path.name,
