@@ -1,73 +1,155 @@
-"""DICOM series in a folder, told apart, and a check that the slices of one lie where the volume says."""
+"""DICOM series in a folder, told apart, and a check that the slices of one make a volume."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from medseg_supcon.errors import DataError
+from medseg_supcon.inference._dicom_header import (
+    NOT_SCANS,
+    PICTURES_OF_SCANS,
+    Header,
+    Positions,
+    is_document,
+    looks_like_dicom,
+    read_header,
+)
+
+SAME_PLACE = 1e-3  # mm
+OFF = 0.1  # of the smallest voxel edge: how far a slice may lie from where the volume says
+SAME_TURN = 1e-3  # of a unit vector
 
 
-def series_in(folder: Path) -> list[tuple[str, list[Path]]]:
-    """(name, slices in order) of each DICOM series directly in a folder; none: an empty list.
+def series_in(folder: Path) -> tuple[list[tuple[str, list[Path]]], list[Path]]:
+    """The DICOM series directly in a folder, (name, slices in order) each, and the damaged files.
 
     One series is called as the folder, several ``<folder>_series<number>``. Series identifiers are never
-    used: they identify a patient's examination.
+    used: they identify a patient's examination. Reports, plans and drawings are passed over.
     """
-    import SimpleITK as sitk
-
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    reader = sitk.ImageSeriesReader()
-    identifiers = sorted(reader.GetGDCMSeriesIDs(str(folder)))
-    series = [[Path(f) for f in reader.GetGDCMSeriesFileNames(str(folder), uid)] for uid in identifiers]
-    series = [files for files in series if files]
-    name = folder.absolute().name
+    files = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p.is_file()]
+    found: dict[str, list[Header]] = {}
+    damaged = []
+    for file in filter(looks_like_dicom, files):
+        header = read_header(file)
+        if header is not None:
+            found.setdefault(header.series, []).append(header)
+        elif not is_document(file):
+            damaged.append(file)
+    series = [
+        headers for headers in found.values() if headers[0].modality not in (*NOT_SCANS, *PICTURES_OF_SCANS)
+    ]
+    name = folder.resolve().name or "scan"
     if len(series) <= 1:
-        return [(name, files) for files in series]
-    numbers = [_series_number(files[0]) for files in series]
+        return [(name, _in_order(headers)) for headers in series], damaged
+    numbers = [headers[0].number for headers in series]
     if None in numbers or len(set(numbers)) < len(numbers):
         numbers = list(range(1, len(series) + 1))
     order = sorted(range(len(series)), key=lambda i: numbers[i] or 0)
-    return [(f"{name}_series{numbers[i]}", series[i]) for i in order]
+    return [(f"{name}_series{numbers[i]}", _in_order(series[i])) for i in order], damaged
 
 
-def _series_number(file: Path) -> int | None:
-    import SimpleITK as sitk
-
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
-    try:
-        reader.ReadImageInformation()
-        return int(reader.GetMetaData("0020|0011"))
-    except (RuntimeError, ValueError):
-        return None
+def _in_order(headers: Sequence[Header]) -> list[Path]:
+    """Along the normal of the slices; by name where a slice does not say where it is."""
+    first = headers[0]
+    if first.orientation is None or any(h.positions is None for h in headers):
+        return [h.file for h in headers]
+    normal = np.cross(first.orientation[:3], first.orientation[3:])
+    return [h.file for h in sorted(headers, key=lambda h: float(h.positions[0] @ normal))]  # type: ignore[index]
 
 
-def check_slices(reader: Any, image: Any, folder: Path) -> None:
-    """A missing slice, a tilted gantry, or several volumes in one series would shift the mask: refuse them.
+def is_one_of_many(file: Path, series: Sequence[tuple[str, list[Path]]]) -> int:
+    """Number of slices of the series that a slice belongs to; 0 for a file that is a volume of its own."""
+    own = next((files for _, files in series if file in files), [])
+    header = read_header(file) if len(own) > 1 else None
+    return 0 if header is None or header.size[2] > 1 else len(own)
 
-    Args:
-        reader: the SimpleITK.ImageSeriesReader that read ``image``, with its slices' headers.
-        image: the volume.
-        folder: for the message.
+
+def check_series(files: Sequence[Path], source: Path) -> Positions:
+    """Positions (slices, 3) of a series' slices in mm, if they make one volume.
 
     Raises:
-        DataError: a slice's own position differs from the volume's by a tenth of a voxel or more.
+        DataError: a file is damaged, no scan, a mosaic, or of another grid than the others; a slice is missing or
+            says no position; the gantry was tilted; there are several volumes.
     """
-    spacing = min(image.GetSpacing())
-    for k in range(image.GetSize()[2]):
-        if not reader.HasMetaDataKey(k, "0020|0032"):
-            raise DataError(
-                f"{folder}: slice {k + 1} has no position (ImagePositionPatient). Export the series again."
-            )
-        position = np.array([float(v) for v in reader.GetMetaData(k, "0020|0032").split("\\")])
-        expected = np.array(image.TransformIndexToPhysicalPoint((0, 0, k)))
-        if np.linalg.norm(position - expected) > 0.1 * spacing:
-            raise DataError(
-                f"{folder}: the slices are not evenly spaced along one line (slice {k + 1} of "
-                f"{image.GetSize()[2]} lies {np.linalg.norm(position - expected):.2f} mm off). A slice is "
-                "missing, the gantry was tilted, or the series holds several volumes: export one complete "
-                "volume."
-            )
+    headers = [_readable(file, source) for file in files]
+    kinds = Counter(_kind(h) for h in headers)
+    usual = kinds.most_common(1)[0][0]
+    odd = next((h for h in headers if _kind(h) != usual), None)
+    if odd is not None:
+        raise DataError(
+            f"{odd.file}: its size or direction differs from that of {kinds[usual]} of the {len(files)} slices of its "
+            "series (a localiser, or another view). Move it out of the folder."
+        )
+    first = headers[0]
+    if first.size[2] > 1 and len(files) > 1:
+        raise DataError(
+            f"{source}: the series holds {len(files)} volumes, a file each. Give the file that you want segmented."
+        )
+    if first.orientation is None or any(h.positions is None for h in headers):
+        many = len(files) > 1 or first.size[2] > 1
+        raise DataError(
+            f"{source}: {'not every slice says' if many else 'does not say'} where it lies in the body (one "
+            "ImagePositionPatient a slice). If it is a scan and no picture, convert it to NIfTI with dcm2niix."
+        )
+    positions = np.concatenate([h.positions for h in headers if h.positions is not None])
+    if (sentence := _unevenness(positions, first)) is not None:
+        raise DataError(f"{source}: {sentence}")
+    return positions
+
+
+def _readable(file: Path, source: Path) -> Header:
+    header = read_header(file)
+    if header is None:
+        raise DataError(
+            f"{file}: cannot be read as a DICOM image. It is damaged, cut short, or holds no image."
+        )
+    if header.modality in (*NOT_SCANS, *PICTURES_OF_SCANS):
+        raise DataError(
+            f"{source}: is no scan (its DICOM modality is {header.modality}). Give the scan itself."
+        )
+    if header.mosaic:
+        raise DataError(
+            f"{source}: is a mosaic, all slices tiled in one picture (Siemens). Convert it to NIfTI with dcm2niix."
+        )
+    return header
+
+
+def _kind(header: Header) -> tuple[object, ...]:
+    turn = () if header.orientation is None else tuple(np.round(header.orientation / (2 * SAME_TURN)))
+    return header.size, header.channels, turn
+
+
+def _unevenness(positions: Positions, header: Header) -> str | None:
+    """What is wrong with the slices' places; None for one volume with even gaps."""
+    count = len(positions)
+    if count == 1 or header.orientation is None:
+        return None
+    normal = np.cross(header.orientation[:3], header.orientation[3:])
+    places = len(np.unique(np.round(positions / SAME_PLACE), axis=0))
+    if places < count:
+        return (
+            f"holds several volumes: {count} slices at {places} places (a time series, echoes, or a copy of slices). "
+            "Export one volume."
+        )
+    step = (positions[-1] - positions[0]) / (count - 1)
+    limit = OFF * min(header.edge, float(np.linalg.norm(step)))
+    sideways = (positions - positions[0]) - np.outer((positions - positions[0]) @ normal, normal)
+    if np.linalg.norm(sideways, axis=1).max() > limit:
+        return (
+            f"each slice is shifted sideways against the one before, {np.linalg.norm(sideways[-1]):.1f} mm in all (the "
+            "gantry was tilted). Resample the scan onto a straight grid first, for example with dcm2niix."
+        )
+    off = np.linalg.norm(positions - positions[0] - np.outer(np.arange(count), step), axis=1)
+    if off.max() > limit:
+        gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
+        usual = float(np.median(gaps))
+        worst = int(np.abs(gaps - usual).argmax())
+        return (
+            f"the slices are not evenly spaced: number {worst + 1} and {worst + 2} of {count} are {gaps[worst]:.2f} mm "
+            f"apart, others {usual:.2f} mm. A slice is missing, or was taken twice: export the whole series."
+        )
+    return None

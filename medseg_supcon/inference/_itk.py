@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.inference._dicom import check_slices
+from medseg_supcon.inference._dicom import check_series
 from medseg_supcon.inference._grid import Affine, Grid, Volume, check_affine, check_values
 from medseg_supcon.inference._nifti import wrong_channels
 
@@ -59,26 +59,64 @@ def _load(files: list[Path], dicom: bool) -> Any:
     sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote tags of DICOM files
     source = files[0].parent if len(files) > 1 else files[0]
     try:
-        if dicom and len(files) > 1:
-            reader = sitk.ImageSeriesReader()
-            reader.SetFileNames([str(file) for file in files])
-            reader.MetaDataDictionaryArrayUpdateOn()
-            image = reader.Execute()
-            check_slices(reader, image, source)
-        else:
-            image = sitk.ReadImage(str(files[0]), imageIO=READERS.get(files[0].suffix.lower(), "GDCMImageIO"))
+        image = _load_series(files, source) if dicom else _load_file(files[0])
     except RuntimeError as error:
-        if not files[0].exists():
-            raise DataError(f"{files[0]}: there is no such file. Check the path.") from error
+        if "allocat" in str(error).lower():  # ITK's own words for a full memory
+            raise MemoryError(str(source)) from error
         raise DataError(
-            f"{source}: cannot be read. It is damaged or not the format that its name says."
+            f"{source}: cannot be read. It is damaged or not the format that its name says, or the file that holds its "
+            "voxels is missing."
         ) from error
+    while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
+        image = image[..., 0]
     if image.GetDimension() != 3:
         raise DataError(
             f"{source}: expected a 3-D scan, found {image.GetDimension()} dimensions {image.GetSize()}. "
             "2-D images and time series are not segmented: give one volume."
         )
     return image
+
+
+def _load_file(file: Path) -> Any:
+    import SimpleITK as sitk
+
+    if file.stat().st_size == 0:
+        raise DataError(f"{file}: the file is empty (0 bytes). Copy or export it again.")
+    return sitk.ReadImage(str(file), imageIO=READERS[file.suffix.lower()])
+
+
+def _load_series(files: list[Path], source: Path) -> Any:
+    """One volume of slices or frames, each where its own header says."""
+    import SimpleITK as sitk
+
+    positions = check_series(files, source)
+    reader = sitk.ImageSeriesReader() if len(files) > 1 else sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    if len(files) > 1:
+        reader.SetFileNames([str(file) for file in files])
+        reader.SetOutputPixelType(_pixel_type(files[0]))
+    else:
+        reader.SetFileName(str(files[0]))
+    image = reader.Execute()
+    slices = image.GetSize()[2]
+    expected = [image.TransformIndexToPhysicalPoint((0, 0, k)) for k in range(slices)]
+    if len(positions) != slices or np.abs(positions - expected).max() > 0.1 * min(image.GetSpacing()):
+        raise DataError(
+            f"{source}: the slices lie elsewhere than the volume that was made of them. Convert the series to NIfTI "
+            "with dcm2niix."
+        )
+    return image
+
+
+def _pixel_type(file: Path) -> int:
+    """float32 for grey values: each slice may have a scaling of its own, and the first must not set the type."""
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(file))
+    reader.ReadImageInformation()
+    return int(sitk.sitkFloat32 if reader.GetNumberOfComponents() == 1 else sitk.sitkUnknown)
 
 
 def _channels_first(image: Any) -> npt.NDArray[Any]:

@@ -98,7 +98,7 @@ def _voxels(image: Any, file: Path) -> npt.NDArray[Any]:
         return np.asanyarray(image.dataobj)
     with gzip.open(file) as stream:
         holder = nibabel.FileHolder(fileobj=stream)
-        voxels = np.asanyarray(type(image).from_file_map({"image": holder}).dataobj)
+        voxels: npt.NDArray[Any] = np.asanyarray(type(image).from_file_map({"image": holder}).dataobj)
         while stream.read(AT_ONCE):
             pass
     return voxels

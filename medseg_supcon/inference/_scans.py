@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -9,14 +10,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from medseg_supcon.inference._dicom import series_in
+from medseg_supcon.data import not_a_file
+from medseg_supcon.inference._dicom import is_one_of_many, series_in
+from medseg_supcon.inference._dicom_header import looks_like_dicom
 from medseg_supcon.inference._nifti import dimensions
 
 NIFTI = (".nii.gz", ".nii")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
+# Scans that are not read: in a folder they are refused by name, while notes and tables are passed over.
+FOREIGN = (
+    *(
+        ".hdr",
+        ".mgh",
+        ".mgz",
+        ".mnc",
+        ".par",
+        ".head",
+        ".gipl",
+        ".nii.bz2",
+        ".nii.xz",
+        ".nii.zst",
+        ".nii.zip",
+    ),
+    *(".mha.gz", ".nrrd.gz", ".dcm.gz", ".gipl.gz"),
+)
 FORMATS = "NIfTI (.nii, .nii.gz), MetaImage (.mha, .mhd), NRRD (.nrrd) or a DICOM series folder"
 
 Kind = Literal["nifti", "itk", "dicom"]
+Series = list[tuple[str, list[Path]]]
 
 
 @dataclass(frozen=True)
@@ -44,8 +65,8 @@ class Scan:
 def find_scans(paths: Iterable[str | Path], channels: int | Sequence[str] = 1) -> list[Scan]:
     """The scans that files and folders hold, in order; what is wrong with one stands in its ``problem``.
 
-    A folder gives every scan directly in it (hidden and other files are passed over), the DICOM series in it,
-    or, where it holds neither, the DICOM series of its subfolders. With several channels, 3-D files
+    A folder gives every scan directly in it, the DICOM series in it and those in its subfolders; hidden files and
+    what is no scan are passed over, damaged DICOM files are not. With several channels, 3-D files
     ``case_0000.nii.gz``, ``case_0001.nii.gz``, ... are one scan ``case``, as in nnU-Net. Two scans that would
     get one name are both refused.
 
@@ -59,8 +80,9 @@ def find_scans(paths: Iterable[str | Path], channels: int | Sequence[str] = 1) -
     """
     count = channels if isinstance(channels, int) else len(channels)
     found: dict[tuple[Path, ...], Scan] = {}
+    folders: dict[Path, Series] = {}  # each is looked through once
     for path in map(Path, paths):
-        for scan in _scans_at(path):
+        for scan in _scans_at(path, folders):
             found.setdefault(tuple(file.absolute() for file in scan.files), scan)
     scans = _group_channels(list(found.values()), count) if count > 1 else list(found.values())
     return _refuse_equal_names(scans)
@@ -80,45 +102,63 @@ def _kind(path: Path) -> Kind | None:
         return "nifti"
     if name.endswith(ITK):
         return "itk"
-    return "dicom" if name.endswith((".dcm", ".ima")) else None
+    return "dicom" if looks_like_dicom(path) else None
 
 
-def _scans_at(path: Path) -> list[Scan]:
-    name = scan_name(path.absolute())
-    if not path.exists():
-        return [_refused(name, path, "there is no such file or folder. Check the path.")]
-    try:
-        if path.is_dir():
-            scans = _scans_in(path)
-            if not scans:
-                scans = [_refused(name, path, f"the folder holds no scan. Expected {FORMATS}.")]
-            return scans
-    except OSError as error:
-        return [_refused(name, path, f"the folder cannot be read ({error.strerror}). Check its permissions.")]
+def _scans_at(path: Path, folders: dict[Path, Series]) -> list[Scan]:
+    # Not resolve(): the mask is called as the link, not as what it leads to; but ".." has no name.
+    name = scan_name(Path(os.path.abspath(path))) or "scan"  # noqa: PTH100
+    problem = not_a_file(path)
+    if problem is not None and "is a folder" not in problem:
+        return [Scan(name, (path,), problem=problem)]
+    if problem is not None:
+        scans = _scans_in(path)
+        return scans or [_refused(name, path, f"the folder holds no scan. Expected {FORMATS}.")]
     kind = _kind(path)
     if kind is None:
         return [_refused(name, path, f"this is not a scan. Expected {FORMATS}.")]
-    slices = [files for _, files in series_in(path.parent) if path in files] if kind == "dicom" else []
-    if slices and len(slices[0]) > 1:
-        reason = f"this is one of {len(slices[0])} slices of a DICOM series. Give its folder."
-        return [_refused(name, path, reason)]
+    if kind == "dicom":
+        if path.parent not in folders:
+            folders[path.parent] = series_in(path.parent)[0]
+        if slices := is_one_of_many(path, folders[path.parent]):
+            reason = f"this is one of {slices} slices of a DICOM series. Give its folder."
+            return [_refused(name, path, reason)]
     return [Scan(name, (path,), kind)]
 
 
 def _scans_in(folder: Path) -> list[Scan]:
-    entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    scans = [Scan(scan_name(p), (p,), kind) for p in entries if (kind := _kind(p)) in ("nifti", "itk")]
-    others = any(p.is_file() and _kind(p) in ("dicom", None) for p in entries)
-    series = (
-        _dicom_scans(folder) if others and (not scans or any(_kind(p) == "dicom" for p in entries)) else []
-    )
-    if scans or series:
-        return scans + series
-    return [scan for p in entries if p.is_dir() for scan in _dicom_scans(p)]
+    """The scans in a folder, and the DICOM series in its subfolders."""
+    try:
+        entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    except OSError as error:
+        name = folder.resolve().name
+        return [
+            _refused(name, folder, f"the folder cannot be read ({error.strerror}). Check its permissions.")
+        ]
+    scans = []
+    for path in entries:
+        kind = _kind(path) if not path.is_dir() else None
+        if kind in ("nifti", "itk"):
+            scans.append(Scan(scan_name(path), (path,), kind))
+        elif path.name.lower().endswith(FOREIGN):
+            scans.append(
+                _refused(path.name, path, f"this format is not read: convert it. Expected {FORMATS}.")
+            )
+    scans += _dicom_scans(folder)
+    return scans + [scan for path in entries if path.is_dir() for scan in _dicom_scans(path)]
 
 
 def _dicom_scans(folder: Path) -> list[Scan]:
-    return [Scan(name, tuple(files), "dicom") for name, files in series_in(folder)]
+    try:
+        series, damaged = series_in(folder)
+    except OSError as error:
+        reason = f"the folder cannot be read ({error.strerror}). Check its permissions."
+        return [_refused(folder.name, folder, reason)]
+    bad = "cannot be read as DICOM. It is damaged, cut short, or holds no image: is a slice of a series missing now?"
+    return [
+        *(Scan(name, tuple(files), "dicom") for name, files in series),
+        *(_refused(file.name, file, bad) for file in damaged),
+    ]
 
 
 def _refused(name: str, path: Path, reason: str) -> Scan:
