@@ -23,12 +23,19 @@ def compare(
     dataset: DatasetArg,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder of the comparison.")],
     recipes: Annotated[
-        str, typer.Option(help="Names or .yaml files, separated by commas; the first is the baseline.")
-    ],
-    seeds: Annotated[str, typer.Option(help="Seeds of training, separated by commas.")] = "0",
+        str | None, typer.Option(help="Names or .yaml files, separated by commas; the first is the baseline.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds of training, separated by commas; default: 0.")
+    ] = None,
     labels: Annotated[
-        str, typer.Option(help="Labelled scans (validation included), separated by commas; or 'all'.")
-    ] = "all",
+        str | None,
+        typer.Option(help="Labelled scans (validation included), separated by commas; default: 'all'."),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="The comparison as a file (recipes, a grid of variants, ...), or 'article'."),
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Length of every run; default: what fits the planned time.")
     ] = None,
@@ -39,8 +46,9 @@ def compare(
     ] = None,
     split_seed: Annotated[int, typer.Option(min=0, help="Of the split, which all runs share.")] = 0,
     robustness: Annotated[
-        bool, typer.Option("--robustness/--no-robustness", help="Test on corrupted scans, too.")
-    ] = True,
+        bool | None,
+        typer.Option("--robustness/--no-robustness", help="Test on corrupted scans, too; default: yes."),
+    ] = None,
     device: DeviceOption = None,
     workers: Annotated[
         int | None,
@@ -53,24 +61,33 @@ def compare(
 ) -> None:
     """Recipes x seeds x label budgets, paired and at equal budget: who wins, by how much, how sure.
 
+    Name them with --recipes, or give a file that says it all with --config; options go before the file's values.
+
     Give the command again to go on after an interruption: finished runs are kept. All GPUs are used.
     """
+    from medseg_supcon.comparison import ComparisonConfig, design_comparison, make_variants, read_comparison
     from medseg_supcon.comparison import compare as run_comparison
-    from medseg_supcon.comparison import design_comparison
     from medseg_supcon.data import check_dataset, read_case_names, read_dataset
     from medseg_supcon.training import check_device, parse_setting
 
     check_device(device)
-    parsed = [parse_setting(text) for text in settings or ()]
+    said = ComparisonConfig() if config is None else read_comparison(config)
+    parsed = [*said.settings.items(), *(parse_setting(text) for text in settings or ())]
     data = read_dataset(dataset)
     design = design_comparison(
         data,
-        _separated(recipes, "--recipes"),
-        [_whole(text, "--seeds") for text in _separated(seeds, "--seeds")],
-        [None if text == "all" else _whole(text, "--labels") for text in _separated(labels, "--labels")],
+        said.recipes if recipes is None else _separated(recipes, "--recipes"),
+        said.seeds or (0,)
+        if seeds is None
+        else [_whole(text, "--seeds") for text in _separated(seeds, "--seeds")],
+        said.labels or (None,)
+        if labels is None
+        else [None if text == "all" else _whole(text, "--labels") for text in _separated(labels, "--labels")],
         cases=None if cases is None else read_case_names(cases),
         test_cases=None if test_cases is None else read_case_names(test_cases),
         split_seed=split_seed,
+        own=said.own,
+        variants=make_variants(said.variants),
     )
     used = {c.name for s in design.splits.values() for c in (*s.training, *s.validation)}
     report = check_dataset(
@@ -86,11 +103,12 @@ def compare(
     found = run_comparison(
         design,
         out_dir,
-        epochs=epochs,
+        epochs=epochs or said.epochs,
         settings=parsed,
         device=device,
         workers=workers,
-        robustness=robustness,
+        robustness=said.robustness is not False if robustness is None else robustness,
+        training_score=said.training_score,
         trust_scan_affine=allow_affine_mismatch,
         say=lambda text: err.print(text, markup=False),
     )

@@ -20,7 +20,7 @@ from medseg_supcon.training import (
     train_run,
 )
 
-CLEAN = "clean"
+CLEAN, TRAINING = "clean", "training scans"
 Job = Mapping[str, Any]
 
 

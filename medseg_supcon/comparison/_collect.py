@@ -19,44 +19,45 @@ SCORES = ("dice", "hd95_mm", "surface_dice", "volume_ml", "reference_volume_ml",
 
 
 def read_results(out: Path, cells: Iterable[Cell], condition: str) -> list[Row]:
-    """A row per run, test case and class: ``recipe``, ``labels``, ``seed``, ``case``, ``class`` and the scores."""
+    """A row per run, case and class: the cell's key (``recipe``, ``labels``, ``seed``), ``case``, ``class``, scores."""
     rows = []
     for cell in cells:
         path = out / "tests" / cell.name / condition.replace(" ", "_") / "metrics.json"
         for row in json.loads(path.read_text())["rows"]:
-            of = {"recipe": cell.recipe, "labels": cell.labels, "seed": cell.seed}
-            rows.append(of | {key: row[key] for key in ("case", "class", *SCORES)})
+            rows.append(cell.key | {key: row[key] for key in ("case", "class", *SCORES)})
     return rows
 
 
-def read_runs(out: Path, cells: Iterable[Cell], results: Sequence[Row]) -> list[Row]:
+def read_runs(
+    out: Path, cells: Iterable[Cell], results: Sequence[Row], training: Sequence[Row] = ()
+) -> list[Row]:
     """A row per run: what it cost and how it ended.
 
-    ``test_dice`` and ``hd95_mm``: mean over classes; ``validation_dice``, ``loss`` and ``contrastive_loss``: the
-    last epoch that has one; ``minutes`` of training, validations included; ``memory_gib``: the peak.
+    ``test_dice`` and ``hd95_mm``: mean over classes; ``training_dice``: the same on the scans trained on, where
+    ``training`` has rows of them; ``validation_dice``, ``loss`` and ``contrastive_loss``: the last epoch that has
+    one; ``minutes`` of training, validations included; ``memory_gib``: the peak.
     """
+
+    def mean(rows: Sequence[Row], cell: Cell) -> Row:
+        mine = [r for r in rows if all(r[name] == value for name, value in cell.key.items())]
+        of: Row = summarise(mine)["mean"]
+        return of
+
     found = []
     for cell in cells:
         run = out / "runs" / cell.name
-        mine = [
-            r
-            for r in results
-            if (r["recipe"], r["labels"], r["seed"]) == (cell.recipe, cell.labels, cell.seed)
-        ]
-        test = summarise(mine)["mean"]
+        test = mean(results, cell)
         history = read_history(run)
         cost_file = out / "tests" / cell.name / "cost.json"
         cost = json.loads(cost_file.read_text()) if cost_file.exists() else {}
         found.append(
-            {
-                "recipe": cell.recipe,
-                "labels": cell.labels,
-                "seed": cell.seed,
+            cell.key
+            | {
                 "test_dice": test["dice"],
                 "test_hd95_mm": test["hd95_mm"],
                 "validation_dice": _last(history, "val_mean_dice"),
                 "loss": _last(history, "loss"),
-                "contrastive_loss": _last(history, "contrastive"),
+                "contrastive_loss": _last(history, "contrastive", used_only=True),
                 "epochs": len(history),
                 "steps": int(history[-1]["step"]) if history else 0,
                 "minutes": round(sum(float(row["seconds"]) for row in history) / 60, 2),
@@ -64,6 +65,7 @@ def read_runs(out: Path, cells: Iterable[Cell], results: Sequence[Row]) -> list[
                 "machine": cost.get("machine"),
                 "finished": is_finished(run),
             }
+            | ({"training_dice": mean(training, cell)["dice"]} if training else {})
         )
     return found
 
@@ -116,6 +118,8 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     part.replace(path)
 
 
-def _last(history: Sequence[dict[str, str]], column: str) -> float | None:
-    values = [row[column] for row in history if row.get(column)]
-    return float(values[-1]) if values else None
+def _last(history: Sequence[dict[str, str]], column: str, used_only: bool = False) -> float | None:
+    values = [float(row[column]) for row in history if row.get(column)]
+    if used_only and not any(values):  # a term that is 0 throughout is not in use
+        return None
+    return values[-1] if values else None

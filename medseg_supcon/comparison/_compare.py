@@ -8,14 +8,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from medseg_supcon.comparison._cell import CLEAN, is_done, run_cell
-from medseg_supcon.comparison._collect import draw_example, read_history, read_results, read_runs, write_csv
+from medseg_supcon.comparison._cell import is_done, run_cell
 from medseg_supcon.comparison._design import Cell, Design
-from medseg_supcon.comparison._runs import conditions_of, make_plans, prepare_cells, unequal_recipes
+from medseg_supcon.comparison._findings import write_findings
+from medseg_supcon.comparison._runs import conditions_of, make_plans, prepare_cells
 from medseg_supcon.comparison._workers import devices, run_jobs
 from medseg_supcon.errors import RunError
-from medseg_supcon.evaluation import compare_recipes, write_comparison
-from medseg_supcon.training import read_recipe
 
 MARKER = "comparison.json"
 Say = Callable[[str], None]
@@ -30,6 +28,7 @@ def compare(
     device: str | None = None,
     workers: int | None = None,
     robustness: bool = True,
+    training_score: bool = False,
     trust_scan_affine: bool = False,
     say: Say = print,
     processes: bool = True,
@@ -47,6 +46,7 @@ def compare(
         workers: runs at once; by default one on each device. On a CPU they divide its threads: a run's figures
             depend on its seed and its number of threads, not on what runs beside it.
         robustness: test on corrupted scans, too.
+        training_score: Dice on the scans trained on, too.
         trust_scan_affine: as ``medseg train --allow-affine-mismatch``.
         say: told what is going on, in lines.
         processes: False: run everything in this process, quietly.
@@ -66,10 +66,11 @@ def compare(
         design, out, settings=settings, epochs=epochs, device=device, trust_scan_affine=trust_scan_affine, say=say
     )  # fmt: skip
     conditions = conditions_of(robustness)
-    jobs = prepare_cells(design, out, plans, settings, conditions)
+    jobs = prepare_cells(design, out, plans, settings, conditions, training_score)
     _run(jobs, devices(device, workers), say, processes)
-    results = {c: read_results(out, design.cells, c) for c in conditions}
-    return _write(design, out, plans, results, settings)
+    found = write_findings(design, out, next(iter(plans.values())), conditions, settings, training_score)
+    (out / MARKER).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    return found
 
 
 def _run(jobs: dict[Path, Cell], where: list[str], say: Say, processes: bool) -> None:
@@ -105,56 +106,3 @@ def _run(jobs: dict[Path, Cell], where: list[str], say: Say, processes: bool) ->
             f"{len(failed)} of {len(jobs)} runs failed; {name}: {problem}. The others are kept: the same "
             "command goes on from here."
         )
-
-
-def _write(
-    design: Design,
-    out: Path,
-    plans: dict[int, dict[str, Any]],
-    results: dict[str, list[dict[str, Any]]],
-    settings: Sequence[tuple[str, Any]],
-) -> dict[str, Any]:
-    clean = results[CLEAN]
-    runs = read_runs(out, design.cells, clean)
-    first = next(iter(plans.values()))
-    histories = {
-        cell.name: (cell.recipe, cell.labels, read_history(out / "runs" / cell.name)) for cell in design.cells
-    }
-    robustness = [
-        {"condition": condition} | row
-        for condition, rows in results.items()
-        if len(results) > 1
-        for row in compare_recipes(rows, design.recipes)
-        if row["class"] == "mean"
-    ]
-    write_csv(clean, out / "results.csv")
-    write_csv(runs, out / "runs.csv")
-    if len(results) > 1:
-        worse = [{"condition": c} | row for c, rows in results.items() if c != CLEAN for row in rows]
-        write_csv(worse, out / "robustness.csv")
-    about = {
-        "dataset": design.dataset.name,
-        "classes": list(design.dataset.labels)[1:],
-        "recipes": list(design.recipes),
-        "overlays": {name: read_recipe(file) for name, file in design.files.items()},
-        "settings": [f"{key}={value}" for key, value in settings],
-        "patch_size": first["patch_size"],
-        "seeds": list(design.seeds),
-        "splits": {
-            labels: {
-                part: [case.name for case in getattr(split, part)]
-                for part in ("training", "validation", "unlabelled")
-            }
-            for labels, split in design.splits.items()
-        },
-        "test": [case.name for case in design.test],
-        "tested_on": design.tested_on,
-        "epochs": first["epochs"],
-        "steps": first["epochs"] * first["steps_per_epoch"],
-        "patches_per_step": 2 * first["batch_size"],
-        "warnings": [*unequal_recipes(design), *(w for s in design.splits.values() for w in s.warnings)],
-    }
-    examples = draw_example(design, out, clean)
-    found = write_comparison(out, about, clean, runs, robustness, histories, examples)
-    (out / MARKER).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    return found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from medseg_supcon.comparison._variants import PLAIN, Variant
 from medseg_supcon.data import Case, Dataset, Split, split_cases
 from medseg_supcon.errors import ConfigError, DataError
 from medseg_supcon.training import read_recipe
@@ -20,11 +22,19 @@ class Cell:
     recipe: str
     labels: int
     seed: int
+    variant: Variant = PLAIN
 
     @property
     def name(self) -> str:
         """The run's folder."""
-        return f"{self.recipe}_labels{self.labels}_seed{self.seed}"
+        under = f"_{self.variant.folder}" if self.variant.folder else ""
+        return f"{self.recipe}{under}_labels{self.labels}_seed{self.seed}"
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What tells its rows from other runs': ``variant`` is there only where the comparison has variants."""
+        under = {"variant": self.variant.name} if self.variant.levels else {}
+        return under | {"recipe": self.recipe, "labels": self.labels, "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,8 @@ class Design:
         splits: labelled cases of a budget -> its split, the same for all recipes and seeds.
         test: labelled cases that no run trains or validates on.
         tested_on: a sentence on how they were chosen.
+        own: recipe name -> settings of that recipe alone, laid over it.
+        variants: settings under each of which every recipe is trained.
     """
 
     dataset: Dataset
@@ -48,27 +60,32 @@ class Design:
     splits: dict[int, Split]
     test: tuple[Case, ...]
     tested_on: str
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    variants: tuple[Variant, ...] = (PLAIN,)
 
     @property
     def cells(self) -> list[Cell]:
         """Every run, the small budgets first and the recipes side by side, so that early results compare."""
         return [
-            Cell(recipe, labels, seed)
+            Cell(recipe, labels, seed, variant)
             for labels in self.splits
             for seed in self.seeds
+            for variant in self.variants
             for recipe in dict.fromkeys(self.recipes)
         ]
 
 
 def design_comparison(
     dataset: Dataset,
-    recipes: Sequence[str | Path],
+    recipes: Sequence[str | Path | tuple[str, str | Path]],
     seeds: Sequence[int] = (0,),
     labels: Sequence[int | None] = (None,),
     *,
     cases: Iterable[str] | None = None,
     test_cases: Iterable[str] | None = None,
     split_seed: int = 0,
+    own: Mapping[str, Mapping[str, Any]] | None = None,
+    variants: Sequence[Variant] = (PLAIN,),
 ) -> Design:
     """Decide who trains, validates and tests.
 
@@ -79,18 +96,21 @@ def design_comparison(
 
     Args:
         dataset: what was read.
-        recipes: names or files, the baseline first; at least two.
+        recipes: names or files, or (name, name or file), the baseline first; at least two.
         seeds: of training.
         labels: budgets: labelled scans, validation included; None: all of the pool.
         cases: names of the pool.
         test_cases: names of the cases to test on.
         split_seed: of the one order from which all budgets are taken.
+        own: name -> settings of that recipe alone, laid over it.
+        variants: of `make_variants`.
 
     Raises:
         ConfigError: fewer than two recipes, no seed, a recipe that does not exist, two files of one name.
         DataError: a case is unknown, in the pool and tested, or without label; or nothing is left to test on.
     """
-    files = _recipe_files(recipes)
+    named = [r if isinstance(r, tuple) else (Path(r).stem, r) for r in recipes]
+    files = _recipe_files(named)
     if not seeds or min(seeds) < 0:
         raise ConfigError("--seeds: expected whole numbers from 0, separated by commas, such as 0,1,2.")
     pool, test, told = _test_cases(dataset, cases, test_cases, labels, split_seed)
@@ -118,19 +138,21 @@ def design_comparison(
         )
     return Design(
         dataset,
-        tuple(Path(r).stem for r in recipes),
+        tuple(name for name, _ in named),
         files,
         tuple(dict.fromkeys(seeds)),
         dict(sorted(splits.items())),
         test,
         told,
+        dict(own or {}),
+        tuple(variants),
     )
 
 
-def _recipe_files(recipes: Sequence[str | Path]) -> dict[str, str | Path]:
+def _recipe_files(recipes: Sequence[tuple[str, str | Path]]) -> dict[str, str | Path]:
     files: dict[str, str | Path] = {}
-    for recipe in recipes:
-        overlay, name = read_recipe(recipe), Path(recipe).stem
+    for name, recipe in recipes:
+        overlay = read_recipe(recipe)
         if name in files and overlay != read_recipe(files[name]):
             raise ConfigError(
                 f"--recipes: {files[name]} and {recipe} are different recipes of one name. Rename a file."

@@ -8,15 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.comparison._cell import CLEAN
+from medseg_supcon.comparison._cell import CLEAN, TRAINING
 from medseg_supcon.comparison._corruptions import CORRUPTIONS, corrupt_cases
 from medseg_supcon.comparison._design import Cell, Design
 from medseg_supcon.data import items, write_plan
 from medseg_supcon.errors import RunError
-from medseg_supcon.training import is_planned, prepare_run, read_recipe
+from medseg_supcon.training import is_of_plan, is_planned, prepare_run, read_recipe
 
 Settings = Sequence[tuple[str, Any]]
-EQUAL = ("epochs", "steps_per_epoch", "batch_size")  # a recipe that sets one of these is given another budget
+LENGTH = "epochs"  # the comparison's, whatever a recipe says
+EQUAL = ("steps_per_epoch", "batch_size")  # who sets one of these is given another budget
 
 
 def make_plans(
@@ -59,9 +60,14 @@ def make_plans(
 
 
 def prepare_cells(
-    design: Design, out: Path, plans: dict[int, dict[str, Any]], settings: Settings, conditions: Sequence[str]
+    design: Design,
+    out: Path,
+    plans: dict[int, dict[str, Any]],
+    settings: Settings,
+    conditions: Sequence[str],
+    training_score: bool = False,
 ) -> dict[Path, Cell]:
-    """A planned run and a job file for every cell.
+    """A planned run and a job file for every cell; with ``training_score`` it is tested on its training scans, too.
 
     Raises:
         RunError: a run that is there was prepared with other cases, settings, length, or another recipe.
@@ -75,6 +81,11 @@ def prepare_cells(
     jobs = {}
     for cell in design.cells:
         run, path = out / "runs" / cell.name, out / "jobs" / f"{cell.name}.json"
+        learnt = (
+            {TRAINING: items(design.splits[cell.labels].training, design.dataset.root)}
+            if training_score
+            else {}
+        )
         definition = _definition(design, cell, plans[cell.labels], settings)
         if is_planned(run):
             _check_same(run, path, definition)
@@ -83,7 +94,8 @@ def prepare_cells(
             shutil.rmtree(draft, ignore_errors=True)
             prepare_run(
                 design.dataset, design.splits[cell.labels], draft, recipe=design.files[cell.recipe],
-                settings=settings, seed=cell.seed, plan=plans[cell.labels],
+                settings=[*settings, *own_settings(design, cell)], seed=cell.seed, plan=plans[cell.labels],
+                plan_settings=_own_plan(design, cell, settings),
             )  # fmt: skip
             run.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(run, ignore_errors=True)
@@ -92,7 +104,7 @@ def prepare_cells(
             "run": str(run.resolve()),
             "tests": str((out / "tests" / cell.name).resolve()),
             "dataset_dir": str(design.dataset.root.resolve()),
-            "conditions": tests,
+            "conditions": tests | learnt,
             "definition": definition,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,20 +118,37 @@ def conditions_of(robustness: bool) -> list[str]:
     return [CLEAN, *(CORRUPTIONS if robustness else ())]
 
 
+def own_settings(design: Design, cell: Cell) -> list[tuple[str, Any]]:
+    """What a cell's settings have beyond those of all runs: its recipe's, and over them its variant's."""
+    return [*design.own.get(cell.recipe, {}).items(), *cell.variant.settings]
+
+
+def _own_plan(design: Design, cell: Cell, settings: Settings) -> list[tuple[str, Any]]:
+    """What a cell changes of its budget's plan, which was made under the baseline's recipe."""
+    file, for_all = design.files[cell.recipe], {_bare(key) for key, _ in settings}
+    overlay = {} if cell.recipe == design.recipes[0] else read_recipe(file)
+    mine = [(k, v) for k, v in overlay.items() if _bare(k) not in for_all] + own_settings(design, cell)
+    return [(_bare(key), value) for key, value in mine if is_of_plan(key) and _bare(key) != LENGTH]
+
+
 def unequal_recipes(design: Design) -> list[str]:
-    """Sentences about recipes that set their own length or batch, and so get another budget."""
-    found = []
-    for name, file in design.files.items():
-        own = [key for key in EQUAL if key in read_recipe(file)]
+    """Sentences about recipes and variants that set their own batch or steps, and so get another budget."""
+    found: dict[str, None] = {}
+    for cell in design.cells:
+        mine = dict(_own_plan(design, cell, ()))
+        own = [key for key in EQUAL if key in mine]
+        who = f"{cell.recipe} ({cell.variant.name})" if cell.variant.levels else cell.recipe
         if own:
-            found.append(
-                f"The recipe {name} sets {', '.join(own)} of its own: its budget is not the others'."
-            )
-    return found
+            found[f"{who} sets {', '.join(own)} of its own: its budget is not the baseline's."] = None
+    return list(found)
+
+
+def _bare(key: str) -> str:
+    return key.removeprefix("plan::")
 
 
 def _definition(design: Design, cell: Cell, plan: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    split = design.splits[cell.labels]
+    split, own = design.splits[cell.labels], own_settings(design, cell)
     definition = {
         "recipe": read_recipe(design.files[cell.recipe]),
         "settings": [list(setting) for setting in settings],
@@ -128,13 +157,15 @@ def _definition(design: Design, cell: Cell, plan: dict[str, Any], settings: Sett
         "validation cases": [case.name for case in split.validation],
         "unlabelled cases": [case.name for case in split.unlabelled],
     }
+    if own:
+        definition["own settings"] = own
     same: dict[str, Any] = json.loads(json.dumps(definition))
     return same
 
 
 def _check_same(run: Path, job: Path, definition: dict[str, Any]) -> None:
     earlier = json.loads(job.read_text())["definition"] if job.exists() else definition
-    changed = [key for key in definition if definition[key] != earlier.get(key)]
+    changed = [key for key in {**earlier, **definition} if definition.get(key) != earlier.get(key)]
     if changed:
         raise RunError(
             f"{run} was prepared with other {' and '.join(changed)}. Give what it was made with, or choose "

@@ -11,6 +11,7 @@ from medseg_supcon.evaluation._embedding import (
     t_sne,
 )
 from medseg_supcon.evaluation._folders import evaluate_folders
+from medseg_supcon.evaluation._grid_report import write_grid
 from medseg_supcon.evaluation._metrics import case_metrics
 from medseg_supcon.evaluation._overlay import overlay_figure
 from medseg_supcon.evaluation._report import MetricsReport
@@ -34,5 +35,6 @@ __all__ = [
     "summarise",
     "t_sne",
     "write_comparison",
+    "write_grid",
     "write_metrics",
 ]

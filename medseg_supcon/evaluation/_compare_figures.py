@@ -49,7 +49,7 @@ def efficiency_figure(means: Sequence[Row], recipes: Sequence[str], path: Path) 
         axis.plot(x, y, linewidth=1.6, label=recipe, **style)
     axis.set_xticks(range(len(budgets)), [str(n) for n in budgets])
     axis.set_xlim(-0.6, len(budgets) - 0.4)
-    _dress(axis, "Mean Dice on the test scans", "labelled scans (validation included)")
+    dress(axis, "Mean Dice on the test scans", "labelled scans (validation included)")
     axis.legend(fontsize=9, frameon=False, loc="best")
     save(figure, path)
 
@@ -77,7 +77,7 @@ def differences_figure(differences: Sequence[Row], path: Path) -> None:
     reach = max([abs(100 * row[key]) for row in rows for key in ("low", "high")] or [1.0]) * 1.1 or 1.0
     axis.set_xlim(-reach, reach)
     baseline = rows[0]["baseline"] if rows else "the baseline"
-    _dress(axis, f"Difference from {baseline}", "Dice points (right: better), 95 % interval")
+    dress(axis, f"Difference from {baseline}", "Dice points (right: better), 95 % interval")
     save(figure, path)
 
 
@@ -101,7 +101,7 @@ def robustness_figure(robustness: Sequence[Row], recipes: Sequence[str], path: P
         axis.bar(x, values, 0.92 * width, color=color, label=recipe)
     axis.set_xticks(range(len(conditions)), conditions)
     axis.set_ylim(0, 1)
-    _dress(axis, f"Mean Dice on test scans made worse ({budget} labels)", "")
+    dress(axis, f"Mean Dice on test scans made worse ({budget} labels)", "")
     axis.grid(visible=False, axis="x")
     figure.legend(fontsize=9, frameon=False, loc="outside lower center", ncols=min(len(colors), 5))
     save(figure, path)
@@ -132,7 +132,7 @@ def learning_figure(histories: Histories, recipes: Sequence[str], path: Path) ->
             axis.plot(
                 epochs, mean, color=color, linewidth=2.0, marker="." if len(epochs) < 3 else "", label=recipe
             )
-        _dress(axis, title, "epoch")
+        dress(axis, title, "epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=9, frameon=False, loc="outside lower center", ncols=5)
@@ -147,7 +147,8 @@ def _class_name(name: str) -> str:
     return "mean over classes" if name == MEAN else name
 
 
-def _dress(axis: Any, title: str, below: str) -> None:
+def dress(axis: Any, title: str, below: str) -> None:
+    """Title, axis label, grid: the look of every plot."""
     axis.set_title(title, fontsize=11, color=INK, loc="left")
     axis.set_xlabel(below, fontsize=9, color=INK)
     axis.tick_params(labelsize=9, colors=INK)

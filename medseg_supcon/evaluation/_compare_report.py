@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import csv
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
 
 from medseg_supcon import __version__
 from medseg_supcon.evaluation._compare_figures import (
@@ -26,6 +21,7 @@ from medseg_supcon.evaluation._comparison import (
     recipe_means,
     verdict,
 )
+from medseg_supcon.evaluation._render import inline, points, render, write_csv
 from medseg_supcon.evaluation._summary import EMPTY_RULE
 
 Row = dict[str, Any]
@@ -58,7 +54,7 @@ def write_comparison(
     """
     recipes = list(about["recipes"])
     means, differences = recipe_means(results, recipes), compare_recipes(results, recipes)
-    costs = _costs(runs, recipes)
+    costs = costs_of(runs, recipes)
     robustness = _with_losses(robustness, recipes)
     pictures = out / "pictures"
     efficiency_figure(means, recipes, pictures / "label_efficiency.png")
@@ -66,8 +62,8 @@ def write_comparison(
     learning_figure(histories, recipes, pictures / "learning.png")
     if robustness:
         robustness_figure(robustness, recipes, pictures / "robustness.png")
-    _write_csv(means, out / "summary.csv")
-    _write_csv(differences, out / "differences.csv")
+    write_csv(means, out / "summary.csv")
+    write_csv(differences, out / "differences.csv")
     found = {
         "about": dict(about),
         "answers": [answer(row) for row in differences if row["class"] == MEAN],
@@ -85,11 +81,11 @@ def write_comparison(
         "classes": list(dict.fromkeys(row["class"] for row in means)),
         "conditions": list(dict.fromkeys(row["condition"] for row in robustness)),
         "rules": [LEFT_OUT_RULE, EMPTY_RULE],
-        "images": {p.stem: _inline(p) for p in sorted(pictures.glob("*.png")) if p.parent == pictures},
-        "examples": [(caption, _inline(path)) for caption, path in examples],
+        "images": {p.stem: inline(p) for p in sorted(pictures.glob("*.png")) if p.parent == pictures},
+        "examples": [(caption, inline(path)) for caption, path in examples],
     }
-    (out / "report.html").write_text(_render("report.html.j2", view), encoding="utf-8")
-    (out / "summary.md").write_text(_render("summary.md.j2", view), encoding="utf-8")
+    (out / "report.html").write_text(render("report.html.j2", view), encoding="utf-8")
+    (out / "summary.md").write_text(render("summary.md.j2", view), encoding="utf-8")
     return found
 
 
@@ -103,18 +99,6 @@ def answer(row: Row) -> str:
         f"{points(row['low'])} to {points(row['high'])}, p = {row['p']:.3g}, {row['cases']} test scans, "
         f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''})."
     )
-
-
-def points(value: float | None) -> str:
-    """A difference of Dice in points (hundredths), with its sign.
-
-    >>> points(0.0123), points(-0.004), points(0.0)
-    ('+1.23', '-0.40', '0.00')
-    """
-    if value is None:
-        return "-"
-    text = f"{100 * value:+.2f}"
-    return text[1:] if float(text) == 0 else text
 
 
 def caveats(about: Mapping[str, Any], differences: Sequence[Row]) -> list[str]:
@@ -142,7 +126,7 @@ def caveats(about: Mapping[str, Any], differences: Sequence[Row]) -> list[str]:
     return found
 
 
-def _costs(runs: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
+def costs_of(runs: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
     """Minutes and memory of a run of each recipe, over all its runs."""
     found: list[Row] = []
     for recipe in dict.fromkeys(recipes):
@@ -188,24 +172,3 @@ def _with_losses(robustness: Sequence[Row], recipes: Sequence[str]) -> list[Row]
         }
         found.append({**row, **lost})
     return found
-
-
-def _render(name: str, view: Mapping[str, Any]) -> str:
-    environment = Environment(
-        autoescape=name.endswith(".html.j2"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["points"] = points
-    environment.filters["number"] = lambda v, digits=4: "-" if v is None else f"{v:.{digits}f}"
-    source = files("medseg_supcon.evaluation").joinpath("templates", name).read_text(encoding="utf-8")
-    return environment.from_string(source).render(view)
-
-
-def _inline(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-def _write_csv(rows: Sequence[Row], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [key for key in rows[0] if key != "by_seed"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)

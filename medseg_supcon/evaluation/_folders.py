@@ -127,5 +127,7 @@ def _pair(
 def _read(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     volume = read_volume(file)
     if volume.data.ndim != 3 or volume.data.size == 0:
-        raise DataError(f"{file}: expected a 3-D label map, found shape {volume.data.shape}. Save one volume.")
+        raise DataError(
+            f"{file}: expected a 3-D label map, found shape {volume.data.shape}. Save one volume."
+        )
     return volume.data, volume.affine

@@ -31,7 +31,7 @@ from medseg_supcon.training._ranks import (
     world_size,
 )
 from medseg_supcon.training._recipes import read_recipe, recipe_names, shared_folder
-from medseg_supcon.training._run import is_planned, is_started, prepare_run, refresh_documents
+from medseg_supcon.training._run import is_of_plan, is_planned, is_started, prepare_run, refresh_documents
 from medseg_supcon.training._segmentation import DiceCrossEntropy
 from medseg_supcon.training._semi_loss import SemiSupervisedLoss
 from medseg_supcon.training._staged_loss import StagedLoss
@@ -70,6 +70,7 @@ __all__ = [
     "check_device",
     "distributed",
     "is_finished",
+    "is_of_plan",
     "is_planned",
     "is_started",
     "item_seed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,7 @@ def prepare_run(
     minutes: float | None = None,
     trust_scan_affine: bool = False,
     plan: Mapping[str, Any] | None = None,
+    plan_settings: Sequence[tuple[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write the bundle that would be trained, and measure how long that would take.
 
@@ -78,6 +80,7 @@ def prepare_run(
         trust_scan_affine: label maps take their scan's affine (``--allow-affine-mismatch``).
         plan: one that :func:`prepare_run` returned for the same cases: it is taken as it is, and neither the
             data nor the time is measured again. Settings of the plan, ``epochs`` and ``init``'s part are in it.
+        plan_settings: (key, value) changes of that plan.
 
     Returns:
         the plan, as written.
@@ -94,7 +97,12 @@ def prepare_run(
     recipe_plan, overlay = _sort_settings(list(read_recipe(recipe).items()))
     of_plan, of_config = _sort_settings(settings)
     if plan is not None:
-        made = dict(plan)
+        made = copy.deepcopy(dict(plan))
+        for key, value in plan_settings:
+            set_key(made, key, value, "The plan (configs/plan.json)")
+        if plan_settings:
+            _fit_patch(made)
+            validate_plan(made)
     else:
         cases = [*split.training, *split.unlabelled]
         made = make_plan(fingerprint(dataset, cases), dataset, device=where.type)
@@ -154,6 +162,11 @@ def _inherit(plan: dict[str, Any], init: Path) -> None:
             f"--init {init} knows {len(earlier['labels'])} classes ({', '.join(earlier['labels'])}), this data set has "
             f"{classes}. Fine-tune on a data set with the same classes."
         )
+
+
+def is_of_plan(key: str) -> bool:
+    """A setting that belongs to the plan, not to train.yaml."""
+    return key.startswith(PLAN_PREFIX) or key.split("::")[0] in OF_PLAN
 
 
 def _sort_settings(

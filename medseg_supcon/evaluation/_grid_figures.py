@@ -1,0 +1,131 @@
+"""Pictures of a grid of variants: Dice of every cell, and the training curves side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medseg_supcon.evaluation._canvas import INK, new_figure, save
+from medseg_supcon.evaluation._compare_figures import COLORS, MARKERS, dress, recipe_colors
+
+Row = Mapping[str, Any]
+
+LINES = ("-", "--", ":", "-.")
+PANELS = (("contrastive", "contrastive loss"), ("val_mean_dice", "validation Dice"))
+
+
+def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
+    """Dice of every variant at the largest budget: test large, validation hollow, training a dash."""
+    from matplotlib.lines import Line2D
+
+    budget = max(row["labels"] for row in table)
+    rows = [row for row in table if row["labels"] == budget]
+    colors = recipe_colors(recipes)
+    figure = new_figure(max(6.0, 1.6 + 0.72 * len(rows)), 4.2)
+    axis = figure.subplots()
+    for number, (recipe, color) in enumerate(colors.items()):
+        shift = 0.22 * (number - (len(colors) - 1) / 2)
+        for place, row in enumerate(rows):
+            of, x = row["of"][recipe], place + shift
+            marks = (
+                ("training_dice", {"marker": "_", "markersize": 11}),
+                ("validation_dice", {"marker": MARKERS[number], "markersize": 5, "markerfacecolor": "white"}),
+                ("test_dice", {"marker": MARKERS[number], "markersize": 8}),
+            )
+            for score, style in marks:
+                if of[score] is not None:
+                    axis.plot(x, of[score], color=color, linestyle="", **style)
+    first, *others = rows[0]["levels"]
+    names = ["\n".join(row["levels"][axis] for axis in others) or row["levels"][first] for row in rows]
+    axis.set_xticks(range(len(rows)), names, fontsize=8)
+    axis.set_xlim(-0.6, len(rows) - 0.4)
+    axis.set_ylim(bottom=0)
+    dress(axis, f"Dice by {', '.join(rows[0]['levels'])} ({budget} labelled scans)", "")
+    axis.grid(visible=False, axis="x")
+    if others:
+        _groups(axis, [row["levels"][first] for row in rows])
+    handles: list[Any] = [
+        Line2D([], [], color=color, marker=MARKERS[i], linestyle="", markersize=8, label=name)
+        for i, (name, color) in enumerate(colors.items())
+    ]
+    shared: dict[str, Any] = {"color": INK, "linestyle": ""}
+    handles += [
+        Line2D([], [], marker="o", markersize=8, label="test", **shared),
+        Line2D([], [], marker="o", markersize=5, markerfacecolor="white", label="validation", **shared),
+        Line2D([], [], marker="_", markersize=11, label="training", **shared),
+    ]
+    figure.legend(handles=handles, fontsize=9, frameon=False, loc="outside lower center", ncols=len(handles))
+    save(figure, path)
+
+
+def grid_curves_figure(
+    curves: Sequence[Row], variants: Sequence[Row], recipes: Sequence[str], path: Path
+) -> None:
+    """Contrastive loss and validation Dice by epoch: a column per level of the first axis, a colour per variant.
+
+    Args:
+        curves: a row per run: ``variant``, ``recipe``, ``labels``, ``history`` (rows of ``history.csv``).
+        variants: ``name`` and ``levels`` of each.
+        recipes: names, the baseline first: solid lines; the others are dashed.
+        path: the PNG.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
+    budget = max(row["labels"] for row in curves)
+    first, *others = variants[0]["levels"]
+    columns = list(dict.fromkeys(v["levels"][first] for v in variants)) if others else [first]
+    groups = list(dict.fromkeys(", ".join(_rest(v, others or [first])) for v in variants))
+    lines = dict(zip(dict.fromkeys(recipes), LINES * len(recipes), strict=False))
+    figure = new_figure(max(5.0, 1.0 + 3.3 * len(columns)), 6.2)
+    axes = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
+    for variant in variants:
+        column = columns.index(variant["levels"][first]) if others else 0
+        group = groups.index(", ".join(_rest(variant, others or [first])))
+        for recipe, line in lines.items():
+            key = (variant["name"], recipe, budget)
+            runs = [r["history"] for r in curves if (r["variant"], r["recipe"], r["labels"]) == key]
+            for axis, (name, _) in zip(axes[:, column], PANELS, strict=True):
+                x, y = _mean_curve(runs, name)
+                axis.plot(x, y, line, color=COLORS[group % len(COLORS)], linewidth=1.6)
+    for row, (_, title) in zip(axes, PANELS, strict=True):
+        for axis, level in zip(row, columns, strict=True):
+            dress(axis, f"{level}: {title}" if others else title, "")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes[1]:
+        axis.set_xlabel("epoch", fontsize=9, color=INK)
+    handles: list[Any] = [
+        Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=name)
+        for i, name in enumerate(groups)
+    ]
+    handles += [Line2D([], [], color=INK, linestyle=line, label=name) for name, line in lines.items()]
+    figure.legend(handles=handles, fontsize=9, frameon=False, loc="outside lower center", ncols=4)
+    save(figure, path)
+
+
+def _rest(variant: Row, axes: Sequence[str]) -> list[str]:
+    """A variant's levels with their axes where the level alone says too little."""
+    return [f"{axis} {variant['levels'][axis]}" for axis in axes]
+
+
+def _mean_curve(runs: Sequence[Sequence[Mapping[str, str]]], column: str) -> tuple[list[int], list[float]]:
+    """The mean over runs at the epochs that all have; a term that is 0 throughout is not in use."""
+    points = [{int(row["epoch"]): float(row[column]) for row in rows if row.get(column)} for rows in runs]
+    used = [run for run in points if any(run.values())]
+    epochs = sorted(set.intersection(*(set(run) for run in used))) if used else []
+    return epochs, [float(np.mean([run[epoch] for run in used])) for epoch in epochs]
+
+
+def _groups(axis: Any, levels: Sequence[str]) -> None:
+    """Names of the first axis' levels above their columns, and lines between them."""
+    starts = [i for i, level in enumerate(levels) if i == 0 or level != levels[i - 1]]
+    for start, end in zip(starts, [*starts[1:], len(levels)], strict=True):
+        place = {"xy": ((start + end - 1) / 2, 1.0), "xycoords": ("data", "axes fraction")}
+        axis.annotate(
+            levels[start], **place, xytext=(0, -12), textcoords="offset points", ha="center", fontsize=10
+        )
+        if start:
+            axis.axvline(start - 0.5, color=INK, linewidth=0.8)

@@ -1,0 +1,56 @@
+"""Templates to text: tables in Markdown, and HTML pages that hold their pictures."""
+
+from __future__ import annotations
+
+import base64
+import csv
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+
+def render(name: str, view: Mapping[str, Any]) -> str:
+    """A template of this package, filled in; what the view lacks is an error. HTML is escaped."""
+    environment = Environment(
+        autoescape=name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(_source),
+    )
+    environment.filters["points"] = points
+    environment.filters["number"] = lambda v, digits=4: "-" if v is None else f"{v:.{digits}f}"
+    environment.filters["p"] = lambda v: "-" if v is None else "< 0.0001" if v < 1e-4 else f"{v:.2g}"
+    return environment.get_template(name).render(view)
+
+
+def points(value: float | None) -> str:
+    """A difference of Dice in points (hundredths), with its sign.
+
+    >>> points(0.0123), points(-0.004), points(0.0)
+    ('+1.23', '-0.40', '0.00')
+    """
+    if value is None:
+        return "-"
+    text = f"{100 * value:+.2f}"
+    return text[1:] if float(text) == 0 else text
+
+
+def inline(path: Path) -> str:
+    """A PNG as the address of an image that needs no file."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Rows with one set of keys; what is no number or text is left out."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [key for key in rows[0] if key != "by_seed"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _source(name: str) -> str:
+    return files("medseg_supcon.evaluation").joinpath("templates", name).read_text(encoding="utf-8")

@@ -1,0 +1,232 @@
+"""A grid of settings as one file: read, trained on phantoms, and its table had again from results.csv."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shutil
+
+import pytest
+import yaml
+from monai.bundle import ConfigParser
+from tiny_run import TINY
+
+from medseg_supcon.comparison import compare, design_comparison, make_variants, read_comparison
+from medseg_supcon.data import read_dataset
+from medseg_supcon.errors import ConfigError, RunError
+from medseg_supcon.training import is_of_plan, read_recipe
+from medseg_supcon.training._overlay import load_commented, merge, set_key
+
+TESTED = ["phantom_05", "phantom_06"]
+GRID = {
+    "recipes": {
+        "plain": {"recipe": "dice_ce", "segmentation_loss::dice_weight": 0.0},
+        "staged": {
+            "recipe": "two_stage",
+            "stage_shares": {"contrast": 0.5, "classifier": 0.5, "fine_tune": 0},
+        },
+    },
+    "variants": {
+        "optimiser": {
+            "SGD": {"optimizer::_target_": "torch.optim.SGD", "learning_rate": "1e-2"},
+            "Adam": {"optimizer::_target_": "torch.optim.Adam", "plan::batch_size": 1},
+        }
+    },
+    "epochs": 2,
+    "labels": [2],
+    "training_score": True,
+    "robustness": False,
+}
+
+
+def write(folder, content):
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def run(design, said, out):
+    return compare(
+        design, out, epochs=said.epochs, settings=TINY, device="cpu", robustness=False,
+        training_score=said.training_score, say=lambda _: None, processes=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def grid(phantoms, tmp_path_factory):
+    """(design, file's content, folder, what compare returned)."""
+    folder = tmp_path_factory.mktemp("grid")
+    said = read_comparison(write(folder, GRID))
+    design = design_comparison(
+        read_dataset(phantoms), said.recipes, [0], said.labels, test_cases=TESTED, own=said.own,
+        variants=make_variants(said.variants),
+    )  # fmt: skip
+    return design, said, folder / "out", run(design, said, folder / "out")
+
+
+def table(path):
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def mean(values):
+    values = [float(v) for v in values]
+    return math.fsum(values) / len(values)
+
+
+def test_every_cell_has_its_settings(grid):
+    design, _, out, _ = grid
+    assert [cell.name for cell in design.cells] == [
+        "plain_SGD_labels2_seed0", "staged_SGD_labels2_seed0", "plain_Adam_labels2_seed0", "staged_Adam_labels2_seed0",
+    ]  # fmt: skip
+    for cell in design.cells:
+        config = ConfigParser.load_config_file(str(out / "runs" / cell.name / "configs" / "train.yaml"))
+        plan = json.loads((out / "runs" / cell.name / "configs" / "plan.json").read_text())
+        assert config["optimizer"]["_target_"] == f"torch.optim.{cell.variant.name}"
+        assert config["learning_rate"] == (0.01 if cell.variant.name == "SGD" else 0.003)
+        assert plan["batch_size"] == (2 if cell.variant.name == "SGD" else 1)
+        assert (plan["epochs"], plan["steps_per_epoch"]) == (2, 3)
+        if cell.recipe == "plain":
+            assert config["segmentation_loss"]["dice_weight"] == 0
+        else:
+            assert config["stage_shares"]["fine_tune"] == 0
+
+
+def test_the_table_is_the_mean_of_the_results(grid):
+    _, _, out, _ = grid
+    results = table(out / "results.csv")
+    rows = table(out / "grid.csv")
+    assert [(row["optimiser"], row["recipe"]) for row in rows] == [
+        ("SGD", "plain"), ("SGD", "staged"), ("Adam", "plain"), ("Adam", "staged"),
+    ]  # fmt: skip
+    for row in rows:
+        name = f"{row['recipe']}_{row['optimiser']}_labels2_seed0"
+        mine = [
+            r["dice"] for r in results if (r["variant"], r["recipe"]) == (row["optimiser"], row["recipe"])
+        ]
+        assert float(row["test_dice"]) == pytest.approx(mean(mine), abs=1e-9)
+        learnt = json.loads((out / "tests" / name / "training_scans" / "metrics.json").read_text())["rows"]
+        assert float(row["training_dice"]) == pytest.approx(mean(r["dice"] for r in learnt), abs=1e-9)
+        history = table(out / "runs" / name / "logs" / "history.csv")
+        assert float(row["validation_dice"]) == float(history[-1]["val_mean_dice"])
+        if row["recipe"] == "staged":
+            assert float(row["contrastive_loss"]) == float(history[0]["contrastive"]) > 0
+            baseline = next(r for r in rows if (r["optimiser"], r["recipe"]) == (row["optimiser"], "plain"))
+            difference = float(row["test_dice"]) - float(baseline["test_dice"])
+            assert float(row["difference"]) == pytest.approx(difference, abs=1e-9)
+        else:
+            assert row["contrastive_loss"] == row["difference"] == ""
+
+
+def test_levels_and_answers(grid):
+    _, _, out, found = grid
+    rows = table(out / "grid.csv")
+    for row in found["level_means"]:
+        for recipe, value in row["of"].items():
+            mine = [r["test_dice"] for r in rows if (r["optimiser"], r["recipe"]) == (row["level"], recipe)]
+            assert value == pytest.approx(mean(mine))
+    assert len(found["answers"]) == 2 and "in 0 of 2 variants" in found["answers"][0]
+    best = max((r for r in rows if r["recipe"] == "staged"), key=lambda r: float(r["validation_dice"]))
+    assert f"staged ({best['optimiser']}) scores {float(best['test_dice']):.4f}" in found["answers"][1]
+    assert any("batch_size of its own" in text for text in found["caveats"])
+
+
+def test_the_report_stands_alone(grid):
+    _, _, out, found = grid
+    html, text = (out / "report.html").read_text(), (out / "summary.md").read_text()
+    assert all(s.startswith("data:image/png;base64,") for s in re.findall(r'src="([^"]*)', html))
+    assert len(re.findall("<img", html)) == 2 and not re.search(r'(href|src)="https?:', html)
+    for word in ("SGD", "Adam", "contrastive loss", "training Dice", "validation Dice", "staged - plain"):
+        assert word in html, word
+    assert found["answers"][0] in text and "| SGD | - |" not in text and "| Adam |" in text
+
+
+def test_a_level_more_adds_to_what_is_there(grid, phantoms, tmp_path):
+    design, said, out, _ = grid
+    copy = shutil.copytree(out, tmp_path / "out", copy_function=shutil.copy2)
+    weights = {p: p.stat().st_mtime_ns for p in copy.glob("runs/*/models/model.pt")}
+    axes = {"optimiser": {**said.variants["optimiser"], "none": {}}}
+    more = design_comparison(
+        read_dataset(phantoms), said.recipes, [0], said.labels, test_cases=TESTED, own=said.own,
+        variants=make_variants(axes),
+    )  # fmt: skip
+    assert {cell.name for cell in design.cells} < {cell.name for cell in more.cells}
+    other = {"optimiser": {"SGD": {"learning_rate": 0.5}}}
+    changed = design_comparison(
+        read_dataset(phantoms), said.recipes, [0], said.labels, test_cases=TESTED, own=said.own,
+        variants=make_variants(other),
+    )  # fmt: skip
+    with pytest.raises(RunError, match="own settings"):
+        run(changed, said, copy)
+    assert {p: p.stat().st_mtime_ns for p in weights} == weights
+
+
+def test_the_article_s_grid(phantoms, trained_run):
+    said = read_comparison("article")
+    variants = make_variants(said.variants)
+    design = design_comparison(read_dataset(phantoms), said.recipes, own=said.own, variants=variants)
+    assert len(design.cells) == len({cell.name for cell in design.cells}) == 36
+    assert [list(levels) for levels in said.variants.values()] == [
+        ["SGD", "RMSprop", "Adam"], ["fixed", "decayed"], ["with", "without"],
+    ]  # fmt: skip
+    for cell in [*design.cells[:4], *design.cells[-6:]]:
+        tree = load_commented(trained_run / "configs" / "train.yaml")
+        merge(tree, read_recipe(design.files[cell.recipe]), "train.yaml")
+        for key, value in [*said.own[cell.recipe].items(), *cell.variant.settings]:
+            assert not is_of_plan(key)  # equal budgets
+            set_key(tree, key, value, "train.yaml")
+        parser = ConfigParser()
+        parser.read_config(tree)
+        parser["bundle_root"], parser["device"] = str(trained_run), "$torch.device('cpu')"
+        optimizer = parser.get_parsed_content("optimizer")
+        assert type(optimizer).__name__ == cell.variant.levels["optimiser"]
+        policies = parser.get_parsed_content("train::two_views").policies
+        kinds = [type(policy.transforms[0]).__name__ for policy in policies]
+        augmented = cell.variant.levels["augmentation"] == "with"
+        assert kinds == (["RandAffined", "CenterSpatialCropd"] if augmented else ["CenterSpatialCropd"] * 2)
+        assert parser.get("lr_decay") == (cell.variant.levels["learning rate"] == "decayed")
+        loss = parser.get_parsed_content("contrastive_loss").loss
+        of_article = ("same_voxel", "same_class", "other_view")
+        assert ((loss.positives, loss.denominator, loss.keys) == of_article) == (cell.recipe == "two_stage")
+
+
+def test_a_plain_list_and_defaults(tmp_path):
+    (tmp_path / "mine.yaml").write_text("contrast_weight: 0.5\n")
+    said = read_comparison(write(tmp_path, {"recipes": ["joint", "mine.yaml"], "labels": "all"}))
+    assert said.recipes == (("joint", "joint"), ("mine", tmp_path / "mine.yaml"))
+    assert said.labels == (None,) and said.seeds is None and said.variants == {}
+    assert len(make_variants({})) == 1 and make_variants({})[0].name == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"recipe": ["joint"]}, "Did you mean recipes"),
+        ({"recipes": {"a": "joint"}}, "recipes must be"),
+        ({"recipes": {"a": {"contrast_weight": 1}}}, "recipes must be"),
+        ({"seeds": ["one"]}, "seeds must be"),
+        ({"seeds": []}, "seeds must be"),
+        ({"labels": [2.5]}, "labels must be"),
+        ({"epochs": "many"}, "epochs must be"),
+        ({"robustness": "maybe"}, "robustness must be"),
+        ({"variants": {"a": ["x", "y"]}}, "variants must be"),
+        ({"variants": ["a"]}, "variants must be"),
+    ],
+)
+def test_a_file_s_faults_are_sentences(tmp_path, change, says):
+    with pytest.raises(ConfigError, match=says):
+        read_comparison(write(tmp_path, {**GRID, **change}))
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(ConfigError, match="Known by name: article"):
+        read_comparison("articel")
+    (tmp_path / "a.yaml").write_text("recipes: [")
+    with pytest.raises(ConfigError, match="not YAML"):
+        read_comparison(tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match="has no levels"):
+        make_variants({"a": {}})
+    with pytest.raises(ConfigError, match="share a folder"):
+        make_variants({"a": {"x y": {}, "X/y": {}}})
