@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,11 +17,12 @@ from typing import Annotated
 import typer
 
 from medseg_supcon import __version__
+from medseg_supcon.cli_evaluate import evaluate
 from medseg_supcon.cli_evidence import compare, embed
 from medseg_supcon.cli_options import CasesOption, DatasetArg, DeviceOption, MismatchOption, RunArg
 from medseg_supcon.cli_training import plan, read_selected, train
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
-from medseg_supcon.terminal import err, out, predict_paths, print_metrics, print_report
+from medseg_supcon.terminal import err, out, predict_paths, print_report
 
 app = typer.Typer(
     name="medseg",
@@ -139,43 +142,7 @@ def predict(
         raise typer.Exit(code)
 
 
-@app.command()
-def evaluate(
-    run: Annotated[Path | None, typer.Argument(help="A trained run.")] = None,
-    dataset: Annotated[Path | None, typer.Argument(help="A data set with labels.")] = None,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for metrics.csv and metrics.json.")] = Path(
-        "evaluation"
-    ),
-    cases: CasesOption = None,
-    predictions: Annotated[
-        Path | None, typer.Option(help="Folder of masks, instead of RUN and DATASET.")
-    ] = None,
-    references: Annotated[
-        Path | None, typer.Option(help="Folder of label maps to compare the masks with.")
-    ] = None,
-    ignore_label: Annotated[
-        float | None,
-        typer.Option(metavar="VALUE", help="With --references: their value that means 'not annotated'."),
-    ] = None,
-    device: DeviceOption = None,
-) -> None:
-    """Dice, HD95 (mm), surface Dice and volumes (ml) per case and class, as CSV and JSON."""
-    if (predictions is None) != (references is None):
-        raise ConfigError("--predictions and --references belong together: give both folders.")
-    if predictions is not None and references is not None:
-        from medseg_supcon.evaluation import evaluate_folders
-
-        evaluate_folders(predictions, references, out=out_dir, ignore_label=ignore_label)
-    elif ignore_label is not None:
-        raise ConfigError("--ignore-label belongs to --predictions and --references: a run has its own.")
-    elif run is not None and dataset is not None:
-        _evaluate_run(run, dataset, out_dir, cases, device)
-    else:
-        raise ConfigError("Give RUN and DATASET, or --predictions DIR and --references DIR.")
-    print_metrics(out_dir / "metrics.json")
-    out.print(f"Every case: {out_dir / 'metrics.csv'}")
-
-
+app.command()(evaluate)
 app.command()(compare)
 app.command()(embed)
 
@@ -195,28 +162,18 @@ def export(
     )
 
 
-def _evaluate_run(run: Path, dataset: Path, out_dir: Path, cases: Path | None, device: str | None) -> None:
-    from medseg_supcon.data import items
-    from medseg_supcon.training import run_config
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, by which batch systems and containers end a process: handled as Ctrl-C is."""
 
-    found = read_selected(dataset, cases)
-    labelled = [c for c in found.cases if c.label is not None]
-    if not labelled:
-        raise MedsegError(f"{dataset} has no labelled case to evaluate on.")
-    run_config(
-        run,
-        "evaluate",
-        "infer",
-        device=device,
-        datalist=items(labelled, found.root),
-        dataset_dir=str(found.root.resolve()),
-        output_dir=str(out_dir.resolve()),
-    )
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
 
 
 def main() -> None:
     """Run ``medseg``; every expected fault is a sentence on stderr and an exit code."""
     _quieten()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(args=sys.argv[1:] or ["--help"], prog_name="medseg", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -224,8 +181,9 @@ def main() -> None:
         _stop(f"medseg: {error}", 2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _stop("medseg: stopped. What was finished is kept.", 130)
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        terminated = isinstance(stop.__cause__ or stop, _Terminated)  # the parser turns it into its own Abort
+        _stop("medseg: stopped. What was finished is kept.", 143 if terminated else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -239,6 +197,10 @@ def _fault(error: Exception) -> None:
     if show is not None:  # a usage error of the command line parser
         show()
         sys.exit(2)
+    from medseg_supcon.inference import is_out_of_memory
+
+    if is_out_of_memory(error):
+        _stop("medseg: memory ran out. Close other programs, or use a machine with more of it.", 2)
     if isinstance(error, OSError):
         _stop(
             f"medseg: {error.strerror or error}: {error.filename or 'no file named'}. Check the disk and permissions.",
@@ -259,6 +221,9 @@ def _stop(message: str, code: int) -> None:
 
 def _quieten() -> None:
     """Third parties' warnings are for us, not for a person at a terminal."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold bytes that are no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     logging.captureWarnings(True)

@@ -51,10 +51,10 @@ def print_plan(plan: dict[str, Any], split: Any, run: Path) -> None:
         err.print(f"[yellow]warning[/] {escape(warning)}")
 
 
-def print_metrics(path: Path) -> None:
-    """Mean scores per class and over classes, from ``metrics.json``."""
+def print_metrics(path: Path) -> dict[str, Any]:
+    """Mean scores per class and over classes, from ``metrics.json``, whose content is returned."""
     try:
-        report = json.loads(path.read_text())
+        report: dict[str, Any] = json.loads(path.read_text())
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}).") from None
     table = Table("class", "Dice", "HD95 mm", "surface Dice", "cases", box=None, pad_edge=False)
@@ -69,6 +69,7 @@ def print_metrics(path: Path) -> None:
     out.print(table)
     for problem in report["problems"]:
         err.print(f"[yellow]not scored[/] {escape(problem['case'])}: {escape(problem['problem'])}")
+    return report
 
 
 def predict_paths(

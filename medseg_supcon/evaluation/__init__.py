@@ -16,12 +16,13 @@ from medseg_supcon.evaluation._metrics import case_metrics
 from medseg_supcon.evaluation._overlay import overlay_figure
 from medseg_supcon.evaluation._report import MetricsReport
 from medseg_supcon.evaluation._statistics import PairedDifference, paired_difference
-from medseg_supcon.evaluation._summary import summarise, write_metrics
+from medseg_supcon.evaluation._summary import add_problems, summarise, write_metrics
 
 __all__ = [
     "Embedding",
     "MetricsReport",
     "PairedDifference",
+    "add_problems",
     "case_metrics",
     "class_separation",
     "compare_recipes",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,20 @@ def write_metrics(rows: Sequence[Row], folder: str | Path) -> dict[str, Any]:
     report = metrics_report(rows)
     write_report(report, folder)
     return report
+
+
+def add_problems(folder: str | Path, problems: Mapping[str, str]) -> None:
+    """Adds cases that could not be scored, name -> why, to the ``metrics.json`` of a folder.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    if not problems:
+        return
+    report = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+    report["problems"] += [{"case": case, "problem": problem} for case, problem in problems.items()]
+    report["summary"]["failed"] = len(report["problems"])
+    write_report(report, folder)
 
 
 def write_report(report: dict[str, Any], folder: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections import deque
@@ -15,7 +16,7 @@ import numpy as np
 
 from medseg_supcon.errors import MedsegError, RunError
 from medseg_supcon.inference._manifest import Manifest, describe, entry_of
-from medseg_supcon.inference._mask import remove_leftovers, write_nifti
+from medseg_supcon.inference._mask import is_whole, remove_leftovers, same_place, write_nifti
 from medseg_supcon.inference._memory import is_out_of_memory
 from medseg_supcon.inference._scans import Scan
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from medseg_supcon.inference._prepare import Prepared
 
 Progress = Callable[[int, int, dict[str, Any]], None]
+CURES = {
+    errno.ENAMETOOLONG: "Give the scan a shorter name.",
+    errno.EACCES: "Choose another --out, or change its permissions.",
+}
 logger = logging.getLogger(__name__)
 
 
@@ -121,10 +126,13 @@ def _failed(scan: Scan, error: Exception, writing: bool = False) -> dict[str, An
             f"{scan.source}: there is too little memory for this scan. Free some, or use a larger machine."
         )
     elif isinstance(error, OSError) and writing:
-        sentence = (
-            f"{scan.source}: the mask {scan.name}.nii.gz could not be written ({error.strerror or error}). "
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = (
+            "Free space, or choose another --out."
+            if full
+            else CURES.get(error.errno or 0, "Choose another --out.")
         )
-        sentence += "Free space, or choose another --out."
+        sentence = f"{scan.source}: the mask {scan.name}.nii.gz could not be written ({error.strerror or error}). {cure}"
     else:
         reason = " ".join(str(error).split())[:200]
         sentence = f"{scan.source}: the prediction failed ({type(error).__name__}: {reason})."
@@ -139,13 +147,23 @@ def _without_work(
     if scan.problem is not None:
         return {"name": scan.name, "status": "failed", "error": scan.problem}
     mask = out / f"{scan.name}.nii.gz"
-    if not mask.exists():
+    if not os.path.exists(mask):  # noqa: PTH110 - Path.exists raises where a name is too long
         return None
-    if any(file.exists() and mask.samefile(file) for file in scan.files):
+    if any(os.path.exists(file) and mask.samefile(file) for file in scan.files):  # noqa: PTH110
         sentence = f"{mask}: the mask would replace the scan itself. Choose another --out."
         return {"name": scan.name, "status": "failed", "error": sentence}
-    if overwrite or (probabilities and not (out / "probabilities" / mask.name).exists()):
+    if (
+        overwrite
+        or (probabilities and not (out / "probabilities" / mask.name).exists())
+        or not is_whole(mask)
+    ):
         return None
+    if scan.kind == "nifti" and not same_place(scan.files[0], mask):
+        sentence = (
+            f"{scan.source}: {mask} is there already, and is the mask of another scan: shape or affine differ. Choose "
+            "another --out, or redo it with --overwrite."
+        )
+        return {"name": scan.name, "status": "failed", "error": sentence}
     return manifest.skipped(scan.name)
 
 
@@ -154,6 +172,7 @@ def _make_writable(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
+        remove_leftovers(out / "probabilities")
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -57,7 +58,8 @@ def write_nifti(path: Path, data: npt.NDArray[Any], grid: Grid) -> None:
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """A file that appears whole or not at all: written beside its place, then moved there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the name itself, which may be as long as names can be.
+    temporary = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -66,6 +68,28 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.replace(temporary, path)  # what the fault injection of the tests replaces
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a packed NIfTI file is there to its last byte, with the checksum that it was written with."""
+    try:
+        voxels = nibabel.load(path).dataobj
+        with gzip.open(path) as stream:
+            size = 0
+            while part := stream.read(2**24):
+                size += len(part)
+    except Exception:  # whatever is wrong with it, it is not what was written
+        return False
+    return bool(size >= voxels.offset + voxels.dtype.itemsize * int(np.prod(voxels.shape)))
+
+
+def same_place(path: Path, other: Path) -> bool:
+    """Whether two NIfTI files have one grid; True where one cannot be read (reading it will say why)."""
+    try:
+        one, two = nibabel.load(path), nibabel.load(other)
+        return one.shape[:3] == two.shape[:3] and bool(np.allclose(one.affine, two.affine, atol=1e-3))
+    except Exception:  # nibabel raises a dozen kinds for broken headers
+        return True
 
 
 def remove_leftovers(folder: Path) -> None:

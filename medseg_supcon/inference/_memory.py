@@ -7,6 +7,8 @@ from types import TracebackType
 
 import torch
 
+ALLOCATORS = ("DefaultCPUAllocator", "bad_alloc")
+
 
 class Attempt:
     """One way to spend memory: where the network works, where windows are stitched, how many go together."""
@@ -24,10 +26,18 @@ class Attempt:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Out of memory on a GPU, in torch's CPU allocator, or in numpy."""
+    """Out of memory on a GPU, in torch's CPU allocator, in numpy, or in what config machinery wrapped around it.
+
+    Example:
+        >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("CUDA error: device-side assert"))
+        (True, False)
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATORS):
+        return True
+    cause = error.__cause__
+    return cause is not None and cause is not error and is_out_of_memory(cause)
 
 
 def attempts(device: torch.device, batch: int, warnings: list[str]) -> Iterator[Attempt]:

@@ -10,11 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from monai.data import MetaTensor
+from nibabel.orientations import axcodes2ornt, io_orientation
 
+from medseg_supcon.errors import DataError
 from medseg_supcon.inference._grid import Grid, Volume
 from medseg_supcon.inference._model import Model
 from medseg_supcon.inference._read import read_scan
 from medseg_supcon.inference._scans import Scan
+
+MOST_VOXELS = 4e9  # on the model's grid: 16 GB, a scan of 1600 voxels a side
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ def prepare(scan: Scan, models: Sequence[Model]) -> Prepared:
     started = time.perf_counter()
     volume = read_scan(scan, len(models[0].plan["channels"]))
     warnings = [*volume.warnings, *_oddities(volume)]
+    for model in models:
+        _check_size(model, volume, scan)
     images = [_preprocess(model, volume, scan) for model in models]
     return Prepared(scan.name, volume.grid, volume.affine, images, time.perf_counter() - started, warnings)
 
@@ -49,6 +55,21 @@ def _preprocess(model: Model, volume: Volume, scan: Scan) -> MetaTensor:
     image.meta["filename_or_obj"] = str(scan.files[0])
     prepared: MetaTensor = model.preprocessing({"image": image})["image"]
     return prepared
+
+
+def _check_size(model: Model, volume: Volume, scan: Scan) -> None:
+    """A header in the wrong unit would ask for more memory than there is, or shrink the body to a voxel."""
+    target = np.empty(3)  # mm along R, A, S
+    target[axcodes2ornt(model.plan["orientation"])[:, 0].astype(int)] = model.plan["spacing"]
+    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    size = volume.data.shape[1:] * spacing / target[io_orientation(volume.affine)[:, 0].astype(int)]
+    if np.prod(np.maximum(size, 1)) > MOST_VOXELS or (max(volume.data.shape) > 3 and size.max() < 1.5):
+        sizes = " x ".join(f"{s:.3g}" for s in spacing)
+        wanted = " x ".join(f"{s:.3g}" for s in model.plan["spacing"])
+        raise DataError(
+            f"{scan.source}: its voxels are {sizes} mm by its header, and the model works at {wanted} mm: one of the two "
+            "is wrong by far. Correct the header (NIfTI's unit is mm)."
+        )
 
 
 def _oddities(volume: Volume) -> list[str]:

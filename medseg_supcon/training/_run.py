@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,8 @@ GROWTHS = 8  # of a patch that is too small for the network
 
 def is_planned(run: Path) -> bool:
     """The folder holds a plan."""
-    return (run / "configs" / "plan.json").is_file() and (run / "configs" / "train.yaml").is_file()
+    # not Path.is_file, which raises where a name is too long or a folder may not be looked into
+    return all(os.path.isfile(run / "configs" / name) for name in ("plan.json", "train.yaml"))  # noqa: PTH113
 
 
 def is_started(run: Path) -> bool:
