@@ -10,6 +10,7 @@ from medseg_supcon.comparison._cell import CLEAN, TRAINING
 from medseg_supcon.comparison._collect import draw_example, read_history, read_results, read_runs, write_csv
 from medseg_supcon.comparison._design import Design
 from medseg_supcon.comparison._runs import unequal_recipes
+from medseg_supcon.comparison._variants import level_settings
 from medseg_supcon.evaluation import compare_recipes, write_comparison, write_grid
 from medseg_supcon.training import read_recipe
 
@@ -73,6 +74,7 @@ def _about(design: Design, plan: dict[str, Any], settings: Settings) -> dict[str
         "variants": [
             {"name": v.name, "levels": dict(v.levels), "settings": dict(v.settings)} for v in design.variants
         ],
+        "axes": level_settings(design.variants),
         "settings": [f"{key}={value}" for key, value in settings],
         "patch_size": plan["patch_size"],
         "seeds": list(design.seeds),

@@ -20,11 +20,16 @@ class Variant:
 
     Attributes:
         levels: axis -> level; empty where there is no grid.
-        settings: (key, value) overrides of ``train.yaml``, laid over the recipe.
+        parts: axis -> what the level sets.
     """
 
     levels: Mapping[str, str] = field(default_factory=dict)
-    settings: tuple[tuple[str, Any], ...] = ()
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> tuple[tuple[str, Any], ...]:
+        """(key, value) overrides of ``train.yaml``, laid over the recipe."""
+        return tuple(setting for part in self.parts.values() for setting in part.items())
 
     @property
     def name(self) -> str:
@@ -57,10 +62,18 @@ def make_variants(axes: Axes) -> tuple[Variant, ...]:
     found = []
     for chosen in product(*(levels.items() for levels in axes.values())):
         levels = dict(zip(axes, (level for level, _ in chosen), strict=True))
-        settings = tuple(setting for _, overlay in chosen for setting in overlay.items())
-        found.append(Variant(levels, settings))
+        found.append(Variant(levels, dict(zip(axes, (part for _, part in chosen), strict=True))))
     folders = [variant.folder.lower() for variant in found]
     twice = next((v for v in found if folders.count(v.folder.lower()) > 1), None)
     if twice is not None:
         raise ConfigError(f"variants: {twice.name!r} and another one would share a folder. Rename a level.")
     return tuple(found)
+
+
+def level_settings(variants: Sequence[Variant]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The axes that variants were made from: axis -> level -> settings."""
+    axes: dict[str, dict[str, dict[str, Any]]] = {}
+    for variant in variants:
+        for axis, level in variant.levels.items():
+            axes.setdefault(axis, {})[level] = dict(variant.parts[axis])
+    return axes

@@ -21,7 +21,7 @@ from medseg_supcon.evaluation._comparison import (
     recipe_means,
     verdict,
 )
-from medseg_supcon.evaluation._render import inline, points, render, write_csv
+from medseg_supcon.evaluation._render import inline, points, render, settings_and_wiring, write_csv
 from medseg_supcon.evaluation._summary import EMPTY_RULE
 
 Row = dict[str, Any]
@@ -80,6 +80,7 @@ def write_comparison(
         "cost": cost_sentence(costs),
         "classes": list(dict.fromkeys(row["class"] for row in means)),
         "conditions": list(dict.fromkeys(row["condition"] for row in robustness)),
+        "split_overlays": {name: settings_and_wiring(o) for name, o in about["overlays"].items()},
         "rules": [LEFT_OUT_RULE, EMPTY_RULE],
         "images": {p.stem: inline(p) for p in sorted(pictures.glob("*.png")) if p.parent == pictures},
         "examples": [(caption, inline(path)) for caption, path in examples],

@@ -19,15 +19,15 @@ from medseg_supcon.evaluation._grid import (
     level_means,
 )
 from medseg_supcon.evaluation._grid_figures import grid_curves_figure, grid_figure
-from medseg_supcon.evaluation._render import inline, render, write_csv
+from medseg_supcon.evaluation._render import inline, render, settings_and_wiring, write_csv
 from medseg_supcon.evaluation._summary import EMPTY_RULE
 
 Row = dict[str, Any]
-TITLES = {
-    "contrastive_loss": "contrastive loss",
-    "training_dice": "training Dice",
-    "validation_dice": "validation Dice",
-    "test_dice": "test Dice",
+TITLES = {  # name in full, head of a narrow column
+    "contrastive_loss": ("contrastive loss", "loss"),
+    "training_dice": ("training Dice", "train"),
+    "validation_dice": ("validation Dice", "valid."),
+    "test_dice": ("test Dice", "test"),
 }
 
 
@@ -42,7 +42,8 @@ def write_grid(
 
     Args:
         out: the comparison's folder.
-        about: as of `write_comparison`, with ``variants``: ``name``, ``levels`` and ``settings`` of each.
+        about: as of `write_comparison`, with ``variants`` (``name`` and ``levels`` of each) and ``axes`` (axis ->
+            level -> settings).
         results: condition (``clean`` first) -> a row per run, test case and class, with ``variant``.
         runs: a row per run, with its cost.
         curves: a row per run: ``variant``, ``recipe``, ``labels``, ``history``.
@@ -79,9 +80,12 @@ def write_grid(
     scores = {r: [s for s in SCORES if any(row["of"][r][s] is not None for row in table)] for r in unique}
     view = {
         **found,
-        "axes": {
-            axis: list(dict.fromkeys(v["levels"][axis] for v in variants)) for axis in variants[0]["levels"]
-        },
+        "axes": about["axes"],
+        "level_settings": [
+            (axis, level, settings)
+            for axis, levels in about["axes"].items()
+            for level, settings in levels.items()
+        ],
         "budgets": len({row["labels"] for row in table}),
         "scores": scores,
         "titles": TITLES,
@@ -93,6 +97,7 @@ def write_grid(
         "cost": cost_sentence(costs),
         "memory": max(memory) if memory else None,
         "machines": ", ".join(dict.fromkeys(c["machine"] for c in costs if c["machine"])),
+        "split_overlays": {name: settings_and_wiring(o) for name, o in about["overlays"].items()},
         "rules": [LEFT_OUT_RULE, EMPTY_RULE],
         "images": {name: inline(pictures / f"{name}.png") for name in ("grid", "grid_curves")},
     }

@@ -39,6 +39,22 @@ def points(value: float | None) -> str:
     return text[1:] if float(text) == 0 else text
 
 
+def settings_and_wiring(overlay: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a person sets in an overlay, and what only connects parts of the configuration.
+
+    >>> settings_and_wiring({"contrast_weight": 0.1, "train::loss": "$@loss.to(@device)"})
+    ({'contrast_weight': 0.1}, {'train::loss': '$@loss.to(@device)'})
+    """
+
+    def wires(value: Any) -> bool:
+        if isinstance(value, Mapping):
+            return any(wires(part) for part in value.values())
+        return isinstance(value, str) and value[:1] in ("@", "$")
+
+    wiring = {key: value for key, value in overlay.items() if wires(value)}
+    return {key: value for key, value in overlay.items() if key not in wiring}, wiring
+
+
 def inline(path: Path) -> str:
     """A PNG as the address of an image that needs no file."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

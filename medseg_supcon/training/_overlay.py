@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import re
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import yaml
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from medseg_supcon.errors import ConfigError
@@ -65,6 +67,9 @@ def parse_setting(text: str) -> tuple[str, Any]:
 def set_key(config: Any, key: str, value: Any, where: str, create: bool = False) -> None:
     """Set ``a::b::0`` in nested dicts and lists, in place.
 
+    Where a part belongs to a reference (``view_2: "@view_1"``), the section it names is copied first: the change is
+    the one's alone.
+
     Args:
         config: the config's tree.
         key: path with ``::`` (or MONAI's ``#``) between the parts.
@@ -95,10 +100,35 @@ def set_key(config: Any, key: str, value: Any, where: str, create: bool = False)
                 f"{where}: {SEPARATOR.join(parts[:depth])} is the value {node!r} and has no part {part!r}. "
                 f"Set {SEPARATOR.join(parts[:depth])} as a whole."
             )
-        if last:
+        if last and depth and isinstance(node, CommentedMap) and index not in node:
+            node.insert(
+                min(1, len(node)), index, value
+            )  # at the end it would stand behind the next section's comment
+        elif last:
             node[index] = value
         else:
+            section = _referred(config, node[index])
+            if section is not None:
+                _put_copy(node, index, section)
             node = node[index]
+
+
+def _put_copy(node: Any, key: str, section: dict[str, Any]) -> None:
+    """A copy of a section in place of a value; the comment that follows the value stays behind it."""
+    copied = copy.deepcopy(section)
+    if isinstance(node, CommentedMap) and isinstance(copied, CommentedMap) and key in node.ca.items:
+        copied.ca.items[list(copied)[-1]] = node.ca.items.pop(key)
+    node[key] = copied
+
+
+def _referred(config: Any, value: Any) -> Any:
+    """The section that ``"@a::b"`` names, or None where the value is no reference to a section."""
+    if not (isinstance(value, str) and value.startswith("@")):
+        return None
+    node = config
+    for part in value[1:].split(SEPARATOR):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node if isinstance(node, dict) else _referred(config, node)
 
 
 def _unknown(config: Any, node: Mapping[str, Any], key: str, part: str, where: str) -> str:

@@ -1,4 +1,8 @@
-"""View policies: MONAI transforms on the keys image and label that make one view of a patch."""
+"""View policies: MONAI transforms on the keys image and label that make one view of a patch.
+
+All take ``patch_size``, ``flip_axes`` and ``spacing``, so that a configuration puts one in another's place by its name
+alone; which of the two have no meaning for a policy, its docstring says.
+"""
 
 from __future__ import annotations
 
@@ -74,11 +78,18 @@ def standard_view(
     )
 
 
-def identity_view(patch_size: Sequence[int], *, keys: Keys = KEYS) -> mt.Compose:
+def identity_view(
+    patch_size: Sequence[int],
+    *,
+    flip_axes: Sequence[int] = (),
+    spacing: Sequence[float] | None = None,
+    keys: Keys = KEYS,
+) -> mt.Compose:
     """The patch as it is: the experiments without augmentation.
 
     Args:
         patch_size: voxels per axis.
+        flip_axes, spacing: not used: nothing is mirrored or turned.
         keys: of the image and the label map.
     """
     return mt.Compose([mt.CenterSpatialCropd(keys, roi_size=tuple(patch_size))])
@@ -89,6 +100,7 @@ def crop_resize_view(
     *,
     scale: tuple[float, float] = (0.5, 1.0),
     flip_axes: Sequence[int] = (),
+    spacing: Sequence[float] | None = None,
     keys: Keys = KEYS,
 ) -> mt.Compose:
     """A random part of the patch, resized to the patch: the source article's first view (after SimCLR).
@@ -100,6 +112,7 @@ def crop_resize_view(
         patch_size: voxels per axis of the view.
         scale: smallest and largest extent of the part, as a fraction of the patch, per axis.
         flip_axes: spatial axes mirrored, each with probability 0.5.
+        spacing: not used: nothing is turned.
         keys: of the image and the label map.
 
     Source:
@@ -119,12 +132,20 @@ def crop_resize_view(
     return mt.Compose([resize, *flips(flip_axes, keys)])
 
 
-def simclr_view(patch_size: Sequence[int], *, strength: float = 1.0, keys: Keys = KEYS) -> mt.Compose:
+def simclr_view(
+    patch_size: Sequence[int],
+    *,
+    strength: float = 1.0,
+    flip_axes: Sequence[int] = (),
+    spacing: Sequence[float] | None = None,
+    keys: Keys = KEYS,
+) -> mt.Compose:
     """Strong intensity changes and no geometry: SimCLR's colour jitter and blur, for scans.
 
     Args:
         patch_size: voxels per axis of the view.
         strength: 0 leaves intensities alone; below 1.25.
+        flip_axes, spacing: not used: nothing is mirrored or turned.
         keys: of the image and the label map.
 
     Source:
@@ -142,7 +163,13 @@ def simclr_view(patch_size: Sequence[int], *, strength: float = 1.0, keys: Keys 
 
 
 def randaugment_view(
-    patch_size: Sequence[int], *, num_ops: int = 2, magnitude: float = 0.5, keys: Keys = KEYS
+    patch_size: Sequence[int],
+    *,
+    num_ops: int = 2,
+    magnitude: float = 0.5,
+    flip_axes: Sequence[int] = (),
+    spacing: Sequence[float] | None = None,
+    keys: Keys = KEYS,
 ) -> mt.Compose:
     """``num_ops`` intensity operations, drawn anew for each view out of nine: RandAugment for scans.
 
@@ -150,6 +177,7 @@ def randaugment_view(
         patch_size: voxels per axis of the view.
         num_ops: operations per view, 1 to 9.
         magnitude: 0 (nothing) to 1 (strongest), shared by all operations, as in the article.
+        flip_axes, spacing: not used: nothing is mirrored or turned.
         keys: of the image and the label map.
 
     Raises:

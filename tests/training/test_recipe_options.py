@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
+import pydoc
 import re
 from pathlib import Path
 
@@ -9,8 +13,10 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
+import medseg_supcon.transforms
+from medseg_supcon.errors import ConfigError
 from medseg_supcon.training import parse_setting, read_recipe
-from medseg_supcon.training._overlay import load_commented, merge, set_key
+from medseg_supcon.training._overlay import dump_commented, load_commented, merge, set_key
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 
@@ -73,6 +79,78 @@ def test_the_recipe_in_the_documentation_is_one(trained_run, tmp_path):
     assert names == ["RandAffined", "CenterSpatialCropd"]
 
 
+VIEWS = ("identity", "crop_resize", "simclr", "randaugment", "standard")
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("recipe", ["joint", "two_stage"])
+def test_a_view_policy_is_swapped_by_its_name_alone(trained_run, recipe, name):
+    setting = f"view_2::_target_=medseg_supcon.transforms.{name}_view"
+    parser = parser_of(trained_run, read_recipe(recipe), [setting])
+    two_views = parser.get_parsed_content("train::two_views").set_random_state(0)
+    first, second = two_views.policies
+    assert len(first.transforms) > 5  # view 1 stays as it was
+    patch = parser.get_parsed_content("plan")["patch_size"]
+    alone = getattr(medseg_supcon.transforms, f"{name}_view")(patch)
+    kinds = [type(t).__name__ for t in second.transforms if type(t).__name__ != "RandFlipd"]
+    assert kinds == [type(t).__name__ for t in alone.transforms]
+    scan = {"image": torch.rand(1, 30, 30, 30), "label": torch.ones(1, 30, 30, 30)}
+    assert two_views(scan)["image"].shape == (2, 1, *patch)
+
+
+def test_a_part_of_a_reference_is_set_in_a_copy_and_comments_stay_where_they_were(trained_run):
+    tree = load_commented(trained_run / "configs" / "train.yaml")
+    before = dump_commented(tree)
+    set_key(tree, "view_2::_target_", "medseg_supcon.transforms.randaugment_view", "train.yaml")
+    set_key(tree, "view_2::magnitude", 0.7, "train.yaml")
+    after = dump_commented(tree)
+    section = """view_2:
+  _target_: medseg_supcon.transforms.randaugment_view
+  magnitude: 0.7
+  patch_size: "$@plan['patch_size']"
+  flip_axes: "$@plan['flip_axes']"
+  spacing: "$@plan['spacing']"
+"""
+    assert after == before.replace('view_2: "@view_1"\n', section)
+    with pytest.raises(ConfigError, match="no part"):
+        set_key(tree, "device::index", 1, "train.yaml")
+
+
+TUNED = {
+    "no normalisation before the projector": ["projection::normalise_input=false"],
+    "wider projector": ["projection::hidden_channels=96", "projection::out_channels=48"],
+    "euclidean": ["contrastive_loss::loss::similarity=euclidean", "projection::normalise_output=false"],
+    "class-weighted": ["sampling=uniform", "class_weights=$@plan['class_weights']"],
+}
+
+
+@pytest.mark.parametrize("recipe", ["joint", "two_stage"])
+@pytest.mark.parametrize("case", TUNED)
+def test_the_article_s_other_choices_are_settings(trained_run, recipe, case):
+    parser = parser_of(trained_run, read_recipe(recipe), TUNED[case])
+    loss, head = (parser.get_parsed_content(key) for key in ("contrastive_loss", "projection"))
+    if case.startswith("no normalisation"):
+        assert not head.normalise_input
+    elif case == "wider projector":
+        assert [layer.out_features for layer in head.layers if hasattr(layer, "out_features")] == [96, 48]
+    elif case == "euclidean":
+        assert loss.loss.similarity == "euclidean"
+    else:
+        plan = parser.get_parsed_content("plan")
+        assert list(loss.loss.class_weights) == pytest.approx(plan["class_weights"])
+        assert loss.sampler.strategy == "uniform"
+    features = torch.randn(2, head.in_channels, 6, 6, 6, requires_grad=True)
+    value = loss(features, torch.randint(0, 6, (2, 1, 6, 6, 6)))
+    value.backward()
+    assert value > 0 and features.grad.abs().sum() > 0
+
+
+TARGETS = {  # what the page sets a component to, before it sets an argument of it
+    "optimizer": "torch.optim.SGD",
+    "view_2": "medseg_supcon.transforms.randaugment_view",
+}
+
+
 def test_every_key_that_the_documentation_sets_exists(trained_run):
     shown = re.findall(r"--set ((?!KEY)[\w:]+)=", PAGE.read_text())
     assert len(shown) > 8
@@ -83,11 +161,17 @@ def test_every_key_that_the_documentation_sets_exists(trained_run):
         everything[name] = tree
 
     def known(tree, key):
-        for part in key.split("::"):
-            if not isinstance(tree, dict) or part not in tree:
-                return False
-            tree = tree[part]
-        return True
+        tree = copy.deepcopy(tree)
+        try:
+            set_key(tree, key, 0, "train.yaml")
+        except ConfigError:
+            return False
+        *path, last = key.split("::")
+        section = functools.reduce(lambda node, part: node[part], path, tree)
+        if last == "_target_" or "_target_" not in section:
+            return True
+        made = pydoc.locate(TARGETS.get(key.rpartition("::")[0], section["_target_"]))
+        return last in inspect.signature(made).parameters
 
     for key in shown:
         assert any(known(tree, key) for tree in everything.values()), key
