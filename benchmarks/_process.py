@@ -1,0 +1,82 @@
+"""Commands measured from outside, by a process that imports nothing large: its own peak would count as theirs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a command took.
+
+    Attributes:
+        seconds: from start to end, by the clock.
+        peak: MiB, the largest resident set (the system's ``ru_maxrss``).
+        output: what it printed.
+    """
+
+    seconds: float
+    peak: float
+    output: str
+
+
+def run(command: Sequence[object], threads: int) -> Cost:
+    """Runs a command from the checkout with so many threads; what it says on stderr is shown only if it fails."""
+    environment = dict(os.environ)
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "nnUNet_def_n_proc"):
+        environment[variable] = str(threads)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as said:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [str(word) for word in command], env=environment, cwd=ROOT, stdout=printed, stderr=said
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        printed.seek(0)
+        said.seek(0)
+        if process.returncode != 0:
+            raise SystemExit(f"{command} ended with {process.returncode}:\n{said.read().decode()[-3000:]}")
+        return Cost(seconds, usage.ru_maxrss / 1024, printed.read().decode())
+
+
+def make(
+    scan: Path,
+    run_folder: Path,
+    shape: Sequence[int],
+    spacing: Sequence[float],
+    organs: int,
+    changes: dict[str, Any],
+) -> dict[str, Any]:
+    """A scan, unless it is there, and a run for it (see `benchmarks._scan`); the run's plan."""
+    wanted = {"scan": str(scan), "run": str(run_folder), "shape": shape, "spacing": spacing}
+    arguments = json.dumps({**wanted, "organs": organs, "changes": changes})
+    run([sys.executable, "-m", "benchmarks._scan", arguments], 1)
+    plan: dict[str, Any] = json.loads((run_folder / "configs" / "plan.json").read_text())
+    return plan
+
+
+def machine(threads: int) -> str:
+    """One line: the processor, threads and versions."""
+    from importlib.metadata import version
+
+    names = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")]
+    model = names[0].split(":")[1].strip() if names else "unknown processor"
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "monai"))
+    return f"{model}, {threads} threads of {os.cpu_count()} cores, {versions}"
+
+
+def times(values: Sequence[float]) -> str:
+    return " x ".join(f"{value:g}" for value in values)
