@@ -119,7 +119,8 @@ def _go_on(dataset: Path, run: Path, request: Request, resume: bool) -> None:
     from monai.bundle import ConfigParser
 
     planned = Path(ConfigParser.load_config_file(str(run / "configs" / "train.yaml"))["dataset_dir"])
-    root = read_selected(dataset, None).root.resolve()
+    data = read_selected(dataset, None)
+    root = data.root.resolve()
     if root != planned.resolve():
         raise RunError(
             f"{run} is planned for {planned}, not for {root}. Choose another --out, or that data set."
@@ -130,13 +131,20 @@ def _go_on(dataset: Path, run: Path, request: Request, resume: bool) -> None:
             f"{run} is planned already; {', '.join(given)} would be ignored. Leave {'it' if len(given) == 1 else 'them'} "
             "out, edit the run's configs, or choose another --out."
         )
+    _refuse_errors(_planned_cases(run, data), dataset, _trusts_scan_affine(run), None)
     err.print(f"{'Resuming' if resume else 'Training'} what is planned in {run}.", markup=False)
     if given:
         err.print(f"[yellow]note[/] the plan's own values hold for {', '.join(given)}")
 
 
+def _trusts_scan_affine(run: Path) -> bool:
+    from medseg_supcon.data import read_plan
+
+    return bool(read_plan(run / "configs" / "plan.json").get("trust_scan_affine", False))
+
+
 def _prepare(path: Path, run: Path, request: Request, device: str | None) -> None:
-    from medseg_supcon.data import check_dataset, read_unlabelled, split_cases
+    from medseg_supcon.data import read_unlabelled, split_cases
     from medseg_supcon.training import check_device, is_planned, parse_setting, prepare_run, read_recipe
 
     check_device(device)
@@ -152,14 +160,8 @@ def _prepare(path: Path, run: Path, request: Request, device: str | None) -> Non
     if request.unlabelled is not None:
         more = read_unlabelled(request.unlabelled, dataset)
         split = replace(split, unlabelled=(*split.unlabelled, *more))
-    chosen = dataset.select([c.name for c in (*split.training, *split.validation)])
-    report = check_dataset(chosen, allow_affine_mismatch=request.allow_affine_mismatch)
-    if report.findings:
-        print_report(report, err)
-    if report.has_errors:
-        raise MedsegError(
-            f"The data set has errors (above): mend them and run 'medseg check {path}' until it is content."
-        )
+    chosen = (*split.training, *split.validation, *split.unlabelled)
+    _refuse_errors(replace(dataset, cases=chosen), path, request.allow_affine_mismatch, request.unlabelled)
     result = prepare_run(
         dataset,
         split,
@@ -173,3 +175,33 @@ def _prepare(path: Path, run: Path, request: Request, device: str | None) -> Non
         trust_scan_affine=request.allow_affine_mismatch,
     )
     print_plan(result, split, run)
+
+
+def _refuse_errors(dataset: Any, path: Path, allow_affine_mismatch: bool, unlabelled: Path | None) -> None:
+    """Show what a check finds; errors end the command."""
+    from medseg_supcon.data import check_dataset
+
+    report = check_dataset(dataset, allow_affine_mismatch=allow_affine_mismatch)
+    if report.findings:
+        print_report(report, err)
+    if report.has_errors:
+        also = f" (this command alone looks at {unlabelled})" if unlabelled is not None else ""
+        raise MedsegError(
+            f"The data set has errors (above): mend them and run 'medseg check {path}' until it is content{also}."
+        )
+
+
+def _planned_cases(run: Path, dataset: Any) -> Any:
+    """The data set with the cases that a run's data list names, wherever they lie."""
+    from monai.bundle import ConfigParser
+
+    from medseg_supcon.data import Case, load_items
+
+    lists = ConfigParser.load_config_file(str(run / "configs" / "datalist.json"))
+    found = []
+    for entries in filter(None, lists.values()):
+        for item in load_items(entries, dataset.root):
+            images = [item["image"]] if isinstance(item["image"], str) else item["image"]
+            label = Path(item["label"]) if item.get("label") else None
+            found.append(Case(str(item.get("name", images[0])), tuple(map(Path, images)), label))
+    return replace(dataset, cases=tuple(found))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,23 @@ def trained_run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     prepare_run(dataset, split_cases(dataset), run, epochs=2, settings=TINY, device="cpu")
     train_run(run, device="cpu", quiet=True)
     return run
+
+
+@pytest.fixture
+def medseg(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Call ``medseg`` in this process: (exit code, stdout, stderr)."""
+
+    from medseg_supcon import cli
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["medseg", *map(str, args)])
+        monkeypatch.setattr(cli, "_quieten", lambda: None)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err + shown.out, shown.err
+        return stop.value.code, shown.out, shown.err
+
+    return call

@@ -17,22 +17,6 @@ from medseg_supcon import cli
 COMMANDS = ["demo", "check", "plan", "train", "predict", "evaluate", "compare", "embed", "export"]
 
 
-@pytest.fixture
-def medseg(monkeypatch, capsys):
-    """Call ``medseg`` in this process: (exit code, stdout, stderr)."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["medseg", *map(str, args)])
-        monkeypatch.setattr(cli, "_quieten", lambda: None)
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        shown = capsys.readouterr()
-        assert "Traceback" not in shown.err + shown.out
-        return stop.value.code, shown.out, shown.err
-
-    return call
-
-
 def test_no_arguments_show_help(medseg):
     code, text, _ = medseg()
     assert code == 0

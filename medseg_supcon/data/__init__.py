@@ -12,7 +12,7 @@ from medseg_supcon.data._plan_file import read_plan, validate_plan, write_plan
 from medseg_supcon.data._preprocessing import LabelPreprocessingd, read_preprocessing
 from medseg_supcon.data._report import Finding, Report
 from medseg_supcon.data._split import Split, split_cases
-from medseg_supcon.data._unreadable import not_a_file, unreadable
+from medseg_supcon.data._unreadable import not_a_file, promises_too_much, unreadable
 from medseg_supcon.data._volume import read_volume
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "make_plan",
     "network_definition",
     "not_a_file",
+    "promises_too_much",
     "read_case_names",
     "read_dataset",
     "read_plan",

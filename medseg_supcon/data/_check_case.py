@@ -97,6 +97,10 @@ def _geometry(looked: Looked, path: Path, volume: Volume) -> bool:
     if not np.isfinite(volume.affine).all() or abs(np.linalg.det(axes)) < 1e-12:
         looked.tell(path, "bad_affine", "its affine is no geometry (zero or not finite). Export it again.")
         return False
+    if volume.unit != "mm":
+        looked.tell(
+            path, "unit", f"gives lengths in {volume.unit}, expected mm. Correct its header, or convert it."
+        )
     spacing = np.linalg.norm(axes, axis=0)
     order = np.argsort(nibabel.orientations.io_orientation(volume.affine)[:, 0])
     if looked.spacing is None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import stat
 import struct
 from pathlib import Path
+from typing import Any
 
-__all__ = ["not_a_file", "unreadable"]
+__all__ = ["not_a_file", "promises_too_much", "unreadable"]
 
 GZIP = b"\x1f\x8b"
+MOST_PACKED = 1032  # bytes that deflate can make of one
 NIFTI = tuple(
     struct.pack(order + "i", size) for size in (348, 540) for order in "<>"
 )  # a header's first bytes
@@ -17,11 +20,12 @@ NIFTI = tuple(
 def not_a_file(path: Path) -> str | None:
     """A sentence where there is nothing to read at `path`, or nothing that ends; None for a plain file.
 
-    Example:
-        >>> from pathlib import Path
-        >>> from medseg_supcon.data import not_a_file
-        >>> not_a_file(Path("/nowhere/scan.nii.gz"))
-        '/nowhere/scan.nii.gz: there is no such file or folder. Check the path.'
+        Example:
+            >>> from pathlib import Path
+    from typing import Any
+            >>> from medseg_supcon.data import not_a_file
+            >>> not_a_file(Path("/nowhere/scan.nii.gz"))
+            '/nowhere/scan.nii.gz: there is no such file or folder. Check the path.'
     """
     try:
         mode = path.stat().st_mode
@@ -38,6 +42,19 @@ def not_a_file(path: Path) -> str | None:
     if not stat.S_ISREG(mode):
         return f"{path}: is a pipe or device, expected a file. Save it as a file."
     return None
+
+
+def promises_too_much(path: Path, image: Any) -> str | None:
+    """A sentence where a NIfTI header announces more voxels than its file can hold; to read them would fill memory."""
+    size = path.stat().st_size
+    most = size * (MOST_PACKED if path.name.lower().endswith(".gz") else 1)
+    bytes_ = image.dataobj.dtype.itemsize * math.prod(int(n) for n in image.shape)
+    if bytes_ <= most:
+        return None
+    return (
+        f"{path}: cannot be read as NIfTI (its header announces {bytes_:,} bytes of voxels, the file has {size:,} bytes). "
+        "It is damaged or cut short: copy or export it again."
+    )
 
 
 def unreadable(path: Path, error: Exception) -> str:

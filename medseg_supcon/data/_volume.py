@@ -14,7 +14,7 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 
-from medseg_supcon.data._unreadable import not_a_file, unreadable
+from medseg_supcon.data._unreadable import not_a_file, promises_too_much, unreadable
 from medseg_supcon.errors import DataError
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
+UNITS = {1: "metres", 3: "microns"}  # NIfTI's codes
 SLAB = 4_000_000
 SMALL_RANGE = 100_000
 
@@ -44,10 +45,12 @@ class Volume:
     Attributes:
         data: voxels (X, Y, Z) or (X, Y, Z, C), scaling applied; further axes of one are dropped.
         affine: (4, 4), voxel indices to RAS+ mm.
+        unit: of the affine as the header says it: "mm" (or nothing), "metres" or "microns".
     """
 
     data: npt.NDArray[Any]
     affine: npt.NDArray[np.float64]
+    unit: str = "mm"
 
 
 def stem(path: str | Path) -> str:
@@ -88,17 +91,22 @@ def read_volume(path: Path) -> Volume:
     """
     image = _open(path)
     try:
+        if (problem := promises_too_much(path, image)) is not None:
+            raise DataError(problem)
         if path.name.lower().endswith(".gz"):  # read to the end: nibabel alone never sees gzip's checksum
             image = type(image).from_bytes(gzip.decompress(path.read_bytes()))
         with np.errstate(all="ignore"):  # overflow in the scaling shows up as Inf, which is reported
             data = np.asanyarray(image.dataobj)
+    except (DataError, MemoryError):
+        raise
     except Exception as error:  # gzip, zlib, OS and nibabel errors alike
         raise DataError(unreadable(path, error)) from error
     if data.dtype.kind not in "buif":
         raise DataError(
             f"{path}: voxels must be plain numbers, found {data.dtype}. Export a grey-value image."
         )
-    return Volume(data.reshape(_squeezed(data.shape)), np.asarray(image.affine, dtype=np.float64))
+    unit = UNITS.get(int(image.header["xyzt_units"]) & 7, "mm") if "xyzt_units" in image.header else "mm"
+    return Volume(data.reshape(_squeezed(data.shape)), np.asarray(image.affine, dtype=np.float64), unit)
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from medseg_supcon.evaluation._report import score_case
 from medseg_supcon.evaluation._summary import metrics_report, write_report
 
 ENDINGS = (".nii.gz", ".nii")
+MOST_VALUES = 256
 SUFFIX = "_0000"  # nnU-Net gives it to scans of a single channel, and a mask has its scan's name
 
 
@@ -99,7 +100,8 @@ def _values_in(files: Sequence[Path], ignore_label: float | None) -> dict[str, f
     for file in files:
         try:
             found = np.unique(_read(file)[0])
-            values |= set(snap_labels(found, {round(v) for v in found if np.isfinite(v)}).tolist())
+            if len(found) <= MOST_VALUES:  # more make no label map: its case will say so
+                values |= set(snap_labels(found, {round(v) for v in found}).tolist())
         except DataError:
             continue  # reported with its case
     named = sorted(values - {0} - ({ignore_label} if ignore_label is not None else set()))
@@ -129,5 +131,12 @@ def _read(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     if volume.data.ndim != 3 or volume.data.size == 0:
         raise DataError(
             f"{file}: expected a 3-D label map, found shape {volume.data.shape}. Save one volume."
+        )
+    if volume.data.dtype.kind == "f" and not np.isfinite(volume.data).all():
+        raise DataError(f"{file}: holds NaN or Inf, expected label values. Save it again.")
+    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    if not np.isfinite(volume.affine).all() or not (spacing > 0).all():
+        raise DataError(
+            f"{file}: its affine is no geometry (zero or not finite). Save it in its scan's grid."
         )
     return volume.data, volume.affine

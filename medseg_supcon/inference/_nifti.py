@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from monai.data.utils import correct_nifti_header_if_necessary
 
-from medseg_supcon.data import not_a_file, unreadable
+from medseg_supcon.data import not_a_file, promises_too_much, unreadable
 from medseg_supcon.errors import DataError
 from medseg_supcon.inference._grid import Grid, Volume, check_affine, check_values
 
@@ -70,7 +70,9 @@ def _read_one(file: Path) -> Volume:
         if not isinstance(image, nibabel.Nifti1Image):
             raise DataError(f"{file}: expected NIfTI, found {type(image).__name__}. Convert it to .nii.gz.")
         shape = tuple(int(n) for n in image.shape)
-        if len(shape) < 3 or 0 in shape:
+        if 0 in shape:
+            raise DataError(f"{file}: expected a 3-D scan, found no voxels (shape {shape}). Export it again.")
+        if len(shape) < 3:
             raise DataError(
                 f"{file}: expected a 3-D scan, found shape {shape}. 2-D images are not segmented."
             )
@@ -79,6 +81,8 @@ def _read_one(file: Path) -> Volume:
             raise DataError(
                 f"{file}: expected a 3-D scan or channels in a fourth axis, found shape {shape}. Split it."
             )
+        if (problem := promises_too_much(file, image)) is not None:
+            raise DataError(problem)
         data = check_values(_voxels(image, file), file)
         channels = extra[0] if extra else 1
         grid, warnings = _grid(image, shape if channels == 1 else shape[:3], file)

@@ -140,6 +140,10 @@ def _scans_in(folder: Path) -> list[Scan]:
         kind = _kind(path) if not path.is_dir() else None
         if kind in ("nifti", "itk"):
             scans.append(Scan(scan_name(path), (path,), kind))
+        elif path.is_dir() and path.name.lower().endswith((*NIFTI, *ITK)):
+            scans.append(
+                _refused(scan_name(path), path, "is a folder, expected a file. Give the files in it.")
+            )
         elif path.name.lower().endswith(FOREIGN):
             scans.append(
                 _refused(path.name, path, f"this format is not read: convert it. Expected {FORMATS}.")

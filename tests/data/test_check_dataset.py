@@ -229,3 +229,15 @@ def test_nifti_2_is_read_like_nifti_1(tmp_path, disk, ending):
     dataset = read_dataset(disk.json(tmp_path / "list.json", {"training": items}))
     assert dataset.labels == {"background": 0, "label 1": 1, "label 2": 2}
     assert not check_dataset(dataset).findings
+
+
+@pytest.mark.parametrize("code", [1, 3])
+def test_lengths_in_another_unit_are_an_error(tmp_path, disk, code):
+    root = disk.decathlon(tmp_path)
+    path = root / "imagesTr/case_1.nii.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[123] = code | 8  # xyzt_units: metres or microns, seconds
+    path.write_bytes(gzip.compress(bytes(content)))
+    report = check_dataset(read_dataset(root))
+    assert [(f.case, f.code) for f in report.errors] == [("case_1", "unit")]
+    assert "expected mm" in report.errors[0].message
