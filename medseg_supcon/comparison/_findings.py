@@ -12,7 +12,7 @@ from medseg_supcon.comparison._design import Design
 from medseg_supcon.comparison._runs import unequal_recipes
 from medseg_supcon.comparison._variants import level_settings
 from medseg_supcon.evaluation import compare_recipes, write_comparison, write_grid
-from medseg_supcon.training import read_recipe
+from medseg_supcon.training import describe_recipe, read_recipe
 
 Settings = Sequence[tuple[str, Any]]
 
@@ -71,6 +71,7 @@ def _about(design: Design, plan: dict[str, Any], settings: Settings) -> dict[str
         "overlays": {
             name: {**read_recipe(file), **design.own.get(name, {})} for name, file in design.files.items()
         },
+        "descriptions": {name: describe_recipe(file) for name, file in design.files.items()},
         "variants": [
             {"name": v.name, "levels": dict(v.levels), "settings": dict(v.settings)} for v in design.variants
         ],

@@ -57,7 +57,7 @@ def efficiency_figure(means: Sequence[Row], recipes: Sequence[str], path: Path) 
 def differences_figure(differences: Sequence[Row], path: Path) -> None:
     """Each paired difference with its 95 % interval, in Dice points; filled where the interval excludes 0."""
     rows = [row for row in differences if row["difference"] is not None]
-    rows.sort(key=lambda row: row["class"] != MEAN)
+    rows.sort(key=lambda row: row["labels"])
     colors = recipe_colors([rows[0]["baseline"], *(row["recipe"] for row in rows)] if rows else ["", ""])
     figure = new_figure(7.2, 0.9 + 0.34 * max(len(rows), 2))
     axis = figure.subplots()
@@ -71,13 +71,22 @@ def differences_figure(differences: Sequence[Row], path: Path) -> None:
         axis.plot(
             middle, y, marker="o", markersize=7, color=color, markerfacecolor=color if clear else "white"
         )
-    names = [f"{row['recipe']}, {row['labels']} labels: {_class_name(row['class'])}" for row in rows]
+    one_class = len({row["class"] for row in rows}) == 1
+    names = [
+        f"{row['labels']} labels, {row['recipe']}" + ("" if one_class else f": {_class_name(row['class'])}")
+        for row in rows
+    ]
     axis.set_yticks([-i for i in range(len(rows))], names)
     axis.set_ylim(-len(rows) + 0.4, 0.6)
-    reach = max([abs(100 * row[key]) for row in rows for key in ("low", "high")] or [1.0]) * 1.1 or 1.0
-    axis.set_xlim(-reach, reach)
+    ends = [0.0, *(100 * row[key] for row in rows for key in ("low", "high"))]
+    margin = 0.12 * (max(ends) - min(ends)) or 1.0
+    axis.set_xlim(min(ends) - margin, max(ends) + margin)
     baseline = rows[0]["baseline"] if rows else "the baseline"
-    dress(axis, f"Difference from {baseline}", "Dice points (right: better), 95 % interval")
+    dress(
+        axis,
+        f"Difference from {baseline}",
+        "Dice points (right of 0: better than the baseline), 95 % interval",
+    )
     save(figure, path)
 
 

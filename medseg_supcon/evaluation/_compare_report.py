@@ -42,7 +42,8 @@ def write_comparison(
     Args:
         out: the comparison's folder.
         about: what was compared: ``dataset``, ``recipes`` (names, the baseline first), ``overlays``, ``seeds``,
-            ``splits``, ``test``, ``tested_on``, ``epochs``, ``steps``, ``patches_per_step``, ``warnings``.
+            ``splits``, ``test``, ``tested_on``, ``epochs``, ``steps``, ``patches_per_step``, ``warnings``, and
+            ``descriptions``: recipe -> a sentence, or an empty one.
         results: rows of `compare_recipes`.
         runs: a row per run, with its cost.
         robustness: rows of `compare_recipes` for the mean over classes, with ``condition``; may be empty.
@@ -58,7 +59,11 @@ def write_comparison(
     robustness = _with_losses(robustness, recipes)
     pictures = out / "pictures"
     efficiency_figure(means, recipes, pictures / "label_efficiency.png")
-    differences_figure(differences, pictures / "differences.png")
+    headline = [row for row in differences if row["class"] == MEAN]
+    differences_figure(headline, pictures / "differences.png")
+    classes = list(dict.fromkeys(row["class"] for row in means))
+    if len(classes) > 2:
+        differences_figure(differences, pictures / "differences_by_class.png")
     learning_figure(histories, recipes, pictures / "learning.png")
     if robustness:
         robustness_figure(robustness, recipes, pictures / "robustness.png")
@@ -66,7 +71,7 @@ def write_comparison(
     write_csv(differences, out / "differences.csv")
     found = {
         "about": dict(about),
-        "answers": [answer(row) for row in differences if row["class"] == MEAN],
+        "answers": [answer(row) for row in headline],
         "caveats": caveats(about, differences),
         "means": means,
         "differences": differences,
@@ -78,7 +83,8 @@ def write_comparison(
     view = {
         **found,
         "cost": cost_sentence(costs),
-        "classes": list(dict.fromkeys(row["class"] for row in means)),
+        "classes": classes,
+        "by_condition": _by_condition(robustness, recipes),
         "conditions": list(dict.fromkeys(row["condition"] for row in robustness)),
         "split_overlays": {name: settings_and_wiring(o) for name, o in about["overlays"].items()},
         "rules": [LEFT_OUT_RULE, EMPTY_RULE],
@@ -150,14 +156,16 @@ def costs_of(runs: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
 
 
 def cost_sentence(costs: Sequence[Row]) -> str:
-    """Time of each recipe's runs beside the baseline's.
+    """Time and memory of each recipe's runs beside the baseline's.
 
-    >>> a = {"recipe": "a", "minutes": 2.0, "relative_time": 1.0}
-    >>> cost_sentence([a, {"recipe": "b", "minutes": 3.0, "relative_time": 1.5}])
-    'Training takes 2.0 min a run with a, 3.0 min with b (1.50 x).'
+    >>> a = {"recipe": "a", "minutes": 2.0, "relative_time": 1.0, "memory_gib": None, "machine": ""}
+    >>> cost_sentence([a, {**a, "recipe": "b", "minutes": 3.0, "relative_time": 1.5, "memory_gib": 0.5}])
+    'Training takes 2.0 min a run with a, 3.0 min with b (1.50 x); memory at its peak: 0.5 GiB with b.'
     """
+    known = [f"{c['memory_gib']:.1f} GiB with {c['recipe']}" for c in costs if c["memory_gib"] is not None]
+    memory = f"; memory at its peak: {', '.join(known)}" if known else ""
     others = [f", {c['minutes']:.1f} min with {c['recipe']} ({c['relative_time']:.2f} x)" for c in costs[1:]]
-    return f"Training takes {costs[0]['minutes']:.1f} min a run with {costs[0]['recipe']}{''.join(others)}."
+    return f"Training takes {costs[0]['minutes']:.1f} min a run with {costs[0]['recipe']}{''.join(others)}{memory}."
 
 
 def _with_losses(robustness: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
@@ -172,4 +180,22 @@ def _with_losses(robustness: Sequence[Row], recipes: Sequence[str]) -> list[Row]
             for key in ("dice", "baseline_dice")
         }
         found.append({**row, **lost})
+    return found
+
+
+def _by_condition(robustness: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
+    """A row per budget and recipe, with ``cells``, one for each condition: ``dice``, ``lost``, ``low``, ``high``."""
+    found = []
+    nothing = {"low": None, "high": None}
+    for labels in dict.fromkeys(row["labels"] for row in robustness):
+        mine = [row for row in robustness if row["labels"] == labels]
+        first = [row for row in mine if row["recipe"] == mine[0]["recipe"]]
+        base = [{"dice": r["baseline_dice"], "lost": r["baseline_dice_change"], **nothing} for r in first]
+        found.append({"labels": labels, "recipe": recipes[0], "cells": base})
+        for recipe in dict.fromkeys(recipes[1:]):
+            of = [row for row in mine if row["recipe"] == recipe]
+            cells = [
+                {"dice": r["dice"], "lost": r["dice_change"], "low": r["low"], "high": r["high"]} for r in of
+            ]
+            found.append({"labels": labels, "recipe": recipe, "cells": cells})
     return found

@@ -11,6 +11,8 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from medseg_supcon.evaluation._comparison import verdict
+
 
 def render(name: str, view: Mapping[str, Any]) -> str:
     """A template of this package, filled in; what the view lacks is an error. HTML is escaped."""
@@ -24,6 +26,7 @@ def render(name: str, view: Mapping[str, Any]) -> str:
     environment.filters["points"] = points
     environment.filters["number"] = lambda v, digits=4: "-" if v is None else f"{v:.{digits}f}"
     environment.filters["p"] = lambda v: "-" if v is None else "< 0.0001" if v < 1e-4 else f"{v:.2g}"
+    environment.filters["verdict"] = verdict
     return environment.get_template(name).render(view)
 
 

@@ -30,7 +30,7 @@ from medseg_supcon.training._ranks import (
     ranks_here,
     world_size,
 )
-from medseg_supcon.training._recipes import read_recipe, recipe_names, shared_folder
+from medseg_supcon.training._recipes import describe_recipe, read_recipe, recipe_names, shared_folder
 from medseg_supcon.training._run import is_of_plan, is_planned, is_started, prepare_run, refresh_documents
 from medseg_supcon.training._segmentation import DiceCrossEntropy
 from medseg_supcon.training._semi_loss import SemiSupervisedLoss
@@ -68,6 +68,7 @@ __all__ = [
     "batch_share",
     "cached_dataset",
     "check_device",
+    "describe_recipe",
     "distributed",
     "is_finished",
     "is_of_plan",

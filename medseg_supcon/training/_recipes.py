@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,7 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
 
 
 def _read(name: str, above: tuple[Path, ...]) -> dict[str, Any]:
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = shared_folder("configs") / f"{name}.yaml"
+    path = _file_of(name)
     if not path.is_file():
         near = get_close_matches(str(name), recipe_names(), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
@@ -66,3 +65,23 @@ def _read(name: str, above: tuple[Path, ...]) -> dict[str, Any]:
     found = path.parent / str(base) if Path(str(base)).suffix in (".yaml", ".yml") else base
     inherited = _read(str(found), (*above, path.resolve()))
     return {key: value for key, value in inherited.items() if key not in overlay} | overlay
+
+
+def describe_recipe(name: str | Path) -> str:
+    """The first sentence of a recipe's first comment: what it is. Empty where there is none.
+
+    >>> describe_recipe("dice_ce").split(",")[0]
+    'Dice + cross-entropy alone'
+    """
+    comment = []
+    for line in _file_of(name).read_text().splitlines():
+        if not line.startswith("# "):
+            break
+        comment.append(line[2:].strip())
+    sentence = re.split(r"(?<=[.!?])\s", " ".join(comment))[0]
+    return sentence.partition(": ")[2] or sentence
+
+
+def _file_of(name: str | Path) -> Path:
+    path = Path(name)
+    return path if path.suffix in (".yaml", ".yml") else shared_folder("configs") / f"{name}.yaml"
