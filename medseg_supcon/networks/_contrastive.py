@@ -60,7 +60,16 @@ class ContrastiveNetwork(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """(B, channels, *spatial) to logits (B, C, *spatial), and features (B, F, *spatial) in training."""
-        return self.forward_features(x) if self.training else _main_output(self.network(x), x)
+        if self.training:
+            return self.forward_features(x)
+        output = self.network(x)
+        self._tap.take()
+        return _main_output(output, x)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """``torch.compile``, in place: names in the state dict stay; arguments as for ``nn.Module.compile``."""
+        self._tap.stay()
+        super().compile(*args, **kwargs)
 
     def forward_features(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and features in either mode."""

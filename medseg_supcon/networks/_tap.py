@@ -23,7 +23,8 @@ class FeatureTap:
 
     The features are the input of the classifier: the 1x1x1 convolution that is the last layer with weights
     that the network defines (deep-supervision heads left aside). They are taken by a forward pre-hook that
-    lives during the call only, so copying, saving, scripting and exporting the network see nothing of it.
+    lives during the call only, so copying, saving, scripting and exporting the network see nothing of it
+    (:meth:`stay` keeps it).
 
     Args:
         network: BasicUNet, DynUNet, SegResNet, SwinUNETR, AttentionUnet, ``Sequential(UNet, Conv3d)``, ...
@@ -47,6 +48,8 @@ class FeatureTap:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.name = _classifier_name(network)
+        self._stays = False
+        self._caught: list[torch.Tensor] = []
         self.in_channels = int(self.classifier.in_channels)
         self.out_channels = int(self.classifier.out_channels)
 
@@ -55,18 +58,34 @@ class FeatureTap:
         """The last 1x1x1 convolution, as it stands in the network now."""
         return self.network.get_submodule(self.name)
 
+    def stay(self) -> None:
+        """Keep the hook between calls: ``torch.compile`` builds it in, and sees no later one."""
+        if not self._stays:
+            self.classifier.register_forward_pre_hook(self._catch)
+            self._stays = True
+
+    def take(self) -> list[torch.Tensor]:
+        """What the hook has caught since the last time."""
+        caught, self._caught = self._caught, []
+        return caught
+
+    def _catch(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._caught.append(inputs[0])
+
     def __call__(self, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
         """The network's own output and the features (B, F, *spatial) for ``x`` (B, channels, *spatial).
 
         Raises:
             ConfigError: the classifier was not run, or not at the resolution of the input.
         """
-        caught: list[torch.Tensor] = []
-        handle = self.classifier.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+        self.take()
+        handle = None if self._stays else self.classifier.register_forward_pre_hook(self._catch)
         try:
             output = self.network(x)
         finally:
-            handle.remove()
+            if handle is not None:
+                handle.remove()
+        caught = self.take()
         if not caught or caught[-1].shape[2:] != x.shape[2:]:
             found = tuple(caught[-1].shape[2:]) if caught else "nothing"
             raise ConfigError(

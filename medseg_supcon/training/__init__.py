@@ -10,6 +10,7 @@ from medseg_supcon.training._data import (
     item_seed,
     two_view_dataset,
 )
+from medseg_supcon.training._finish import finish_ranks
 from medseg_supcon.training._log import TrainingLog
 from medseg_supcon.training._memory import keep_freed_memory
 from medseg_supcon.training._metrics import label_pairs
@@ -38,6 +39,7 @@ from medseg_supcon.training._staged_loss import StagedLoss
 from medseg_supcon.training._staged_network import StagedNetwork
 from medseg_supcon.training._stages import LateValidation, Stages, stage_at, stage_epochs, staged_schedule
 from medseg_supcon.training._teacher import PseudoLabels, Teacher, shipped_network
+from medseg_supcon.training._throughput import LossScale, amp_dtype, compiled, memory_format, tune_gpu
 from medseg_supcon.training._timing import machine_name, peak_memory_gib
 from medseg_supcon.training._train import check_device, is_finished, run_config, train_run
 
@@ -51,6 +53,7 @@ __all__ = [
     "GradientClip",
     "IntervalValidation",
     "LateValidation",
+    "LossScale",
     "MixedSampler",
     "ProgressDisplay",
     "PseudoLabels",
@@ -65,11 +68,14 @@ __all__ = [
     "Teacher",
     "TrainingLog",
     "TwoViewLoss",
+    "amp_dtype",
     "batch_share",
     "cached_dataset",
     "check_device",
+    "compiled",
     "describe_recipe",
     "distributed",
+    "finish_ranks",
     "is_finished",
     "is_of_plan",
     "is_planned",
@@ -82,6 +88,7 @@ __all__ = [
     "load_initial",
     "load_tensors",
     "machine_name",
+    "memory_format",
     "parse_setting",
     "peak_memory_gib",
     "prepare_run",
@@ -101,6 +108,7 @@ __all__ = [
     "stage_epochs",
     "staged_schedule",
     "train_run",
+    "tune_gpu",
     "two_view_dataset",
     "with_unknown",
     "world_size",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ def save_atomically(value: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
+        torch.save(value, buffer)
         with part.open("wb") as stream:
-            torch.save(value, stream)
+            stream.write(buffer.getbuffer())
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(part, path)
@@ -116,6 +119,9 @@ class Checkpoint:
 
     def start(self, engine: Any) -> None:
         """Load the checkpoint if asked to and there is one; in any case draw what belongs to the epoch that comes."""
+        if rank() == 0:
+            for stale in self.folder.glob(".*.part"):  # of a process that was killed while it wrote
+                stale.unlink(missing_ok=True)
         if self.resume and self.path.exists():
             self._load(engine)
         if self.sampler is not None:
@@ -131,7 +137,7 @@ class Checkpoint:
                 )
         for name, thing in self.state.items():
             thing.load_state_dict(saved["state"][name])
-        if engine.scaler is not None and saved["scaler"] is not None:
+        if engine.scaler is not None and saved["scaler"]:  # {}: of a scaler that was not enabled
             engine.scaler.load_state_dict(saved["scaler"])
         engine.state.epoch, engine.state.iteration = saved["epoch"], saved["iteration"]
         self.best, self.best_epoch = saved["best"], saved["best_epoch"]

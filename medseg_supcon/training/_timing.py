@@ -80,7 +80,7 @@ def time_training(run: Path, device: str | None = None, steps: int = 4) -> dict[
 def _step(trainer: Any, batch: Any, device: torch.device) -> None:
     inputs, target = trainer.prepare_batch(batch, device, False)
     trainer.network.train()
-    with torch.autocast(device.type, enabled=trainer.amp, dtype=torch.bfloat16):
+    with torch.autocast(device.type, enabled=trainer.amp, **trainer.amp_kwargs):
         loss = trainer.loss_function(trainer.inferer(inputs, trainer.network), target)
     loss.backward()
     trainer.optimizer.zero_grad()

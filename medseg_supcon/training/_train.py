@@ -16,8 +16,9 @@ from medseg_supcon.networks import build_network, size_divisor
 from medseg_supcon.training._bundle_docs import write_network, write_twins
 from medseg_supcon.training._checkpoint import load_tensors
 from medseg_supcon.training._faults import innermost, settings_at_fault
+from medseg_supcon.training._finish import write_documents
 from medseg_supcon.training._metadata import read_json
-from medseg_supcon.training._run import is_planned, refresh_documents
+from medseg_supcon.training._run import is_planned
 
 
 def is_finished(run: Path) -> bool:
@@ -125,8 +126,5 @@ def train_run(
         if quiet:
             overrides["quiet"] = True
         run_config(run, "train", "train", device=device, **overrides)
-    from medseg_supcon.evaluation import curves_figure  # matplotlib: only where a picture is drawn
-
     run_config(run, "evaluate", "infer", device=device)
-    curves_figure(run / "logs" / "history.csv", run / "docs" / "curves.png")
-    refresh_documents(run)
+    write_documents(run)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -91,6 +92,31 @@ def test_rank_0_alone_writes_and_tells(by_two: tuple[Path, str]) -> None:
     assert len(list((run / "logs").glob("events.out.tfevents.*"))) == 1
 
 
+def test_scores_and_documents_follow_the_training(trained_run: Path, by_two: tuple[Path, str]) -> None:
+    run, _ = by_two
+    one, two = (json.loads((r / "eval" / "metrics.json").read_text())["summary"] for r in (trained_run, run))
+    assert two["cases"] == one["cases"] == 1
+    assert two["mean"]["dice"] == pytest.approx(one["mean"]["dice"], abs=2e-3)
+    metadata = json.loads((run / "configs" / "metadata.json").read_text())
+    assert metadata["eval_metrics"]["mean_dice"] == pytest.approx(two["mean"]["dice"], abs=5e-5)
+    assert "2 epochs, 6 steps" in (run / "docs" / "README.md").read_text()
+    assert (run / "docs" / "curves.png").stat().st_size > 0
+
+
+def test_a_finished_run_is_resumed_from_its_configs_folder(by_two: tuple[Path, str], tmp_path: Path) -> None:
+    """Nothing to train, so the documents alone are made; the files go by their names."""
+    run = Path(shutil.copytree(by_two[0], tmp_path / "run"))
+    weights = (run / "models" / "model.pt").read_bytes()
+    shutil.rmtree(run / "eval")
+    shutil.rmtree(run / "docs")
+    files = "['train.yaml','multi_gpu_train.yaml']"
+    torchrun("-m", "monai.bundle", "run", "--config_file", files, "--resume", "true", cwd=run / "configs")
+    assert (run / "models" / "model.pt").read_bytes() == weights
+    assert len(history(run)) == 2
+    for name in ("eval/metrics.json", "docs/README.md", "docs/curves.png"):
+        assert (run / name).stat().st_size > 0
+
+
 def test_one_process_resumes_what_two_began(
     trained_run: Path, by_two: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -114,6 +140,12 @@ def jobs(trained_run: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFac
         dataset, split_cases(dataset), first, recipe="two_stage", settings=settings, device="cpu", plan=short
     )
     shutil.copytree(first, folder / "two" / "two_stage")
+    # batch_size 4: a labelled and an unlabelled scan on each process
+    semi = [("contrast_samples", 256), ("val_interval", 3), ("unlabelled_from", 0.34)]
+    budget, four = split_cases(dataset, labels=4), {**short, "batch_size": 4}
+    run = folder / "one" / "semi"
+    prepare_run(dataset, budget, run, recipe="semi", settings=semi, device="cpu", plan=four)
+    shutil.copytree(run, folder / "two" / "semi")
     (folder / "scans").mkdir()
     scans = sorted((phantoms / "imagesTr").glob("*.nii.gz"))[:3]
     for scan in scans:
@@ -134,7 +166,8 @@ def do_jobs(run: Path, folder: Path, side: str) -> None:
         ("inference", {"dataset_dir": str(folder / "scans"), "output_dir": str(out / "masks")}),
     ):
         configure(run, name, "multi_gpu_evaluate", side, workflow_type="infer", **options)
-    configure(out / "two_stage", "train", "multi_gpu_train", side, workflow_type="train", quiet=True)
+    for recipe in ("two_stage", "semi"):
+        configure(out / recipe, "train", "multi_gpu_train", side, workflow_type="train", quiet=True)
 
 
 def configure(run: Path, name: str, overlay: str, side: str, **options: object) -> None:
@@ -177,6 +210,19 @@ def test_inference_by_two_writes_the_same_masks(jobs: Path) -> None:
 def test_stages_with_frozen_parameters(jobs: Path) -> None:
     # contrast of voxel pairs, cross-entropy alone, Dice + cross-entropy: an epoch each
     assert_same_curve(jobs / "one" / "two_stage", jobs / "two" / "two_stage")
+
+
+def test_labelled_and_unlabelled_scans(jobs: Path) -> None:
+    # labelled scans alone in the first epoch: as one process. Then other scans meet, but all of it goes on
+    one, two = (history(jobs / side / "semi") for side in ("one", "two"))
+    assert [row["step"] for row in two] == [row["step"] for row in one] == [2, 4, 6]
+    for key in ("loss", "segmentation", "contrastive"):
+        assert two[0][key] == pytest.approx(one[0][key], rel=1e-4)
+    assert all(math.isfinite(row["loss"]) for row in two)
+    saved = torch.load(jobs / "two" / "semi" / "models" / "checkpoint.pt", weights_only=True)
+    shipped = torch.load(jobs / "two" / "semi" / "models" / "model.pt", weights_only=True)
+    teacher = {k.removeprefix("module."): v for k, v in saved["state"]["teacher"].items()}
+    assert all(torch.equal(tensor, teacher[name]) for name, tensor in shipped.items())
 
 
 if __name__ == "__main__":

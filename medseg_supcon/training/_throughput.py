@@ -1,0 +1,90 @@
+"""What makes a step faster on a GPU: lower precision, tuned kernels, a compiled network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from medseg_supcon.errors import ConfigError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def amp_dtype(name: str) -> torch.dtype:
+    """The type of mixed precision that ``amp_dtype`` of train.yaml names.
+
+    Raises:
+        ConfigError: neither bfloat16 nor float16.
+
+    >>> amp_dtype("bfloat16")
+    torch.bfloat16
+    """
+    if name not in DTYPES:
+        raise ConfigError(f"amp_dtype must be bfloat16 or float16, got {name!r}.")
+    return DTYPES[name]
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """Where a volume's channels lie in memory: beside each other, or as they are."""
+    return torch.channels_last_3d if channels_last else torch.preserve_format
+
+
+def tune_gpu(device: str | torch.device, *, tf32: bool = True, benchmark: bool = True) -> None:
+    """Let GPUs take their fastest kernels; changes nothing on a CPU, whose trainings stay reproducible.
+
+    Args:
+        device: where training runs.
+        tf32: float32 products in TensorFloat-32 (10 bits of mantissa), for what mixed precision leaves in float32.
+        benchmark: cuDNN tries its algorithms once for every shape, and may take one that adds in no fixed order.
+    """
+    if torch.device(device).type != "cuda":
+        return
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.deterministic = not benchmark
+    torch.backends.cudnn.benchmark = benchmark
+
+
+def compiled(network: nn.Module, backend: str | None) -> nn.Module:
+    """The network itself, run by ``torch.compile`` from now on; names of its weights stay.
+
+    Args:
+        network: a ``ContrastiveNetwork``.
+        backend: of ``torch.compile``: ``"inductor"`` (needs a C++ compiler, and Triton on a GPU); ``None``: as it is.
+
+    Raises:
+        ConfigError: torch knows no such backend.
+    """
+    if backend is None:
+        return network
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ConfigError(f"compile must be null or one of {', '.join(known)}, got {backend!r}.")
+    network.compile(backend=backend)
+    return network
+
+
+class LossScale:
+    """Scales the loss where float16 would lose small gradients; bfloat16 needs no scale and gets none.
+
+    MONAI's trainer begins every run with a fresh scaler; this handler replaces it, so it must stand before
+    ``Checkpoint``, which saves and restores its state.
+
+    Args:
+        dtype: of mixed precision.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Any) -> None:
+        if engine.amp:
+            device = torch.device(engine.state.device).type
+            # a scaler that is not enabled passes everything through, and spares the wait for "all finite?"
+            engine.scaler = torch.amp.GradScaler(device, enabled=self.dtype == torch.float16)
