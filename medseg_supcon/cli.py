@@ -203,7 +203,8 @@ def _fault(error: Exception) -> None:
         _stop("medseg: memory ran out. Close other programs, or use a machine with more of it.", 2)
     if isinstance(error, OSError):
         _stop(
-            f"medseg: {error.strerror or error}: {error.filename or 'no file named'}. Check the disk and permissions.",
+            f"medseg: {error.strerror or error}: {error.filename2 or error.filename or 'no file named'}. "
+            "Check the disk and permissions.",
             2,
         )
     import traceback

@@ -59,11 +59,15 @@ def export_model(run: Path, format: Literal["torchscript", "onnx"], out: Path) -
         if format == "torchscript"
         else _onnx_attempts(run, network, plan)
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         result = _first_that_agrees(attempts, part, network, plan, sizes)
         part.replace(out)
+    except OSError as error:
+        raise RunError(
+            f"{out} could not be written ({error.strerror or error}). Free space, or choose another --out."
+        ) from error
     finally:
         part.unlink(missing_ok=True)
     return {"file": str(out), "format": format, **result}
@@ -87,6 +91,8 @@ def _first_that_agrees(
             with _quiet():
                 write(file)
                 difference, scale = _difference(load(file), network, plan, compared)
+        except OSError:
+            raise
         except Exception as error:  # exporters refuse a network in whatever way the part they meet does
             faults.append(
                 f"{method}: {str(error).strip().partition(chr(10))[0][:200] or type(error).__name__}"
@@ -110,7 +116,9 @@ def _torchscript_attempts(run: Path, network: nn.Module, plan: Mapping[str, Any]
     example = _noise(plan, tuple(plan["patch_size"]))
 
     def save(module: Any, file: Path) -> None:
-        torch.jit.save(module, str(file), _extra_files=extra)
+        buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
+        torch.jit.save(module, buffer, _extra_files=extra)
+        file.write_bytes(buffer.getbuffer())
 
     def load(file: Path) -> Callable[[Tensor], Tensor]:
         loaded: Callable[[Tensor], Tensor] = torch.jit.load(  # type: ignore[no-untyped-call]

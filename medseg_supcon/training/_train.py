@@ -79,20 +79,26 @@ def run_config(run: Path, name: str, workflow_type: str, **overrides: Any) -> Co
     with settings_at_fault():
         workflow.initialize()
         workflow.parser.get_parsed_content("train::trainer" if workflow_type == "train" else "evaluator")
-    with _own_errors():
+    with _own_errors(run):
         workflow.run()
         workflow.finalize()
     return workflow
 
 
 @contextlib.contextmanager
-def _own_errors() -> Iterator[None]:
-    """MONAI wraps errors raised while a config runs: bring ours back out."""
+def _own_errors(run: Path) -> Iterator[None]:
+    """MONAI wraps errors raised while a config runs: bring ours back out, and those of disk and memory."""
     try:
         yield
     except Exception as error:
         cause = innermost(error)
-        if isinstance(cause, MedsegError):
+        if isinstance(cause, OSError) and cause.errno is not None:
+            where = cause.filename2 or cause.filename or run
+            raise RunError(
+                f"{where}: {cause.strerror}. Check the disk and permissions; what is finished is kept, and medseg train "
+                "--resume goes on from there."
+            ) from error
+        if isinstance(cause, MedsegError | MemoryError | torch.OutOfMemoryError):
             raise cause from None
         raise
 
