@@ -67,8 +67,9 @@ def make_run(
     dataset = Dataset(scan.parent, "CT", (Case(scan.name, (scan,), scan),), ("CT",), labels)
     intensities = np.linspace(*DENSITIES, 1000, dtype=np.float32)[None]
     voxels = tuple(int(np.prod(shape)) // (organs + 1) for _ in labels)
-    size, mm = (int(n) for n in shape), (float(n) for n in spacing)
-    case = CaseFingerprint(scan.name, tuple(size), tuple(mm), "RAS", voxels, intensities)  # type: ignore[arg-type]
+    x, y, z = (int(n) for n in shape)
+    a, b, c = (float(mm) for mm in spacing)
+    case = CaseFingerprint(scan.name, (x, y, z), (a, b, c), "RAS", voxels, intensities)
     plan = make_plan(Fingerprint((case,), dataset.channels, tuple(labels)), dataset, device="cpu")
     plan.update(changes)
     prepare_run(dataset, Split(dataset.cases, (), ()), run, epochs=1, device="cpu", plan=plan)

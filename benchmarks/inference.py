@@ -191,8 +191,9 @@ def main() -> None:
         "process (ru_maxrss), and that above what it had reached with the model loaded. In brackets: times slower "
         "than ours, and our share of its memory.\n\n"
         "Where our mask differs from the stock bundle's, two classes tie to within rounding. nnU-Net gets another "
-        "one: it interpolates otherwise (scans by cubic splines, logits instead of probabilities) and places windows "
-        "otherwise, and random weights answer to a scan's noise.\n\n" + "\n".join(parts)
+        "one: it interpolates (scans by cubic splines, logits instead of probabilities), places and blends windows "
+        "(in half precision) otherwise, and random weights make much of small differences.\n\n"
+        + "\n".join(parts)
     )
     args.result.write_text(text)
     print(text)
