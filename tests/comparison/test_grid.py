@@ -7,12 +7,14 @@ import json
 import math
 import re
 import shutil
+import sys
 
 import pytest
 import yaml
 from monai.bundle import ConfigParser
 from tiny_run import TINY
 
+from medseg_supcon import cli
 from medseg_supcon.comparison import compare, design_comparison, make_variants, read_comparison
 from medseg_supcon.data import read_dataset
 from medseg_supcon.errors import ConfigError, RunError
@@ -190,6 +192,39 @@ def test_the_article_s_grid(phantoms, trained_run):
         loss = parser.get_parsed_content("contrastive_loss").loss
         of_article = ("same_voxel", "same_class", "other_view")
         assert ((loss.positives, loss.denominator, loss.keys) == of_article) == (cell.recipe == "two_stage")
+
+
+def test_the_command_line_s_options_go_before_the_file_s(phantoms, tmp_path, monkeypatch, capsys):
+    asked = {}
+
+    def compared(design, out, **options):
+        asked.update(options, design=design)
+        return {"answers": ["so it is"], "caveats": []}
+
+    monkeypatch.setattr("medseg_supcon.comparison.compare", compared)
+    monkeypatch.setattr(cli, "_quieten", lambda: None)
+    file = write(tmp_path, GRID | {"seeds": [0, 1], "settings": {"temperature": "7e-2"}})
+
+    def run_cli(*more):
+        given = ["compare", str(phantoms), "--out", str(tmp_path / "out"), "--config", str(file), *more]
+        monkeypatch.setattr(sys, "argv", ["medseg", *given])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code
+
+    assert run_cli() == 0 and "so it is" in capsys.readouterr().out
+    design = asked["design"]
+    assert (design.seeds, list(design.splits), asked["epochs"]) == ((0, 1), [2], 2)
+    assert (asked["robustness"], asked["training_score"], asked["workers"]) == (False, True, None)
+    assert asked["settings"] == [("temperature", 0.07)] and len(design.cells) == 8
+    more = ["--seeds", "5", "--labels", "3", "--epochs", "9", "--robustness", "--workers", "2"]
+    assert run_cli(*more, "--set", "temperature=0.2", "--recipes", "joint,semi") == 0
+    design = asked["design"]
+    assert (design.seeds, list(design.splits), asked["epochs"]) == ((5,), [3], 9)
+    assert (asked["robustness"], asked["workers"], design.recipes) == (True, 2, ("joint", "semi"))
+    assert asked["settings"][-1] == ("temperature", 0.2)
+    file.write_text("seeds: [0]\n")
+    assert run_cli() == 2 and "at least two" in capsys.readouterr().err
 
 
 def test_a_plain_list_and_defaults(tmp_path):
