@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -104,6 +105,37 @@ def test_compose_is_shut_in() -> None:
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
         assert name == "tensorboard" or service["network_mode"] == "none"
+
+
+def tool(*names: str) -> str:
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    pytest.skip(f"{names[0]} is not installed")
+
+
+def test_hadolint_finds_nothing() -> None:
+    done = subprocess.run([tool("hadolint"), str(DOCKER / "Dockerfile")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_shellcheck_finds_nothing() -> None:
+    script = str(DOCKER / "check_without_docker.sh")
+    done = subprocess.run([tool("shellcheck"), script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_compose_reads_its_file(tmp_path: Path) -> None:
+    """As docker compose does: variables filled in, sections merged."""
+    command = [tool("docker-compose"), "-f", str(DOCKER / "compose.yaml"), "config"]
+    places = {"DATA": "/some/data", "RUNS": "/some/runs"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **places}, capture_output=True, text=True, check=True
+    )
+    services = yaml.safe_load(done.stdout)["services"]
+    assert "/some/runs:/runs:rw" in str(services["train"]["volumes"])
+    assert services["train"]["deploy"]["resources"]["reservations"]["devices"][0]["driver"] == "nvidia"
+    assert "deploy" not in services["tensorboard"]
 
 
 def test_steps_become_a_shell_script(tmp_path: Path) -> None:
