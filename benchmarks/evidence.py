@@ -47,7 +47,7 @@ class Task:
 TASKS = {
     "hippocampus": Task("Task04_Hippocampus", "10", "5,21,42,all", 10),
     # an atrium is one piece: without its stray parts every recipe gains a point or two
-    "atrium": Task("LeftAtrium_1p5mm", "8", "4,16,all", 10, ("plan::keep_largest=[1]",)),
+    "atrium": Task("LeftAtrium_1p5mm", "8", "4,16,all", 10, ("plan::keep_largest=['left atrium']",)),
 }
 TUNED = str(HERE / "recipes" / "dice_ce_tuned.yaml")
 PARTS = {  # folder; recipes, the baseline first; seeds; labels; whether corrupted scans are tested on, too
