@@ -101,6 +101,7 @@ def predict(
         typer.Argument(
             metavar="RUN... SCAN...",
             help="A run (several are an ensemble), then scans: files, folders, DICOM series folders.",
+            readable=False,  # one that may not be read is reported, and the others are done
         ),
     ],
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the masks.")],
@@ -162,12 +163,14 @@ def export(
     )
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, by which batch systems and containers end a process: handled as Ctrl-C is."""
-
-
 def _terminate(*_: object) -> None:
-    raise _Terminated
+    """SIGTERM, by which batch systems and containers end a process: handled as Ctrl-C is."""
+    _terminated.append(True)
+    raise KeyboardInterrupt
+
+
+_terminated: list[bool] = []
+INTERRUPTED, TERMINATED = 130, 143  # 128 and the signal's number, as shells say it
 
 
 def main() -> None:
@@ -176,14 +179,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(args=sys.argv[1:] or ["--help"], prog_name="medseg", standalone_mode=False)
+        if code == INTERRUPTED:  # typer's way to say that it saw a KeyboardInterrupt
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except MedsegError as error:
         _stop(f"medseg: {error}", 2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        terminated = isinstance(stop.__cause__ or stop, _Terminated)  # the parser turns it into its own Abort
-        _stop("medseg: stopped. What was finished is kept.", 143 if terminated else 130)
+    except (KeyboardInterrupt, typer.Abort):
+        _stop("medseg: stopped. What was finished is kept.", TERMINATED if _terminated else INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

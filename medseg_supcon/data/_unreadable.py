@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import stat
 import struct
 from pathlib import Path
@@ -61,7 +62,7 @@ def unreadable(path: Path, error: Exception) -> str:
     """The sentence for a NIfTI file at `path` that raised `error` when it was read."""
     if (sentence := not_a_file(path)) is not None:
         return sentence
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or not os.access(path, os.R_OK):  # nibabel hides the one in its own
         return f"{path}: there is no permission to read it. Ask its owner, or run: chmod u+r {path.name}"
     start = _first_bytes(path)
     packed = path.name.lower().endswith(".gz")

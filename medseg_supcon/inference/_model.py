@@ -126,6 +126,10 @@ def _load_weights(network: torch.nn.Module, file: Path) -> None:
             f"{file} is damaged or holds more than weights, and was not loaded: such a file can run any "
             "code. Get the weights (a state dict) from where you trust them."
         ) from error
+    except (OSError, MemoryError) as error:
+        if isinstance(error, MemoryError) or error.errno is None:
+            raise
+        raise RunError(f"{file} cannot be read ({error.strerror}). Check its permissions.") from error
     except Exception as error:  # a damaged pickle can make torch raise nearly anything
         reason = " ".join(str(error).split())[:200]
         raise RunError(

@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from monai.bundle import ConfigParser
+
+from medseg_supcon.errors import RunError
 
 CONFIGS = ("inference", "evaluate", "train")
 
@@ -50,5 +53,15 @@ def extra_files(run: Path, plan: Mapping[str, Any]) -> dict[str, str]:
     for name in CONFIGS:
         path = run / "configs" / f"{name}.yaml"
         if path.is_file():
-            files[f"{name}.json"] = json.dumps(self_contained(ConfigParser.load_config_file(str(path)), plan))
+            files[f"{name}.json"] = json.dumps(self_contained(_config(path), plan))
     return files
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    try:
+        config = ConfigParser.load_config_file(str(path))
+    except (yaml.YAMLError, ValueError) as error:
+        raise RunError(f"{path} is not YAML ({' '.join(str(error).split())[:120]}). Restore it.") from error
+    if not isinstance(config, Mapping):
+        raise RunError(f"{path} holds no config, but {type(config).__name__}. Restore it.")
+    return config
