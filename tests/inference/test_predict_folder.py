@@ -256,3 +256,61 @@ def test_written_files_are_reproducible(threshold_run: Path, scans: Path, tmp_pa
         predictor.run([scans], tmp_path / out)
     assert (tmp_path / "x" / "s0.nii.gz").read_bytes() == (tmp_path / "y" / "s0.nii.gz").read_bytes()
     assert _mask.label_type([0, 1.5]) == np.float32
+
+
+def test_a_mask_of_another_scan_is_not_taken_for_finished(
+    threshold_run: Path, scans: Path, tmp_path: Path
+) -> None:
+    """Two patients' files of one name, one after the other into one folder."""
+    predictor, out = Predictor(threshold_run, device="cpu"), tmp_path / "out"
+    predictor.run([scans / "s0.nii.gz"], out)
+    before = (out / "s0.nii.gz").read_bytes()
+    for array, affine in (
+        (blobs((12, 10, 8)), np.diag([0.5, 2, 3, 1.0])),
+        (blobs((12, 10, 9)), np.diag([0.5, 2, 3.5, 1.0])),
+    ):
+        other = save_nifti(tmp_path / "other" / "s0.nii.gz", array, affine)
+        manifest = predictor.run([other, scans / "s1.nii.gz"], out)
+        assert "the mask of another scan" in manifest["scans"][0]["error"]
+        assert str(other) in manifest["scans"][0]["error"]
+        assert (out / "s0.nii.gz").read_bytes() == before
+    assert predictor.run([other], out, overwrite=True)["summary"]["done"] == 1
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: c[:-4]])
+def test_a_half_mask_is_redone(
+    threshold_run: Path, scans: Path, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    predictor, out = Predictor(threshold_run, device="cpu"), tmp_path / "out"
+    predictor.run([scans], out)
+    whole = (out / "s1.nii.gz").read_bytes()
+    (out / "s1.nii.gz").write_bytes(damage(whole))
+    manifest = predictor.run([scans], out)
+    assert manifest["summary"] == {"done": 1, "skipped": 2, "failed": 0}
+    assert (out / "s1.nii.gz").read_bytes() == whole
+
+
+def test_names_as_long_as_names_can_be_and_of_no_text(threshold_run: Path, tmp_path: Path) -> None:
+    names = ["n" * 248, "a scan, with blanks", "Schädel 頭", "two\nlines", os.fsdecode(b"no\xfftext")]
+    scans = tmp_path / "scans"
+    for name in names:
+        save_nifti(scans / f"{name}.nii", blobs((6, 5, 4))).rename(scans / f"{name}.nii")
+    manifest = Predictor(threshold_run, device="cpu").run([scans], tmp_path / "out")
+    assert manifest["summary"] == {"done": 5, "skipped": 0, "failed": 0}
+    assert {file.name for file in (tmp_path / "out").glob("*.nii.gz")} == {f"{name}.nii.gz" for name in names}
+    (scans / f"{'n' * 248}.nii").rename(scans / f"{'n' * 251}.nii")  # with .nii.gz it is too long for a mask
+    manifest = Predictor(threshold_run, device="cpu").run([scans], tmp_path / "out")
+    failed = [entry for entry in manifest["scans"] if entry["status"] == "failed"]
+    assert len(failed) == 1 and "Give the scan a shorter name" in failed[0]["error"]
+
+
+@pytest.mark.parametrize("size", [1e-5, 5e3])
+def test_a_voxel_size_that_cannot_be(make_run: Callable[..., Path], tmp_path: Path, size: float) -> None:
+    """Metres or microns without a word in the header: no memory is asked for, and no voxel is all of a body."""
+    predictor = Predictor(make_run(orientation="PIL", spacing=[1.0, 1.0, 2.0]), device="cpu")
+    good = save_nifti(tmp_path / "good.nii", blobs((8, 9, 7)))
+    odd = save_nifti(tmp_path / "odd.nii", blobs((8, 9, 7)), np.diag([size, size, size, 1.0]))
+    manifest = predictor.run([odd, good], tmp_path / "out")
+    assert manifest["summary"] == {"done": 1, "skipped": 0, "failed": 1}
+    sentence = next(entry["error"] for entry in manifest["scans"] if entry["status"] == "failed")
+    assert str(odd) in sentence and "Correct the header" in sentence

@@ -85,6 +85,9 @@ def test_affines_and_their_codes_are_kept(
     shape=st.tuples(*[st.integers(1, 20)] * 3),
     spacing=st.tuples(*[st.floats(0.3, 6.0)] * 3),
     angles=st.tuples(*[st.floats(-180, 180)] * 3),
+    order=st.permutations(range(3)),
+    signs=st.tuples(*[st.sampled_from([-1, 1])] * 3),
+    target=st.sampled_from([(1.5, 1.5, 1.5), (0.7, 2.0, 4.0), (6.0, 1.0, 1.0)]),
     seed=st.integers(0, 99),
 )
 def test_any_grid_in_is_the_grid_out(
@@ -92,19 +95,25 @@ def test_any_grid_in_is_the_grid_out(
     shape: tuple[int, int, int],
     spacing: tuple[float, float, float],
     angles: tuple[float, float, float],
+    order: list[int],
+    signs: tuple[int, int, int],
+    target: tuple[float, float, float],
     seed: int,
 ) -> None:
-    """Shape and affine are kept, and the mask is the thresholded scan but within a voxel of its edges."""
+    """Any orientation, oblique, anisotropic, single slices, smaller than the patch: shape and affine are kept."""
     folder = tmp_path_factory.mktemp("grid")
-    run = write_run(folder / "run", threshold_weights(), spacing=[1.5, 1.5, 1.5])
+    run = write_run(folder / "run", threshold_weights(), spacing=list(target))
     affine = np.eye(4)
-    affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() * spacing
+    turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()[:, order] * signs
+    affine[:3, :3] = turn * spacing
     scan = np.full(shape, 1.5 if seed % 2 else 0.5, dtype=np.float32)
     path = save_nifti(folder / "scan.nii", scan, affine)
-    prediction = Predictor(run, device="cpu").predict(path)
-    assert prediction.mask.shape == shape
-    np.testing.assert_allclose(prediction.grid.affine, nib.load(path).affine)
-    assert (prediction.mask == (4 if seed % 2 else 0)).all()
+    assert Predictor(run, device="cpu").run([path], folder / "out")["summary"]["done"] == 1
+    mask, source = nib.load(folder / "out" / "scan.nii.gz"), nib.load(path)
+    assert mask.shape == shape
+    np.testing.assert_array_equal(mask.affine, source.affine)
+    assert nib.aff2axcodes(mask.affine) == nib.aff2axcodes(source.affine)
+    assert (np.asarray(mask.dataobj) == (4 if seed % 2 else 0)).all()
 
 
 def test_resampling_puts_the_mask_where_the_structure_is(
