@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import multiprocessing
 import os
@@ -62,7 +63,7 @@ class Clock:
         self.tick()
 
 
-def train(run: Path, moment: int | None, ticks: Any) -> None:
+def train(run: Path, moment: int | None, ticks: Any, ends: Any) -> None:
     """Go on with a run in this process, up to a moment at which it is killed."""
     torch.set_num_threads(1)
 
@@ -82,18 +83,21 @@ def train(run: Path, moment: int | None, ticks: Any) -> None:
     )
     workflow.initialize()
     Clock(tick).attach(workflow)
+    workflow.trainer.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda engine: ends.__setitem__(engine.state.epoch, ticks.value)
+    )
     workflow.run()
 
 
-def trained(run: Path, moment: int | None = None) -> tuple[int, int]:
-    """Exit code of a process that trains, and the moments that it saw."""
+def trained(run: Path, moment: int | None = None) -> tuple[int, list[int]]:
+    """Exit code of a process that trains, and the moments at which the epochs 0, 1, ... ended."""
     context = multiprocessing.get_context("fork")
-    ticks = context.Value("i", 0)
-    process = context.Process(target=train, args=(run, moment, ticks))
+    ticks, ends = context.Value("i", 0), context.Array("i", 5)
+    process = context.Process(target=train, args=(run, moment, ticks, ends))
     process.start()
     process.join(120)
     assert process.exitcode is not None
-    return process.exitcode, int(ticks.value)
+    return process.exitcode, list(ends)
 
 
 def history(run: Path) -> list[dict[str, str]]:
@@ -135,19 +139,14 @@ def test_killed_three_times(recipe: str, trained_run: Path, phantoms: Path, tmp_
     prepare_run(dataset, split, whole, recipe=recipe, settings=settings, device="cpu", plan=plan)
     shutil.copytree(whole, broken)
 
-    code, moments = trained(whole)
+    code, ends = trained(whole)
     assert code == 0
-    # in the first third of the training, then in what is left: early, late, anywhere
+    length = [b - a for a, b in itertools.pairwise(ends)]
     rng = random.Random(recipe)
-    seen = 0
-    for share in (1 / 3, 1 / 2, 1):
-        left = moments - seen
-        moment = rng.randint(1, max(1, int(left * share) - 1))
-        code, seen_now = trained(broken, moment)
-        assert code == -signal.SIGKILL, (recipe, moment, seen_now)
-        saved = broken / "models" / "checkpoint.pt"
-        epoch = load_tensors(saved)["epoch"] if saved.exists() else 0
-        seen = moments * epoch // plan["epochs"]
+    for done in range(3):  # every process gets through one epoch, and dies somewhere in the one after it
+        moment = length[done] + rng.randint(1, length[done + 1] - 1)
+        assert trained(broken, moment)[0] == -signal.SIGKILL
+        assert load_tensors(broken / "models" / "checkpoint.pt")["epoch"] > done
     assert trained(broken)[0] == 0
 
     for name in ("model.pt", "best.pt", "checkpoint.pt"):
