@@ -7,6 +7,7 @@ from medseg_supcon.data._items import items, load_items, write_datalist
 from medseg_supcon.data._labels import class_indices, label_mapping, snap_labels
 from medseg_supcon.data._layouts import read_dataset, read_unlabelled
 from medseg_supcon.data._phantoms import PHANTOM_LABELS, make_phantoms
+from medseg_supcon.data._place import farthest_corner
 from medseg_supcon.data._plan import make_plan, network_definition
 from medseg_supcon.data._plan_file import read_plan, validate_plan, write_plan
 from medseg_supcon.data._preprocessing import LabelPreprocessingd, read_preprocessing
@@ -27,6 +28,7 @@ __all__ = [
     "Split",
     "check_dataset",
     "class_indices",
+    "farthest_corner",
     "fingerprint",
     "items",
     "label_mapping",

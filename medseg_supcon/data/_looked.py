@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg_supcon.data._dataset import Case
+from medseg_supcon.data._place import farthest_corner
 from medseg_supcon.data._report import Finding
 from medseg_supcon.data._volume import Volume, read_volume
 from medseg_supcon.errors import DataError
@@ -66,9 +66,7 @@ def same_grid(
             f"has {own} voxels, its scan {scan} has {expected}. Export it on the scan's grid.",
         )
         return
-    corners = np.array(list(itertools.product(*((0, n - 1) for n in own))))
-    off = corners @ (volume.affine - reference.affine)[:3, :3].T + (volume.affine - reference.affine)[:3, 3]
-    farthest = float(np.linalg.norm(off, axis=1).max())
+    farthest = farthest_corner(own, volume.affine, reference.affine)
     smallest = float(np.linalg.norm(reference.affine[:3, :3], axis=0).min())
     if not farthest <= tolerance * smallest:
         looked.tell(

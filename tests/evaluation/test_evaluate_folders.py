@@ -10,6 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
 from typer.testing import CliRunner
@@ -216,3 +217,56 @@ def test_the_command_line_takes_an_ignore_label(tmp_path: Path) -> None:
     assert (list(summary["classes"]), summary["mean"]["dice"]) == (["1", "2"], 1.0)
     with pytest.raises(ConfigError, match="--references"):
         CliRunner().invoke(app, ["evaluate", "run", "data", "--ignore-label", "3"], catch_exceptions=False)
+
+
+def cube(shape: tuple[int, int, int] = (40, 40, 40)) -> np.ndarray:
+    array = np.zeros(shape)
+    array[15:25, 15:25, 15:25] = 1
+    return array
+
+
+def turned(degrees: float) -> np.ndarray:
+    affine = np.eye(4)
+    angle = np.radians(degrees)
+    affine[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    return affine
+
+
+# What the affine of the mask is, against the unit matrix; whether each voxel stays within a tenth of its place.
+PLACES = {
+    "larger voxels": (np.diag([1.09, 1.09, 1.09, 1]), False),
+    "turned": (turned(5), False),
+    "turned a little": (turned(0.5), False),
+    "shifted": (np.array([[1, 0, 0, 0.3], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), False),
+    "rounding": (np.diag([1.0001, 1, 1, 1]), True),
+    "turned by rounding": (turned(0.01), True),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_mask_is_scored_where_it_lies(tmp_path: Path, place: str) -> None:
+    """SimpleITK says where the farthest voxel of the mask lies; beyond a tenth of a voxel there is no score."""
+    affine, near = PLACES[place]
+    save(tmp_path / "m" / "a.nii", cube(), affine)
+    save(tmp_path / "r" / "a.nii", cube(), np.eye(4))
+    images = [sitk.ReadImage(str(tmp_path / folder / "a.nii")) for folder in "mr"]
+    ends = [
+        [image.TransformIndexToPhysicalPoint((i, j, k)) for i in (0, 39) for j in (0, 39) for k in (0, 39)]
+        for image in images
+    ]
+    apart = np.linalg.norm(np.subtract(*ends), axis=1).max()
+    assert near == (apart < 0.1)
+    if near:
+        assert evaluate_folders(tmp_path / "m", tmp_path / "r")["summary"]["mean"]["dice"] == 1.0
+        return
+    with pytest.raises(DataError, match="affines differ") as told:
+        evaluate_folders(tmp_path / "m", tmp_path / "r")
+    said = float(str(told.value).split("lies up to ")[1].split(" mm")[0])
+    assert apart * 0.99 <= said <= apart * 1.1  # to the edge of the voxel, half a voxel beyond its centre
+
+
+def test_the_thickness_of_a_single_slice_counts(tmp_path: Path) -> None:
+    save(tmp_path / "m" / "a.nii", cube()[:, :, 20:21], np.diag([1, 1, 5, 1.0]))
+    save(tmp_path / "r" / "a.nii", cube()[:, :, 20:21], np.eye(4))
+    with pytest.raises(DataError, match="affines differ"):
+        evaluate_folders(tmp_path / "m", tmp_path / "r")
