@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import nibabel
 import numpy as np
 import numpy.typing as npt
+from nibabel.affines import apply_affine
 
 from medseg_supcon.errors import DataError
 
 Affine = npt.NDArray[np.float64]
 MAX_SHEAR = 1e-2  # cosine of the angle between two axes
+OFF = 0.1  # of the smallest voxel edge: how far apart two grids may lie that count as one
 # What a NIfTI header says about where the voxels are.
 PLACE = (
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
@@ -93,6 +97,13 @@ def check_affine(affine: npt.NDArray[Any], file: object) -> Affine:
             "tilted gantry does this). Resample the scan onto a grid with perpendicular axes first."
         )
     return affine
+
+
+def one_place(shape: Sequence[int], affine: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
+    """Whether two affines put each voxel of a shape (X, Y, Z, ...) at one place; False for what is no number."""
+    corners = np.array(list(itertools.product(*((0, n - 1) for n in shape[:3]))))
+    apart = np.linalg.norm(apply_affine(affine, corners) - apply_affine(other, corners), axis=1)
+    return bool(apart.max() <= OFF * np.linalg.norm(affine[:3, :3], axis=0).min())
 
 
 def check_values(data: npt.NDArray[Any], file: object) -> npt.NDArray[np.float32]:

@@ -14,11 +14,12 @@ from monai.data.utils import correct_nifti_header_if_necessary
 
 from medseg_supcon.data import not_a_file, promises_too_much, unreadable
 from medseg_supcon.errors import DataError
-from medseg_supcon.inference._grid import Grid, Volume, check_affine, check_values
+from medseg_supcon.inference._grid import Grid, Volume, check_affine, check_values, one_place
 
 MM = {1: 1000.0, 3: 0.001}  # NIfTI's codes for metre and micron; others are taken for mm
 UNIT = {1: "metres", 3: "microns"}
 AT_ONCE = 2**24  # bytes
+SAME_SIZE = 0.01  # by how much sform and pixdim may differ in a voxel's edge
 
 
 def dimensions(path: Path) -> tuple[int, ...]:
@@ -86,7 +87,7 @@ def _read_one(file: Path) -> Volume:
         data = check_values(_voxels(image, file), file)
         channels = extra[0] if extra else 1
         grid, warnings = _grid(image, shape if channels == 1 else shape[:3], file)
-        affine = np.asarray(correct_nifti_header_if_necessary(image).affine, dtype=np.float64)
+        affine = _affine_of_model(image, file)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # nibabel and gzip raise a dozen kinds for damaged files
@@ -118,7 +119,7 @@ def _grid(image: Any, shape: tuple[int, ...], file: Path) -> tuple[Grid, list[st
         )
     elif q_code > 0 and s_code > 0:
         try:
-            agree = np.allclose(header.get_qform(), affine, atol=0.1 * _smallest_voxel(affine))
+            agree = one_place(shape, affine, header.get_qform())
         except ValueError:  # a quaternion that turns nothing
             agree = False
         if not agree:
@@ -129,10 +130,24 @@ def _grid(image: Any, shape: tuple[int, ...], file: Path) -> tuple[Grid, list[st
     return Grid(shape, _in_mm(affine, header), header), warnings
 
 
+def _affine_of_model(image: Any, file: Path) -> npt.NDArray[np.float64]:
+    """The affine that MONAI would take, which is another than the sform where that does not match pixdim.
+
+    Only to within a fraction of a voxel: else the model would see the scan elsewhere than its mask will lie.
+    """
+    affine = np.array(image.affine, dtype=np.float64)  # a copy: the correction changes the image
+    stored = np.asarray(image.header["pixdim"][1:4], dtype=np.float64)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.allclose(spacing, stored, rtol=SAME_SIZE, atol=0):
+        says, differs = (" x ".join(f"{s:.4g}" for s in sizes) for sizes in (spacing, stored))
+        raise DataError(
+            f"{file}: its header gives two voxel sizes, {says} by its sform and {differs} by its pixdim. Correct the one "
+            "that is wrong."
+        )
+    theirs = np.asarray(correct_nifti_header_if_necessary(image).affine, dtype=np.float64)
+    return theirs if one_place(image.shape, affine, theirs) else affine
+
+
 def _in_mm(affine: npt.NDArray[np.float64], header: Any) -> npt.NDArray[np.float64]:
     factor = MM.get(int(header["xyzt_units"]) & 7, 1.0)
     return np.asarray(np.diag([factor, factor, factor, 1.0]) @ affine)
-
-
-def _smallest_voxel(affine: npt.NDArray[Any]) -> float:
-    return float(np.linalg.norm(affine[:3, :3], axis=0).min())

@@ -81,6 +81,35 @@ def test_forms_that_disagree_are_kept_and_said(threshold_run: Path, tmp_path: Pa
     np.testing.assert_array_equal(corners(mask), corners(tmp_path / "b.nii"))
 
 
+def test_two_voxel_sizes_are_refused(tmp_path: Path) -> None:
+    """An sform of 2 mm beside a qform and pixdim of 1 mm: MONAI takes the one, volumes would come of the other."""
+    save_nifti(tmp_path / "a.nii", blobs((7, 6, 5)), np.diag([2.0, 2.0, 2.0, 1.0]))
+    scan = edited(tmp_path / "a.nii", {80: struct.pack("<3f", 1, 1, 1)})
+    assert sitk.ReadImage(str(scan)).GetSpacing() != tuple(nib.load(scan).affine.diagonal()[:3])
+    with pytest.raises(DataError, match="2 x 2 x 2 by its sform and 1 x 1 x 1 by its pixdim"):
+        read_scan(find_scans([scan])[0], 1)
+
+
+@pytest.mark.parametrize("codes", [(1, 1), (0, 1)])
+def test_one_affine_places_model_and_mask(tmp_path: Path, codes: tuple[int, int]) -> None:
+    """pixdim a little off makes MONAI take the qform, even one of code 0, that turns otherwise: not here."""
+    scan = save_nifti(tmp_path / "a.nii", blobs((7, 6, 5)), oblique(), codes)
+    edited(scan, {80: struct.pack("<3f", 0.9003, 1.1, 2.5), 256: struct.pack("<3f", 0, 0, 0)})
+    volume = read_scan(find_scans([scan])[0], 1)
+    rows = np.frombuffer(header_bytes(scan)[SROW], "<f4").reshape(3, 4)
+    np.testing.assert_array_equal(volume.affine[:3], rows)
+    np.testing.assert_array_equal(volume.grid.affine[:3], rows)
+    assert any("disagree" in w for w in volume.warnings) == (codes == (1, 1))
+
+
+def test_a_small_turn_over_many_voxels_is_a_disagreement(tmp_path: Path) -> None:
+    """3 degrees are 5 % of a voxel in the affine's entries, and 10 voxels at the end of 200."""
+    save_nifti(tmp_path / "a.nii", np.zeros((200, 3, 3), dtype=np.uint8))
+    half = np.radians(3) / 2
+    scan = edited(tmp_path / "a.nii", {264: struct.pack("<f", np.sin(half))})
+    assert "disagree" in read_scan(find_scans([scan])[0], 1).warnings[0]
+
+
 def test_a_quaternion_that_is_none(threshold_run: Path, tmp_path: Path) -> None:
     """Longer than one: with an sform the scan has a place all the same, without it has none."""
     long = {256: struct.pack("<3f", 0.9, 0.9, 0.9)}
