@@ -21,12 +21,11 @@ NIFTI = tuple(
 def not_a_file(path: Path) -> str | None:
     """A sentence where there is nothing to read at `path`, or nothing that ends; None for a plain file.
 
-        Example:
-            >>> from pathlib import Path
-    from typing import Any
-            >>> from medseg_supcon.data import not_a_file
-            >>> not_a_file(Path("/nowhere/scan.nii.gz"))
-            '/nowhere/scan.nii.gz: there is no such file or folder. Check the path.'
+    Example:
+        >>> from pathlib import Path
+        >>> from medseg_supcon.data import not_a_file
+        >>> not_a_file(Path("/nowhere/scan.nii.gz"))
+        '/nowhere/scan.nii.gz: there is no such file or folder. Check the path.'
     """
     try:
         mode = path.stat().st_mode
