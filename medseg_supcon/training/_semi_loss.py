@@ -96,7 +96,7 @@ class SemiSupervisedLoss(nn.Module):
             loss = loss + w * contrastive
         if self.training:
             self.step += 1
-        open_ones = ((labels == IGNORE_INDEX) & (target["pair_ids"] >= 0)).sum().clamp_min(1)
+        asked = target["asked"].clamp_min(1)
         self.terms = {
             "loss": loss.detach(),
             "segmentation": segmentation.detach(),
@@ -104,7 +104,7 @@ class SemiSupervisedLoss(nn.Module):
             "contrastive": contrastive.detach(),
             "pseudo_weight": u,
             "contrast_weight": w,
-            "confident": (pseudo != IGNORE_INDEX).sum() / open_ones,
+            "confident": (pseudo != IGNORE_INDEX).sum() / asked,
         }
         return loss
 

@@ -87,17 +87,25 @@ class PseudoLabels:
     Args:
         teacher: the teacher.
         confidence: least probability of the winning class, 0 to 1; below it the voxel stays unlabelled.
-        amp: run the teacher under bfloat16.
+        amp: run the teacher in mixed precision.
+        dtype: of mixed precision.
 
     Returns:
         (on call) image and target of :func:`prepare_views`, the target with ``pseudo_label`` (2B, 1, *patch):
-        class indices, -1 where there is a label, outside the scan, without a partner, or not sure.
+        class indices, -1 where there is a label, outside the scan, without a partner, or not sure; and ``asked``,
+        how many voxels could have had one.
     """
 
-    def __init__(self, teacher: Teacher, confidence: float = 0.9, amp: bool = False) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        confidence: float = 0.9,
+        amp: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         if not 0 <= confidence <= 1:
             raise ValueError(f"confidence must lie in 0 .. 1, got {confidence}")
-        self.teacher, self.confidence, self.amp = teacher, confidence, amp
+        self.teacher, self.confidence, self.amp, self.dtype = teacher, confidence, amp, dtype
 
     def __call__(
         self,
@@ -107,16 +115,17 @@ class PseudoLabels:
         **kwargs: Any,
     ) -> tuple[Tensor, Target]:
         image, target = prepare_views(batchdata, device, non_blocking, **kwargs)
-        target["pseudo_label"] = self._label(image, target["label"], target["pair_ids"])
+        wanted = (target["label"] == IGNORE_INDEX) & (target["pair_ids"] >= 0)
+        target["pseudo_label"] = self._label(image, target["label"], target["pair_ids"], wanted)
+        target["asked"] = wanted.sum()
         return image, target
 
-    def _label(self, image: Tensor, label: Tensor, pair_ids: Tensor) -> Tensor:
-        wanted = (label == IGNORE_INDEX) & (pair_ids >= 0)
+    def _label(self, image: Tensor, label: Tensor, pair_ids: Tensor, wanted: Tensor) -> Tensor:
         pseudo = torch.full_like(label, IGNORE_INDEX)
         scans = wanted.flatten(1).any(1).view(-1, 2).any(1).nonzero()[:, 0]  # rows 2s and 2s + 1 are scan s
         if len(scans) == 0:
             return pseudo
-        with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with torch.autocast(image.device.type, dtype=self.dtype, enabled=self.amp):
             probability, winner = self.teacher(image[2 * scans]).max(1, keepdim=True)
         winner = winner.masked_fill(probability < self.confidence, IGNORE_INDEX)
         for view in (0, 1):

@@ -88,7 +88,9 @@ def test_pseudo_labels_are_the_teachers_sure_classes_of_view_1_in_both_views(see
         "label": torch.from_numpy(label),
         "pair_ids": torch.from_numpy(pairs),
     }
-    found = PseudoLabels(teacher, confidence)(batch)[1]["pseudo_label"].reshape(label.shape)
+    target = PseudoLabels(teacher, confidence)(batch)[1]
+    assert int(target["asked"]) == int(((label == -1) & (pairs >= 0)).sum())
+    found = target["pseudo_label"].reshape(label.shape)
     for index in np.ndindex(label.shape):
         expected = -1
         if label[index] == -1 and pairs[index] >= 0:
@@ -116,6 +118,7 @@ def test_the_loss_adds_labels_pseudo_labels_and_contrast_with_rising_weights():
     target = {
         "label": torch.tensor([[[1, -1, -1, -1]]]),
         "pseudo_label": torch.tensor([[[-1, 2, 0, -1]]]),
+        "asked": torch.tensor(3),
         **ids(torch.tensor([[[0, 1, 2, 3]]])),
     }
     for t in range(1, 7):
