@@ -31,6 +31,7 @@ __all__ = [
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 UNITS = {1: "metres", 3: "microns"}  # NIfTI's codes
+MM = {"mm": 1.0, "metres": 1000.0, "microns": 0.001}
 SLAB = 4_000_000
 SMALL_RANGE = 100_000
 
@@ -44,13 +45,19 @@ class Volume:
 
     Attributes:
         data: voxels (X, Y, Z) or (X, Y, Z, C), scaling applied; further axes of one are dropped.
-        affine: (4, 4), voxel indices to RAS+ mm.
+        affine: (4, 4), voxel indices to RAS+, in `unit`.
         unit: of the affine as the header says it: "mm" (or nothing), "metres" or "microns".
     """
 
     data: npt.NDArray[Any]
     affine: npt.NDArray[np.float64]
     unit: str = "mm"
+
+    @property
+    def affine_mm(self) -> npt.NDArray[np.float64]:
+        """(4, 4), voxel indices to RAS+ mm, whatever the header's unit of length."""
+        scale = MM[self.unit]
+        return np.asarray(np.diag([scale, scale, scale, 1.0]) @ self.affine)
 
 
 def stem(path: str | Path) -> str:

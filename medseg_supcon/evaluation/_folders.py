@@ -33,7 +33,8 @@ def evaluate_folders(
 
     A mask may carry nnU-Net's suffix of a single channel: ``x_0000.nii.gz`` is scored against ``x.nii.gz``.
     A label map without a mask, a mask on another grid and a damaged file are ``problems`` of the report,
-    and the other cases go on; masks without a label map are listed in ``without_reference``.
+    and the other cases go on; masks without a label map are listed in ``without_reference``. Lengths are mm
+    whatever unit a header names: a mask in metres may be scored against a label map in mm.
 
     Args:
         predictions: folder of NIfTI masks.
@@ -137,9 +138,9 @@ def _read(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
         )
     if volume.data.dtype.kind == "f" and not np.isfinite(volume.data).all():
         raise DataError(f"{file}: holds NaN or Inf, expected label values. Save it again.")
-    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
-    if not np.isfinite(volume.affine).all() or not (spacing > 0).all():
+    affine = volume.affine_mm
+    if not np.isfinite(affine).all() or not (np.linalg.norm(affine[:3, :3], axis=0) > 0).all():
         raise DataError(
             f"{file}: its affine is no geometry (zero or not finite). Save it in its scan's grid."
         )
-    return volume.data, volume.affine
+    return volume.data, affine

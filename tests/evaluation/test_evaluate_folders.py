@@ -270,3 +270,21 @@ def test_the_thickness_of_a_single_slice_counts(tmp_path: Path) -> None:
     save(tmp_path / "r" / "a.nii", cube()[:, :, 20:21], np.eye(4))
     with pytest.raises(DataError, match="affines differ"):
         evaluate_folders(tmp_path / "m", tmp_path / "r")
+
+
+@pytest.mark.parametrize("units", ["mm mm", "meter meter", "micron micron", "meter mm", "mm micron"])
+def test_lengths_are_mm_whatever_the_unit_of_a_header(tmp_path: Path, units: str) -> None:
+    """A cube of 10 x 10 x 10 voxels of 1.2 mm has 1.728 ml; one voxel further along x, its surface is 1.2 mm off."""
+    per_mm = {"mm": 1.0, "meter": 1e-3, "micron": 1e3}
+    for folder, unit, array in zip("mr", units.split(), (cube(), np.roll(cube(), 1, axis=0)), strict=True):
+        (tmp_path / folder).mkdir()
+        image = nib.Nifti1Image(array.astype(np.uint8), np.diag([1.2 * per_mm[unit]] * 3 + [1]))
+        image.header.set_xyzt_units(unit)
+        nib.save(image, tmp_path / folder / "a.nii.gz")
+    (found,) = evaluate_folders(tmp_path / "m", tmp_path / "r", tolerance_mm=1.5)["rows"]
+    assert found["volume_ml"] == pytest.approx(1.728, rel=1e-5)
+    assert found["reference_volume_ml"] == pytest.approx(1.728, rel=1e-5)
+    assert found["hd95_mm"] == pytest.approx(1.2, rel=1e-5)
+    assert found["surface_dice"] == 1.0
+    (strict,) = evaluate_folders(tmp_path / "m", tmp_path / "r", tolerance_mm=1.0)["rows"]
+    assert strict["surface_dice"] < 1.0
