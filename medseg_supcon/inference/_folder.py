@@ -16,8 +16,9 @@ import numpy as np
 
 from medseg_supcon.errors import MedsegError, RunError
 from medseg_supcon.inference._manifest import Manifest, describe, entry_of
-from medseg_supcon.inference._mask import is_whole, remove_leftovers, same_place, write_nifti
+from medseg_supcon.inference._mask import is_whole, remove_leftovers, write_nifti
 from medseg_supcon.inference._memory import is_out_of_memory
+from medseg_supcon.inference._same_scan import is_mask_of
 from medseg_supcon.inference._scans import Scan
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def _without_work(
         or not is_whole(mask)
     ):
         return None
-    if scan.kind == "nifti" and not same_place(scan.files[0], mask):
+    if not is_mask_of(mask, scan):
         sentence = (
             f"{scan.source}: {mask} is there already, and is the mask of another scan: shape or affine differ. Choose "
             "another --out, or redo it with --overwrite."

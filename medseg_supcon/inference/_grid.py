@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import nibabel
 import numpy as np
 import numpy.typing as npt
-from nibabel.affines import apply_affine
 
+from medseg_supcon.data import farthest_corner
 from medseg_supcon.errors import DataError
 
 Affine = npt.NDArray[np.float64]
@@ -101,9 +100,7 @@ def check_affine(affine: npt.NDArray[Any], file: object) -> Affine:
 
 def one_place(shape: Sequence[int], affine: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
     """Whether two affines put each voxel of a shape (X, Y, Z, ...) at one place; False for what is no number."""
-    corners = np.array(list(itertools.product(*((0, n - 1) for n in shape[:3]))))
-    apart = np.linalg.norm(apply_affine(affine, corners) - apply_affine(other, corners), axis=1)
-    return bool(apart.max() <= OFF * np.linalg.norm(affine[:3, :3], axis=0).min())
+    return bool(farthest_corner(shape, affine, other) <= OFF * np.linalg.norm(affine[:3, :3], axis=0).min())
 
 
 def check_values(data: npt.NDArray[Any], file: object) -> npt.NDArray[np.float32]:

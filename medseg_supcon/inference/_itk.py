@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from medseg_supcon.errors import DataError
 from medseg_supcon.inference._dicom import check_series
-from medseg_supcon.inference._grid import Affine, Grid, Volume, check_affine, check_values
+from medseg_supcon.inference._grid import Affine, Grid, Volume, check_affine, check_values, one_place
 from medseg_supcon.inference._nifti import wrong_channels
 
 # Named, as ITK itself does not know endings in capitals.
@@ -43,7 +43,7 @@ def read_itk(files: Sequence[Path], channels: int, dicom: bool = False) -> Volum
     data = np.concatenate([_channels_first(image) for image in parts])
     affine = check_affine(ras_affine(parts[0]), source)
     for file, image in zip(files[1:], parts[1:], strict=False):
-        if image.GetSize() != parts[0].GetSize() or not np.allclose(ras_affine(image), affine, atol=1e-3):
+        if image.GetSize() != parts[0].GetSize() or not one_place(image.GetSize(), affine, ras_affine(image)):
             raise DataError(
                 f"{file}: its size or position differs from that of {files[0]}. Channels must share a grid."
             )

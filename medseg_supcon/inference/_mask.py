@@ -83,15 +83,6 @@ def is_whole(path: Path) -> bool:
     return bool(size >= voxels.offset + voxels.dtype.itemsize * int(np.prod(voxels.shape)))
 
 
-def same_place(path: Path, other: Path) -> bool:
-    """Whether two NIfTI files have one grid; True where one cannot be read (reading it will say why)."""
-    try:
-        one, two = nibabel.load(path), nibabel.load(other)
-        return one.shape[:3] == two.shape[:3] and bool(np.allclose(one.affine, two.affine, atol=1e-3))
-    except Exception:  # nibabel raises a dozen kinds for broken headers
-        return True
-
-
 def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files of processes that were killed."""
     for file in folder.glob(".*.tmp"):

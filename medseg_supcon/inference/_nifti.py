@@ -39,8 +39,9 @@ def read_nifti(files: Sequence[Path], channels: int) -> Volume:
     volumes = [_read_one(file) for file in files]
     first = volumes[0]
     for file, volume in zip(files[1:], volumes[1:], strict=True):
-        same_place = np.allclose(volume.grid.affine, first.grid.affine, atol=1e-3 * first.grid.spacing.min())
-        if volume.data.shape != first.data.shape or not same_place:
+        if volume.data.shape != first.data.shape or not one_place(
+            first.grid.shape, first.grid.affine, volume.grid.affine
+        ):
             raise DataError(
                 f"{file}: its shape or affine differs from that of {files[0]}. Channels must share a grid."
             )
@@ -94,7 +95,7 @@ def _read_one(file: Path) -> Volume:
         raise DataError(unreadable(file, error)) from error
     # NIfTI stores x fastest: keep that order, and have the channels first.
     data = np.moveaxis(data.reshape((*shape[:3], channels), order="F"), -1, 0)
-    return Volume(data, grid, _in_mm(check_affine(affine, file), grid.header), warnings)
+    return Volume(data, grid, affine_in_mm(check_affine(affine, file), grid.header), warnings)
 
 
 def _voxels(image: Any, file: Path) -> npt.NDArray[Any]:
@@ -127,7 +128,7 @@ def _grid(image: Any, shape: tuple[int, ...], file: Path) -> tuple[Grid, list[st
     unit = int(header["xyzt_units"]) & 7
     if unit in UNIT:
         warnings.append(f"the header gives lengths in {UNIT[unit]}, and they were taken so")
-    return Grid(shape, _in_mm(affine, header), header), warnings
+    return Grid(shape, affine_in_mm(affine, header), header), warnings
 
 
 def _affine_of_model(image: Any, file: Path) -> npt.NDArray[np.float64]:
@@ -148,6 +149,7 @@ def _affine_of_model(image: Any, file: Path) -> npt.NDArray[np.float64]:
     return theirs if one_place(image.shape, affine, theirs) else affine
 
 
-def _in_mm(affine: npt.NDArray[np.float64], header: Any) -> npt.NDArray[np.float64]:
+def affine_in_mm(affine: npt.NDArray[np.float64], header: Any) -> npt.NDArray[np.float64]:
+    """A NIfTI header's affine in mm, whatever unit of length the header names."""
     factor = MM.get(int(header["xyzt_units"]) & 7, 1.0)
     return np.asarray(np.diag([factor, factor, factor, 1.0]) @ affine)
