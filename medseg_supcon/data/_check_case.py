@@ -101,6 +101,8 @@ def _geometry(looked: Looked, path: Path, volume: Volume) -> bool:
         looked.tell(
             path, "unit", f"gives lengths in {volume.unit}, expected mm. Correct its header, or convert it."
         )
+    for doubt in volume.doubts:
+        looked.tell(path, doubt.code, doubt.sentence, doubt.severity)
     spacing = np.linalg.norm(axes, axis=0)
     order = np.argsort(nibabel.orientations.io_orientation(volume.affine)[:, 0])
     if looked.spacing is None:

@@ -43,6 +43,9 @@ def look_at_label(
     if data.ndim != 3 or data.size == 0:
         looked.tell(path, "not_3d", f"is {data.ndim}-D (shape {data.shape}), expected a 3-D label map.")
         return
+    for doubt in volume.doubts:
+        if doubt.code != "no_orientation":  # its scan has the same fault, or another grid
+            looked.tell(path, doubt.code, doubt.sentence, doubt.severity)
     if scan is not None:
         same_grid(looked, path, volume, *scan, tolerance, mismatch)
     if data.dtype.kind == "f" and not np.isfinite(data).all():

@@ -14,6 +14,7 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 
+from medseg_supcon.data._forms import Doubt, header_doubts
 from medseg_supcon.data._unreadable import not_a_file, promises_too_much, unreadable
 from medseg_supcon.errors import DataError
 
@@ -47,11 +48,13 @@ class Volume:
         data: voxels (X, Y, Z) or (X, Y, Z, C), scaling applied; further axes of one are dropped.
         affine: (4, 4), voxel indices to RAS+, in `unit`.
         unit: of the affine as the header says it: "mm" (or nothing), "metres" or "microns".
+        doubts: what the header says twice, or not at all, about place.
     """
 
     data: npt.NDArray[Any]
     affine: npt.NDArray[np.float64]
     unit: str = "mm"
+    doubts: tuple[Doubt, ...] = ()
 
     @property
     def affine_mm(self) -> npt.NDArray[np.float64]:
@@ -113,7 +116,8 @@ def read_volume(path: Path) -> Volume:
             f"{path}: voxels must be plain numbers, found {data.dtype}. Export a grey-value image."
         )
     unit = UNITS.get(int(image.header["xyzt_units"]) & 7, "mm") if "xyzt_units" in image.header else "mm"
-    return Volume(data.reshape(_squeezed(data.shape)), np.asarray(image.affine, dtype=np.float64), unit)
+    affine = np.asarray(image.affine, dtype=np.float64)
+    return Volume(data.reshape(_squeezed(data.shape)), affine, unit, header_doubts(image))
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 
 import nibabel
 import numpy as np
 import pytest
+from monai.transforms import LoadImage
 
 from medseg_supcon.data import check_dataset, read_dataset
 
@@ -241,3 +243,67 @@ def test_lengths_in_another_unit_are_an_error(tmp_path, disk, code):
     report = check_dataset(read_dataset(root))
     assert [(f.case, f.code) for f in report.errors] == [("case_1", "unit")]
     assert "expected mm" in report.errors[0].message
+
+
+def with_forms(path, data, qform, sform, codes, pixdim=None):
+    """A NIfTI-1 file whose forms are written into its bytes, as no library checks them."""
+    image = nibabel.Nifti1Image(data, np.eye(4))
+    image.set_qform(np.asarray(qform), 1)
+    content = bytearray(image.to_bytes())
+    content[252:256] = struct.pack("<2h", *codes)
+    content[280:328] = np.asarray(sform, "<f4")[:3].tobytes()
+    if pixdim is not None:
+        content[80:92] = struct.pack("<3f", *pixdim)
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
+FLIPPED = np.diag([-1.0, 1, 1, 1])
+# (qform, sform, codes of both, pixdim or that of the qform): what check says of scan and label map
+FORMS = {
+    "alike": (AFFINE, AFFINE, (1, 1), None, set()),
+    "sform alone": (FLIPPED, AFFINE, (0, 1), None, set()),
+    "qform alone": (FLIPPED, AFFINE, (1, 0), None, set()),
+    "sizes rounded": (AFFINE, AFFINE, (1, 1), (1.004, 1.0, 1.0), set()),
+    "sform of 2 mm": (AFFINE, np.diag([2.0, 2, 2, 1]), (1, 1), None, {("error", "two_voxel_sizes")}),
+    "sform of 2 mm alone": (AFFINE, np.diag([2.0, 2, 2, 1]), (0, 1), None, {("error", "two_voxel_sizes")}),
+    "2 % longer": (AFFINE, np.diag([1.02, 1, 1, 1]), (1, 1), None, {("error", "two_voxel_sizes")}),
+    "left is right": (FLIPPED, AFFINE, (1, 1), None, {("warning", "forms_disagree")}),
+    "left is right and rounded": (
+        FLIPPED,
+        np.diag([1.004, 1, 1, 1]),
+        (1, 1),
+        None,
+        {("error", "two_places")},
+    ),
+    "shifted": (SHIFTED, AFFINE, (1, 2), None, {("warning", "forms_disagree")}),
+    "no codes": (AFFINE, AFFINE, (0, 0), None, {("warning", "no_orientation")}),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_header_that_says_two_things_about_place_or_none(tmp_path, disk, name):
+    *forms, expected = FORMS[name]
+    root = disk.decathlon(tmp_path, cases=5)
+    scan, label = disk.scan_and_label(2)
+    files = {"image": root / "imagesTr/case_2.nii.gz", "label": root / "labelsTr/case_2.nii.gz"}
+    for kind, data in (("image", scan), ("label", label)):
+        with_forms(files[kind], data, *forms)
+    report = check_dataset(read_dataset(root), jobs=1)
+    own = [f for f in report.findings if not f.code.endswith("_outlier")]
+    assert {(f.severity, f.code) for f in own} == expected
+    assert {f.case for f in report.findings} <= {"case_2"}
+    told = [f.file for f in own]
+    assert told == (list(files.values()) if expected and name != "no codes" else [files["image"]] * len(own))
+    if ("error", "two_voxel_sizes") in expected:
+        sizes = " x ".join(f"{float(v):.4g}" for v in np.diag(forms[1])[:3])
+        assert f"{sizes} by its sform and 1 x 1 x 1 by its pixdim" in own[0].message
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_check_passes_is_trained_where_it_lies(tmp_path, disk, name):
+    """Without an error, the place that training reads is that of nibabel, to 1 %; with one, it is not."""
+    *forms, expected = FORMS[name]
+    with_forms(tmp_path / "a.nii.gz", disk.scan_and_label(2)[0], *forms)
+    trained = LoadImage("NibabelReader", image_only=True)(tmp_path / "a.nii.gz").affine.numpy()
+    same = np.allclose(trained, nibabel.load(tmp_path / "a.nii.gz").affine, atol=0.01)
+    assert same != any(severity == "error" for severity, _ in expected)
