@@ -19,7 +19,14 @@ import typer
 from medseg_supcon import __version__
 from medseg_supcon.cli_evaluate import evaluate
 from medseg_supcon.cli_evidence import compare, embed
-from medseg_supcon.cli_options import CasesOption, DatasetArg, DeviceOption, MismatchOption, RunArg
+from medseg_supcon.cli_options import (
+    CasesOption,
+    DatasetArg,
+    DeviceOption,
+    MismatchOption,
+    RunArg,
+    TrustOption,
+)
 from medseg_supcon.cli_training import plan, read_selected, train
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
 from medseg_supcon.terminal import err, out, predict_paths, print_report
@@ -113,9 +120,7 @@ def predict(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo masks that exist.")] = False,
     device: DeviceOption = None,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Run a bundle's own code: only for bundles you trust.")
-    ] = False,
+    trust: TrustOption = False,
 ) -> None:
     """Masks of new scans, each in its scan's own space."""
     from medseg_supcon.training import check_device, is_planned
@@ -153,11 +158,12 @@ def export(
     run: RunArg,
     file: Annotated[Path, typer.Option("--out", help="File to write.")],
     format: Annotated[ExportFormat, typer.Option(help="What reads it.")] = ExportFormat.torchscript,
+    trust: TrustOption = False,
 ) -> None:
     """The trained network alone, for programs that have neither MONAI nor this package."""
     from medseg_supcon.inference import export_model
 
-    result = export_model(run, format.value, file)
+    result = export_model(run, format.value, file, trust)
     out.print(
         f"Wrote {file} ({format.value}); largest difference from the network: {result['max_abs_difference']:.1e}"
     )

@@ -23,3 +23,6 @@ SettingsOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any key of train.yaml, or plan::KEY."),
 ]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Run a bundle's own code: only for bundles you trust.")
+]

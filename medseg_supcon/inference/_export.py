@@ -25,7 +25,9 @@ ONNX_OPSET = 17
 Size = tuple[int, ...]
 
 
-def export_model(run: Path, format: Literal["torchscript", "onnx"], out: Path) -> dict[str, Any]:
+def export_model(
+    run: Path, format: Literal["torchscript", "onnx"], out: Path, trust: bool = False
+) -> dict[str, Any]:
     """Write a run's network for use without this package, and compare it with the network.
 
     A TorchScript file loads with ``torch.jit.load`` alone, takes any size that the network takes, and carries
@@ -37,6 +39,7 @@ def export_model(run: Path, format: Literal["torchscript", "onnx"], out: Path) -
         run: a trained run; ``models/model.pt`` is exported.
         format: ``"torchscript"`` or ``"onnx"``.
         out: file to write; an earlier one is replaced.
+        trust: build the network of a run even where its configs are not of the shape that medseg writes.
 
     Returns:
         ``file``, ``format``, ``method`` ("script", "trace", "onnx", ...), ``max_abs_difference`` (the
@@ -51,7 +54,7 @@ def export_model(run: Path, format: Literal["torchscript", "onnx"], out: Path) -
         raise ConfigError(f"--format {format}: known are torchscript and onnx.")
     if format == "onnx":
         _need("onnx", "onnxruntime")
-    model = load_model(run)
+    model = load_model(run, trust)
     plan, network = model.plan, model.network
     sizes = _probe_sizes(plan)
     attempts = (

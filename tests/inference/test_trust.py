@@ -15,7 +15,7 @@ import torch
 from toy_runs import UNET, blobs, plan_of, save_nifti
 
 from medseg_supcon.errors import RunError
-from medseg_supcon.inference import Predictor
+from medseg_supcon.inference import Predictor, export_model
 
 STOCK = [
     UNET,
@@ -99,6 +99,9 @@ def test_a_foreign_config_runs_only_when_trusted(make_run: Callable[..., Path], 
     path = save_nifti(tmp_path / "a.nii", blobs((12, 12, 12)) + 3)
     mask = Predictor(run, device="cpu", trust=True).predict(path).mask
     assert mask.shape == (12, 12, 12)
+    with pytest.raises(RunError, match="--trust"):
+        export_model(run, "torchscript", tmp_path / "model.ts")
+    assert export_model(run, "torchscript", tmp_path / "model.ts", trust=True)["max_abs_difference"] < 1e-4
 
 
 def test_a_run_may_say_where_its_data_is(make_run: Callable[..., Path]) -> None:
