@@ -7,7 +7,7 @@ from medseg_supcon.data._items import items, load_items, write_datalist
 from medseg_supcon.data._labels import class_indices, label_mapping, snap_labels
 from medseg_supcon.data._layouts import read_dataset, read_unlabelled
 from medseg_supcon.data._phantoms import PHANTOM_LABELS, make_phantoms
-from medseg_supcon.data._place import farthest_corner
+from medseg_supcon.data._place import MAX_SHEAR_DEGREES, farthest_corner, shear_degrees
 from medseg_supcon.data._plan import make_plan, network_definition
 from medseg_supcon.data._plan_file import read_plan, validate_plan, write_plan
 from medseg_supcon.data._preprocessing import LabelPreprocessingd, read_preprocessing
@@ -17,6 +17,7 @@ from medseg_supcon.data._unreadable import not_a_file, promises_too_much, unread
 from medseg_supcon.data._volume import read_volume
 
 __all__ = [
+    "MAX_SHEAR_DEGREES",
     "PHANTOM_LABELS",
     "Case",
     "CaseFingerprint",
@@ -44,6 +45,7 @@ __all__ = [
     "read_preprocessing",
     "read_unlabelled",
     "read_volume",
+    "shear_degrees",
     "snap_labels",
     "split_cases",
     "unreadable",

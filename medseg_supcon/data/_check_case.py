@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ import numpy.typing as npt
 from medseg_supcon.data._check_label import look_at_label
 from medseg_supcon.data._dataset import Case, Dataset
 from medseg_supcon.data._looked import Looked, same_grid
+from medseg_supcon.data._place import MAX_SHEAR_DEGREES, shear_degrees
 from medseg_supcon.data._volume import Volume
 
 __all__ = ["look_at"]
-
-SHEAR_DEGREES = 0.1
 
 
 def look_at(case: Case, dataset: Dataset, tolerance: float, mismatch: str) -> Looked:
@@ -101,6 +99,13 @@ def _geometry(looked: Looked, path: Path, volume: Volume) -> bool:
         looked.tell(
             path, "unit", f"gives lengths in {volume.unit}, expected mm. Correct its header, or convert it."
         )
+    if (degrees := shear_degrees(volume.affine)) > MAX_SHEAR_DEGREES:
+        looked.tell(
+            path,
+            "sheared",
+            f"its axes are {degrees:.1f} degrees off a right angle, at most {MAX_SHEAR_DEGREES:g} are taken; a "
+            "tilted gantry does this. Resample it, and its label map, onto a grid with perpendicular axes.",
+        )
     for doubt in volume.doubts:
         looked.tell(path, doubt.code, doubt.sentence, doubt.severity)
     spacing = np.linalg.norm(axes, axis=0)
@@ -110,15 +115,5 @@ def _geometry(looked: Looked, path: Path, volume: Volume) -> bool:
         if 1 in shape:
             looked.tell(
                 path, "single_slice", f"is a single slice (shape {shape}). Training is in 3-D.", "warning"
-            )
-        angles = (axes / spacing).T @ (axes / spacing) - np.eye(3)
-        degrees = math.degrees(math.asin(min(1.0, float(np.abs(angles).max()))))
-        if degrees > SHEAR_DEGREES:
-            looked.tell(
-                path,
-                "sheared",
-                f"its axes are {degrees:.1f} degrees off a right angle, perhaps by a tilted gantry. It is "
-                f"used as if they were right; resample it to avoid that.",
-                "warning",
             )
     return True

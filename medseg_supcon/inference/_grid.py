@@ -10,11 +10,10 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 
-from medseg_supcon.data import farthest_corner
+from medseg_supcon.data import MAX_SHEAR_DEGREES, farthest_corner, shear_degrees
 from medseg_supcon.errors import DataError
 
 Affine = npt.NDArray[np.float64]
-MAX_SHEAR = 1e-2  # cosine of the angle between two axes
 OFF = 0.1  # of the smallest voxel edge: how far apart two grids may lie that count as one
 # What a NIfTI header says about where the voxels are.
 PLACE = (
@@ -88,12 +87,11 @@ def check_affine(affine: npt.NDArray[Any], file: object) -> Affine:
     axes = affine[:3, :3] / spacing
     if abs(np.linalg.det(axes)) < 1e-3:
         raise DataError(f"{file}: two axes of the affine {_short(affine)} are parallel. Mend the header.")
-    cosines = np.abs(axes.T @ axes - np.eye(3))
-    if cosines.max() > MAX_SHEAR:
-        degrees = float(np.degrees(np.arccos(np.clip(cosines.max(), 0, 1))))
+    if (degrees := shear_degrees(affine)) > MAX_SHEAR_DEGREES:
         raise DataError(
-            f"{file}: the affine is sheared (two axes meet at {degrees:.1f} degrees, expected 90; a "
-            "tilted gantry does this). Resample the scan onto a grid with perpendicular axes first."
+            f"{file}: the affine is sheared (two axes are {degrees:.1f} degrees off a right angle, at most "
+            f"{MAX_SHEAR_DEGREES:g} are taken; a tilted gantry does this). Resample the scan onto a grid with "
+            "perpendicular axes first."
         )
     return affine
 

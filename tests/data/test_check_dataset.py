@@ -12,6 +12,9 @@ import pytest
 from monai.transforms import LoadImage
 
 from medseg_supcon.data import check_dataset, read_dataset
+from medseg_supcon.errors import DataError
+from medseg_supcon.inference import find_scans
+from medseg_supcon.inference._read import read_scan
 
 AFFINE = np.diag([1.0, 1.0, 1.0, 1.0])
 SHEARED = AFFINE + np.array([[0, 0.2, 0, 0], [0] * 4, [0] * 4, [0] * 4])
@@ -98,7 +101,7 @@ FAULTS = {
     "label is image": ("list", "error", "label_is_image", None),
     "duplicate": ("twin", "error", "duplicate_image", None),
     "empty label": ("label", "warning", "empty_label", lambda p, d, w: w(p, np.zeros_like(d))),
-    "sheared": ("both", "warning", "sheared", lambda p, d, w: w(p, d, SHEARED)),
+    "sheared": ("both", "error", "sheared", lambda p, d, w: w(p, d, SHEARED)),
     "single slice": ("both", "warning", "single_slice", lambda p, d, w: w(p, d[:, :, 3:4])),
     "spacing": ("both", "warning", "spacing_outlier", lambda p, d, w: w(p, d, np.diag([1, 1, 3.0, 1]))),
     "size": ("both", "warning", "size_outlier", lambda p, d, w: w(p, np.tile(d, (3, 1, 1)))),
@@ -307,3 +310,26 @@ def test_what_check_passes_is_trained_where_it_lies(tmp_path, disk, name):
     trained = LoadImage("NibabelReader", image_only=True)(tmp_path / "a.nii.gz").affine.numpy()
     same = np.allclose(trained, nibabel.load(tmp_path / "a.nii.gz").affine, atol=0.01)
     assert same != any(severity == "error" for severity, _ in expected)
+
+
+@pytest.mark.parametrize("degrees", [0, 0.3, -0.5, 0.7, -5, 17])
+@pytest.mark.parametrize("axes", [(0, 1), (0, 2), (2, 1)])
+def test_check_and_predict_draw_one_line_for_shear(tmp_path, disk, degrees, axes):
+    """An axis tilted by a known angle, on a turned grid of 1 x 1.5 x 3 mm, passes both below 0.6 degrees or neither."""
+    tilt = np.eye(4)
+    tilt[axes] = np.sin(np.radians(degrees))
+    tilt[axes[1], axes[1]] = np.cos(np.radians(degrees))
+    affine = TURNED @ tilt @ np.diag([1, 1.5, 3, 1])
+    root = disk.decathlon(tmp_path, cases=2)
+    for folder, data in zip(("imagesTr", "labelsTr"), disk.scan_and_label(1), strict=True):
+        disk.nifti(root / folder / "case_1.nii.gz", data, affine)
+    errors = check_dataset(read_dataset(root), jobs=1).errors
+    scan = root / "imagesTr" / "case_1.nii.gz"
+    if abs(degrees) < 0.6:
+        assert not errors
+        assert read_scan(find_scans([scan])[0], 1).data.shape == (1, 12, 10, 8)
+        return
+    assert {(f.case, f.code) for f in errors} == {("case_1", "sheared")}
+    assert f"{abs(degrees):.1f} degrees off a right angle" in errors[0].message
+    with pytest.raises(DataError, match=f"{abs(degrees):.1f} degrees off a right angle"):
+        read_scan(find_scans([scan])[0], 1)
