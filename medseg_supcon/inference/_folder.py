@@ -16,10 +16,11 @@ import numpy as np
 
 from medseg_supcon.errors import MedsegError, RunError
 from medseg_supcon.inference._manifest import Manifest, describe, entry_of
-from medseg_supcon.inference._mask import is_whole, remove_leftovers, write_nifti
+from medseg_supcon.inference._mask import is_whole, write_nifti
 from medseg_supcon.inference._memory import is_out_of_memory
 from medseg_supcon.inference._same_scan import is_mask_of
 from medseg_supcon.inference._scans import Scan
+from medseg_supcon.inference._temporary import remove_leftovers, temporary_name
 
 if TYPE_CHECKING:
     from medseg_supcon.inference._predictor import Prediction, Predictor
@@ -169,7 +170,7 @@ def _without_work(
 
 
 def _make_writable(out: Path) -> None:
-    probe = out / f".probe.{os.getpid()}.tmp"
+    probe = temporary_name(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)

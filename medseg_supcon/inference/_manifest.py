@@ -12,7 +12,7 @@ import numpy as np
 
 from medseg_supcon import __version__
 from medseg_supcon.errors import RunError
-from medseg_supcon.inference._mask import write_whole
+from medseg_supcon.inference._temporary import write_whole
 
 if TYPE_CHECKING:
     from medseg_supcon.inference._predictor import Prediction, Predictor

@@ -1,21 +1,19 @@
-"""From class indices to a mask file: largest components, label values, and writing it whole or not at all."""
+"""From class indices to a mask file: largest components, label values, writing, and whether one is whole."""
 
 from __future__ import annotations
 
 import gzip
-import os
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import nibabel
 import numpy as np
 import numpy.typing as npt
-import psutil
 from scipy import ndimage
 
 from medseg_supcon.inference._grid import Grid
+from medseg_supcon.inference._temporary import write_whole
 
 
 def label_type(values: Sequence[float]) -> np.dtype[Any]:
@@ -56,20 +54,6 @@ def write_nifti(path: Path, data: npt.NDArray[Any], grid: Grid) -> None:
     write_whole(path, write)
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """A file that appears whole or not at all: written beside its place, then moved there."""
-    # Not the name itself, which may be as long as names can be.
-    temporary = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)  # what the fault injection of the tests replaces
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def is_whole(path: Path) -> bool:
     """Whether a packed NIfTI file is there to its last byte, with the checksum that it was written with."""
     try:
@@ -81,11 +65,3 @@ def is_whole(path: Path) -> bool:
     except Exception:  # whatever is wrong with it, it is not what was written
         return False
     return bool(size >= voxels.offset + voxels.dtype.itemsize * int(np.prod(voxels.shape)))
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files of processes that were killed."""
-    for file in folder.glob(".*.tmp"):
-        process = file.name.split(".")[-2]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            file.unlink(missing_ok=True)

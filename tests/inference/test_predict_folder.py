@@ -178,22 +178,6 @@ def test_ctrl_c_keeps_what_is_finished_and_no_partial_file(
     assert [entry["status"] for entry in manifest["scans"]] == ["skipped", "skipped", "done"]
 
 
-def test_what_a_killed_process_left_does_not_count(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / ".s0.nii.gz.999999999.tmp").write_bytes(b"half a mask")
-    (out / f".s1.nii.gz.{os.getppid()}.tmp").write_bytes(b"of a process that still writes")
-    manifest = Predictor(threshold_run, device="cpu").run([scans], out)
-    assert manifest["summary"]["done"] == 3
-    assert files(out) == {
-        "manifest.json",
-        "s0.nii.gz",
-        "s1.nii.gz",
-        "s2.nii.gz",
-        f".s1.nii.gz.{os.getppid()}.tmp",
-    }
-
-
 def test_a_folder_that_cannot_be_written_to(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="masks cannot be written there"):
