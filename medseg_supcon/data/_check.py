@@ -29,11 +29,12 @@ def check_dataset(
     """What is wrong with a data set, case by case. Never raises for a bad file: it is a finding.
 
     Errors: missing or unreadable files, 2-D or 4-D where 3-D is expected, shapes or affines of scan and label
-        map that differ, NaN or Inf, a constant image, label values that are not declared, fractional or
-        overlapping labels, differing channel counts, one image in two cases, an affine that is no geometry or sheared, a
-        header that gives metres or microns, or two voxel sizes (sform against pixdim, by more than 1 %).
-        Warnings: an empty label map, a class that nobody drew, a single slice, a qform that disagrees with the
-        sform, a header without orientation, outliers of spacing and size.
+    map that differ, NaN or Inf, a constant image, label values that are not declared, fractional or
+    overlapping labels, differing channel counts, one image in two cases, an affine that is no geometry or
+    sheared, a header that gives metres or microns, or two voxel sizes (sform against pixdim, by more than 1 %).
+
+    Warnings: an empty label map, a class that nobody drew, a single slice, a qform that disagrees with the
+    sform, a header without orientation, outliers of spacing and size.
 
     Args:
         dataset: from `read_dataset`.
