@@ -24,10 +24,10 @@ OFF = 0.1  # of the smallest voxel edge: how far a slice may lie from where the 
 SAME_TURN = 1e-3  # of a unit vector
 
 
-def series_in(folder: Path) -> tuple[list[tuple[str, list[Path]]], list[Path]]:
+def series_in(folder: Path, name: str = "") -> tuple[list[tuple[str, list[Path]]], list[Path]]:
     """The DICOM series directly in a folder, (name, slices in order) each, and the damaged files.
 
-    One series is called as the folder, several ``<folder>_series<number>``. Series identifiers are never
+    One series is called as the folder, or `name`, several ``<folder>_series<number>``. Series identifiers are never
     used: they identify a patient's examination. Reports, plans and drawings are passed over.
     """
     files = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p.is_file()]
@@ -42,7 +42,7 @@ def series_in(folder: Path) -> tuple[list[tuple[str, list[Path]]], list[Path]]:
     series = [
         headers for headers in found.values() if headers[0].modality not in (*NOT_SCANS, *PICTURES_OF_SCANS)
     ]
-    name = folder.resolve().name or "scan"
+    name = name or folder.resolve().name or "scan"
     if len(series) <= 1:
         return [(name, _in_order(headers)) for headers in series], damaged
     numbers = [headers[0].number for headers in series]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from medseg_supcon.data import not_a_file
+from medseg_supcon.inference._channels import group_channels
 from medseg_supcon.inference._dicom import is_one_of_many, series_in
 from medseg_supcon.inference._dicom_header import looks_like_dicom
-from medseg_supcon.inference._nifti import dimensions
 
 NIFTI = (".nii.gz", ".nii")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
@@ -37,6 +37,7 @@ FOREIGN = (
 FORMATS = "NIfTI (.nii, .nii.gz), MetaImage (.mha, .mhd), NRRD (.nrrd) or a DICOM series folder"
 
 Kind = Literal["nifti", "itk", "dicom"]
+logger = logging.getLogger(__name__)
 Series = list[tuple[str, list[Path]]]
 
 
@@ -65,7 +66,8 @@ class Scan:
 def find_scans(paths: Iterable[str | Path], channels: int | Sequence[str] = 1) -> list[Scan]:
     """The scans that files and folders hold, in order; what is wrong with one stands in its ``problem``.
 
-    A folder gives every scan directly in it, the DICOM series in it and those in its subfolders; hidden files and
+    A folder gives every scan directly in it and all DICOM series in and below it, ``PATIENT/STUDY/SERIES`` called
+    ``PATIENT_STUDY_SERIES``. Other scans in its subfolders are passed over, and a warning is logged; hidden files and
     what is no scan are passed over, damaged DICOM files are not. With several channels, 3-D files
     ``case_0000.nii.gz``, ``case_0001.nii.gz``, ... are one scan ``case``, as in nnU-Net. Two scans that would
     get one name are both refused.
@@ -84,7 +86,7 @@ def find_scans(paths: Iterable[str | Path], channels: int | Sequence[str] = 1) -
     for path in map(Path, paths):
         for scan in _scans_at(path, folders):
             found.setdefault(tuple(file.absolute() for file in scan.files), scan)
-    scans = _group_channels(list(found.values()), count) if count > 1 else list(found.values())
+    scans = group_channels(list(found.values()), count) if count > 1 else list(found.values())
     return _refuse_equal_names(scans)
 
 
@@ -149,12 +151,51 @@ def _scans_in(folder: Path) -> list[Scan]:
                 _refused(path.name, path, f"this format is not read: convert it. Expected {FORMATS}.")
             )
     scans += _dicom_scans(folder)
-    return scans + [scan for path in entries if path.is_dir() for scan in _dicom_scans(path)]
+    passed: list[str] = []
+    for below in _folders_below(folder):
+        way = below.relative_to(folder)
+        scans += _dicom_scans(below, "_".join(way.parts))
+        if _holds_files(below):
+            passed.append(str(way))
+    if passed:
+        names = ", ".join(passed[:3]) + (f" and {len(passed) - 3} more" if len(passed) > 3 else "")
+        reason = (
+            f"below a folder only DICOM is looked for, and {names} hold other scans. Give those folders too."
+        )
+        if not scans:
+            return [_refused(folder.resolve().name or "scan", folder, reason)]
+        logger.warning("%s: %s", folder, reason)
+    return scans
 
 
-def _dicom_scans(folder: Path) -> list[Scan]:
+def _folders_below(folder: Path) -> Iterator[Path]:
+    """Subfolders at any depth, in order, each once though links may make rings."""
+    seen = {os.path.realpath(folder)}
+    for place, names, _ in os.walk(folder, followlinks=True):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        for name in list(names):
+            real = os.path.realpath(os.path.join(place, name))  # noqa: PTH118
+            if real in seen:
+                names.remove(name)
+                continue
+            seen.add(real)
+            yield Path(place, name)  # even if it cannot be read
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether a folder holds scans that are no DICOM."""
     try:
-        series, damaged = series_in(folder)
+        return any(
+            path.name.lower().endswith((*NIFTI, *ITK)) and not path.name.startswith(".") and path.is_file()
+            for path in folder.iterdir()
+        )
+    except OSError:
+        return False
+
+
+def _dicom_scans(folder: Path, name: str = "") -> list[Scan]:
+    try:
+        series, damaged = series_in(folder, name)
     except OSError as error:
         reason = f"the folder cannot be read ({error.strerror}). Check its permissions."
         return [_refused(folder.name, folder, reason)]
@@ -167,44 +208,6 @@ def _dicom_scans(folder: Path) -> list[Scan]:
 
 def _refused(name: str, path: Path, reason: str) -> Scan:
     return Scan(name, (path,), problem=f"{path}: {reason}")
-
-
-def _group_channels(scans: list[Scan], count: int) -> list[Scan]:
-    groups: dict[tuple[Path, str], dict[int, Scan]] = {}
-    out: list[Scan | tuple[Path, str]] = []
-    for scan in scans:
-        match = re.fullmatch(r"(.+)_(\d{4})", scan.name)
-        single = scan.problem is None and (
-            scan.kind == "itk" or (scan.kind == "nifti" and _is_3d(scan.files[0]))
-        )
-        if match is None or not single:
-            out.append(scan)
-            continue
-        key = (scan.files[0].parent, match[1])
-        if key not in groups:
-            out.append(key)
-        groups.setdefault(key, {})[int(match[2])] = scan
-    grouped = []
-    for item in out:
-        if isinstance(item, Scan):
-            grouped.append(item)
-            continue
-        folder, name = item
-        parts = groups[item]
-        files = tuple(parts[i].files[0] for i in sorted(parts))
-        problem = None
-        if sorted(parts) != list(range(count)):
-            have = ", ".join(f"{i:04d}" for i in sorted(parts))
-            problem = (
-                f"{folder / name}: the model takes {count} channels, {name}_0000 to {name}_{count - 1:04d}, "
-                f"and there are {have}. Add what is missing or give one 4-D file."
-            )
-        grouped.append(Scan(name, files, next(iter(parts.values())).kind, problem))
-    return grouped
-
-
-def _is_3d(path: Path) -> bool:
-    return len([n for n in dimensions(path)[3:] if n > 1]) == 0
 
 
 def _refuse_equal_names(scans: list[Scan]) -> list[Scan]:

@@ -1,0 +1,29 @@
+"""Files of a channel each: what makes one scan, and what would make a wrong one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from toy_runs import save_nifti
+
+from medseg_supcon.inference import find_scans
+
+ONE = np.ones((6, 5, 4), dtype=np.int16)
+
+
+def test_two_files_for_a_channel_are_refused(tmp_path: Path) -> None:
+    for name in ("p_0000.nii", "p_0000.nii.gz", "p_0001.nii.gz"):
+        save_nifti(tmp_path / name, ONE)
+    (scan,) = find_scans([tmp_path], 2)
+    assert scan.name == "p"
+    assert "two files for channel 0000 (p_0000.nii, p_0000.nii.gz)" in str(scan.problem)
+
+
+def test_a_folder_named_in_two_ways_is_one(tmp_path: Path) -> None:
+    first = save_nifti(tmp_path / "in" / "p_0000.nii", ONE)
+    second = save_nifti(tmp_path / "in" / "p_0001.nii", ONE)
+    (tmp_path / "other").mkdir()
+    (scan,) = find_scans([second, tmp_path / "other" / ".." / "in" / first.name], 2)
+    assert scan.problem is None
+    assert [file.resolve() for file in scan.files] == [first, second]
