@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +16,13 @@ import numpy as np
 
 from medseg_supcon import __version__
 from medseg_supcon.errors import RunError
-from medseg_supcon.inference._temporary import write_whole
+from medseg_supcon.inference._temporary import fcntl, write_whole
 
 if TYPE_CHECKING:
     from medseg_supcon.inference._predictor import Prediction, Predictor
 
+STATUSES = ("done", "skipped", "failed")
+logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "SimpleITK", "scipy")
 
 
@@ -66,17 +72,13 @@ class Manifest:
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         self.path, self.head = path, head
-        self.earlier: dict[str, dict[str, Any]] = {}
         self.entries: list[dict[str, Any]] = []
-        try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-            self.earlier = {str(entry["name"]): entry for entry in old["scans"]}
-            self.earlier_models = old.get("models")
-        except (OSError, ValueError, KeyError, TypeError):
-            self.earlier_models = None
+        self.earlier, odd = _read(path)
+        if odd:
+            logger.warning("%s: %d of its entries are not as medseg writes them and are left out", path, odd)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Adds an entry and writes the file.
+        """Adds an entry and writes the file, with what other processes have added to it.
 
         Raises:
             RunError: it cannot be written.
@@ -84,10 +86,12 @@ class Manifest:
         entry.setdefault("models", [model["sha256"] for model in self.head["models"]])
         self.entries.append(entry)
         mine = {entry["name"] for entry in self.entries}
-        scans = [*(e for name, e in self.earlier.items() if name not in mine), *self.entries]
-        text = json.dumps({**self._with(scans)}, indent=1, allow_nan=False) + "\n"
         try:
-            write_whole(self.path, lambda file: file.write(text.encode()))
+            with _alone(self.path.parent):
+                self.earlier, _ = _read(self.path)
+                scans = [*(e for name, e in self.earlier.items() if name not in mine), *self.entries]
+                text = json.dumps(self._with(scans), indent=1, allow_nan=False) + "\n"
+                write_whole(self.path, lambda file: file.write(text.encode()))
         except OSError as error:
             raise RunError(
                 f"{self.path} could not be written ({error.strerror}). Free space or choose another --out; "
@@ -114,5 +118,42 @@ class Manifest:
         return self._with(self.entries)
 
     def _with(self, scans: list[dict[str, Any]]) -> dict[str, Any]:
-        counts = {s: sum(entry["status"] == s for entry in scans) for s in ("done", "skipped", "failed")}
+        counts = {s: sum(entry["status"] == s for entry in scans) for s in STATUSES}
         return {**self.head, "summary": counts, "scans": scans}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process in here at the same time, where folders can be locked."""
+    with ExitStack() as stack:
+        if fcntl is not None:
+            with suppress(OSError):  # a network drive
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)  # which unlocks it
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Entries by name, a finished one before a failed one, and how many are not as they should be."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["scans"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}, 0
+    found: dict[str, dict[str, Any]] = {}
+    good = [entry for entry in entries if _is_sound(entry)] if isinstance(entries, list) else []
+    for entry in good:
+        if entry["status"] != "failed" or entry["name"] not in found:
+            found[entry["name"]] = entry
+    return found, (len(entries) if isinstance(entries, list) else 1) - len(good)
+
+
+def _is_sound(entry: Any) -> bool:
+    """Whether an entry has what is read of it."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and entry.get("status") in STATUSES
+        and isinstance(warnings := entry.get("warnings", []), list)
+        and all(isinstance(warning, str) for warning in warnings)
+    )
