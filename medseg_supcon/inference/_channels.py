@@ -41,6 +41,9 @@ def _one(name: str, numbered: list[tuple[int, Scan]], count: int) -> Scan:
     if twice := [n for n in numbers if numbers.count(n) > 1]:
         rivals = ", ".join(scan.source.name for n, scan in numbered if n == twice[0])
         problem = f"{whole}: there are two files for channel {twice[0]:04d} ({rivals}). Keep one."
+    elif len({scan.kind for scan in parts}) > 1:
+        names = ", ".join(scan.source.name for scan in parts)
+        problem = f"{whole}: channels must be of one format, found {names}. Convert them to NIfTI."
     elif numbers != list(range(count)):
         have = ", ".join(f"{number:04d}" for number in numbers)
         problem = (

@@ -85,7 +85,9 @@ def find_scans(paths: Iterable[str | Path], channels: int | Sequence[str] = 1) -
     folders: dict[Path, Series] = {}  # each is looked through once
     for path in map(Path, paths):
         for scan in _scans_at(path, folders):
-            found.setdefault(tuple(file.absolute() for file in scan.files), scan)
+            # A link to a file has a name of its own, a link to a folder gives its files none.
+            key = tuple(Path(os.path.realpath(file.parent), file.name) for file in scan.files)
+            found.setdefault(key, scan)
     scans = group_channels(list(found.values()), count) if count > 1 else list(found.values())
     return _refuse_equal_names(scans)
 
@@ -211,11 +213,13 @@ def _refused(name: str, path: Path, reason: str) -> Scan:
 
 
 def _refuse_equal_names(scans: list[Scan]) -> list[Scan]:
-    counts = Counter(scan.name for scan in scans)
+    counts = Counter(scan.name for scan in scans if scan.problem is None)
     refused = []
     for scan in scans:
         if counts[scan.name] > 1 and scan.problem is None:
-            rivals = ", ".join(str(s.source) for s in scans if s.name == scan.name and s is not scan)
+            rivals = ", ".join(
+                str(s.source) for s in scans if s.name == scan.name and s is not scan and s.problem is None
+            )
             problem = (
                 f"{scan.source}: its mask would be called {scan.name}.nii.gz, as that of {rivals}. "
                 "Rename one, or predict them into different folders."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import SimpleITK as sitk
 from toy_runs import save_nifti
 
 from medseg_supcon.inference import find_scans
@@ -27,3 +28,14 @@ def test_a_folder_named_in_two_ways_is_one(tmp_path: Path) -> None:
     (scan,) = find_scans([second, tmp_path / "other" / ".." / "in" / first.name], 2)
     assert scan.problem is None
     assert [file.resolve() for file in scan.files] == [first, second]
+
+
+def test_channels_of_two_formats_are_refused(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "m_0000.nii.gz", ONE)
+    sitk.WriteImage(sitk.GetImageFromArray(ONE), str(tmp_path / "m_0001.mha"))
+    (scan,) = find_scans([tmp_path], 2)
+    assert "one format, found m_0000.nii.gz, m_0001.mha" in str(scan.problem)
+    sitk.WriteImage(sitk.GetImageFromArray(ONE), str(tmp_path / "m_0000.nrrd"))
+    (tmp_path / "m_0000.nii.gz").unlink()
+    (scan,) = find_scans([tmp_path], 2)
+    assert scan.problem is None  # one reader takes both

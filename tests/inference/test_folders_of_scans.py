@@ -48,3 +48,29 @@ def test_scans_in_subfolders_are_named(tmp_path: Path, caplog: pytest.LogCapture
     assert scan.problem is None
     (record,) = caplog.records
     assert f"{Path('sub') / 'deep'} hold other scans" in record.getMessage()
+
+
+def test_what_is_no_scan_takes_no_name(tmp_path: Path) -> None:
+    good, same = (save_nifti(tmp_path / f"{name}.nii.gz", ONE) for name in ("good", "same"))
+    (tmp_path / "good.nii").mkdir()
+    scans = find_scans([tmp_path, tmp_path / "same.mha"])
+    assert {scan.source for scan in scans if scan.problem is None} == {good, same}
+    refused = {scan.source.name: str(scan.problem) for scan in scans if scan.problem is not None}
+    assert "is a folder" in refused.pop("good.nii")
+    assert "no such file" in refused.pop("same.mha")
+    assert not refused
+
+
+def test_a_file_given_in_several_ways_is_one_scan(tmp_path: Path) -> None:
+    file = save_nifti(tmp_path / "a.nii", ONE)
+    other = save_nifti(tmp_path / "far" / "b" / "c.nii", ONE)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "b")
+    (tmp_path / "l.nii").symlink_to(file)
+    paths = [file, tmp_path / "far" / ".." / "a.nii", tmp_path / "link" / "c.nii", other, tmp_path / "l.nii"]
+    scans = find_scans(paths)
+    assert [(scan.name, scan.problem) for scan in scans] == [("a", None), ("c", None), ("l", None)]
+    # ".." of a link is above what it leads to: another file.
+    above = save_nifti(tmp_path / "far" / "a.nii", ONE)
+    for scan in find_scans([file, tmp_path / "link" / ".." / "a.nii"]):
+        assert "Rename one" in str(scan.problem)
+    assert above.exists()
