@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +13,7 @@ import numpy as np
 
 from medseg_supcon import __version__
 from medseg_supcon.errors import RunError
-from medseg_supcon.inference._temporary import fcntl, write_whole
+from medseg_supcon.inference._temporary import alone, write_whole
 
 if TYPE_CHECKING:
     from medseg_supcon.inference._predictor import Prediction, Predictor
@@ -87,7 +84,7 @@ class Manifest:
         self.entries.append(entry)
         mine = {entry["name"] for entry in self.entries}
         try:
-            with _alone(self.path.parent):
+            with alone(self.path.parent):
                 self.earlier, _ = _read(self.path)
                 scans = [*(e for name, e in self.earlier.items() if name not in mine), *self.entries]
                 text = json.dumps(self._with(scans), indent=1, allow_nan=False) + "\n"
@@ -120,18 +117,6 @@ class Manifest:
     def _with(self, scans: list[dict[str, Any]]) -> dict[str, Any]:
         counts = {s: sum(entry["status"] == s for entry in scans) for s in STATUSES}
         return {**self.head, "summary": counts, "scans": scans}
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """No other process in here at the same time, where folders can be locked."""
-    with ExitStack() as stack:
-        if fcntl is not None:
-            with suppress(OSError):  # a network drive
-                handle = os.open(folder, os.O_RDONLY)
-                stack.callback(os.close, handle)  # which unlocks it
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Any]], int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -73,3 +73,15 @@ def _lock(file: IO[bytes], wait: bool = True) -> bool:
 
 def _is_old(path: Path) -> bool:
     return time.time() - path.stat().st_mtime > OLD
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No other process in here at the same time, where folders can be locked."""
+    with ExitStack() as stack:
+        if fcntl is not None:
+            with suppress(OSError):  # a network drive
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)  # which unlocks it
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
