@@ -60,7 +60,8 @@ class Volume:
     def affine_mm(self) -> npt.NDArray[np.float64]:
         """(4, 4), voxel indices to RAS+ mm, whatever the header's unit of length."""
         scale = MM[self.unit]
-        return np.asarray(np.diag([scale, scale, scale, 1.0]) @ self.affine)
+        scales = np.array([[scale], [scale], [scale], [1.0]])  # no matrix product: Inf x 0 would warn
+        return np.asarray(self.affine * scales)
 
 
 def stem(path: str | Path) -> str:
