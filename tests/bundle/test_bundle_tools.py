@@ -220,7 +220,7 @@ def test_a_traced_size_is_found_out(
 
     model = Stub()
     model.plan, model.network = plan | {"patch_size": [8, 8, 8]}, network  # type: ignore[attr-defined]
-    monkeypatch.setattr("medseg_supcon.inference._export.load_model", lambda run: model)
+    monkeypatch.setattr("medseg_supcon.inference._export.load_model", lambda run, trust: model)
     monkeypatch.setattr("medseg_supcon.inference._export.size_divisor", lambda *args, **kwargs: (1, 1, 1))
     monkeypatch.setattr(torch.jit, "script", lambda network: (_ for _ in ()).throw(RuntimeError("no script")))
     result = export_model(run, format, tmp_path / "model")

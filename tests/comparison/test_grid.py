@@ -140,7 +140,14 @@ def test_the_report_stands_alone(grid):
     html, text = (out / "report.html").read_text(), (out / "summary.md").read_text()
     assert all(s.startswith("data:image/png;base64,") for s in re.findall(r'src="([^"]*)', html))
     assert len(re.findall("<img", html)) == 2 and not re.search(r'(href|src)="https?:', html)
-    for word in ("SGD", "Adam", "contrastive loss", "training Dice", "validation Dice", "Differences from plain"):
+    for word in (
+        "SGD",
+        "Adam",
+        "contrastive loss",
+        "training Dice",
+        "validation Dice",
+        "Differences from plain",
+    ):
         assert word in html, word
     assert found["answers"][0] in text and "| SGD | - |" not in text and "| Adam |" in text
 
