@@ -52,6 +52,13 @@ TASKS = {
 TUNED = str(HERE / "recipes" / "dice_ce_tuned.yaml")
 PARTS = {  # folder; recipes, the baseline first; seeds; labels; whether corrupted scans are tested on, too
     "deciding": ("deciding", f"{TUNED},joint,dice_ce", "0,1,2,3,4", "deciding", False),
+    "ablation": (
+        "deciding",
+        "dice_ce,joint",
+        "0,1,2,3,4",
+        "deciding",
+        False,
+    ),  # the same runs: contrast alone
     "recipes": ("deciding", f"{TUNED},joint,two_stage,semi", "0", "deciding", False),
     "budgets": ("budgets", f"{TUNED},joint", "0", "budgets", False),
     "robustness": (
