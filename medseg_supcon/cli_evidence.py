@@ -14,6 +14,7 @@ from medseg_supcon.cli_options import (
     MismatchOption,
     RunArg,
     SettingsOption,
+    ValidationOption,
 )
 from medseg_supcon.errors import ConfigError, MedsegError
 from medseg_supcon.terminal import err, out, print_report
@@ -32,6 +33,7 @@ def compare(
         str | None,
         typer.Option(help="Labelled scans (validation included), separated by commas; default: 'all'."),
     ] = None,
+    validation: ValidationOption = None,
     config: Annotated[
         str | None,
         typer.Option(help="The comparison as a file (recipes, a grid of variants, ...), or 'article'."),
@@ -67,7 +69,7 @@ def compare(
     """
     from medseg_supcon.comparison import ComparisonConfig, design_comparison, make_variants, read_comparison
     from medseg_supcon.comparison import compare as run_comparison
-    from medseg_supcon.data import check_dataset, read_case_names, read_dataset
+    from medseg_supcon.data import VALIDATION, check_dataset, read_case_names, read_dataset
     from medseg_supcon.training import check_device, parse_setting
 
     check_device(device)
@@ -86,6 +88,7 @@ def compare(
         cases=None if cases is None else read_case_names(cases),
         test_cases=None if test_cases is None else read_case_names(test_cases),
         split_seed=split_seed,
+        validation=VALIDATION if validation is None else validation,
         own=said.own,
         variants=make_variants(said.variants),
     )

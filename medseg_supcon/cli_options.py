@@ -23,6 +23,14 @@ SettingsOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any key of train.yaml, or plan::KEY."),
 ]
+ValidationOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=0.9,
+        help="Share of the labelled scans that validates (default: 0.15). 0: all of them train.",
+    ),
+]
 TrustOption = Annotated[
     bool, typer.Option("--trust", help="Run a bundle's own code: only for bundles you trust.")
 ]

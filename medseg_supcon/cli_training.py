@@ -8,7 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from medseg_supcon.cli_options import CasesOption, DatasetArg, DeviceOption, MismatchOption, SettingsOption
+from medseg_supcon.cli_options import (
+    CasesOption,
+    DatasetArg,
+    DeviceOption,
+    MismatchOption,
+    SettingsOption,
+    ValidationOption,
+)
 from medseg_supcon.errors import MedsegError, RunError
 from medseg_supcon.terminal import err, out, print_metrics, print_plan, print_report
 
@@ -35,6 +42,7 @@ class Request:
     epochs: int | None
     cases: Path | None
     labels: int | None
+    validation: float | None
     unlabelled: Path | None
     init: Path | None
     seed: int | None
@@ -44,7 +52,8 @@ class Request:
     def given(self) -> list[str]:
         """The options that were given, as they are written."""
         names = {"settings": "--set"}
-        return [names.get(name, "--" + name.replace("_", "-")) for name, value in vars(self).items() if value]
+        said = {name: value for name, value in vars(self).items() if value is not None and value is not False}
+        return [names.get(name, "--" + name.replace("_", "-")) for name, value in said.items() if value != []]
 
 
 def plan(
@@ -54,6 +63,7 @@ def plan(
     epochs: EpochsOption = None,
     cases: CasesOption = None,
     labels: LabelsOption = None,
+    validation: ValidationOption = None,
     unlabelled: UnlabelledOption = None,
     init: InitOption = None,
     seed: SeedOption = None,
@@ -62,7 +72,9 @@ def plan(
     allow_affine_mismatch: MismatchOption = False,
 ) -> None:
     """The bundle that would be trained, with its expected time and memory. 'medseg train' goes on from it."""
-    request = Request(recipe, epochs, cases, labels, unlabelled, init, seed, settings, allow_affine_mismatch)
+    request = Request(
+        recipe, epochs, cases, labels, validation, unlabelled, init, seed, settings, allow_affine_mismatch
+    )
     _prepare(dataset, run, request, device)
     out.print(f"\nEdit {run / 'configs' / 'plan.json'} if you like, then: medseg train {dataset} --out {run}")
 
@@ -74,6 +86,7 @@ def train(
     epochs: EpochsOption = None,
     cases: CasesOption = None,
     labels: LabelsOption = None,
+    validation: ValidationOption = None,
     unlabelled: UnlabelledOption = None,
     init: InitOption = None,
     seed: SeedOption = None,
@@ -86,7 +99,9 @@ def train(
     from medseg_supcon.training import check_device, is_finished, is_planned, is_started, train_run
 
     check_device(device)
-    request = Request(recipe, epochs, cases, labels, unlabelled, init, seed, settings, allow_affine_mismatch)
+    request = Request(
+        recipe, epochs, cases, labels, validation, unlabelled, init, seed, settings, allow_affine_mismatch
+    )
     if is_started(run) and not resume:
         raise RunError(
             f"{run} already holds a trained run. Choose another --out, or go on with it: --resume."
@@ -144,7 +159,7 @@ def _trusts_scan_affine(run: Path) -> bool:
 
 
 def _prepare(path: Path, run: Path, request: Request, device: str | None) -> None:
-    from medseg_supcon.data import read_unlabelled, split_cases
+    from medseg_supcon.data import VALIDATION, read_unlabelled, split_cases
     from medseg_supcon.training import check_device, is_planned, parse_setting, prepare_run, read_recipe
 
     check_device(device)
@@ -156,7 +171,8 @@ def _prepare(path: Path, run: Path, request: Request, device: str | None) -> Non
         )
     parsed = [parse_setting(s) for s in request.settings or ()]
     dataset = read_selected(path, request.cases)
-    split = split_cases(dataset, labels=request.labels, seed=seed)
+    share = VALIDATION if request.validation is None else request.validation
+    split = split_cases(dataset, labels=request.labels, seed=seed, validation_fraction=share)
     if request.unlabelled is not None:
         more = read_unlabelled(request.unlabelled, dataset)
         split = replace(split, unlabelled=(*split.unlabelled, *more))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_supcon.comparison._variants import PLAIN, Variant
-from medseg_supcon.data import Case, Dataset, Split, split_cases
+from medseg_supcon.data import VALIDATION, Case, Dataset, Split, split_cases
 from medseg_supcon.errors import ConfigError, DataError
 from medseg_supcon.training import read_recipe
 
@@ -84,6 +84,7 @@ def design_comparison(
     cases: Iterable[str] | None = None,
     test_cases: Iterable[str] | None = None,
     split_seed: int = 0,
+    validation: float = VALIDATION,
     own: Mapping[str, Mapping[str, Any]] | None = None,
     variants: Sequence[Variant] = (PLAIN,),
 ) -> Design:
@@ -102,6 +103,7 @@ def design_comparison(
         cases: names of the pool.
         test_cases: names of the cases to test on.
         split_seed: of the one order from which all budgets are taken.
+        validation: share of every budget that validates, below 1; 0: all labelled scans train.
         own: name -> settings of that recipe alone, laid over it.
         variants: of `make_variants`.
 
@@ -116,7 +118,7 @@ def design_comparison(
     pool, test, told = _test_cases(dataset, cases, test_cases, labels, split_seed)
     splits: dict[int, Split] = {}
     for budget in labels:
-        split = split_cases(pool, labels=budget, seed=split_seed)
+        split = split_cases(pool, labels=budget, seed=split_seed, validation_fraction=validation)
         splits[len({c.name for c in (*split.training, *split.validation)})] = split
     if not test:
         used = {c.name for s in splits.values() for c in (*s.training, *s.validation)}

@@ -12,13 +12,14 @@ from medseg_supcon.data._plan import make_plan, network_definition
 from medseg_supcon.data._plan_file import read_plan, validate_plan, write_plan
 from medseg_supcon.data._preprocessing import LabelPreprocessingd, read_preprocessing
 from medseg_supcon.data._report import Finding, Report
-from medseg_supcon.data._split import Split, split_cases
+from medseg_supcon.data._split import VALIDATION, Split, split_cases
 from medseg_supcon.data._unreadable import not_a_file, promises_too_much, unreadable
 from medseg_supcon.data._volume import read_volume
 
 __all__ = [
     "MAX_SHEAR_DEGREES",
     "PHANTOM_LABELS",
+    "VALIDATION",
     "Case",
     "CaseFingerprint",
     "Dataset",

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from medseg_supcon.data._dataset import Case, Dataset
 from medseg_supcon.errors import DataError
 
-__all__ = ["Split", "split_cases"]
+__all__ = ["VALIDATION", "Split", "split_cases"]
 
+VALIDATION = 0.15  # share of the labelled cases
 MOST_VALIDATION = 20
 
 
@@ -32,7 +33,7 @@ class Split:
 
 
 def split_cases(
-    dataset: Dataset, *, labels: int | None = None, seed: int = 0, validation_fraction: float = 0.15
+    dataset: Dataset, *, labels: int | None = None, seed: int = 0, validation_fraction: float = VALIDATION
 ) -> Split:
     """Split a data set by patients, for a budget of `labels` labelled cases, validation included.
 
@@ -40,18 +41,19 @@ def split_cases(
     the first N. Whether a case trains or validates is decided along that order, so the training cases of a
     smaller budget are among those of a larger one, and likewise for validation. About ``max(1, min(20,
     round(validation_fraction * N)))`` cases validate (more where one patient has many scans). A data list's
-    own validation cases alone validate where it names some; without a budget all of them do.
+    own validation cases alone validate where it names some; without a budget all of them do. With
+    `validation_fraction` 0 all labelled cases of the budget train, and the first 20 of them validate, too.
 
     Args:
         dataset: the cases; those without a label map are unlabelled.
         labels: the budget N, or None for all labelled cases.
         seed: of the order.
-        validation_fraction: share of the labelled cases to validate on, in (0, 1).
+        validation_fraction: share of the labelled cases to validate on, in [0, 1).
 
     Raises:
         DataError: fewer labelled cases than `labels`, or a patient on both sides of the data list's own
             split.
-        ValueError: `validation_fraction` outside (0, 1).
+        ValueError: `validation_fraction` outside [0, 1).
 
     Example:
         >>> from pathlib import Path
@@ -62,8 +64,8 @@ def split_cases(
         >>> len(split.training), len(split.validation), len(split.unlabelled)
         (3, 1, 6)
     """
-    if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}")
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction must lie in 0 .. 1, 1 left out, got {validation_fraction}")
     labelled = dataset.labelled
     total = len(labelled) if labels is None else labels
     if not labelled:
@@ -76,7 +78,11 @@ def split_cases(
             f"Ask for at most {len(labelled)}, or label more scans."
         )
     held_out = [case for case in labelled if case.name in dataset.validation]
-    if held_out and len(held_out) < len(labelled):
+    training: list[Case]
+    validation: list[Case] = []
+    if validation_fraction == 0:
+        training = _ordered(labelled, seed)[:total]
+    elif held_out and len(held_out) < len(labelled):
         training, validation = _along_own_split(
             dataset, labelled, total, seed, validation_fraction, labels is None
         )
@@ -84,10 +90,14 @@ def split_cases(
         training, validation = _along_order(_ordered(labelled, seed), total, validation_fraction)
     notes = []
     if not validation or not training:
-        training = validation = training or validation
+        training = training or validation
+        validation = training if validation_fraction > 0 else training[:MOST_VALIDATION]
+        why = (
+            "there is no other labelled patient to validate on" if validation_fraction > 0 else "as asked for"
+        )
         notes.append(
-            f"Validation uses the training cases themselves ({_listed(training)}): there is no other "
-            f"labelled patient to validate on. Its figures say nothing about new scans."
+            f"Validation uses the training cases themselves ({_listed(training)}): {why}. Its figures say "
+            "nothing about new scans."
         )
     used = {case.name for case in (*training, *validation)}
     rest = tuple(replace(case, label=None) for case in dataset.cases if case.name not in used)

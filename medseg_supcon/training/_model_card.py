@@ -26,10 +26,12 @@ def model_card(run: Path) -> str:
     )
     plan = read_json(run / "configs" / "plan.json")
     metrics = _optional_json(run / "eval" / "metrics.json")
+    cases = _optional_json(run / "configs" / "datalist.json")
     return environment.from_string(text).render(
         plan=plan,
         version=__version__,
-        cases={name: len(items) for name, items in _optional_json(run / "configs" / "datalist.json").items()},
+        cases={name: len(items) for name, items in cases.items()},
+        seen=sum(item in cases["training"] for item in cases.get("validation", ())),
         recipe=_recipe(run),
         network=_network_name(plan["network_def"]),
         parameters=_parameters(plan["network_def"]),

@@ -82,7 +82,8 @@ class PseudoLabels:
 
     The teacher looks at view 1. Its class there, where its probability is at least ``confidence``, is the
     pseudo-label of the voxel in view 1 and of the same physical voxel in view 2: what the student has to find
-    under the stronger policy.
+    under the stronger policy. In a batch that holds a scan without any label, unlabelled voxels of the others
+    (``ignore``, the rim of a resampled scan) get theirs, too; by themselves they would be too few for a Dice.
 
     Args:
         teacher: the teacher.
@@ -122,8 +123,10 @@ class PseudoLabels:
 
     def _label(self, image: Tensor, label: Tensor, pair_ids: Tensor, wanted: Tensor) -> Tensor:
         pseudo = torch.full_like(label, IGNORE_INDEX)
-        scans = wanted.flatten(1).any(1).view(-1, 2).any(1).nonzero()[:, 0]  # rows 2s and 2s + 1 are scan s
-        if len(scans) == 0:
+        # rows 2s and 2s + 1 are scan s
+        unlabelled = (label == IGNORE_INDEX).flatten(1).all(1).view(-1, 2).all(1)
+        scans = wanted.flatten(1).any(1).view(-1, 2).any(1).nonzero()[:, 0]
+        if len(scans) == 0 or not bool(unlabelled.any()):
             return pseudo
         with torch.autocast(image.device.type, dtype=self.dtype, enabled=self.amp):
             probability, winner = self.teacher(image[2 * scans]).max(1, keepdim=True)

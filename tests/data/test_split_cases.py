@@ -101,6 +101,17 @@ def test_one_labelled_case_trains_and_validates_with_a_warning():
     assert len(split.unlabelled) == 4
 
 
+def test_all_labelled_cases_train_where_none_is_to_validate():
+    dataset = dataset_of(40)
+    split = split_cases(dataset, labels=30, validation_fraction=0)
+    rest = split_cases(dataset, labels=30)
+    assert set(split.training) == {*rest.training, *rest.validation} and len(split.training) == 30
+    assert split.validation == split.training[:20], "something to look at during training, no more than 20"
+    assert len(split.unlabelled) == 10 and "say nothing about new scans" in split.warnings[0]
+    own = replace(dataset_of(6), validation=frozenset({"c1", "c2"}))
+    assert len(split_cases(own, validation_fraction=0).training) == 6
+
+
 def test_order_depends_on_seed_and_names_alone():
     dataset = dataset_of(40)
     first = split_cases(dataset, labels=8, seed=3)
