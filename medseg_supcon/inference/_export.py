@@ -47,7 +47,7 @@ def export_model(
         file takes patches of the plan's size only).
 
     Raises:
-        ConfigError: an unknown format, or a package for ONNX is not installed.
+        ConfigError: an unknown format, a plan that no plan can be, or a package for ONNX is not installed.
         RunError: no trained weights, they do not fit, or the exported network gives other values.
     """
     if format not in ("torchscript", "onnx"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import warnings
 from dataclasses import dataclass
@@ -24,19 +23,10 @@ from monai.transforms import (
 )
 from monai.transforms.intensity import dictionary as intensity
 
+from medseg_supcon.data import read_plan
 from medseg_supcon.errors import RunError
 from medseg_supcon.inference._trust import check_trusted
 
-PLAN_KEYS = (
-    "channels",
-    "labels",
-    "orientation",
-    "spacing",
-    "intensity",
-    "patch_size",
-    "network_def",
-    "inference",
-)
 SIMPLE = (Orientationd, Spacingd, EnsureTyped, SplitDimd, ConcatItemsd, DeleteItemsd)
 
 
@@ -70,6 +60,7 @@ def load_model(run: str | Path, trust: bool = False) -> Model:
 
     Raises:
         RunError: it is no run, is incomplete or damaged, or holds foreign code and is not trusted.
+        ConfigError: its plan was edited into what no plan can be.
     """
     run = Path(run)
     config, plan_file = run / "configs" / "inference.yaml", run / "configs" / "plan.json"
@@ -79,7 +70,7 @@ def load_model(run: str | Path, trust: bool = False) -> Model:
             raise RunError(
                 f"{file} is missing: is {run} a run that medseg train finished? Train it, or give another."
             )
-    plan = _read_plan(plan_file)
+    plan = read_plan(plan_file)
     if not trust:
         check_trusted(run, config, plan)
     try:
@@ -102,17 +93,6 @@ def load_model(run: str | Path, trust: bool = False) -> Model:
     simple = all(isinstance(t, SIMPLE) or type(t).__module__ == intensity.__name__ for t in transforms[1:])
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     return Model(run.absolute().name, plan, network.eval(), Compose(transforms[1:]), simple, digest)
-
-
-def _read_plan(file: Path) -> dict[str, Any]:
-    try:
-        plan = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{file} is not JSON ({error}). Restore it from the run's own copy.") from error
-    missing = [key for key in PLAN_KEYS if not isinstance(plan, dict) or key not in plan]
-    if missing:
-        raise RunError(f"{file} lacks {', '.join(missing)}. Plan the data again with medseg plan.")
-    return {"flip_axes": [], "keep_largest": [], **plan}
 
 
 def _load_weights(network: torch.nn.Module, file: Path) -> None:

@@ -66,6 +66,7 @@ class Predictor:
     Raises:
         RunError: a run is missing, incomplete, damaged or not trusted; runs of an ensemble differ in labels
             or channels; the device does not exist.
+        ConfigError: a run's plan was edited into what no plan can be.
 
     Example:
         >>> predictor = Predictor("RUN")  # doctest: +SKIP

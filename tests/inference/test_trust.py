@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from toy_runs import UNET, blobs, plan_of, save_nifti
+from toy_runs import UNET, blobs, plan_of, save_nifti, threshold_weights
 
-from medseg_supcon.errors import RunError
+from medseg_supcon.errors import ConfigError, MedsegError, RunError
 from medseg_supcon.inference import Predictor, export_model
 
 STOCK = [
@@ -83,7 +83,7 @@ def test_a_network_definition_that_is_code_is_refused(
 def test_intensity_that_is_code_is_refused(make_run: Callable[..., Path], transform: Any) -> None:
     run = make_run()
     (run / "configs" / "plan.json").write_text(json.dumps(plan_of(intensity=[transform])))
-    with pytest.raises(RunError, match="--trust"):
+    with pytest.raises(MedsegError, match=r"--trust|list of transform configs"):
         Predictor(run, device="cpu")
 
 
@@ -164,18 +164,38 @@ def test_an_incomplete_run(make_run: Callable[..., Path], file: str) -> None:
 def test_a_broken_plan(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run()
     (run / "configs" / "plan.json").write_text("{")
-    with pytest.raises(RunError, match="is not JSON"):
+    with pytest.raises(ConfigError, match="is not valid JSON"):
         Predictor(run, device="cpu")
     plan = plan_of()
     del plan["spacing"], plan["labels"]
     (run / "configs" / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(RunError, match="lacks labels, spacing"):
-        Predictor(run, device="cpu")
-    (run / "configs" / "plan.json").write_text(json.dumps(plan_of(spacing="wide")))
-    with pytest.raises(RunError, match="cannot be made"):
+    with pytest.raises(ConfigError, match="'labels' is missing"):
         Predictor(run, device="cpu")
     shutil.rmtree(run)
     with pytest.raises(RunError, match="is missing"):
+        Predictor(run, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("spacing", "wide"),
+        ("spacing", [1.0, 1.0]),
+        ("patch_size", [16, 16]),
+        ("inference", {}),
+        ("inference", {"overlap": 0.5, "sw_batch_size": 0}),
+        ("keep_largest", "organ"),
+        ("flip_axes", [5]),
+        ("intensity", ["ScaleIntensityd"]),
+    ],
+)
+def test_a_plan_edited_wrongly_is_refused_by_its_key(
+    make_run: Callable[..., Path], key: str, value: Any
+) -> None:
+    """Before a scan is read, and in place of a fault somewhere in torch or MONAI for each of them."""
+    run = make_run(weights=threshold_weights())
+    (run / "configs" / "plan.json").write_text(json.dumps(plan_of(**{key: value})))
+    with pytest.raises(ConfigError, match=rf'plan\.json: "{key}" must be'):
         Predictor(run, device="cpu")
 
 

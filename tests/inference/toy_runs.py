@@ -39,15 +39,15 @@ def plan_of(**changes: Any) -> dict[str, Any]:
         "batch_size": 1,
         "steps_per_epoch": 1,
         "epochs": 1,
-        "class_frequencies": [0.8, 0.1, 0.1],
-        "class_weights": [0.4, 1.3, 1.3],
         "network_def": POINTWISE,
         "inference": {"overlap": 0.5, "sw_batch_size": 2},
         "keep_largest": [],
         "expected": {},
         "fingerprint": {},
     }
-    return {**plan, **changes}
+    plan |= changes
+    each = [1 / len(plan["labels"])] * len(plan["labels"])
+    return {"class_frequencies": each, "class_weights": each, **plan}
 
 
 def threshold_weights() -> dict[str, torch.Tensor]:
