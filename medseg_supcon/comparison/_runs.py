@@ -90,16 +90,11 @@ def prepare_cells(
         if is_planned(run):
             _check_same(run, path, definition)
         else:
-            draft = out / ".planning"
-            shutil.rmtree(draft, ignore_errors=True)
             prepare_run(
-                design.dataset, design.splits[cell.labels], draft, recipe=design.files[cell.recipe],
+                design.dataset, design.splits[cell.labels], run, recipe=design.files[cell.recipe],
                 settings=[*settings, *own_settings(design, cell)], seed=cell.seed, plan=plans[cell.labels],
                 plan_settings=_own_plan(design, cell, settings),
             )  # fmt: skip
-            run.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(run, ignore_errors=True)
-            draft.rename(run)
         job = {
             "run": str(run.resolve()),
             "tests": str((out / "tests" / cell.name).resolve()),

@@ -18,25 +18,23 @@ from medseg_supcon.data import (
     Split,
     fingerprint,
     make_plan,
-    read_plan,
     validate_plan,
     write_datalist,
     write_plan,
 )
 from medseg_supcon.errors import ConfigError, RunError
-from medseg_supcon.networks import build_network, round_patch, size_divisor
 from medseg_supcon.training._bundle_docs import write_metadata, write_model_card, write_network, write_twins
 from medseg_supcon.training._faults import settings_at_fault
+from medseg_supcon.training._fit import fit_patch, inherit
 from medseg_supcon.training._overlay import dump_commented, load_commented, merge, set_key
 from medseg_supcon.training._recipes import read_recipe, shared_folder
 from medseg_supcon.training._timing import default_minutes, epochs_within, time_training
 
 TEMPLATE = "segmentation"
-FROM_INIT = ("channels", "orientation", "spacing", "intensity", "patch_size", "network_def")
 PLAN_PREFIX = "plan::"
 OF_PLAN = ("network_def", "epochs", "steps_per_epoch", "batch_size")  # train.yaml takes these from the plan
 NEW_SECTIONS = ("finalize",)  # that nothing refers to
-GROWTHS = 8  # of a patch that is too small for the network
+DRAFT = ".planning"  # where a run is written until it is whole
 
 
 def is_planned(run: Path) -> bool:
@@ -89,12 +87,13 @@ def prepare_run(
 
     Raises:
         ConfigError: a setting, recipe or plan that cannot be.
-        RunError: the folder already holds a run.
+        RunError: the folder already holds a run, or what one would replace.
     """
     if is_planned(run):
         raise RunError(
             f"{run} already holds a run. Choose another --out, or go on with medseg train --resume."
         )
+    _refuse_others(run)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recipe_plan, overlay = _sort_settings(list(read_recipe(recipe).items()))
     of_plan, of_config = _sort_settings(settings)
@@ -103,7 +102,7 @@ def prepare_run(
         for key, value in plan_settings:
             set_key(made, key, value, "The plan (configs/plan.json)")
         if plan_settings:
-            _fit_patch(made)
+            fit_patch(made)
             validate_plan(made)
     else:
         cases = [*split.training, *split.unlabelled]
@@ -111,28 +110,32 @@ def prepare_run(
         if trust_scan_affine:
             made["trust_scan_affine"] = True
         if init is not None:
-            _inherit(made, init)
+            inherit(made, init)
         for key, value in (*recipe_plan, *of_plan):
             set_key(made, key, value, "The plan (configs/plan.json)")
         epochs = epochs or dict([*recipe_plan, *of_plan]).get("epochs")
-        _fit_patch(made)
+        fit_patch(made)
         validate_plan(made)
     budget = minutes if minutes is not None else default_minutes(where)
-    existed = run.exists()
+    existed, draft = run.exists(), run / DRAFT
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
     try:
-        _write_template(run)
-        write_plan(made, run / "configs" / "plan.json")
-        write_datalist(split, run / "configs" / "datalist.json", dataset.root)
-        _write_train_config(run, dataset.root, recipe, dict(overlay), of_config, seed, init)
+        _write_template(draft)
+        write_plan(made, draft / "configs" / "plan.json")
+        write_datalist(split, draft / "configs" / "datalist.json", dataset.root)
+        _write_train_config(draft, dataset.root, recipe, dict(overlay), of_config, seed, init)
         if plan is None:
             with settings_at_fault():
-                timing = time_training(run, device)
+                timing = time_training(draft, device)
             made["epochs"] = epochs or epochs_within(budget, made, timing, len(split.validation))
             made["expected"] = _expected(made, timing, len(split.validation))
-            write_plan(made, run / "configs" / "plan.json")
-        refresh_documents(run)
-    except BaseException:  # an interruption, too, leaves no half of a plan that a later call would train
-        shutil.rmtree(run if not existed else run / "configs", ignore_errors=True)
+            write_plan(made, draft / "configs" / "plan.json")
+        refresh_documents(draft)
+        for part in sorted(draft.iterdir(), key=lambda part: part.name == "configs"):  # which makes it a run
+            part.rename(run / part.name)
+        draft.rmdir()
+    except BaseException:
+        shutil.rmtree(draft if existed else run, ignore_errors=True)
         raise
     return made
 
@@ -145,27 +148,6 @@ def refresh_documents(run: Path) -> None:
     write_model_card(run)
 
 
-def _inherit(plan: dict[str, Any], init: Path) -> None:
-    if not is_planned(init) or not (init / "models" / "model.pt").is_file():
-        raise RunError(
-            f"--init {init}: not a trained run (configs/plan.json and models/model.pt are needed)."
-        )
-    earlier = read_plan(init / "configs" / "plan.json")
-    if len(earlier["channels"]) != len(plan["channels"]):
-        raise ConfigError(
-            f"--init {init} was trained on {len(earlier['channels'])} channel(s) per scan, this data set has "
-            f"{len(plan['channels'])}. Choose a run with the same channels."
-        )
-    classes = len(plan["labels"])
-    for key in FROM_INIT:
-        plan[key] = earlier[key]
-    if len(earlier["labels"]) != classes:
-        raise ConfigError(
-            f"--init {init} knows {len(earlier['labels'])} classes ({', '.join(earlier['labels'])}), this data set has "
-            f"{classes}. Fine-tune on a data set with the same classes."
-        )
-
-
 def is_of_plan(key: str) -> bool:
     """A setting that belongs to the plan, not to train.yaml."""
     return key.startswith(PLAN_PREFIX) or key.split("::")[0] in OF_PLAN
@@ -176,38 +158,25 @@ def _sort_settings(
 ) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
     of_plan, of_config = [], []
     for key, value in settings:
-        if key.startswith(PLAN_PREFIX):
-            of_plan.append((key[len(PLAN_PREFIX) :], value))
-        elif key.split("::")[0] in OF_PLAN:
-            of_plan.append((key, value))
+        if is_of_plan(key):
+            of_plan.append((key.removeprefix(PLAN_PREFIX), value))
         else:
             of_config.append((key, value))
     return of_plan, of_config
 
 
-def _fit_patch(plan: dict[str, Any]) -> None:
-    """Round the patch to what the network divides by, and enlarge it until the network can train on it.
-
-    A norm has nothing to normalise where the deepest level is a single voxel; the shortest axis grows then.
-    """
-    channels = len(plan["channels"])
-    network = build_network(plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]))
-    divisor = size_divisor(network, in_channels=channels)
-    patch = [int(n) for n in round_patch(plan["patch_size"], divisor)]
-    skeleton = network.to("meta").train()
-    for _ in range(GROWTHS):
-        try:
-            skeleton(torch.empty(2, channels, *patch, device="meta"))
-            break
-        except ValueError:  # torch's "Expected more than 1 spatial element when training"
-            axis = patch.index(min(patch))
-            patch[axis] += max(divisor[axis], 8)
-    plan["patch_size"] = patch
+def _refuse_others(run: Path) -> None:
+    """A folder that is no run may hold anything but what a run would replace."""
+    there = [
+        p.name for p in sorted((shared_folder("bundles") / TEMPLATE).iterdir()) if (run / p.name).exists()
+    ]
+    if there:
+        raise RunError(f"{run} holds {' and '.join(there)} of something else. Choose another --out.")
 
 
 def _write_template(run: Path) -> None:
     template = shared_folder("bundles") / TEMPLATE
-    run.mkdir(parents=True, exist_ok=True)
+    run.mkdir(parents=True)
     for source in sorted(template.rglob("*")):
         target = run / source.relative_to(template)
         if source.is_file() and source.suffix != ".j2" and source.name not in ("train.yaml", "metadata.json"):
