@@ -154,11 +154,7 @@ def _without_work(
     if any(os.path.exists(file) and mask.samefile(file) for file in scan.files):  # noqa: PTH110
         sentence = f"{mask}: the mask would replace the scan itself. Choose another --out."
         return {"name": scan.name, "status": "failed", "error": sentence}
-    if (
-        overwrite
-        or (probabilities and not (out / "probabilities" / mask.name).exists())
-        or not is_whole(mask)
-    ):
+    if overwrite or not is_whole(mask):
         return None
     if not is_mask_of(mask, scan):
         sentence = (
@@ -166,6 +162,8 @@ def _without_work(
             "another --out, or redo it with --overwrite."
         )
         return {"name": scan.name, "status": "failed", "error": sentence}
+    if probabilities and not (out / "probabilities" / mask.name).exists():
+        return None
     return manifest.skipped(scan.name)
 
 

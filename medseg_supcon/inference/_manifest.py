@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import platform
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 STATUSES = ("done", "skipped", "failed")
 logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "SimpleITK", "scipy")
+# What of a plan decides a mask. How many windows go together does not.
+DECISIVE = ("channels", "orientation", "spacing", "intensity", "patch_size", "network_def", "keep_largest")
 
 
 def describe(predictor: Predictor) -> dict[str, Any]:
@@ -33,12 +36,23 @@ def describe(predictor: Predictor) -> dict[str, Any]:
             packages[package] = "unknown"
     return {
         "models": [{"name": model.name, "sha256": model.sha256} for model in predictor.models],
+        "settings": _settings(predictor),
         "labels": predictor.labels,
         "tta": predictor.tta,
         "device": str(predictor.device),
         "half_precision": predictor.amp,
         "packages": packages,
     }
+
+
+def _settings(predictor: Predictor) -> str:
+    """SHA-256 of all but the weights that decides a mask: the plans, the preprocessing, --tta."""
+    parts: list[Any] = []
+    for model in predictor.models:
+        plan, flips = model.plan, model.plan["flip_axes"] if predictor.tta else []
+        parts += [list(plan["labels"].items()), plan["inference"]["overlap"], flips, model.preprocessing_def]
+        parts += [plan[key] for key in DECISIVE]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def entry_of(prediction: Prediction, labels: dict[str, float]) -> dict[str, Any]:
@@ -80,13 +94,22 @@ class Manifest:
         Raises:
             RunError: it cannot be written.
         """
-        entry.setdefault("models", [model["sha256"] for model in self.head["models"]])
-        self.entries.append(entry)
-        mine = {entry["name"] for entry in self.entries}
+        if entry["status"] == "done":
+            entry |= self._made_by()
+        if entry not in self.entries:  # Ctrl-C may come between this and what follows, and the entry again
+            self.entries.append(entry)
+        tried = {entry["name"] for entry in self.entries}
+        made = {entry["name"] for entry in self.entries if entry["status"] != "failed"}
         try:
             with alone(self.path.parent):
                 self.earlier, _ = _read(self.path)
-                scans = [*(e for name, e in self.earlier.items() if name not in mine), *self.entries]
+                # The mask of an earlier call is there still where this one failed.
+                kept = [
+                    e
+                    for e in self.earlier.values()
+                    if e["name"] not in (tried if e["status"] == "failed" else made)
+                ]
+                scans = [*kept, *self.entries]
                 text = json.dumps(self._with(scans), indent=1, allow_nan=False) + "\n"
                 write_whole(self.path, lambda file: file.write(text.encode()))
         except OSError as error:
@@ -100,15 +123,22 @@ class Manifest:
         earlier = self.earlier.get(name, {})
         entry = {**earlier, "name": name, "status": "skipped"}
         entry.pop("error", None)
-        models = earlier.get("models")
-        if models is None:
-            note = "the mask was there already, and the manifest does not say which model made it"
-        elif models != [model["sha256"] for model in self.head["models"]]:
+        made_by = {key: earlier.get(key) for key in self._made_by()}
+        if None in made_by.values():
+            note = "the mask was there already, and the manifest does not say what made it"
+        elif made_by["models"] != self._made_by()["models"]:
             note = "the mask was there already, made by another model"
+        elif made_by != self._made_by():
+            note = "the mask was there already, made with other settings (plan.json or --tta)"
         else:
             return entry
         warnings = [w for w in earlier.get("warnings", []) if not w.startswith("the mask was there")]
-        return {**entry, "models": models, "warnings": [*warnings, note]}
+        return {**entry, **made_by, "warnings": [*warnings, note]}
+
+    def _made_by(self) -> dict[str, Any]:
+        """What tells a mask of this call from that of another model or of other settings."""
+        models = [model["sha256"] for model in self.head["models"]]
+        return {"models": models, "settings": self.head["settings"]}
 
     def of_this_call(self) -> dict[str, Any]:
         """The manifest without the entries of earlier calls."""

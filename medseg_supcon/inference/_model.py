@@ -40,6 +40,7 @@ class Model:
         network: in eval mode, on the CPU.
         preprocessing: what follows the loading of a scan (a dict with ``image``).
         simple: it only turns, resamples and changes intensities, so that the way back is a closed form.
+        preprocessing_def: what the config says of it.
         sha256: of models/model.pt.
     """
 
@@ -48,6 +49,7 @@ class Model:
     network: torch.nn.Module
     preprocessing: Compose
     simple: bool
+    preprocessing_def: Any
     sha256: str
 
 
@@ -92,7 +94,8 @@ def load_model(run: str | Path, trust: bool = False) -> Model:
     _load_weights(network, weights)
     simple = all(isinstance(t, SIMPLE) or type(t).__module__ == intensity.__name__ for t in transforms[1:])
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    return Model(run.absolute().name, plan, network.eval(), Compose(transforms[1:]), simple, digest)
+    name, steps, written = run.absolute().name, Compose(transforms[1:]), parser.config["preprocessing"]
+    return Model(name, plan, network.eval(), steps, simple, written, digest)
 
 
 def _load_weights(network: torch.nn.Module, file: Path) -> None:

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from medseg_supcon.inference._manifest import Manifest
 
-manifest = Manifest(Path(sys.argv[1]), {"models": [{"name": "run", "sha256": "0"}]})
+manifest = Manifest(Path(sys.argv[1]), {"models": [{"name": "run", "sha256": "0"}], "settings": "0"})
 print("ready", flush=True)
 sys.stdin.readline()
 for number in range(20):
@@ -78,7 +78,7 @@ def test_an_entry_that_is_odd_is_left_out_and_said(
     (out / "manifest.json").write_text(json.dumps(content))
     entries = predictor.run([tmp_path / "in"], out)["scans"]
     assert [entry["status"] for entry in entries] == ["skipped", "skipped"]
-    assert "does not say which model made it" in entries[0]["warnings"][0]
+    assert "does not say what made it" in entries[0]["warnings"][0]
     assert entries[1]["warnings"] == []
     assert "1 of its entries" in caplog.text
     assert len(json.loads((out / "manifest.json").read_text())["scans"]) == 2
