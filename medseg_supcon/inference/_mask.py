@@ -18,8 +18,10 @@ from medseg_supcon.inference._temporary import write_whole
 
 def label_type(values: Sequence[float]) -> np.dtype[Any]:
     """The smallest integer type that holds the values; float32 where one is no integer."""
-    kinds = [np.min_scalar_type(int(v)) if v == int(v) else np.dtype(np.float32) for v in values]
-    return np.result_type(*kinds)
+    if not all(float(value).is_integer() for value in values):
+        return np.dtype(np.float32)
+    kinds = (np.dtype(sign + size) for size in "1248" for sign in "ui")
+    return next(k for k in kinds if np.iinfo(k).min <= min(values) and max(values) <= np.iinfo(k).max)
 
 
 def keep_largest(classes: npt.NDArray[Any], which: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from medseg_supcon.errors import RunError
+from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.inference._collect import add, add_inverse, label
 from medseg_supcon.inference._folder import predict_folder
 from medseg_supcon.inference._grid import Grid
@@ -24,7 +25,7 @@ from medseg_supcon.inference._model import Model, load_model
 from medseg_supcon.inference._network import network_outputs
 from medseg_supcon.inference._prepare import Prepared, prepare
 from medseg_supcon.inference._resample import Way
-from medseg_supcon.inference._scans import Scan, find_scans
+from medseg_supcon.inference._scans import Scan, find_scans, refuse_equal_names
 from medseg_supcon.inference._window import batch_on, windows
 
 
@@ -92,7 +93,8 @@ class Predictor:
         self.plan = self.models[0].plan
         for path, model in zip(runs[1:], self.models[1:], strict=True):
             for key in ("labels", "channels"):
-                if model.plan[key] != self.plan[key]:
+                # As text: classes in another order are other classes.
+                if json.dumps(model.plan[key]) != json.dumps(self.plan[key]):
                     raise RunError(
                         f"{path} and {runs[0]} differ in {key} ({model.plan[key]}, {self.plan[key]}). "
                         "Only runs for one task can predict together."
@@ -111,10 +113,16 @@ class Predictor:
         """Segments one scan.
 
         Raises:
-            DataError: it cannot be read, or is not a scan that the model takes.
+            DataError: it cannot be read, is not a scan that the model takes, or is a folder of several.
         """
         if not isinstance(scan, Scan):
-            scan = self.find_scans([scan])[0]
+            found = self.find_scans([scan])
+            if len(found) > 1:
+                names = ", ".join(one.name for one in found[:3])
+                raise DataError(
+                    f"{scan}: holds {len(found)} scans ({names}, ...), expected one. Give one of them."
+                )
+            scan = found[0]
         return self.segment(self.prepare(scan), probabilities)
 
     def run(
@@ -128,10 +136,11 @@ class Predictor:
         """Segments scans into a folder; a scan that fails is reported and the rest go on.
 
         Args:
-            scans: `Scan`s, or files and folders.
+            scans: `Scan`s, or files and folders; two that would get one name are both refused.
             out: gets ``<name>.nii.gz`` per scan, ``manifest.json``, and a folder of ``probabilities``.
             probabilities: write (X, Y, Z, K) float32 NIfTI to ``out/probabilities`` too.
-            overwrite: redo scans that have their files already; otherwise they are skipped.
+            overwrite: redo scans that have their files already; otherwise they are skipped, with a warning where
+                another model or other settings made them.
             progress: called with (scans done, scans in all, the scan's entry of the manifest) after each.
 
         Returns:
@@ -145,7 +154,7 @@ class Predictor:
         ready = [scan for scan in given if isinstance(scan, Scan)]
         if len(ready) < len(given):
             ready += self.find_scans(scan for scan in given if not isinstance(scan, Scan))
-        return predict_folder(self, ready, Path(out), probabilities, overwrite, progress)
+        return predict_folder(self, refuse_equal_names(ready), Path(out), probabilities, overwrite, progress)
 
     def prepare(self, scan: Scan) -> Prepared:
         """Reads and preprocesses a scan; touches no GPU, so that it can go on beside `segment`.

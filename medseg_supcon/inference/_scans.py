@@ -89,7 +89,7 @@ def find_scans(paths: Iterable[str | Path], channels: int | Sequence[str] = 1) -
             key = tuple(Path(os.path.realpath(file.parent), file.name) for file in scan.files)
             found.setdefault(key, scan)
     scans = group_channels(list(found.values()), count) if count > 1 else list(found.values())
-    return _refuse_equal_names(scans)
+    return refuse_equal_names(scans)
 
 
 def scan_name(path: Path) -> str:
@@ -212,7 +212,8 @@ def _refused(name: str, path: Path, reason: str) -> Scan:
     return Scan(name, (path,), problem=f"{path}: {reason}")
 
 
-def _refuse_equal_names(scans: list[Scan]) -> list[Scan]:
+def refuse_equal_names(scans: Sequence[Scan]) -> list[Scan]:
+    """The scans, those whose masks would get one name with that as their problem."""
     counts = Counter(scan.name for scan in scans if scan.problem is None)
     refused = []
     for scan in scans:

@@ -45,7 +45,12 @@ def test_one_run_with_probabilities_gives_the_mask_that_it_gives_without(
 
 
 @pytest.mark.parametrize(
-    "change", [{"labels": {"background": 0, "organ": 1, "lesion": 2}}, {"channels": ["CT"]}]
+    "change",
+    [
+        {"labels": {"background": 0, "organ": 1, "lesion": 2}},
+        {"labels": {"background": 0, "lesion": 255, "organ": 4}},  # the same names and values, other classes
+        {"channels": ["CT"]},
+    ],
 )
 def test_runs_for_different_tasks_do_not_mix(
     make_run: Callable[..., Path], change: dict[str, object]

@@ -14,9 +14,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from toy_runs import blobs, save_nifti, threshold_weights
+from toy_runs import blobs, plan_of, save_nifti, threshold_weights
 
-from medseg_supcon.errors import RunError
+from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.inference import Predictor, _mask
 
 
@@ -83,6 +83,54 @@ def test_a_mask_of_another_model_is_kept_and_said_so(
     entry = other.run([scans], tmp_path / "out")["scans"][0]
     assert entry["status"] == "skipped"
     assert entry["warnings"] == ["the mask was there already, made by another model"]
+    assert other.run([scans], tmp_path / "out", overwrite=True)["summary"]["done"] == 3
+    assert other.run([scans], tmp_path / "out")["scans"][0]["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "tta", "said"),
+    [
+        ({"spacing": [1.0, 1.0, 2.0]}, False, True),
+        ({"keep_largest": ["organ"]}, False, True),
+        ({"inference": {"overlap": 0.25, "sw_batch_size": 2}}, False, True),
+        ({"intensity": [{"_target_": "NormalizeIntensityd", "keys": "image"}]}, False, True),
+        ({}, True, True),
+        ({}, False, False),
+        # These decide no mask.
+        ({"epochs": 7, "batch_size": 3}, False, False),
+        ({"inference": {"overlap": 0.5, "sw_batch_size": 1}}, False, False),
+        ({"flip_axes": []}, True, False),
+    ],
+)
+def test_a_mask_made_with_other_settings_is_kept_and_said_so(
+    threshold_run: Path, scans: Path, tmp_path: Path, change: dict[str, Any], tta: bool, said: bool
+) -> None:
+    """The same weights: a plan edited since, or --tta, gives other masks."""
+    scan, out = scans / "s0.nii.gz", tmp_path / "out"
+    Predictor(threshold_run, device="cpu").run([scan], out)
+    (threshold_run / "configs" / "plan.json").write_text(json.dumps(plan_of(**change)))
+    (entry,) = Predictor(threshold_run, device="cpu", tta=tta).run([scan], out)["scans"]
+    assert entry["status"] == "skipped"
+    note = "the mask was there already, made with other settings (plan.json or --tta)"
+    assert entry["warnings"] == ([note] if said else [])
+
+
+def test_a_failure_does_not_hide_what_made_the_mask_that_stays(
+    make_run: Callable[..., Path], threshold_run: Path, scans: Path, tmp_path: Path
+) -> None:
+    """Another model fails on a scan whose mask is there: the mask is the first model's, whoever asks later."""
+    scan, out = scans / "s0.nii.gz", tmp_path / "out"
+    Predictor(threshold_run, device="cpu").run([scan], out)
+    other, content = Predictor(make_run("other", seed=3), device="cpu"), scan.read_bytes()
+    scan.write_bytes(b"broken")
+    assert other.run([scan], out, overwrite=True)["summary"]["failed"] == 1
+    written = json.loads((out / "manifest.json").read_text())
+    assert sorted(entry["status"] for entry in written["scans"]) == ["done", "failed"]
+    scan.write_bytes(content)
+    (entry,) = other.run([scan], out)["scans"]
+    assert entry["warnings"] == ["the mask was there already, made by another model"]
+    assert entry["labels"]
+    assert len(json.loads((out / "manifest.json").read_text())["scans"]) == 1
 
 
 def test_probabilities(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
@@ -178,6 +226,15 @@ def test_ctrl_c_keeps_what_is_finished_and_no_partial_file(
     assert [entry["status"] for entry in manifest["scans"]] == ["skipped", "skipped", "done"]
 
 
+def test_ctrl_c_while_a_scan_is_reported_lists_it_once(
+    threshold_run: Path, scans: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        Predictor(threshold_run, device="cpu").run([scans], out, progress=_raise(KeyboardInterrupt()))
+    assert [entry["name"] for entry in json.loads((out / "manifest.json").read_text())["scans"]] == ["s0"]
+
+
 def test_a_folder_that_cannot_be_written_to(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="masks cannot be written there"):
@@ -239,7 +296,23 @@ def test_written_files_are_reproducible(threshold_run: Path, scans: Path, tmp_pa
     for out in ("x", "y"):
         predictor.run([scans], tmp_path / out)
     assert (tmp_path / "x" / "s0.nii.gz").read_bytes() == (tmp_path / "y" / "s0.nii.gz").read_bytes()
-    assert _mask.label_type([0, 1.5]) == np.float32
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([0, 4, 255], "uint8"),
+        ([-1, 0, 127], "int8"),
+        ([-1, 0, 128], "int16"),
+        ([0, 256], "uint16"),
+        ([0.0, 70000.0], "uint32"),
+        ([-1, 70000], "int32"),
+        ([0, 1.5], "float32"),
+        ([0.5, 70000], "float32"),
+    ],
+)
+def test_a_mask_takes_the_smallest_type_that_holds_its_labels(values: list[float], kind: str) -> None:
+    assert _mask.label_type(values) == np.dtype(kind)
 
 
 def test_a_mask_of_another_scan_is_not_taken_for_finished(
@@ -258,7 +331,32 @@ def test_a_mask_of_another_scan_is_not_taken_for_finished(
         assert "the mask of another scan" in manifest["scans"][0]["error"]
         assert str(other) in manifest["scans"][0]["error"]
         assert (out / "s0.nii.gz").read_bytes() == before
+        # Its probabilities are not there, which is no reason to replace what is.
+        assert predictor.run([other], out, probabilities=True)["summary"]["failed"] == 1
+        assert (out / "s0.nii.gz").read_bytes() == before
     assert predictor.run([other], out, overwrite=True)["summary"]["done"] == 1
+
+
+def test_scans_of_one_name_are_refused_however_they_were_found(threshold_run: Path, tmp_path: Path) -> None:
+    """Found one folder at a time, they come together only here, and the last mask would be all that is left."""
+    predictor = Predictor(threshold_run, device="cpu")
+    one, two = (save_nifti(tmp_path / name / "a.nii", blobs((6, 5, 4))) for name in "xy")
+    for given in (
+        [*predictor.find_scans([one]), *predictor.find_scans([two])],
+        [*predictor.find_scans([one]), two],
+    ):
+        manifest = predictor.run(given, tmp_path / "out")
+        assert [entry["status"] for entry in manifest["scans"]] == ["failed", "failed"]
+        assert "Rename one" in manifest["scans"][0]["error"]
+    assert files(tmp_path / "out") == {"manifest.json"}
+
+
+def test_one_prediction_is_of_one_scan(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
+    predictor = Predictor(threshold_run, device="cpu")
+    with pytest.raises(DataError, match=r"holds 3 scans \(s0, s1, s2, \.\.\.\), expected one"):
+        predictor.predict(scans)
+    save_nifti(tmp_path / "single" / "a.nii", blobs((6, 5, 4)))
+    assert predictor.predict(tmp_path / "single").name == "a"
 
 
 @pytest.mark.parametrize("damage", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: c[:-4]])
