@@ -3,11 +3,20 @@
 from medseg_supcon.data._check import check_dataset
 from medseg_supcon.data._dataset import Case, Dataset, read_case_names
 from medseg_supcon.data._fingerprint import CaseFingerprint, Fingerprint, fingerprint
+from medseg_supcon.data._forms import two_voxel_sizes
 from medseg_supcon.data._items import items, load_items, write_datalist
 from medseg_supcon.data._labels import class_indices, label_mapping, snap_labels
 from medseg_supcon.data._layouts import read_dataset, read_unlabelled
 from medseg_supcon.data._phantoms import PHANTOM_LABELS, make_phantoms
-from medseg_supcon.data._place import MAX_SHEAR_DEGREES, farthest_corner, shear_degrees
+from medseg_supcon.data._place import (
+    MAX_SHEAR_DEGREES,
+    NEAR,
+    farthest_corner,
+    in_mm,
+    one_place,
+    shear_degrees,
+    unit_of_length,
+)
 from medseg_supcon.data._plan import make_plan, network_definition
 from medseg_supcon.data._plan_file import read_plan, validate_plan, write_plan
 from medseg_supcon.data._preprocessing import LabelPreprocessingd, read_preprocessing
@@ -18,6 +27,7 @@ from medseg_supcon.data._volume import read_volume
 
 __all__ = [
     "MAX_SHEAR_DEGREES",
+    "NEAR",
     "PHANTOM_LABELS",
     "VALIDATION",
     "Case",
@@ -32,6 +42,7 @@ __all__ = [
     "class_indices",
     "farthest_corner",
     "fingerprint",
+    "in_mm",
     "items",
     "label_mapping",
     "load_items",
@@ -39,6 +50,7 @@ __all__ = [
     "make_plan",
     "network_definition",
     "not_a_file",
+    "one_place",
     "promises_too_much",
     "read_case_names",
     "read_dataset",
@@ -49,6 +61,8 @@ __all__ = [
     "shear_degrees",
     "snap_labels",
     "split_cases",
+    "two_voxel_sizes",
+    "unit_of_length",
     "unreadable",
     "validate_plan",
     "write_datalist",

@@ -11,12 +11,11 @@ import numpy.typing as npt
 from monai.data.utils import correct_nifti_header_if_necessary
 from nibabel.spatialimages import HeaderDataError
 
-from medseg_supcon.data._place import farthest_corner
+from medseg_supcon.data._place import NEAR, farthest_corner
 
-__all__ = ["Doubt", "header_doubts"]
+__all__ = ["Doubt", "header_doubts", "two_voxel_sizes"]
 
 SAME_SIZE = 0.01  # by how much sform and pixdim may differ in a voxel's edge
-NEAR = 0.1  # of the smallest voxel
 
 Floats = npt.NDArray[np.float64]
 
@@ -50,16 +49,22 @@ def header_doubts(image: Any) -> tuple[Doubt, ...]:
             "it again from its source, or see that left is left."
         )
         return (Doubt("no_orientation", "warning", sentence),)
-    edges = np.linalg.norm(affine[:3, :3], axis=0)
-    stored = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
-    if not np.allclose(edges, stored, rtol=SAME_SIZE, atol=0):
-        says, differs = (" x ".join(f"{size:.4g}" for size in sizes) for sizes in (edges, stored))
-        sentence = (
-            f"its header gives two voxel sizes, {says} by its sform and {differs} by its pixdim. Correct the "
-            "one that is wrong."
-        )
-        return (Doubt("two_voxel_sizes", "error", sentence),)
-    return _two_places(image, affine, edges)
+    if (sizes := two_voxel_sizes(image)) is not None:
+        return (Doubt("two_voxel_sizes", "error", sizes),)
+    return _two_places(image, affine, np.linalg.norm(affine[:3, :3], axis=0))
+
+
+def two_voxel_sizes(image: Any) -> str | None:
+    """A sentence where sform and pixdim of a NIfTI image differ in a voxel's edge by more than 1 %, else None."""
+    edges = np.linalg.norm(np.asarray(image.affine, dtype=np.float64)[:3, :3], axis=0)
+    stored = np.abs(np.asarray(image.header["pixdim"][1:4], dtype=np.float64))
+    if np.allclose(edges, stored, rtol=SAME_SIZE, atol=0):
+        return None
+    says, differs = (" x ".join(f"{size:.4g}" for size in sizes) for sizes in (edges, stored))
+    return (
+        f"its header gives two voxel sizes, {says} by its sform and {differs} by its pixdim. Correct the one that "
+        "is wrong."
+    )
 
 
 def _two_places(image: Any, affine: Floats, edges: Floats) -> tuple[Doubt, ...]:

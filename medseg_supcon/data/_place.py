@@ -1,19 +1,48 @@
-"""Where voxels lie: how far two grids are apart, and how far axes are off a right angle."""
+"""Where voxels lie: lengths in mm, how far two grids are apart, and how far axes are off a right angle."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MAX_SHEAR_DEGREES", "farthest_corner", "shear_degrees"]
+__all__ = [
+    "MAX_SHEAR_DEGREES",
+    "NEAR",
+    "farthest_corner",
+    "in_mm",
+    "one_place",
+    "shear_degrees",
+    "unit_of_length",
+]
 
+UNITS = {1: "metres", 3: "microns"}  # NIfTI's codes; whatever else a header says is taken for mm
+MM = {"mm": 1.0, "metres": 1000.0, "microns": 0.001}
+NEAR = 0.1  # of the smallest voxel edge: how far apart two grids, or two slices, may lie that count as one
 MAX_SHEAR_DEGREES = 0.6  # check, train and predict refuse more: over 200 mm it is 2 mm
 
 Floats = npt.NDArray[np.float64]
+
+
+def unit_of_length(header: Any) -> str:
+    """What a NIfTI header gives lengths in: "mm", "metres" or "microns"; "mm" for other formats."""
+    return UNITS.get(int(header["xyzt_units"]) & 7, "mm") if "xyzt_units" in header else "mm"
+
+
+def in_mm(affine: Floats, unit: str) -> Floats:
+    """(4, 4) voxel indices to world, brought from a `unit_of_length` to mm."""
+    scales = np.array([[MM[unit]]] * 3 + [[1.0]])  # no matrix product: Inf x 0 would warn
+    return np.asarray(affine * scales)
+
+
+def one_place(shape: Sequence[int], affine: Floats, other: Floats) -> bool:
+    """Whether two affines put each voxel of a shape (X, Y, Z, ...) at one place; False for what is no number."""
+    edge = np.linalg.norm(np.asarray(affine)[:3, :3], axis=0).min()
+    return bool(farthest_corner(shape, affine, other) <= NEAR * edge)
 
 
 def farthest_corner(shape: Sequence[int], one: Floats, other: Floats) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg_supcon.data._forms import Doubt, header_doubts
+from medseg_supcon.data._place import in_mm, unit_of_length
 from medseg_supcon.data._unreadable import not_a_file, promises_too_much, unreadable
 from medseg_supcon.errors import DataError
 
@@ -31,8 +32,6 @@ __all__ = [
 ]
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
-UNITS = {1: "metres", 3: "microns"}  # NIfTI's codes
-MM = {"mm": 1.0, "metres": 1000.0, "microns": 0.001}
 SLAB = 4_000_000
 SMALL_RANGE = 100_000
 
@@ -59,9 +58,7 @@ class Volume:
     @property
     def affine_mm(self) -> npt.NDArray[np.float64]:
         """(4, 4), voxel indices to RAS+ mm, whatever the header's unit of length."""
-        scale = MM[self.unit]
-        scales = np.array([[scale], [scale], [scale], [1.0]])  # no matrix product: Inf x 0 would warn
-        return np.asarray(self.affine * scales)
+        return in_mm(self.affine, self.unit)
 
 
 def stem(path: str | Path) -> str:
@@ -116,9 +113,9 @@ def read_volume(path: Path) -> Volume:
         raise DataError(
             f"{path}: voxels must be plain numbers, found {data.dtype}. Export a grey-value image."
         )
-    unit = UNITS.get(int(image.header["xyzt_units"]) & 7, "mm") if "xyzt_units" in image.header else "mm"
     affine = np.asarray(image.affine, dtype=np.float64)
-    return Volume(data.reshape(_squeezed(data.shape)), affine, unit, header_doubts(image))
+    data = data.reshape(_squeezed(data.shape))
+    return Volume(data, affine, unit_of_length(image.header), header_doubts(image))
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medseg_supcon.data import farthest_corner, read_volume, snap_labels
+from medseg_supcon.data import farthest_corner, one_place, read_volume, snap_labels
 from medseg_supcon.errors import DataError
 from medseg_supcon.evaluation._metrics import Row
 from medseg_supcon.evaluation._report import score_case
@@ -17,7 +17,6 @@ from medseg_supcon.evaluation._summary import metrics_report, write_report
 
 ENDINGS = (".nii.gz", ".nii")
 MOST_VALUES = 256
-TOLERANCE = 0.1  # of the smallest voxel
 SUFFIX = "_0000"  # nnU-Net gives it to scans of a single channel, and a mask has its scan's name
 
 
@@ -120,14 +119,13 @@ def _pair(
             f"{mask_file} has shape {mask.shape} and {reference_file} {reference.shape}. They must share one "
             "grid; check that they belong together."
         )
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    farthest = farthest_corner(mask.shape, mask_affine, affine)
-    if not farthest <= TOLERANCE * float(spacing.min()):
+    if not one_place(mask.shape, affine, mask_affine):
+        farthest = farthest_corner(mask.shape, affine, mask_affine)
         raise DataError(
             f"{mask_file} lies up to {farthest:.3g} mm from {reference_file}: their affines differ. Resample "
             "the mask onto the grid of the label map."
         )
-    return mask, reference, spacing
+    return mask, reference, np.linalg.norm(affine[:3, :3], axis=0)
 
 
 def _read(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:

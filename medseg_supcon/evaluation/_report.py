@@ -11,7 +11,7 @@ import torch.distributed
 from ignite.engine import Engine
 from ignite.metrics import Metric
 
-from medseg_supcon.data import snap_labels
+from medseg_supcon.data import one_place, snap_labels
 from medseg_supcon.errors import DataError
 from medseg_supcon.evaluation._metrics import Row, case_metrics
 from medseg_supcon.evaluation._summary import summarise, write_metrics
@@ -70,9 +70,7 @@ class MetricsReport(Metric):  # type: ignore[misc]  # ignite's stubs are not fol
                     "voxels. They must share one grid; check that they belong together."
                 )
             affine = np.asarray(pred.affine, dtype=np.float64)
-            spacing = np.linalg.norm(affine[:3, :3], axis=0)
-            same_place = np.allclose(affine, np.asarray(label.affine), atol=0.1 * spacing.min())
-            if not same_place and not self.trust_scan_affine:
+            if not self.trust_scan_affine and not one_place(pred.shape[1:], affine, np.asarray(label.affine)):
                 raise DataError(
                     f"{name}: the label map lies elsewhere in space than its scan (their affines differ). "
                     "Mend the header of the one that is wrong."
@@ -81,7 +79,7 @@ class MetricsReport(Metric):  # type: ignore[misc]  # ignite's stubs are not fol
                 name,
                 pred.cpu().numpy()[0],
                 label.cpu().numpy()[0],
-                spacing,
+                np.linalg.norm(affine[:3, :3], axis=0),
                 self.labels,
                 self.ignore_label,
                 self.tolerance_mm,

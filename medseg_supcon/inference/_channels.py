@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medseg_supcon.inference._itk import read_information
 from medseg_supcon.inference._nifti import dimensions
 
 if TYPE_CHECKING:
@@ -20,10 +20,7 @@ def group_channels(scans: list[Scan], count: int) -> list[Scan]:
     out: list[Scan | tuple[str, str]] = []
     for scan in scans:
         match = re.fullmatch(r"(.+)_(\d{4})", scan.name)
-        single = scan.problem is None and (
-            scan.kind == "itk" or (scan.kind == "nifti" and _is_3d(scan.files[0]))
-        )
-        if match is None or not single:
+        if match is None or scan.problem is not None or not _is_single(scan):
             out.append(scan)
             continue
         key = (os.path.realpath(scan.files[0].parent), match[1])
@@ -53,5 +50,13 @@ def _one(name: str, numbered: list[tuple[int, Scan]], count: int) -> Scan:
     return replace(parts[0], name=name, files=tuple(scan.files[0] for scan in parts), problem=problem)
 
 
-def _is_3d(path: Path) -> bool:
-    return len([n for n in dimensions(path)[3:] if n > 1]) == 0
+def _is_single(scan: Scan) -> bool:
+    """Whether a file holds one channel; also where it cannot be read (reading it will say why)."""
+    if scan.kind == "nifti":
+        return all(n == 1 for n in dimensions(scan.files[0])[3:])
+    if scan.kind == "dicom":
+        return False
+    try:
+        return int(read_information(scan.files[0]).GetNumberOfComponents()) == 1
+    except RuntimeError:
+        return True

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from medseg_supcon.data import NEAR
 from medseg_supcon.errors import DataError
 from medseg_supcon.inference._dicom_header import (
     NOT_SCANS,
@@ -20,7 +21,6 @@ from medseg_supcon.inference._dicom_header import (
 )
 
 SAME_PLACE = 1e-3  # mm
-OFF = 0.1  # of the smallest voxel edge: how far a slice may lie from where the volume says
 SAME_TURN = 1e-3  # of a unit vector
 
 
@@ -68,21 +68,21 @@ def is_one_of_many(file: Path, series: Sequence[tuple[str, list[Path]]]) -> int:
     return 0 if header is None or header.size[2] > 1 else len(own)
 
 
-def check_series(files: Sequence[Path], source: Path) -> Positions:
-    """Positions (slices, 3) of a series' slices in mm, if they make one volume.
+def check_series(files: Sequence[Path], source: Path) -> tuple[Positions, int]:
+    """Positions (slices, 3) of a series' slices in mm, and values per voxel, if they make one volume.
 
     Raises:
         DataError: a file is damaged, no scan, a mosaic, or of another grid than the others; a slice is missing or
             says no position; the gantry was tilted; there are several volumes.
     """
     headers = [_readable(file, source) for file in files]
-    kinds = Counter(_kind(h) for h in headers)
-    usual = kinds.most_common(1)[0][0]
-    odd = next((h for h in headers if _kind(h) != usual), None)
-    if odd is not None:
+    usual = Counter(map(_kind, headers)).most_common(1)[0][0]
+    reference = next(h for h in headers if _kind(h) == usual)
+    odd = [h for h in headers if not _alike(h, reference)]
+    if odd:
         raise DataError(
-            f"{odd.file}: its size or direction differs from that of {kinds[usual]} of the {len(files)} slices of its "
-            "series (a localiser, or another view). Move it out of the folder."
+            f"{odd[0].file}: its size or direction differs from that of {len(files) - len(odd)} of the {len(files)} "
+            "slices of its series (a localiser, or another view). Move it out of the folder."
         )
     first = headers[0]
     if first.size[2] > 1 and len(files) > 1:
@@ -98,7 +98,7 @@ def check_series(files: Sequence[Path], source: Path) -> Positions:
     positions = np.concatenate([h.positions for h in headers if h.positions is not None])
     if (sentence := _unevenness(positions, first)) is not None:
         raise DataError(f"{source}: {sentence}")
-    return positions
+    return positions, first.channels
 
 
 def _readable(file: Path, source: Path) -> Header:
@@ -119,8 +119,17 @@ def _readable(file: Path, source: Path) -> Header:
 
 
 def _kind(header: Header) -> tuple[object, ...]:
-    turn = () if header.orientation is None else tuple(np.round(header.orientation / (2 * SAME_TURN)))
+    """About the same for slices of one view; `_alike` says it exactly."""
+    turn = () if header.orientation is None else tuple(np.round(header.orientation / SAME_TURN))
     return header.size, header.channels, turn
+
+
+def _alike(one: Header, other: Header) -> bool:
+    if (one.size, one.channels) != (other.size, other.channels):
+        return False
+    if one.orientation is None or other.orientation is None:
+        return one.orientation is other.orientation
+    return bool(np.abs(one.orientation - other.orientation).max() <= SAME_TURN)
 
 
 def _unevenness(positions: Positions, header: Header) -> str | None:
@@ -136,7 +145,7 @@ def _unevenness(positions: Positions, header: Header) -> str | None:
             "Export one volume."
         )
     step = (positions[-1] - positions[0]) / (count - 1)
-    limit = OFF * min(header.edge, float(np.linalg.norm(step)))
+    limit = NEAR * min(header.edge, float(np.linalg.norm(step)))
     sideways = (positions - positions[0]) - np.outer((positions - positions[0]) @ normal, normal)
     if np.linalg.norm(sideways, axis=1).max() > limit:
         return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +9,10 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 
-from medseg_supcon.data import MAX_SHEAR_DEGREES, farthest_corner, shear_degrees
+from medseg_supcon.data import MAX_SHEAR_DEGREES, shear_degrees
 from medseg_supcon.errors import DataError
 
 Affine = npt.NDArray[np.float64]
-OFF = 0.1  # of the smallest voxel edge: how far apart two grids may lie that count as one
 # What a NIfTI header says about where the voxels are.
 PLACE = (
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
@@ -94,11 +92,6 @@ def check_affine(affine: npt.NDArray[Any], file: object) -> Affine:
             "perpendicular axes first."
         )
     return affine
-
-
-def one_place(shape: Sequence[int], affine: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
-    """Whether two affines put each voxel of a shape (X, Y, Z, ...) at one place; False for what is no number."""
-    return bool(farthest_corner(shape, affine, other) <= OFF * np.linalg.norm(affine[:3, :3], axis=0).min())
 
 
 def check_values(data: npt.NDArray[Any], file: object) -> npt.NDArray[np.float32]:

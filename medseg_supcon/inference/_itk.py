@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medseg_supcon.data import NEAR, one_place
 from medseg_supcon.errors import DataError
 from medseg_supcon.inference._dicom import check_series
-from medseg_supcon.inference._grid import Affine, Grid, Volume, check_affine, check_values, one_place
+from medseg_supcon.inference._grid import Affine, Grid, Volume, check_affine, check_values
 from medseg_supcon.inference._nifti import wrong_channels
 
 # Named, as ITK itself does not know endings in capitals.
@@ -32,6 +33,22 @@ def ras_affine(image: Any) -> Affine:
     return np.asarray(RAS @ affine, dtype=np.float32).astype(np.float64)
 
 
+def read_information(file: Path, dicom: bool = False) -> Any:
+    """SimpleITK's reader of a file, which knows its header and has read no voxel.
+
+    Raises:
+        RuntimeError: the header cannot be read.
+    """
+    import SimpleITK as sitk
+
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote tags of DICOM files
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO" if dicom else READERS[file.suffix.lower()])
+    reader.SetFileName(str(file))
+    reader.ReadImageInformation()
+    return reader
+
+
 def read_itk(files: Sequence[Path], channels: int, dicom: bool = False) -> Volume:
     """One scan from a file, from one file per channel, or from the slices of a DICOM series.
 
@@ -40,13 +57,13 @@ def read_itk(files: Sequence[Path], channels: int, dicom: bool = False) -> Volum
     """
     parts = [_load(list(files), dicom)] if dicom else [_load([file], dicom) for file in files]
     source = files[0].parent if dicom and len(files) > 1 else files[0]
-    data = np.concatenate([_channels_first(image) for image in parts])
     affine = check_affine(ras_affine(parts[0]), source)
     for file, image in zip(files[1:], parts[1:], strict=False):
         if image.GetSize() != parts[0].GetSize() or not one_place(image.GetSize(), affine, ras_affine(image)):
             raise DataError(
                 f"{file}: its size or position differs from that of {files[0]}. Channels must share a grid."
             )
+    data = np.concatenate([_channels_first(image) for image in parts])
     if len(data) != channels:
         raise DataError(wrong_channels(source, len(data), channels))
     grid = Grid.at(tuple(data.shape[1:]), affine)
@@ -89,18 +106,19 @@ def _load_series(files: list[Path], source: Path) -> Any:
     """One volume of slices or frames, each where its own header says."""
     import SimpleITK as sitk
 
-    positions = check_series(files, source)
+    positions, components = check_series(files, source)
     reader = sitk.ImageSeriesReader() if len(files) > 1 else sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     if len(files) > 1:
         reader.SetFileNames([str(file) for file in files])
-        reader.SetOutputPixelType(_pixel_type(files[0]))
+        if components == 1:  # each slice may have a scaling of its own, and the first must not set the type
+            reader.SetOutputPixelType(sitk.sitkFloat32)
     else:
         reader.SetFileName(str(files[0]))
     image = reader.Execute()
     slices = image.GetSize()[2]
     expected = [image.TransformIndexToPhysicalPoint((0, 0, k)) for k in range(slices)]
-    if len(positions) != slices or np.abs(positions - expected).max() > 0.1 * min(image.GetSpacing()):
+    if len(positions) != slices or np.abs(positions - expected).max() > NEAR * min(image.GetSpacing()):
         raise DataError(
             f"{source}: the slices lie elsewhere than the volume that was made of them. Convert the series to NIfTI "
             "with dcm2niix."
@@ -108,20 +126,10 @@ def _load_series(files: list[Path], source: Path) -> Any:
     return image
 
 
-def _pixel_type(file: Path) -> int:
-    """float32 for grey values: each slice may have a scaling of its own, and the first must not set the type."""
-    import SimpleITK as sitk
-
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(file))
-    reader.ReadImageInformation()
-    return int(sitk.sitkFloat32 if reader.GetNumberOfComponents() == 1 else sitk.sitkUnknown)
-
-
 def _channels_first(image: Any) -> npt.NDArray[Any]:
+    """A view of the image's memory."""
     import SimpleITK as sitk
 
-    array = sitk.GetArrayFromImage(image)  # (z, y, x) or (z, y, x, c)
+    array = sitk.GetArrayViewFromImage(image)  # (z, y, x) or (z, y, x, c)
     array = array[None] if image.GetNumberOfComponentsPerPixel() == 1 else np.moveaxis(array, -1, 0)
     return np.asarray(array.transpose(0, 3, 2, 1))

@@ -11,15 +11,21 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 from monai.data.utils import correct_nifti_header_if_necessary
+from nibabel.volumeutils import apply_read_scaling
 
-from medseg_supcon.data import not_a_file, promises_too_much, unreadable
+from medseg_supcon.data import (
+    in_mm,
+    not_a_file,
+    one_place,
+    promises_too_much,
+    two_voxel_sizes,
+    unit_of_length,
+    unreadable,
+)
 from medseg_supcon.errors import DataError
-from medseg_supcon.inference._grid import Grid, Volume, check_affine, check_values, one_place
+from medseg_supcon.inference._grid import Grid, Volume, check_affine, check_values
 
-MM = {1: 1000.0, 3: 0.001}  # NIfTI's codes for metre and micron; others are taken for mm
-UNIT = {1: "metres", 3: "microns"}
-AT_ONCE = 2**24  # bytes
-SAME_SIZE = 0.01  # by how much sform and pixdim may differ in a voxel's edge
+AT_ONCE = 2**22  # voxels that are scaled together
 
 
 def dimensions(path: Path) -> tuple[int, ...]:
@@ -95,19 +101,34 @@ def _read_one(file: Path) -> Volume:
         raise DataError(unreadable(file, error)) from error
     # NIfTI stores x fastest: keep that order, and have the channels first.
     data = np.moveaxis(data.reshape((*shape[:3], channels), order="F"), -1, 0)
-    return Volume(data, grid, affine_in_mm(check_affine(affine, file), grid.header), warnings)
+    affine = in_mm(check_affine(affine, file), unit_of_length(grid.header))
+    return Volume(data, grid, affine, warnings)
 
 
 def _voxels(image: Any, file: Path) -> npt.NDArray[Any]:
     """The voxels, scaled. A packed file is read to its end: gzip's checksum stands there."""
     if not file.name.lower().endswith(".gz"):
-        return np.asanyarray(image.dataobj)
+        return _scaled(image.dataobj)
     with gzip.open(file) as stream:
         holder = nibabel.FileHolder(fileobj=stream)
-        voxels: npt.NDArray[Any] = np.asanyarray(type(image).from_file_map({"image": holder}).dataobj)
+        voxels = _scaled(type(image).from_file_map({"image": holder}).dataobj)
         while stream.read(AT_ONCE):
             pass
     return voxels
+
+
+def _scaled(stored: Any) -> npt.NDArray[Any]:
+    """The values of nibabel's array proxy, which are float64: never all of them at once."""
+    values: npt.NDArray[Any] = stored.get_unscaled()
+    if (stored.slope, stored.inter) == (1, 0) or values.dtype.kind not in "iuf":
+        return np.asanyarray(values)
+    flat, out = values.ravel(order="F"), np.empty(values.size, dtype=np.float32)
+    slope, inter = np.float64(stored.slope), np.float64(stored.inter)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by who reads it
+        for start in range(0, flat.size, AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            out[part] = apply_read_scaling(flat[part], slope, inter)
+    return out.reshape(values.shape, order="F")
 
 
 def _grid(image: Any, shape: tuple[int, ...], file: Path) -> tuple[Grid, list[str]]:
@@ -125,10 +146,10 @@ def _grid(image: Any, shape: tuple[int, ...], file: Path) -> tuple[Grid, list[st
             agree = False
         if not agree:
             warnings.append("qform and sform disagree: the sform was used")
-    unit = int(header["xyzt_units"]) & 7
-    if unit in UNIT:
-        warnings.append(f"the header gives lengths in {UNIT[unit]}, and they were taken so")
-    return Grid(shape, affine_in_mm(affine, header), header), warnings
+    unit = unit_of_length(header)
+    if unit != "mm":
+        warnings.append(f"the header gives lengths in {unit}, and they were taken so")
+    return Grid(shape, in_mm(affine, unit), header), warnings
 
 
 def _affine_of_model(image: Any, file: Path) -> npt.NDArray[np.float64]:
@@ -136,20 +157,8 @@ def _affine_of_model(image: Any, file: Path) -> npt.NDArray[np.float64]:
 
     Only to within a fraction of a voxel: else the model would see the scan elsewhere than its mask will lie.
     """
+    if (sentence := two_voxel_sizes(image)) is not None:
+        raise DataError(f"{file}: {sentence}")
     affine = np.array(image.affine, dtype=np.float64)  # a copy: the correction changes the image
-    stored = np.asarray(image.header["pixdim"][1:4], dtype=np.float64)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.allclose(spacing, stored, rtol=SAME_SIZE, atol=0):
-        says, differs = (" x ".join(f"{s:.4g}" for s in sizes) for sizes in (spacing, stored))
-        raise DataError(
-            f"{file}: its header gives two voxel sizes, {says} by its sform and {differs} by its pixdim. Correct the one "
-            "that is wrong."
-        )
     theirs = np.asarray(correct_nifti_header_if_necessary(image).affine, dtype=np.float64)
     return theirs if one_place(image.shape, affine, theirs) else affine
-
-
-def affine_in_mm(affine: npt.NDArray[np.float64], header: Any) -> npt.NDArray[np.float64]:
-    """A NIfTI header's affine in mm, whatever unit of length the header names."""
-    factor = MM.get(int(header["xyzt_units"]) & 7, 1.0)
-    return np.asarray(np.diag([factor, factor, factor, 1.0]) @ affine)

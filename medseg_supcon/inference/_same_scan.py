@@ -8,10 +8,10 @@ from typing import Any
 import nibabel
 import numpy as np
 
+from medseg_supcon.data import in_mm, one_place, unit_of_length
 from medseg_supcon.inference._dicom_header import read_header
-from medseg_supcon.inference._grid import Affine, one_place
-from medseg_supcon.inference._itk import READERS, ras_affine
-from medseg_supcon.inference._nifti import affine_in_mm
+from medseg_supcon.inference._grid import Affine
+from medseg_supcon.inference._itk import ras_affine, read_information
 from medseg_supcon.inference._scans import Scan
 
 Placed = tuple[tuple[int, ...], Affine]
@@ -32,11 +32,7 @@ def _place(scan: Scan) -> Placed:
         return _nifti(scan.files[0])
     import SimpleITK as sitk
 
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote tags of DICOM files
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO" if scan.kind == "dicom" else READERS[scan.files[0].suffix.lower()])
-    reader.SetFileName(str(scan.files[0]))
-    reader.ReadImageInformation()
+    reader = read_information(scan.files[0], scan.kind == "dicom")
     size = (*reader.GetSize(), 1)[:3]
     volume = sitk.Image(1, 1, 1, sitk.sitkUInt8)
     volume.SetSpacing((*reader.GetSpacing(), 1.0)[:3])
@@ -62,4 +58,4 @@ def _step(scan: Scan) -> Any:
 
 def _nifti(path: Path) -> Placed:
     image: Any = nibabel.load(path)
-    return (*image.shape, 1, 1)[:3], affine_in_mm(image.affine, image.header)
+    return (*image.shape, 1, 1)[:3], in_mm(image.affine, unit_of_length(image.header))

@@ -154,6 +154,11 @@ def test_metrics_report_refuses_what_does_not_belong_together(tmp_path: Path) ->
     for sentence, label in pairs.items():
         with pytest.raises(DataError, match=sentence):
             report.update([{"name": "case", "pred": mask, "label": label}])
+    # 5 % of a voxel in each entry of the affine is three voxels at the end of 60.
+    wide = MetaTensor(torch.zeros(1, 60, 7, 5), affine=torch.eye(4))
+    stretched = MetaTensor(torch.zeros(1, 60, 7, 5), affine=torch.diag(torch.tensor([1.05, 1, 1, 1])))
+    with pytest.raises(DataError, match="elsewhere in space"):
+        report.update([{"pred": wide, "label": stretched, "name": "wide"}])
     trusting = MetricsReport(tmp_path, LABELS, trust_scan_affine=True)
     trusting.update([{"name": "case", "pred": mask, "label": pairs["elsewhere in space"]}])
     report.update([{"name": "case", "pred": mask, "label": mask}])

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
 from toy_runs import save_nifti
 
+from medseg_supcon.errors import DataError
 from medseg_supcon.inference import find_scans
+from medseg_supcon.inference._read import read_scan
 
 ONE = np.ones((6, 5, 4), dtype=np.int16)
 
@@ -28,6 +31,25 @@ def test_a_folder_named_in_two_ways_is_one(tmp_path: Path) -> None:
     (scan,) = find_scans([second, tmp_path / "other" / ".." / "in" / first.name], 2)
     assert scan.problem is None
     assert [file.resolve() for file in scan.files] == [first, second]
+
+
+def test_one_file_with_all_channels_is_a_scan_whatever_its_name(tmp_path: Path) -> None:
+    """The digits of ``patient_0001`` number patients, for its channels are in it."""
+    both = sitk.GetImageFromArray(np.ones((4, 5, 6, 2), dtype=np.float32), isVector=True)
+    sitk.WriteImage(both, str(tmp_path / "patient_0001.nrrd"))
+    (tmp_path / "broken_0000.nrrd").write_text("no scan")
+    broken, scan = find_scans([tmp_path], 2)
+    assert (scan.name, scan.problem) == ("patient_0001", None)
+    assert read_scan(scan, 2).data.shape == (2, 6, 5, 4)
+    assert broken.name == "broken"
+
+
+def test_channels_of_two_sizes_are_refused(tmp_path: Path) -> None:
+    for number, columns in enumerate((6, 7)):
+        sitk.WriteImage(sitk.Image([columns, 5, 4], sitk.sitkFloat32), str(tmp_path / f"p_{number:04d}.nrrd"))
+    (scan,) = find_scans([tmp_path], 2)
+    with pytest.raises(DataError, match=r"p_0001\.nrrd: its size or position differs .* must share a grid"):
+        read_scan(scan, 2)
 
 
 def test_channels_of_two_formats_are_refused(tmp_path: Path) -> None:

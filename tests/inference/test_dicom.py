@@ -153,6 +153,18 @@ def test_a_localiser_in_the_series_is_named(tmp_path: Path, change: Callable[...
     )
 
 
+@pytest.mark.parametrize("tilt", [0.0005, 0.001, 0.0015])
+def test_the_last_digit_of_a_direction_makes_no_localiser(tmp_path: Path, tilt: float) -> None:
+    """Scanners write a direction anew for each slice, rounded now up, now down."""
+
+    def noisy(k: int, tags: dict[int, tuple[str, Any]]) -> None:
+        row = np.array([1.0, tilt + 1e-7 * (-1) ** k, 0.0])
+        tags[0x00200037] = ("DS", [*row, -row[1], 1.0, 0.0])
+
+    write_series(tmp_path / "series", ONE, change=noisy, place=lambda k: np.array([0.0, 0.0, 2.4 * k]))
+    assert read_scan(find_scans([tmp_path / "series"])[0], 1).data.shape == (1, 6, 5, 8)
+
+
 def test_multi_frame_files(tmp_path: Path) -> None:
     volumes = tmp_path / "volumes"
     for name in ("a.dcm", "b.dcm"):

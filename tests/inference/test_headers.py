@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import struct
+import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -15,7 +16,7 @@ from scipy.spatial.transform import Rotation
 from toy_runs import blobs, save_nifti
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.inference import Predictor, find_scans
+from medseg_supcon.inference import Predictor, _nifti, find_scans
 from medseg_supcon.inference._read import read_scan
 
 QFORM = slice(252, 280)  # bytes of a NIfTI-1 header: codes, quaternion, offset, srow
@@ -167,6 +168,27 @@ def test_scalings(tmp_path: Path, slope: float) -> None:
     scan = edited(save_nifti(tmp_path / "a.nii", values), {112: struct.pack("<2f", slope, 3.0)})
     data = read_scan(find_scans([scan])[0], 1).data[0]
     np.testing.assert_array_equal(data, 2.0 * values + 3 if slope == 2 else values)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_a_scaled_scan_is_never_float64_as_a_whole(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scaled a few voxels at a time, to the very values that scaling all of them in float64 gives."""
+    monkeypatch.setattr(_nifti, "AT_ONCE", 1000)
+    stored = np.random.default_rng(0).integers(-3000, 3000, (40, 50, 60)).astype(np.int16)
+    plain = edited(save_nifti(tmp_path / "plain.nii", stored), {112: struct.pack("<2f", 0.37, -11.3)})
+    scan = tmp_path / name
+    scan.write_bytes(gzip.compress(plain.read_bytes()) if scan.suffix == ".gz" else plain.read_bytes())
+    found = find_scans([scan])[0]
+    read_scan(found, 1)
+    tracemalloc.start()
+    data = read_scan(found, 1).data[0]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    slope, intercept = np.float64(np.float32(0.37)), np.float64(np.float32(-11.3))
+    np.testing.assert_array_equal(data, (stored * slope + intercept).astype(np.float32))
+    assert peak < stored.size * 8  # the stored voxels and their float32 are 6 bytes a voxel
 
 
 def test_an_intercept_that_is_no_number(tmp_path: Path) -> None:
