@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from medseg_supcon.files import write_text
 from medseg_supcon.training import (
     is_finished,
     is_planned,
@@ -88,7 +89,6 @@ def _is_trained(run: Path) -> bool:
 
 def _write_cost(path: Path, device: torch.device) -> None:
     """Peak memory of this process or its GPU; of an interrupted run the larger part's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(path.read_text())["memory_gib"] if path.exists() else 0.0
     memory = max(earlier, peak_memory_gib(device))
-    path.write_text(json.dumps({"memory_gib": round(memory, 3), "machine": machine_name(device)}) + "\n")
+    write_text(path, json.dumps({"memory_gib": round(memory, 3), "machine": machine_name(device)}) + "\n")

@@ -108,16 +108,6 @@ def draw_example(design: Design, out: Path, results: Sequence[Row]) -> list[tupl
     return found
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Rows with one set of keys; None is an empty field."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
-
-
 def _last(history: Sequence[dict[str, str]], column: str, used_only: bool = False) -> float | None:
     values = [float(row[column]) for row in history if row.get(column)]
     if used_only and not any(values):  # a term that is 0 throughout is not in use

@@ -14,6 +14,7 @@ from medseg_supcon.comparison._findings import write_findings
 from medseg_supcon.comparison._runs import conditions_of, make_plans, prepare_cells
 from medseg_supcon.comparison._workers import devices, run_jobs
 from medseg_supcon.errors import RunError
+from medseg_supcon.files import alone, write_text
 
 MARKER = "comparison.json"
 Say = Callable[[str], None]
@@ -55,22 +56,28 @@ def compare(
         what ``comparison.json`` holds.
 
     Raises:
-        RunError: the folder holds something else, an earlier run was made otherwise, or a run failed.
+        RunError: the folder holds something else, another call is at work in it, an earlier run was made
+            otherwise, or a run failed.
     """
     if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
         raise RunError(f"{out} is not empty and holds no comparison. Choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MARKER).exists():
-        (out / MARKER).write_text("{}\n")
-    plans = make_plans(
-        design, out, settings=settings, epochs=epochs, device=device, trust_scan_affine=trust_scan_affine, say=say
-    )  # fmt: skip
-    conditions = conditions_of(robustness)
-    jobs = prepare_cells(design, out, plans, settings, conditions, training_score)
-    _run(jobs, devices(device, workers), say, processes)
-    found = write_findings(design, out, next(iter(plans.values())), conditions, settings, training_score)
-    (out / MARKER).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    return found
+        write_text(out / MARKER, "{}\n")
+    with alone(out, wait=False) as free:
+        if not free:
+            raise RunError(
+                f"Another medseg compare is at work in {out}. Wait for it, or choose another --out."
+            )
+        plans = make_plans(
+            design, out, settings=settings, epochs=epochs, device=device, trust_scan_affine=trust_scan_affine, say=say
+        )  # fmt: skip
+        conditions = conditions_of(robustness)
+        jobs = prepare_cells(design, out, plans, settings, conditions, training_score)
+        _run(jobs, devices(device, workers), say, processes)
+        found = write_findings(design, out, next(iter(plans.values())), conditions, settings, training_score)
+        write_text(out / MARKER, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        return found
 
 
 def _run(jobs: dict[Path, Cell], where: list[str], say: Say, processes: bool) -> None:

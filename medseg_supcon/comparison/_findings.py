@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from medseg_supcon.comparison._cell import CLEAN, TRAINING
-from medseg_supcon.comparison._collect import draw_example, read_history, read_results, read_runs, write_csv
+from medseg_supcon.comparison._collect import draw_example, read_history, read_results, read_runs
 from medseg_supcon.comparison._design import Design
 from medseg_supcon.comparison._runs import unequal_recipes
 from medseg_supcon.comparison._variants import level_settings
 from medseg_supcon.evaluation import compare_recipes, write_comparison, write_grid
+from medseg_supcon.files import write_csv
 from medseg_supcon.training import describe_recipe, read_recipe
 
 Settings = Sequence[tuple[str, Any]]
@@ -39,11 +40,11 @@ def write_findings(
     clean = results[CLEAN]
     training = read_results(out, design.cells, TRAINING) if training_score else []
     runs = read_runs(out, design.cells, clean, training)
-    write_csv(clean, out / "results.csv")
-    write_csv(runs, out / "runs.csv")
+    write_csv(out / "results.csv", list(clean[0]), clean)
+    write_csv(out / "runs.csv", list(runs[0]), runs)
     if len(results) > 1:
         worse = [{"condition": c} | row for c, rows in results.items() if c != CLEAN for row in rows]
-        write_csv(worse, out / "robustness.csv")
+        write_csv(out / "robustness.csv", list(worse[0]), worse)
     about = _about(design, plan, settings)
     if any(variant.levels for variant in design.variants):
         curves = [cell.key | {"history": read_history(out / "runs" / cell.name)} for cell in design.cells]

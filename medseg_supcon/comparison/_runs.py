@@ -13,6 +13,7 @@ from medseg_supcon.comparison._corruptions import CORRUPTIONS, corrupt_cases
 from medseg_supcon.comparison._design import Cell, Design
 from medseg_supcon.data import items, write_plan
 from medseg_supcon.errors import RunError
+from medseg_supcon.files import write_text
 from medseg_supcon.training import is_of_plan, is_planned, prepare_run, read_recipe
 
 Settings = Sequence[tuple[str, Any]]
@@ -102,8 +103,7 @@ def prepare_cells(
             "conditions": tests | learnt,
             "definition": definition,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(job, indent=1) + "\n")
+        write_text(path, json.dumps(job, indent=1) + "\n")
         jobs[path] = cell
     return jobs
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,7 @@ from medseg_supcon.evaluation import (
     scatter_figure,
     t_sne,
 )
+from medseg_supcon.files import write_csv, write_text
 from medseg_supcon.training import is_planned, is_started
 
 DEFAULT_CASES = 8
@@ -89,11 +89,8 @@ def embed_run(
         "separation": rows,
         "sentences": [told, *([note] if note else []), *(_sentence(row) for row in rows)],
     }
-    (out / "separation.json").write_text(json.dumps(found, indent=1) + "\n")
-    with (out / "separation.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_text(out / "separation.json", json.dumps(found, indent=1) + "\n")
+    write_csv(out / "separation.csv", list(rows[0]), rows)
     return found
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 
 from medseg_supcon.errors import RunError
 from medseg_supcon.evaluation._metrics import METRICS, Row
+from medseg_supcon.files import write_csv, write_text
 
 EMPTY_RULE = (
     "A class that neither the prediction nor the reference holds has no score and is in no mean "
@@ -106,14 +105,8 @@ def write_report(report: dict[str, Any], folder: str | Path) -> None:
     """
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _whole(folder / "metrics.csv") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(report["rows"])
-        with _whole(folder / "metrics.json") as file:
-            json.dump(report, file, indent=1, allow_nan=False)
-            file.write("\n")
+        write_csv(folder / "metrics.csv", COLUMNS, report["rows"])
+        write_text(folder / "metrics.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise RunError(
             f"{folder}: the metrics could not be written ({error.strerror}). Choose another --out."
@@ -129,21 +122,3 @@ def _statistics(metric: str, values: Sequence[float | None]) -> dict[str, float 
         f"{metric}_std": float(scored.std()),
         f"{metric}_median": float(np.median(scored)),
     }
-
-
-class _whole:
-    """A text file that appears whole or not at all."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Any:
-        self.file = self.temporary.open("w", newline="", encoding="utf-8")
-        return self.file
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self.file.close()
-        if kind is None:
-            self.temporary.replace(self.path)
-        self.temporary.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from medseg_supcon.errors import ConfigError
+from medseg_supcon.files import write_text
 from medseg_supcon.training._metadata import metadata_of, read_json
 from medseg_supcon.training._model_card import model_card
 
@@ -28,7 +28,7 @@ def write_metadata(run: Path, metrics: Mapping[str, Any] | None = None) -> None:
     Raises:
         RunError: ``configs/plan.json`` is missing or broken.
     """
-    _write(run / "configs" / "metadata.json", _json(metadata_of(run, metrics)))
+    write_text(run / "configs" / "metadata.json", _json(metadata_of(run, metrics)))
 
 
 def write_model_card(run: Path) -> None:
@@ -37,7 +37,7 @@ def write_model_card(run: Path) -> None:
     Raises:
         RunError: ``configs/plan.json`` is missing or broken.
     """
-    _write(run / "docs" / "README.md", model_card(run))
+    write_text(run / "docs" / "README.md", model_card(run))
 
 
 def write_network(run: Path) -> None:
@@ -51,7 +51,7 @@ def write_network(run: Path) -> None:
         old = path.read_text(encoding="utf-8")
         new = re.sub(r"(?m)^network_json:.*$", lambda _: f"network_json: '{text}'", old)
         if new != old:
-            _write(path, new)
+            write_text(path, new)
 
 
 def write_twins(run: Path) -> None:
@@ -66,16 +66,8 @@ def write_twins(run: Path) -> None:
         except Exception as error:  # PyYAML and MONAI's duplicate-key check raise several kinds
             reason = str(error).strip().replace("\n", " ")
             raise ConfigError(f"{path} is not valid YAML: {reason}") from error
-        _write(path.with_suffix(".json"), _json(content))
+        write_text(path.with_suffix(".json"), _json(content))
 
 
 def _json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """Leave the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from medseg_supcon.errors import RunError
+from medseg_supcon.files import remove_leftovers, write_whole
 from medseg_supcon.training._ranks import rank
 
 FORMAT = 1
@@ -20,17 +20,9 @@ FORMAT = 1
 def save_atomically(value: Any, path: Path) -> None:
     """``torch.save`` that leaves the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
-        torch.save(value, buffer)
-        with part.open("wb") as stream:
-            stream.write(buffer.getbuffer())
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
+    torch.save(value, buffer)
+    write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
@@ -120,8 +112,7 @@ class Checkpoint:
     def start(self, engine: Any) -> None:
         """Load the checkpoint if asked to and there is one; in any case draw what belongs to the epoch that comes."""
         if rank() == 0:
-            for stale in self.folder.glob(".*.part"):  # of a process that was killed while it wrote
-                stale.unlink(missing_ok=True)
+            remove_leftovers(self.folder)
         if self.resume and self.path.exists():
             self._load(engine)
         if self.sampler is not None:

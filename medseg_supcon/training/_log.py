@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
@@ -15,6 +14,7 @@ from monai.visualize import blend_images
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from medseg_supcon.files import write_csv
 from medseg_supcon.training._ranks import mean_over_ranks, rank
 
 
@@ -111,12 +111,7 @@ class TrainingLog:
         row |= self._validation(engine.state.epoch)
         self.rows.append(row)
         columns: list[str] = list(dict.fromkeys(c for r in self.rows for c in r))
-        part = self.path.with_suffix(".part")
-        with part.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(part, self.path)
+        write_csv(self.path, columns, self.rows)
         self._scalars(row)
 
     def _validation(self, epoch: int) -> dict[str, float]:

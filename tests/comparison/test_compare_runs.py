@@ -33,6 +33,7 @@ from medseg_supcon.comparison import __main__ as comparison_main
 from medseg_supcon.comparison._workers import devices, run_jobs
 from medseg_supcon.data import read_dataset
 from medseg_supcon.errors import RunError
+from medseg_supcon.files import alone
 from medseg_supcon.training import _checkpoint, is_finished
 
 FIRST, SECOND = Cell("dice_ce", 2, 0).name, Cell("joint", 2, 0).name
@@ -187,6 +188,12 @@ def test_a_strange_folder_is_refused(design, tmp_path):
     (tmp_path / "thesis.txt").write_text("")
     with pytest.raises(RunError, match="holds no comparison"):
         again(design, tmp_path)
+
+
+def test_one_comparison_at_a_time(design, tmp_path):
+    with alone(tmp_path), pytest.raises(RunError, match="Another medseg compare is at work"):
+        again(design, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["comparison.json"]
 
 
 def test_the_command_line_goes_on_too(copied, phantoms, monkeypatch, capsys):

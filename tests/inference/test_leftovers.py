@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from toy_runs import blobs, save_nifti
 
-from medseg_supcon.inference import Predictor, _temporary
+from medseg_supcon import files
+from medseg_supcon.inference import Predictor
 
 HALF_WAY = """
 import sys
 from pathlib import Path
-from medseg_supcon.inference._temporary import write_whole
 
 def write(file):
     file.write(b"half")
@@ -44,7 +44,7 @@ def half_way(tmp_path: Path) -> Callable[[], subprocess.Popen[str]]:
     return start
 
 
-def test_whose_a_temporary_file_is(
+def test_whose_afiles_file_is(
     threshold_run: Path, tmp_path: Path, half_way: Callable[[], subprocess.Popen[str]]
 ) -> None:
     out = tmp_path / "out"
@@ -74,11 +74,11 @@ def test_whose_a_temporary_file_is(
 def test_without_locks_age_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, stays: bool
 ) -> None:
-    monkeypatch.setattr(_temporary, "fcntl", None)
-    left = _temporary.temporary_name(tmp_path)
+    monkeypatch.setattr(files, "fcntl", None)
+    left = files.temporary_name(tmp_path)
     left.touch()
     os.utime(left, (time.time() - age,) * 2)
-    _temporary.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert left.exists() == stays
-    _temporary.write_whole(tmp_path / "a", lambda file: file.write(b"whole"))
+    files.write_whole(tmp_path / "a", lambda file: file.write(b"whole"))
     assert (tmp_path / "a").read_bytes() == b"whole"

@@ -158,4 +158,4 @@ def test_killed_three_times(recipe: str, trained_run: Path, phantoms: Path, tmp_
     assert history(whole) == history(broken)
     assert scalars(whole) == scalars(broken)
     assert {step for step, _ in scalars(broken)["train/loss"]} == {2, 4, 6, 8}
-    assert list(broken.rglob("*.part")) == []
+    assert list(broken.rglob("*.tmp")) == []

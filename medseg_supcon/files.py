@@ -1,0 +1,116 @@
+"""Files that appear whole or not at all, what a killed process leaves of them, and folders for one at a time."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PREFIX = ".medseg-"
+OLD = 24 * 3600.0  # seconds after which a file counts as left behind where there are no locks
+
+
+def temporary_name(folder: Path) -> Path:
+    """A name that no other process has, in this container or another."""
+    return folder / f"{PREFIX}{secrets.token_hex(8)}.tmp"
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """A file that appears whole or not at all: written beside its place, then moved there."""
+    while True:
+        temporary = temporary_name(path.parent)
+        try:
+            with temporary.open("xb") as file:
+                _lock(file)
+                if not temporary.exists():  # another process took it for a leftover before it was locked
+                    continue
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                if fcntl is not None:  # while it is locked
+                    os.replace(temporary, path)  # what the fault injection of the tests replaces
+            if fcntl is None:  # Windows moves no open file
+                os.replace(temporary, path)
+            return
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file in UTF-8 that appears whole or not at all; its folder is made, and rid of leftovers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """A table that appears whole or not at all. None is an empty field; what no column asks for is left out."""
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, stream.getvalue())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes our temporary files that no process has open any more."""
+    for path in folder.glob(f"{PREFIX}*.tmp"):
+        with suppress(OSError):
+            if fcntl is None:
+                if _is_old(path):
+                    path.unlink()
+                continue
+            with path.open("rb") as file:
+                if _lock(file, wait=False):
+                    path.unlink(missing_ok=True)
+
+
+def _lock(file: IO[bytes], wait: bool = True) -> bool:
+    """Locks an open file, until it is closed or the process ends. False: another has it, or may have it."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network drive without locks
+        return _is_old(Path(file.name))
+    return True
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime > OLD
+
+
+@contextmanager
+def alone(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """No other process in here at the same time, where folders can be locked.
+
+    A process that ends, however, holds no lock any more.
+
+    Args:
+        folder: what is locked.
+        wait: until the other process is out. Else False is what it gives while another is in.
+    """
+    with ExitStack() as stack:
+        free = True
+        if fcntl is not None:
+            with suppress(OSError):  # a network drive
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)  # which unlocks it
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    free = False
+        yield free

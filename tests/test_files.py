@@ -1,0 +1,60 @@
+"""Files that appear whole or not at all, and folders for one process at a time."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medseg_supcon import files
+
+INSIDE = """
+import sys
+from pathlib import Path
+from medseg_supcon.files import alone
+
+with alone(Path(sys.argv[1])):
+    print("in", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_folder_is_one_process_s_until_it_ends_however(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", INSIDE, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "in\n"
+        with files.alone(tmp_path, wait=False) as free:
+            assert not free
+        other.kill()
+    with files.alone(tmp_path, wait=False) as free:
+        assert free
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_can_be_locked_all_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with files.alone(tmp_path):
+        monkeypatch.setattr(
+            files.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(9, "no locks here"))
+        )
+        with files.alone(tmp_path, wait=False) as free:
+            assert free
+        monkeypatch.setattr(files, "fcntl", None)
+        with files.alone(tmp_path, wait=False) as free:
+            assert free
+
+
+def test_texts_and_tables_replace_the_whole_file_or_nothing(tmp_path: Path) -> None:
+    table = tmp_path / "made" / "table.csv"
+    left = files.temporary_name(tmp_path / "made")
+    rows = [{"a": 1, "b": "x, y", "more": [1]}, {"a": None, "b": "\u00b2"}]
+    files.write_csv(table, ["a", "b"], rows)
+    with table.open(newline="", encoding="utf-8") as stream:
+        assert list(csv.DictReader(stream)) == [{"a": "1", "b": "x, y"}, {"a": "", "b": "\u00b2"}]
+    left.write_text("of a process that was killed")
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(table, "\ud800")
+    assert table.read_text(encoding="utf-8").startswith("a,b")
+    assert [p.name for p in (tmp_path / "made").iterdir()] == ["table.csv"]
