@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medseg_supcon.errors import MedsegError, RunError
+from medseg_supcon.files import remove_leftovers, temporary_name
 from medseg_supcon.inference._manifest import Manifest, describe, entry_of
 from medseg_supcon.inference._mask import is_whole, write_nifti
 from medseg_supcon.inference._memory import is_out_of_memory
 from medseg_supcon.inference._same_scan import is_mask_of
 from medseg_supcon.inference._scans import Scan
-from medseg_supcon.inference._temporary import remove_leftovers, temporary_name
 
 if TYPE_CHECKING:
     from medseg_supcon.inference._predictor import Prediction, Predictor

@@ -14,7 +14,7 @@ import numpy as np
 
 from medseg_supcon import __version__
 from medseg_supcon.errors import RunError
-from medseg_supcon.inference._temporary import alone, write_whole
+from medseg_supcon.files import alone, write_whole
 
 if TYPE_CHECKING:
     from medseg_supcon.inference._predictor import Prediction, Predictor

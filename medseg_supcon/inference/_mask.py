@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from medseg_supcon.files import write_whole
 from medseg_supcon.inference._grid import Grid
-from medseg_supcon.inference._temporary import write_whole
 
 
 def label_type(values: Sequence[float]) -> np.dtype[Any]:
