@@ -21,17 +21,17 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+SEEDS = "0,1,2,3,4"
 STEPS_PER_EPOCH = 50  # of 4 patches: 2 views of 2 scans
 
 
 @dataclass(frozen=True)
 class Task:
-    """A set of scans: its folder, who trains, who tests, and what holds for all runs on it."""
+    """A set of scans: its folder, how many labels decide, the other budgets, and what holds for all runs on it."""
 
     folder: str
     deciding: str
     budgets: str
-    epochs: int
     settings: tuple[str, ...] = ()
 
     def cases(self, root: Path) -> tuple[list[str], list[str]]:
@@ -45,48 +45,74 @@ class Task:
 
 
 TASKS = {
-    "hippocampus": Task("Task04_Hippocampus", "10", "5,21,42,all", 10),
+    "hippocampus": Task("Task04_Hippocampus", "10", "5,21,42,all"),
     # an atrium is one piece: without its stray parts every recipe gains a point or two
-    "atrium": Task("LeftAtrium_1p5mm", "8", "4,16,all", 10, ("plan::keep_largest=['left atrium']",)),
+    "atrium": Task("LeftAtrium_1p5mm", "8", "4,16,all", ("plan::keep_largest=['left atrium']",)),
 }
+
+
+@dataclass(frozen=True)
+class Part:
+    """One `medseg compare` of a set.
+
+    Attributes:
+        folder: of the comparison; parts that share one share its runs.
+        recipes: the baseline first.
+        labels: "deciding" or "budgets" of the task, or numbers.
+        sets: the tasks that it is for.
+    """
+
+    folder: str
+    recipes: str
+    seeds: str = SEEDS
+    labels: str = "deciding"
+    epochs: int = 10
+    settings: tuple[str, ...] = ()
+    options: tuple[str, ...] = ("--no-robustness",)
+    sets: tuple[str, ...] = tuple(TASKS)
+
+
 TUNED = str(HERE / "recipes" / "dice_ce_tuned.yaml")
-PARTS = {  # folder; recipes, the baseline first; seeds; labels; whether corrupted scans are tested on, too
-    "deciding": ("deciding", f"{TUNED},joint,dice_ce", "0,1,2,3,4", "deciding", False),
-    "ablation": (
-        "deciding",
-        "dice_ce,joint",
-        "0,1,2,3,4",
-        "deciding",
-        False,
-    ),  # the same runs: contrast alone
-    "recipes": ("deciding", f"{TUNED},joint,two_stage,semi", "0", "deciding", False),
-    "budgets": ("budgets", f"{TUNED},joint", "0", "budgets", False),
-    "robustness": (
-        "deciding",
-        f"{TUNED},joint,dice_ce",
-        "0,1,2,3,4",
-        "deciding",
-        True,
-    ),  # the deciding runs again
+SEMI = str(HERE / "recipes" / "semi_tuned.yaml")
+SEMI_0 = str(HERE / "recipes" / "semi_no_contrast.yaml")
+# long enough for the labels to bind: voxels of 2.5 mm, of which a step costs a third, and six times the steps
+LONG = {
+    "epochs": 60,
+    "settings": ("plan::spacing=[2.5,2.5,2.5]", "plan::patch_size=[40,32,24]"),
+    "sets": ("atrium",),
+}
+LONG_OPTIONS = ("--validation", "0")
+PARTS = {
+    "deciding": Part("deciding", f"{TUNED},joint,dice_ce"),
+    "ablation": Part("deciding", "dice_ce,joint"),  # the same runs: contrast alone
+    "recipes": Part("deciding", f"{TUNED},joint,two_stage,semi", "0"),
+    "budgets": Part("budgets", f"{TUNED},joint", "0", "budgets"),
+    "robustness": Part(
+        "deciding", f"{TUNED},joint,dice_ce", options=("--robustness",)
+    ),  # the same runs again
+    "long": Part("long", f"{TUNED},{SEMI},{SEMI_0}", options=(*LONG_OPTIONS, "--robustness"), **LONG),
+    "long_ablation": Part("long", f"{SEMI_0},{SEMI}", options=(*LONG_OPTIONS, "--robustness"), **LONG),
+    "long_budgets": Part(
+        "long_budgets", f"{TUNED},{SEMI}", "0", "4,16", options=(*LONG_OPTIONS, "--no-robustness"), **LONG
+    ),
 }
 
 
-def command(name: str, part: str, root: Path, out: Path, workers: int) -> list[str]:
+def command(name: str, part: Part, root: Path, out: Path, workers: int) -> list[str]:
     """One `medseg compare`; writes the files of case names that it takes."""
     task = TASKS[name]
-    folder, recipes, seeds, labels, robustness = PARTS[part]
     lists = []
     for option, names in zip(("--cases", "--test-cases"), task.cases(root), strict=True):
         path = out / f"{name}{option.replace('--', '_').replace('-', '_')}.txt"
         path.write_text("\n".join(names) + "\n")
         lists += [option, str(path)]
-    settings = [f"steps_per_epoch={STEPS_PER_EPOCH}", f"val_interval={task.epochs}", *task.settings]
+    settings = [f"steps_per_epoch={STEPS_PER_EPOCH}", f"val_interval={part.epochs}"]
+    labels = {"deciding": task.deciding, "budgets": task.budgets}.get(part.labels, part.labels)
     return [
-        *("compare", str(root / task.folder), "--out", str(out / f"{name}_{folder}"), *lists),
-        *("--recipes", recipes, "--seeds", seeds, "--labels", getattr(task, labels)),
-        *("--epochs", str(task.epochs), "--workers", str(workers)),
-        "--robustness" if robustness else "--no-robustness",
-        *(word for setting in settings for word in ("--set", setting)),
+        *("compare", str(root / task.folder), "--out", str(out / f"{name}_{part.folder}"), *lists),
+        *("--recipes", part.recipes, "--seeds", part.seeds, "--labels", labels),
+        *("--epochs", str(part.epochs), "--workers", str(workers), *part.options),
+        *(word for setting in (*settings, *task.settings, *part.settings) for word in ("--set", setting)),
     ]
 
 
@@ -103,15 +129,16 @@ def main() -> None:
         print("Skipped: MEDSEG_DATA must name the folder that holds Task04_Hippocampus and LeftAtrium_1p5mm.")
         return
     given.out.mkdir(parents=True, exist_ok=True)
-    for part in given.part or PARTS:
-        for name in given.set or TASKS:
+    for title in given.part or PARTS:
+        part = PARTS[title]
+        for name in [name for name in given.set or TASKS if name in part.sets]:
             words = command(name, part, Path(root), given.out, given.workers)
             print("medseg", shlex.join(words), flush=True)
             if given.print:
                 continue
             subprocess.run([sys.executable, "-m", "medseg_supcon.cli", *words], check=True)
-            made = (given.out / f"{name}_{PARTS[part][0]}" / "summary.md").read_text()
-            (RESULTS / f"evidence_{name}_{part}.md").write_text(made)
+            made = (given.out / f"{name}_{part.folder}" / "summary.md").read_text()
+            (RESULTS / f"evidence_{name}_{title}.md").write_text(made)
 
 
 if __name__ == "__main__":
