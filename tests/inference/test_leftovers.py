@@ -18,6 +18,7 @@ from medseg_supcon.inference import Predictor
 HALF_WAY = """
 import sys
 from pathlib import Path
+from medseg_supcon.files import write_whole
 
 def write(file):
     file.write(b"half")
@@ -44,7 +45,7 @@ def half_way(tmp_path: Path) -> Callable[[], subprocess.Popen[str]]:
     return start
 
 
-def test_whose_afiles_file_is(
+def test_whose_a_temporary_file_is(
     threshold_run: Path, tmp_path: Path, half_way: Callable[[], subprocess.Popen[str]]
 ) -> None:
     out = tmp_path / "out"
