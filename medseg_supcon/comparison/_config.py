@@ -8,10 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from medseg_supcon.errors import ConfigError
-from medseg_supcon.training import parse_setting, shared_folder
+from medseg_supcon.training import read_yaml, shared_folder
 
 KEYS = {
     "recipes": "a list of names or .yaml files, or a mapping NAME: {recipe: NAME or file, KEY: VALUE, ...}",
@@ -65,10 +63,7 @@ def read_comparison(name: str | Path) -> ComparisonConfig:
     if not path.is_file():
         known = sorted(p.stem for p in (shared_folder("configs") / "comparisons").glob("*.yaml"))
         raise ConfigError(f"--config {name}: there is no such file. Known by name: {', '.join(known)}.")
-    try:
-        given = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
+    given = read_yaml(path.read_text(), str(path)) or {}
     if not isinstance(given, dict):
         raise ConfigError(f"{path} must be a mapping of {', '.join(KEYS)}; found a {type(given).__name__}.")
     for key in given:
@@ -84,8 +79,8 @@ def read_comparison(name: str | Path) -> ComparisonConfig:
     return ComparisonConfig(
         recipes,
         own,
-        {str(a): {str(n): _settings(s or {}) for n, s in levels.items()} for a, levels in variants.items()},
-        _settings(_mapping(given, "settings", path)),
+        {str(a): {str(n): s or {} for n, s in levels.items()} for a, levels in variants.items()},
+        _mapping(given, "settings", path),
         None
         if "seeds" not in given
         else tuple(_whole(n, "seeds", path) for n in _list(given, "seeds", path)),
@@ -106,20 +101,12 @@ def _recipes(value: Any, path: Path) -> tuple[tuple[tuple[str, str | Path], ...]
     ):
         raise _wrong(path, "recipes", repr(value))
     files = tuple((str(name), _beside(str(of["recipe"]), path)) for name, of in value.items())
-    own = {str(name): _settings({k: v for k, v in of.items() if k != "recipe"}) for name, of in value.items()}
+    own = {str(name): {k: v for k, v in of.items() if k != "recipe"} for name, of in value.items()}
     return files, own
 
 
 def _beside(recipe: str, path: Path) -> str | Path:
     return path.parent / recipe if recipe.endswith((".yaml", ".yml")) else recipe
-
-
-def _settings(overlay: Mapping[str, Any]) -> dict[str, Any]:
-    """YAML takes ``1e-3`` for text: such values are read as ``--set`` reads them."""
-    return {
-        str(key): parse_setting(f"{key}={value}")[1] if isinstance(value, str) else value
-        for key, value in overlay.items()
-    }
 
 
 def _mapping(given: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from medseg_supcon.training._memory import keep_freed_memory
 from medseg_supcon.training._metrics import label_pairs
 from medseg_supcon.training._mixed import MixedSampler, with_unknown
 from medseg_supcon.training._optimise import EarlyStop, GradientClip, IntervalValidation, StepSeed, StopOnNaN
-from medseg_supcon.training._overlay import parse_setting
+from medseg_supcon.training._overlay import parse_setting, read_yaml
 from medseg_supcon.training._progress import ProgressDisplay
 from medseg_supcon.training._rank_sampler import RankSampler
 from medseg_supcon.training._ranks import (
@@ -98,6 +98,7 @@ __all__ = [
     "rank_share",
     "ranks_here",
     "read_recipe",
+    "read_yaml",
     "recipe_names",
     "refresh_documents",
     "run_config",

@@ -18,7 +18,6 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from medseg_supcon.errors import ConfigError
 
 SEPARATOR = "::"
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$")
 
 
 class _Representer(RoundTripRepresenter):
@@ -44,6 +43,30 @@ def _yaml() -> YAML:
     return tool
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, but 1e-3 is a number, as YAML 1.2 has it: PyYAML takes it for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """The content of a YAML text.
+
+    Raises:
+        ConfigError: it is none; ``what`` names it.
+
+    >>> read_yaml("{lr: 1e-3, name: 1e}", "this")
+    {'lr': 0.001, 'name': '1e'}
+    """
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what} is not YAML: {' '.join(str(error).split())}.") from error
+
+
 def parse_setting(text: str) -> tuple[str, Any]:
     """``KEY=VALUE`` of the command line; the value is YAML, and 1e-4 is a number.
 
@@ -54,14 +77,9 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise ConfigError(f"--set expects KEY=VALUE, got {text!r}. Example: --set learning_rate=1e-3")
     value = value.strip()
-    if _NUMBER.match(value):
-        return key.strip(), float(value)
     if value[:1] in ("$", "@"):
         return key.strip(), value
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}: {value!r} is not YAML ({str(error).splitlines()[0]}).") from error
+    return key.strip(), read_yaml(value, f"--set {key}: {value!r}")
 
 
 def set_key(config: Any, key: str, value: Any, where: str, create: bool = False) -> None:

@@ -7,9 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from medseg_supcon.errors import ConfigError
+from medseg_supcon.training._overlay import read_yaml
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -47,10 +46,7 @@ def _read(name: str, above: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(
             f"There is no recipe {str(name)!r}.{hint} Known: {', '.join(recipe_names())}, or a path to a .yaml file."
         )
-    try:
-        overlay = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Recipe {path} is not YAML: {str(error).splitlines()[0]}.") from error
+    overlay = read_yaml(path.read_text(), f"Recipe {path}") or {}
     if not isinstance(overlay, dict):
         raise ConfigError(
             f"Recipe {path} must be a mapping of train.yaml's keys to values, found a {type(overlay).__name__}."

@@ -28,10 +28,22 @@ def test_a_recipe_goes_over_its_base_and_its_bases_base(tmp_path):
     assert yaml.safe_load(files["two"].read_text())["base"] == "one.yaml"
 
 
+def test_numbers_are_numbers_however_they_are_written(tmp_path):
+    """PyYAML takes 1e-3 for text."""
+    text = "learning_rate: 1e-3\noptimizer: {_target_: torch.optim.SGD, betas: [9E-1, +.5e0], name: 1e-x}\n"
+    recipe = read_recipe(write(tmp_path, a=text)["a"])
+    optimizer = {"_target_": "torch.optim.SGD", "betas": [0.9, 0.5], "name": "1e-x"}
+    assert recipe == {"learning_rate": 0.001, "optimizer": optimizer}
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("base: a.yaml\n", "starts from itself"), ("base: nothing\n", "no recipe 'nothing'")],
+    [
+        ("base: a.yaml\n", "starts from itself"),
+        ("base: nothing\n", "no recipe 'nothing'"),
+        ("seed: 1\nbase: [\n", r"a\.yaml is not YAML: .* line 3"),
+    ],
 )
-def test_a_base_that_leads_nowhere_is_a_sentence(tmp_path, text, sentence):
+def test_a_recipe_that_leads_nowhere_is_a_sentence(tmp_path, text, sentence):
     with pytest.raises(ConfigError, match=sentence):
         read_recipe(write(tmp_path, a=text)["a"])

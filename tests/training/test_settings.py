@@ -37,6 +37,7 @@ def test_writing_changes_nothing_and_keeps_comments():
         ("a=null", ("a", None)),
         ("a=[1, 2.5]", ("a", [1, 2.5])),
         ("a={_target_: DynUNet, k: 1}", ("a", {"_target_": "DynUNet", "k": 1})),
+        ("a={_target_: SGD, lr: 1e-3}", ("a", {"_target_": "SGD", "lr": 1e-3})),
         ("a=$@b * 2", ("a", "$@b * 2")),
         ("a=@b", ("a", "@b")),
         ("a=x=y", ("a", "x=y")),
