@@ -203,14 +203,14 @@ def _difference(
     exported: Callable[[Tensor], Tensor], network: nn.Module, plan: Mapping[str, Any], sizes: Sequence[Size]
 ) -> tuple[float, float]:
     """Largest absolute difference over all sizes, and the largest logit."""
-    largest, scale = 0.0, 0.0
+    largest, scale = torch.zeros(()), torch.zeros(())
     with torch.inference_mode():
         for size in sizes:
             image = _noise(plan, size)
             expected = network(image)
-            largest = max(largest, float((exported(image) - expected).abs().max()))
-            scale = max(scale, float(expected.abs().max()))
-    return largest, scale
+            largest = torch.maximum(largest, (exported(image) - expected).abs().max())  # NaN stays NaN
+            scale = torch.maximum(scale, expected.abs().max())
+    return float(largest), float(scale)
 
 
 @contextmanager

@@ -1,0 +1,41 @@
+"""An exported network is handed out only where it gives the network's own values, at every size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from medseg_supcon.errors import RunError
+from medseg_supcon.inference import _export, export_model
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_network_that_gives_nan_is_not_handed_out(
+    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """NaN is neither more nor less than any tolerance, at the first size or at a later one."""
+    run, calls = make_run(), []
+
+    def load(file: Path) -> Callable[[Tensor], Tensor]:
+        def exported(image: Tensor) -> Tensor:
+            calls.append(image.shape)
+            network = torch.jit.load(str(file))
+            output = network(image)
+            return output * torch.nan if len(calls) == which else torch.as_tensor(output)
+
+        return exported
+
+    attempts = _export._torchscript_attempts
+
+    def faulty(*arguments: object) -> list[_export.Attempt]:
+        method, any_size, write, _ = attempts(*arguments)[0]  # type: ignore[arg-type]
+        return [(method, any_size, write, load)]
+
+    monkeypatch.setattr(_export, "_torchscript_attempts", faulty)
+    with pytest.raises(RunError, match="script: differs by nan from the network"):
+        export_model(run, "torchscript", tmp_path / "model.ts")
+    assert not (tmp_path / "model.ts").exists()
