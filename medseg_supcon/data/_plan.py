@@ -14,14 +14,16 @@ from medseg_supcon.data._fingerprint import Fingerprint, readable
 from medseg_supcon.data._geometry_rules import coarsened, patch_size, strides, target_spacing
 from medseg_supcon.data._intensity import intensity_transforms
 from medseg_supcon.errors import DataError
+from medseg_supcon.losses import balanced_class_weights
 
 __all__ = ["make_plan", "network_definition"]
 
 CPU_PATCH_VOXELS = 90_000
 GPU_PATCH_VOXELS = 128**3
 GPU_GIB_PER_LARGEST_SCAN = 8.0  # two views of one scan at 128^3, mixed precision
-SIDED = re.compile(
-    r"(?<![a-z])(left|right|lh|rh|l|r|lt|rt|sin|dext?)(?![a-z])|(?<=[a-z])(Left|Right|LH|RH)\b"
+SIDED = re.compile(  # kidney_left, Left Kidney, leftKidney, KidneyLeft, LKidney; not bright, cleft, LV
+    r"(?<![a-z])(left|right)|(?<![a-z])(lh|rh|l|r|lt|rt|sin|dext?)(?![a-z])"
+    r"|(?<=[a-z])(Left|Right|LH|RH)\b|(?<![A-Za-z])[LR](?=[A-Z][a-z])"
 )
 
 
@@ -110,8 +112,6 @@ def make_plan(
     seconds = 0.05 + 2 * batch * voxels * (6e-8 if on_gpu else 1.8e-6 / min(cores, 8))
     minutes = 120 if on_gpu else 25
     foreground = [fingerprint.foreground(c) for c in range(len(dataset.channels))]
-    present = counts > 0
-    weights = np.where(present, counts.sum() / (len(counts) * np.where(present, counts, 1)), 0.0)
     return {
         "name": dataset.name,
         "channels": list(dataset.channels),
@@ -126,7 +126,7 @@ def make_plan(
         "steps_per_epoch": steps_per_epoch,
         "epochs": max(1, round(minutes * 60 / (seconds * steps_per_epoch))),
         "class_frequencies": [readable(n / counts.sum()) for n in counts],
-        "class_weights": [readable(w) for w in weights],
+        "class_weights": [readable(w) for w in balanced_class_weights(counts.tolist()).tolist()],
         "network_def": network_definition(
             len(dataset.channels), len(dataset.labels), steps, width=32 if on_gpu else 16
         ),

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.data._labels import label_mapping
 from medseg_supcon.errors import ConfigError, RunError
 
-__all__ = ["label_mapping", "read_plan", "validate_plan", "write_plan"]
+__all__ = ["read_plan", "validate_plan", "write_plan"]
 
 REQUIRED = (
     "name", "channels", "labels", "ignore_label", "orientation", "spacing", "intensity", "patch_size",

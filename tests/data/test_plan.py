@@ -132,6 +132,9 @@ def test_thin_and_tiny_scans_give_a_network_that_runs(shape, spacing):
         (["Hippocampus-Right"], []),
         (["lh cortex"], []),
         (["rightLung"], []),
+        (["LeftKidney"], []),
+        (["RKidney"], []),
+        (["LV", "RV", "cleft"], [0]),
         (["liver", "brightness", "girl"], [0]),
         (["Anterior", "Posterior"], [0]),
     ],
@@ -153,9 +156,6 @@ def test_class_weights_are_balanced():
         0,
         pytest.approx(1000 / 300, rel=1e-3),
     ]
-    losses = pytest.importorskip("medseg_supcon.losses")
-    weights = losses.balanced_class_weights(torch.tensor([3600.0, 0, 400.0]))
-    assert plan["class_weights"] == pytest.approx(weights.tolist(), rel=1e-3)
     with pytest.raises(DataError, match="no structure"):
         planned((40, 40, 40), counts=(900, 0, 0))
 
