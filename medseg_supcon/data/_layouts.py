@@ -146,7 +146,10 @@ def _scans(
     """Case name -> its files; with suffixes, the files that the channels demand, existing or not."""
     files = _nifti_files(folder)
     if suffixed is None:
-        suffixed = bool(files) and all(re.search(r"_\d{4}$", stem(file)) for file in files)
+        endings = {
+            stem(file)[-5:] for file in files
+        }  # patient_0001, patient_0002 are no channels: none is _0000
+        suffixed = "_0000" in endings and all(re.fullmatch(r"_\d{4}", ending) for ending in endings)
     if not suffixed:
         return {stem(file): (file,) for file in files}
     found: dict[str, list[Path]] = {}

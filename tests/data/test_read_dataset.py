@@ -224,6 +224,17 @@ def test_unlabelled_folder(tmp_path, disk):
         read_unlabelled(tmp_path / "nowhere", dataset)
 
 
+def test_numbered_unlabelled_scans_are_no_channels_of_one(tmp_path, disk):
+    dataset = read_dataset(disk.decathlon(tmp_path / "data"))
+    for number in (1, 2, 10):
+        disk.nifti(tmp_path / "more" / f"patient_{number:04d}.nii.gz", np.ones((4, 4, 4)))
+    found = read_unlabelled(tmp_path / "more", dataset)
+    assert [case.name for case in found] == ["patient_0001", "patient_0002", "patient_0010"]
+    assert all(len(case.images) == 1 for case in found)
+    disk.nifti(tmp_path / "channels" / "patient_0000.nii.gz", np.ones((4, 4, 4)))
+    assert [case.name for case in read_unlabelled(tmp_path / "channels", dataset)] == ["patient"]
+
+
 ITEM = {"image": "imagesTr/case_0.nii.gz", "label": "labelsTr/case_0.nii.gz"}
 
 BROKEN = {  # what dataset.json holds instead -> a word of the sentence
