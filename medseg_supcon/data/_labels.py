@@ -198,6 +198,7 @@ def _indexed(label: npt.NDArray[Any], values: list[int | float], indices: list[i
     whole = as_whole(label)
     if whole is None:
         out = np.full(label.shape, STRAY, dtype=np.int16)
+        label = label.astype(np.float64)  # unsigned integers know no difference below 0
         for value, index in zip(values, indices, strict=True):
             out[np.abs(label - value) <= TOLERANCE] = index
         return out

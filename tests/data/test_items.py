@@ -110,6 +110,13 @@ def test_class_indices_agree_with_a_loop(data):
         assert np.array_equal(class_indices(label.astype(np.int32), plan), found)
 
 
+def test_unsigned_values_of_a_wide_range_and_an_ignore_label_below_zero():
+    plan = {"labels": {"background": 0, "organ": 200_000}, "ignore_label": -1}
+    assert class_indices(np.array([0, 200_000], np.uint32), plan).tolist() == [0, 1]
+    with pytest.raises(DataError, match="holds 3,"):
+        class_indices(np.array([3, 200_000], np.uint32), plan)
+
+
 def test_large_label_maps_are_taken_in_slabs(monkeypatch):
     rng = np.random.default_rng(0)
     label = np.asfortranarray(rng.choice([0, 0.5, 4, 255], size=(5, 6, 23)).astype(np.float32))
