@@ -84,7 +84,12 @@ def _files(folder: Path) -> dict[str, Path]:
     for file in sorted(folder.iterdir()):
         ending = next((e for e in ENDINGS if file.name.lower().endswith(e)), None)
         if ending and not file.name.startswith("."):
-            found[file.name[: -len(ending)]] = file
+            name = file.name[: -len(ending)]
+            if name in found:
+                raise DataError(
+                    f"{folder}: there are {found[name].name} and {file.name}. Keep the one that counts."
+                )
+            found[name] = file
     if not found:
         raise DataError(f"{folder} holds no NIfTI file (.nii, .nii.gz).")
     return found

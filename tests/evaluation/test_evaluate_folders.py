@@ -96,6 +96,13 @@ def test_nothing_to_score(folders: tuple[Path, Path], tmp_path: Path) -> None:
         evaluate_folders(folders[0], tmp_path / "others")
 
 
+def test_a_mask_that_is_there_packed_and_unpacked(folders: tuple[Path, Path]) -> None:
+    """Which of the two is meant nobody knows; one of them may be years old."""
+    save(folders[0] / "b.nii", labels_of(0))
+    with pytest.raises(DataError, match=r"there are b\.nii and b\.nii\.gz\. Keep the one"):
+        evaluate_folders(*folders, LABELS)
+
+
 def test_an_ignore_label(tmp_path: Path) -> None:
     reference, mask = labels_of(1), labels_of(1)
     reference[:2], mask[:2] = 255, 0
