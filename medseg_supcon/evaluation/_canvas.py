@@ -28,6 +28,16 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained", facecolor=BACKGROUND)
 
 
+def dress(axis: Any, title: str, below: str) -> None:
+    """Title, axis label, grid: the look of every plot."""
+    axis.set_title(title, fontsize=11, color=INK, loc="left")
+    axis.set_xlabel(below, fontsize=9, color=INK)
+    axis.tick_params(labelsize=9, colors=INK)
+    axis.grid(color=GRID, linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def save(figure: Any, path: Path) -> None:
     """Writes a PNG.
 

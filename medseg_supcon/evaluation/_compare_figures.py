@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from medseg_supcon.evaluation._canvas import GRID, INK, color_of, new_figure, save
+from medseg_supcon.evaluation._canvas import INK, color_of, dress, new_figure, save
 from medseg_supcon.evaluation._comparison import MEAN
 
 Row = Mapping[str, Any]
@@ -130,14 +130,10 @@ def learning_figure(histories: Histories, recipes: Sequence[str], path: Path) ->
     figure = new_figure(10.5, 3.4)
     for axis, (column, title) in zip(figure.subplots(1, 3), panels, strict=True):
         for recipe, color in colors.items():
-            runs = [
-                _curve(rows, column) for name, n, rows in histories.values() if name == recipe and n == budget
-            ]
-            runs = [run for run in runs if any(run.values())]  # a term that is 0 throughout is not in use
-            for run in runs:
+            mine = [rows for name, n, rows in histories.values() if name == recipe and n == budget]
+            for run in used_curves(mine, column):
                 axis.plot(list(run), list(run.values()), color=color, linewidth=0.7, alpha=0.5)
-            epochs = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
-            mean = [float(np.mean([run[e] for run in runs])) for e in epochs]
+            epochs, mean = mean_curve(mine, column)
             axis.plot(
                 epochs, mean, color=color, linewidth=2.0, marker="." if len(epochs) < 3 else "", label=recipe
             )
@@ -148,19 +144,22 @@ def learning_figure(histories: Histories, recipes: Sequence[str], path: Path) ->
     save(figure, path)
 
 
-def _curve(history: Sequence[Mapping[str, str]], column: str) -> dict[int, float]:
-    return {int(row["epoch"]): float(row[column]) for row in history if row.get(column)}
+def used_curves(histories: Sequence[Sequence[Mapping[str, str]]], column: str) -> list[dict[int, float]]:
+    """Epoch -> value of each history; without those that are 0 throughout: a term that is not in use."""
+    curves = [
+        {int(row["epoch"]): float(row[column]) for row in rows if row.get(column)} for rows in histories
+    ]
+    return [curve for curve in curves if any(curve.values())]
+
+
+def mean_curve(
+    histories: Sequence[Sequence[Mapping[str, str]]], column: str
+) -> tuple[list[int], list[float]]:
+    """The epochs that all `used_curves` have, and the mean there."""
+    curves = used_curves(histories, column)
+    epochs = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    return epochs, [float(np.mean([curve[epoch] for curve in curves])) for epoch in epochs]
 
 
 def _class_name(name: str) -> str:
     return "mean over classes" if name == MEAN else name
-
-
-def dress(axis: Any, title: str, below: str) -> None:
-    """Title, axis label, grid: the look of every plot."""
-    axis.set_title(title, fontsize=11, color=INK, loc="left")
-    axis.set_xlabel(below, fontsize=9, color=INK)
-    axis.tick_params(labelsize=9, colors=INK)
-    axis.grid(color=GRID, linewidth=0.7)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_supcon.errors import RunError
-from medseg_supcon.evaluation._canvas import GRID, INK, color_of, new_figure, save
+from medseg_supcon.evaluation._canvas import INK, color_of, dress, new_figure, save
 
 MEAN, PER_CLASS = "val_mean_dice", "val_dice_"
 NO_LOSS = ("epoch", "step", "seconds", "learning_rate", "stage", "confident")
@@ -28,6 +28,8 @@ def curves_figure(history: str | Path | History, path: str | Path) -> None:
     Raises:
         RunError: the history is missing or has no epoch.
     """
+    from matplotlib.ticker import MaxNLocator
+
     columns = history if isinstance(history, Mapping) else _read(Path(history))
     epochs = [int(float(e)) for e in columns.get("epoch", [])]
     if not epochs:
@@ -51,7 +53,11 @@ def curves_figure(history: str | Path | History, path: str | Path) -> None:
         right.plot(x, y, label="mean", color=INK, marker=".", linewidth=2.0)
     right.set_ylim(0, 1)
     for axis, title in ((left, "Training loss"), (right, "Validation Dice")):
-        _dress(axis, title, epochs)
+        dress(axis, title, "epoch")
+        axis.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, frameon=False)
     save(figure, Path(path))
 
 
@@ -71,17 +77,3 @@ def _points(epochs: Sequence[int], cells: Sequence[Any]) -> tuple[list[int], lis
     pairs = [(e, float(v)) for e, v in zip(epochs, cells, strict=True) if v not in ("", None)]
     pairs = [(e, v) for e, v in pairs if math.isfinite(v)]
     return [e for e, _ in pairs], [v for _, v in pairs]
-
-
-def _dress(axis: Any, title: str, epochs: Sequence[int]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_title(title, fontsize=11, color=INK, loc="left")
-    axis.set_xlabel("epoch", fontsize=9, color=INK)
-    axis.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.tick_params(labelsize=9, colors=INK)
-    axis.grid(color=GRID, linewidth=0.7)
-    axis.spines[["top", "right"]].set_visible(False)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, frameon=False)

@@ -18,7 +18,6 @@ Integers = npt.NDArray[np.int64]
 
 FOLDS = 5
 BACKGROUND_COLOR = "#9a9a9a"
-COLLAPSE = ("centroid_similarity", "effective_rank_score", "aggregate")
 
 
 class Embedding(NamedTuple):
@@ -76,9 +75,9 @@ def class_separation(vectors: Floats, labels: Integers, groups: Integers, seed: 
     found["linear_probe"] = _linear_probe(vectors, labels, groups, int(counts.min()), seed)
     metric = EmbeddingCollapseMetric(include_indicators=["centroid_similarity", "effective_rank"])
     scores = metric(torch.from_numpy(vectors.astype(np.float32)), torch.from_numpy(labels))
-    for ours, theirs in (*zip(COLLAPSE[:2], COLLAPSE[:2], strict=True), ("collapse", "aggregate")):
-        value = scores.get(theirs)
-        found[ours] = None if value is None else float(value)
+    scores["collapse"] = scores.get("aggregate")
+    for name in ("centroid_similarity", "effective_rank_score", "collapse"):
+        found[name] = None if scores.get(name) is None else float(scores[name])
     return found
 
 
@@ -86,7 +85,6 @@ def _linear_probe(
     vectors: Floats, labels: Integers, groups: Integers, rarest: int, seed: int
 ) -> float | None:
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import balanced_accuracy_score
     from sklearn.model_selection import GroupKFold, StratifiedKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -99,17 +97,14 @@ def _linear_probe(
         folds = kind.split(vectors, labels)
     else:
         return None
-    predicted = np.full(len(labels), -1)
+    predicted = np.empty_like(labels)
     for train, test in folds:
         if len(np.unique(labels[train])) < 2:
             return None
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
         predicted[test] = probe.fit(vectors[train], labels[train]).predict(vectors[test])
     # A class that is in one scan only cannot be learnt from the others: it counts as missed.
-    recalls = [float((predicted[labels == c] == c).mean()) for c in np.unique(labels)]
-    return (
-        float(balanced_accuracy_score(labels, predicted)) if -1 not in predicted else float(np.mean(recalls))
-    )
+    return float(np.mean([(predicted[labels == c] == c).mean() for c in np.unique(labels)]))
 
 
 def principal_components(vectors: Floats) -> tuple[Floats, list[float]]:

@@ -5,20 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medseg_supcon.evaluation._comparison import MEAN, compare_recipes, verdict
+from medseg_supcon.evaluation._comparison import MEAN, compare_recipes, recipe_means, verdict
 from medseg_supcon.evaluation._render import points
 
 Row = dict[str, Any]
 SCORES = ("contrastive_loss", "training_dice", "validation_dice", "test_dice")
+Means = Mapping[tuple[str, str, int], float | None]  # by variant, recipe and label budget
 
 
-def grid_table(variants: Sequence[Row], recipes: Sequence[str], runs: Sequence[Row]) -> list[Row]:
+def means_of_tests(variants: Sequence[Row], recipes: Sequence[str], results: Sequence[Row]) -> Means:
+    """Mean test Dice over classes, cases and seeds, over the same classes and cases for every variant and recipe.
+
+    Args:
+        variants: ``name`` of each.
+        recipes: names.
+        results: a row per run, test case and class, with ``variant``, as `compare_recipes` takes them.
+    """
+    both = {f"{v['name']}\0{recipe}": (v["name"], recipe) for v in variants for recipe in recipes}
+    rows = [row | {"recipe": f"{row['variant']}\0{row['recipe']}"} for row in results]
+    means = [row for row in recipe_means(rows, list(both)) if row["class"] == MEAN]
+    return {(*both[row["recipe"]], row["labels"]): row["dice"] for row in means}
+
+
+def grid_table(
+    variants: Sequence[Row], recipes: Sequence[str], runs: Sequence[Row], tested: Means
+) -> list[Row]:
     """A row per label budget and variant: its levels, and each recipe's scores, means over seeds.
 
     Args:
         variants: ``name`` and ``levels`` (axis -> level) of each.
         recipes: names, the baseline first.
-        runs: a row per run: ``variant``, ``recipe``, ``labels`` and the `SCORES`, which may be missing or None.
+        runs: a row per run: ``variant``, ``recipe``, ``labels`` and the first `SCORES`, which may be missing or None.
+        tested: `means_of_tests`.
 
     Returns:
         Rows ``labels``, ``variant``, ``levels``, and ``of``: recipe -> score -> value or None.
@@ -30,7 +48,8 @@ def grid_table(variants: Sequence[Row], recipes: Sequence[str], runs: Sequence[R
             for recipe in dict.fromkeys(recipes):
                 key = (variant["name"], recipe, labels)
                 mine = [run for run in runs if (run["variant"], run["recipe"], run["labels"]) == key]
-                of[recipe] = {score: _mean([run.get(score) for run in mine]) for score in SCORES}
+                of[recipe] = {score: _mean([run.get(score) for run in mine]) for score in SCORES[:-1]}
+                of[recipe]["test_dice"] = tested[variant["name"], recipe, labels]
             found.append(
                 {"labels": labels, "variant": variant["name"], "levels": variant["levels"], "of": of}
             )

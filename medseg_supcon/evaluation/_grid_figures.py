@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from medseg_supcon.evaluation._canvas import INK, new_figure, save
-from medseg_supcon.evaluation._compare_figures import COLORS, MARKERS, dress, recipe_colors
+from medseg_supcon.evaluation._canvas import INK, dress, new_figure, save
+from medseg_supcon.evaluation._compare_figures import COLORS, MARKERS, mean_curve, recipe_colors
 
 Row = Mapping[str, Any]
 
@@ -26,14 +24,15 @@ def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> Non
     colors = recipe_colors(recipes)
     figure = new_figure(max(6.0, 1.6 + 0.72 * len(rows)), 4.2)
     axis = figure.subplots()
+    markers = [MARKERS[number % len(MARKERS)] for number in range(len(colors))]
     for number, (recipe, color) in enumerate(colors.items()):
         shift = 0.22 * (number - (len(colors) - 1) / 2)
         for place, row in enumerate(rows):
             of, x = row["of"][recipe], place + shift
             marks = (
                 ("training_dice", {"marker": "_", "markersize": 11}),
-                ("validation_dice", {"marker": MARKERS[number], "markersize": 5, "markerfacecolor": "white"}),
-                ("test_dice", {"marker": MARKERS[number], "markersize": 8}),
+                ("validation_dice", {"marker": markers[number], "markersize": 5, "markerfacecolor": "white"}),
+                ("test_dice", {"marker": markers[number], "markersize": 8}),
             )
             for score, style in marks:
                 if of[score] is not None:
@@ -48,7 +47,7 @@ def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> Non
     if others:
         _groups(axis, [row["levels"][first] for row in rows])
     handles: list[Any] = [
-        Line2D([], [], color=color, marker=MARKERS[i], linestyle="", markersize=8, label=name)
+        Line2D([], [], color=color, marker=markers[i], linestyle="", markersize=8, label=name)
         for i, (name, color) in enumerate(colors.items())
     ]
     shared: dict[str, Any] = {"color": INK, "linestyle": ""}
@@ -89,7 +88,7 @@ def grid_curves_figure(
             key = (variant["name"], recipe, budget)
             runs = [r["history"] for r in curves if (r["variant"], r["recipe"], r["labels"]) == key]
             for axis, (name, _) in zip(axes[:, column], PANELS, strict=True):
-                x, y = _mean_curve(runs, name)
+                x, y = mean_curve(runs, name)
                 axis.plot(x, y, line, color=COLORS[group % len(COLORS)], linewidth=1.6)
     for row, (_, title) in zip(axes, PANELS, strict=True):
         for axis, level in zip(row, columns, strict=True):
@@ -109,14 +108,6 @@ def grid_curves_figure(
 def _rest(variant: Row, axes: Sequence[str]) -> list[str]:
     """A variant's levels with their axes where the level alone says too little."""
     return [f"{axis} {variant['levels'][axis]}" for axis in axes]
-
-
-def _mean_curve(runs: Sequence[Sequence[Mapping[str, str]]], column: str) -> tuple[list[int], list[float]]:
-    """The mean over runs at the epochs that all have; a term that is 0 throughout is not in use."""
-    points = [{int(row["epoch"]): float(row[column]) for row in rows if row.get(column)} for rows in runs]
-    used = [run for run in points if any(run.values())]
-    epochs = sorted(set.intersection(*(set(run) for run in used))) if used else []
-    return epochs, [float(np.mean([run[epoch] for run in used])) for epoch in epochs]
 
 
 def _groups(axis: Any, levels: Sequence[str]) -> None:

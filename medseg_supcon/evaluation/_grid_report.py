@@ -11,12 +11,14 @@ from medseg_supcon.evaluation._compare_report import caveats, cost_sentence, cos
 from medseg_supcon.evaluation._comparison import LEFT_OUT_RULE, MEAN
 from medseg_supcon.evaluation._grid import (
     SCORES,
+    Means,
     best_variants,
     flat,
     grid_answers,
     grid_differences,
     grid_table,
     level_means,
+    means_of_tests,
 )
 from medseg_supcon.evaluation._grid_figures import grid_curves_figure, grid_figure
 from medseg_supcon.evaluation._render import inline, render, settings_and_wiring, write_csv
@@ -54,7 +56,8 @@ def write_grid(
     recipes, variants = list(about["recipes"]), about["variants"]
     unique = list(dict.fromkeys(recipes))
     clean = results["clean"]
-    table = grid_table(variants, recipes, runs)
+    tested = {condition: means_of_tests(variants, unique, rows) for condition, rows in results.items()}
+    table = grid_table(variants, recipes, runs, tested["clean"])
     differences = grid_differences(variants, recipes, clean)
     best = best_variants(table, recipes, clean)
     pictures = out / "pictures"
@@ -71,7 +74,7 @@ def write_grid(
         "differences": differences,
         "best": best,
         "level_means": level_means(table, recipes),
-        "robustness": _robustness(table, results, unique),
+        "robustness": _robustness(table, tested, unique),
         "costs": costs,
         "runs": list(runs),
         "version": __version__,
@@ -117,19 +120,18 @@ def _paired(row: Row, differences: Sequence[Row], recipes: Sequence[str]) -> lis
     return [next(d for d in differences if all(d[k] == v for k, v in key.items())) for key in keys]
 
 
-def _robustness(
-    table: Sequence[Row], results: Mapping[str, Sequence[Row]], recipes: Sequence[str]
-) -> list[Row]:
+def _robustness(table: Sequence[Row], tested: Mapping[str, Means], recipes: Sequence[str]) -> list[Row]:
     """Mean Dice under every condition, of each variant and recipe; none where there is one condition."""
-    if len(results) < 2:
+    if len(tested) < 2:
         return []
     found = []
     for row in table:
         for recipe in recipes:
-            key = {"variant": row["variant"], "labels": row["labels"], "recipe": recipe}
-            means = {}
-            for condition, rows in results.items():
-                mine = [r for r in rows if r["dice"] is not None and all(r[k] == v for k, v in key.items())]
-                means[condition] = sum(r["dice"] for r in mine) / len(mine) if mine else None
-            found.append({**key, "levels": row["levels"], **means})
+            key = row["variant"], recipe, row["labels"]
+            means = {condition: of[key] for condition, of in tested.items()}
+            found.append(
+                dict(zip(("variant", "recipe", "labels"), key, strict=True))
+                | {"levels": row["levels"]}
+                | means
+            )
     return found

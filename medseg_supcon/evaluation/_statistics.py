@@ -27,11 +27,6 @@ class PairedDifference(NamedTuple):
     cases: int
     seeds: int
 
-    @property
-    def clear(self) -> bool:
-        """The interval excludes 0."""
-        return self.low > 0 or self.high < 0
-
 
 def bootstrap_means(differences: npt.ArrayLike, resamples: int = 10_000, seed: int = 0) -> Array:
     """Means of a table of differences whose rows (seeds) and columns (cases) are both drawn with replacement.
