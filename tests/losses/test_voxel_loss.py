@@ -186,9 +186,14 @@ def test_the_bank_fills_in_training_and_serves_the_next_step():
 
 def test_hard_sampling_takes_logits():
     b = batch()
-    module = VoxelSupConLoss(SupConLoss(), VoxelSampler("hard", 20, seed=0))
     logits = torch.randn(4, 3, 4, 5, 3, requires_grad=True)
-    assert module(**b, logits=logits).isfinite()
+    mine = VoxelSupConLoss(SupConLoss(), VoxelSampler("hard", 20, seed=0))(**b, logits=logits)
+    z, y = b["features"].movedim(1, -1).reshape(-1, 6), b["labels"].flatten()
+    hard, near = (
+        VoxelSampler("hard", 20, seed=0)(b["labels"][:, 0], logits=given)[0] for given in (logits, None)
+    )
+    torch.testing.assert_close(mine, SupConLoss()(z[hard], y[hard]))
+    assert not torch.equal(hard, near)
 
 
 @pytest.mark.parametrize(
