@@ -249,3 +249,14 @@ def test_a_plan_survives_inlining(name: str) -> None:
     parser = ConfigParser(config)
     assert parser.get_parsed_content("plan") == plan
     assert parser.get_parsed_content("copy") == name
+
+
+@pytest.mark.parametrize("config", ["train", "evaluate", "inference"])
+def test_options_as_a_shell_gives_them(trained_run: Path, elsewhere: Path, config: str) -> None:
+    """``--bundle_root 7 --device cpu``: Fire makes an int of the one, and the other is no ``torch.device``."""
+    shutil.copytree(trained_run, elsewhere / "7")
+    kind, key = ("train", "train::trainer") if config == "train" else ("infer", "evaluator")
+    file = f"7/configs/{config}.yaml"
+    workflow = ConfigWorkflow(file, workflow_type=kind, logging_file=False, bundle_root=7, device="cpu")
+    workflow.initialize()
+    assert not workflow.parser.get_parsed_content(key).amp
