@@ -50,10 +50,15 @@ def load_initial(network: nn.Module, path: str | Path | None) -> nn.Module:
         path: a ``model.pt`` (bare state dict), or ``None`` to change nothing.
 
     Raises:
-        RunError: not one tensor fits.
+        RunError: there is no such file, or not one tensor fits.
     """
     if path is None:
         return network
+    if not Path(path).is_file():
+        raise RunError(
+            f"{path}, the weights to start from, does not exist. Correct init_weights in the run's "
+            "configs/train.yaml (--init wrote it), or set it to null."
+        )
     weights, own = load_tensors(Path(path)), network.state_dict()
     fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
     if not fitting:
@@ -127,7 +132,13 @@ class Checkpoint:
                     "Set it back, or train into another folder."
                 )
         for name, thing in self.state.items():
-            thing.load_state_dict(saved["state"][name])
+            try:
+                thing.load_state_dict(saved["state"][name])
+            except (KeyError, RuntimeError, ValueError) as error:  # torch's, for other shapes or parts
+                raise RunError(
+                    f"{self.path} does not fit the {name} of the config: {str(error).splitlines()[-1].strip()} Set "
+                    "back what was changed in train.yaml or plan.json, or train into another folder."
+                ) from error
         if engine.scaler is not None and saved["scaler"]:  # {}: of a scaler that was not enabled
             engine.scaler.load_state_dict(saved["scaler"])
         engine.state.epoch, engine.state.iteration = saved["epoch"], saved["iteration"]

@@ -61,14 +61,17 @@ class StepSeed:
 class StopOnNaN:
     """Ends the run with a sentence when the loss is no number.
 
-    Checked every ``interval`` steps, since looking at the loss makes a GPU wait. Of several ranks all stop.
+    Checked every ``interval`` steps, since looking at the loss makes a GPU wait, and at the end of an epoch, before
+    its weights are saved. Of several ranks all stop.
     """
 
     def __init__(self, interval: int = 25) -> None:
         self.interval = interval
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED(every=self.interval) | Events.EPOCH_COMPLETED, self
+        )
 
     def __call__(self, engine: Engine) -> None:
         loss = engine.state.output["loss"]

@@ -13,6 +13,7 @@ from torch import nn
 
 from medseg_supcon.errors import RunError
 from medseg_supcon.training import (
+    Checkpoint,
     EarlyStop,
     GradientClip,
     IntervalValidation,
@@ -74,6 +75,14 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence():
     run = trainer(nn.Linear(3, 1), [StopOnNaN(1)], loss=lambda p, t: p.sum() * torch.nan)
     with pytest.raises(RunError, match="learning rate"):
         run.run()
+
+
+def test_an_epoch_that_ends_in_no_number_is_not_saved(tmp_path):
+    network = nn.Linear(3, 1)
+    handlers = [StopOnNaN(), Checkpoint(tmp_path, network, {})]  # 25 steps are more than this run has
+    with pytest.raises(RunError, match="at step 2"):
+        trainer(network, handlers, loss=lambda p, t: p.sum() * torch.nan).run()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_last_epoch_is_validated_too():
@@ -163,3 +172,5 @@ def test_initial_weights_leave_a_new_classifier_fresh(tmp_path):
     assert torch.equal(later[1].weight, fresh)
     with pytest.raises(RunError, match="No weight"):
         load_initial(nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(RunError, match="init_weights"):
+        load_initial(nn.Linear(2, 2), tmp_path / "gone.pt")
