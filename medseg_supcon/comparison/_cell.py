@@ -13,7 +13,7 @@ import yaml
 
 from medseg_supcon.files import write_text
 from medseg_supcon.training import (
-    is_finished,
+    is_complete,
     is_planned,
     machine_name,
     peak_memory_gib,
@@ -35,7 +35,7 @@ def run_cell(job: Job, device: str | None = None, quiet: bool = False, sharing: 
         sharing: runs at once on this machine, which share its memory for cached scans.
     """
     run, tests = Path(job["run"]), Path(job["tests"])
-    if not _is_trained(run):
+    if not is_complete(run):
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         train_run(run, device=device, resume=True, quiet=quiet, **_memory_share(run, sharing))
         _write_cost(tests / "cost.json", where)
@@ -60,7 +60,7 @@ def run_cell(job: Job, device: str | None = None, quiet: bool = False, sharing: 
 def is_done(job: Job) -> bool:
     """Trained to its end, and tested under every condition on these very cases."""
     run, tests = Path(job["run"]), Path(job["tests"])
-    return _is_trained(run) and all(
+    return is_complete(run) and all(
         is_tested(run, tests / condition.replace(" ", "_"), items)
         for condition, items in job["conditions"].items()
     )
@@ -81,10 +81,6 @@ def _memory_share(run: Path, sharing: int) -> dict[str, str]:
         return {}
     whole = yaml.safe_load((run / "configs" / "train.yaml").read_text())["memory_share"]
     return {"memory_share": f"$({str(whole).removeprefix('$')}) / {sharing}"}
-
-
-def _is_trained(run: Path) -> bool:
-    return is_finished(run) and (run / "eval" / "metrics.json").exists()
 
 
 def _write_cost(path: Path, device: torch.device) -> None:

@@ -41,7 +41,7 @@ from medseg_supcon.training._stages import LateValidation, Stages, stage_at, sta
 from medseg_supcon.training._teacher import PseudoLabels, Teacher, shipped_network
 from medseg_supcon.training._throughput import LossScale, amp_dtype, compiled, memory_format, tune_gpu
 from medseg_supcon.training._timing import machine_name, peak_memory_gib
-from medseg_supcon.training._train import check_device, is_finished, run_config, train_run
+from medseg_supcon.training._train import check_device, is_complete, is_finished, run_config, train_run
 
 __all__ = [
     "BlankFillerd",
@@ -76,6 +76,7 @@ __all__ = [
     "describe_recipe",
     "distributed",
     "finish_ranks",
+    "is_complete",
     "is_finished",
     "is_of_plan",
     "is_planned",

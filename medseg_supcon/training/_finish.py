@@ -10,7 +10,7 @@ from monai.bundle import ConfigWorkflow
 
 from medseg_supcon.errors import MedsegError
 from medseg_supcon.training._faults import innermost
-from medseg_supcon.training._ranks import rank, world_size
+from medseg_supcon.training._ranks import rank
 from medseg_supcon.training._run import refresh_documents
 
 
@@ -46,9 +46,8 @@ def write_documents(run: Path) -> None:
 
 def _evaluate(run: Path) -> None:
     """As ``torchrun`` does with the two files, in the group of processes that there is."""
-    names = ["evaluate.yaml", "multi_gpu_evaluate.yaml"]
     workflow = ConfigWorkflow(
-        [str(run / "configs" / name) for name in names[: 1 + (world_size() > 1)]],
+        [str(run / "configs" / name) for name in ("evaluate.yaml", "multi_gpu_evaluate.yaml")],
         workflow_type="infer",
         logging_file=False,
         bundle_root=str(run.resolve()),

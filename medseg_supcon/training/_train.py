@@ -20,6 +20,8 @@ from medseg_supcon.training._finish import write_documents
 from medseg_supcon.training._metadata import read_json
 from medseg_supcon.training._run import is_planned
 
+WRITTEN_LAST = ("eval/metrics.json", "docs/curves.png")
+
 
 def is_finished(run: Path) -> bool:
     """The run was trained to its planned end (or to its early stop)."""
@@ -28,6 +30,11 @@ def is_finished(run: Path) -> bool:
         return False
     saved = load_tensors(path)
     return bool(saved["finished"]) and saved["max_epochs"] >= _epochs(run)
+
+
+def is_complete(run: Path) -> bool:
+    """The run is finished, and its model is scored and described."""
+    return is_finished(run) and all((run / name).exists() for name in WRITTEN_LAST)
 
 
 def _epochs(run: Path) -> int:
@@ -128,7 +135,11 @@ def train_run(
         _check_plan(run)
         write_network(run)  # the plan may have been edited
         write_twins(run)
+        for name in WRITTEN_LAST:  # of earlier weights
+            (run / name).unlink(missing_ok=True)
         overrides["resume"] = resume
+        if resume and (run / "models" / "checkpoint.pt").exists():
+            overrides["init_weights"] = None  # the earlier run may be gone by now
         if quiet:
             overrides["quiet"] = True
         run_config(run, "train", "train", device=device, **overrides)
