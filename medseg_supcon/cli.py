@@ -226,7 +226,7 @@ def _fault(error: Exception) -> None:
 
 
 def _stop(message: str, code: int) -> None:
-    err.print(message, markup=False)
+    err.print(message)
     sys.exit(code)
 
 

@@ -52,7 +52,7 @@ def evaluate(
     else:
         raise ConfigError("Give RUN and DATASET, or --predictions DIR and --references DIR.")
     report = print_metrics(out_dir / "metrics.json")
-    out.print(f"Every case: {out_dir / 'metrics.csv'}", markup=False)
+    out.print(f"Every case: {out_dir / 'metrics.csv'}")
     if report["problems"]:
         raise typer.Exit(EXIT_SOME_FAILED)
 

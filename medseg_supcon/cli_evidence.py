@@ -102,7 +102,7 @@ def compare(
         raise MedsegError(
             f"The data set has errors (above): mend them and run 'medseg check {dataset}' until it is content."
         )
-    err.print(f"Testing on {len(design.test)} scans: {design.tested_on}.", markup=False)
+    err.print(f"Testing on {len(design.test)} scans: {design.tested_on}.")
     found = run_comparison(
         design,
         out_dir,
@@ -113,11 +113,11 @@ def compare(
         robustness=said.robustness is not False if robustness is None else robustness,
         training_score=said.training_score,
         trust_scan_affine=allow_affine_mismatch,
-        say=lambda text: err.print(text, markup=False),
+        say=err.print,
     )
     for sentence in [*found["answers"], *(f"Note: {text}" for text in found["caveats"])]:
-        out.print(sentence, markup=False)
-    out.print(f"\nThe report: {out_dir / 'report.html'}; tables: {out_dir / 'summary.md'}", markup=False)
+        out.print(sentence)
+    out.print(f"\nThe report: {out_dir / 'report.html'}; tables: {out_dir / 'summary.md'}")
 
 
 def embed(
@@ -140,11 +140,10 @@ def embed(
         run, read_dataset(dataset), out_dir, cases=names, voxels=voxels, seed=seed, device=device
     )
     for sentence in found["sentences"]:
-        out.print(sentence, markup=False)
+        out.print(sentence)
     out.print(
         f"\nPictures: {out_dir / 'pca.png'}, {out_dir / 'tsne.png'}; figures: {out_dir / 'separation.csv'}\n"
         f"To turn the points: tensorboard --logdir {out_dir / 'projector'}",
-        markup=False,
     )
 
 

@@ -17,7 +17,7 @@ from medseg_supcon.cli_options import (
     ValidationOption,
 )
 from medseg_supcon.errors import MedsegError, RunError
-from medseg_supcon.terminal import err, out, print_metrics, print_plan, print_report
+from medseg_supcon.terminal import err, out, print_metrics, print_plan, print_report, say
 
 RunOption = Annotated[
     Path, typer.Option("--out", help="The run to write: a folder, which becomes a MONAI bundle.")
@@ -96,7 +96,7 @@ def train(
     allow_affine_mismatch: MismatchOption = False,
 ) -> None:
     """Train a segmentation network on a data set; the run is a MONAI bundle."""
-    from medseg_supcon.training import check_device, is_finished, is_planned, is_started, train_run
+    from medseg_supcon.training import check_device, is_complete, is_planned, is_started, train_run
 
     check_device(device)
     request = Request(
@@ -106,7 +106,7 @@ def train(
         raise RunError(
             f"{run} already holds a trained run. Choose another --out, or go on with it: --resume."
         )
-    if resume and is_finished(run):
+    if resume and is_complete(run):
         out.print(f"{run} is finished: nothing to resume.")
         return
     if is_planned(run):
@@ -147,9 +147,9 @@ def _go_on(dataset: Path, run: Path, request: Request, resume: bool) -> None:
             "out, edit the run's configs, or choose another --out."
         )
     _refuse_errors(_planned_cases(run, data), dataset, _trusts_scan_affine(run), None)
-    err.print(f"{'Resuming' if resume else 'Training'} what is planned in {run}.", markup=False)
+    err.print(f"{'Resuming' if resume else 'Training'} what is planned in {run}.")
     if given:
-        err.print(f"[yellow]note[/] the plan's own values hold for {', '.join(given)}")
+        say(err, "note", "yellow", f"the plan's own values hold for {', '.join(given)}")
 
 
 def _trusts_scan_affine(run: Path) -> bool:

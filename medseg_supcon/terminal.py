@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from medseg_supcon.errors import RunError
 
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+# without markup: names and paths may hold [brackets]
+out = Console(soft_wrap=True, highlight=False, markup=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 EXIT_DONE, EXIT_INPUT, EXIT_SOME_FAILED = 0, 2, 3
+
+
+def say(console: Console, word: str, color: str, text: str) -> None:
+    """A line that begins with a coloured word."""
+    console.print(Text.assemble((f"{word:<7} ", color), text))
 
 
 def print_report(report: Any, console: Console) -> None:
@@ -25,8 +31,8 @@ def print_report(report: Any, console: Console) -> None:
     rows = report.rows()
     for row in rows:
         color = "red" if row["severity"] == "error" else "yellow"
-        console.print(f"[{color}]{row['severity']:<8}[/]{escape(row['case'])}: {escape(row['message'])}")
-    console.print(escape(report.summary()))
+        say(console, row["severity"], color, f"{row['case']}: {row['message']}")
+    console.print(report.summary())
 
 
 def print_plan(plan: dict[str, Any], split: Any, run: Path) -> None:
@@ -44,11 +50,11 @@ def print_plan(plan: dict[str, Any], split: Any, run: Path) -> None:
             f"about {expected['minutes']:.0f} min, {expected['memory_gib']:.1f} GiB on {expected['machine']}",
         ),
     ]
-    err.print(f"Plan: {run / 'configs' / 'plan.json'}", markup=False)
+    err.print(f"Plan: {run / 'configs' / 'plan.json'}")
     for name, text in rows:
-        err.print(f"  {name:<9} {text}", markup=False)
+        err.print(f"  {name:<9} {text}")
     for warning in split.warnings:
-        err.print(f"[yellow]warning[/] {escape(warning)}")
+        say(err, "warning", "yellow", warning)
 
 
 def print_metrics(path: Path) -> dict[str, Any]:
@@ -65,10 +71,10 @@ def print_metrics(path: Path) -> dict[str, Any]:
     summary = report["summary"]
     for name, row in {**summary["classes"], "mean": summary["mean"]}.items():
         scores = [number(row[m], d) for m, d in (("dice", 4), ("hd95_mm", 2), ("surface_dice", 4))]
-        table.add_row(escape(name), *scores, str(row["n"]) if name in summary["classes"] else "")
+        table.add_row(name, *scores, str(row["n"]) if name in summary["classes"] else "")
     out.print(table)
     for problem in report["problems"]:
-        err.print(f"[yellow]not scored[/] {escape(problem['case'])}: {escape(problem['problem'])}")
+        say(err, "not scored", "yellow", f"{problem['case']}: {problem['problem']}")
     return report
 
 
@@ -101,15 +107,15 @@ def predict_paths(
         def progress(done: int, total: int, entry: dict[str, Any]) -> None:
             bar.update(task, completed=done)
             if entry["status"] == "failed":
-                err.print(f"[red]failed[/]  {escape(entry['error'])}")
+                say(err, "failed", "red", entry["error"])
             for warning in entry.get("warnings", []):
-                err.print(f"[yellow]warning[/] {escape(entry['name'])}: {escape(warning)}")
+                say(err, "warning", "yellow", f"{entry['name']}: {warning}")
 
         counts = predictor.run(found, folder, probabilities, overwrite, progress)["summary"]
     parts = [f"{counts['done']} predicted"]
     parts += [f"{counts['skipped']} there already (redo with --overwrite)"] if counts["skipped"] else []
     parts += [f"{counts['failed']} failed"] if counts["failed"] else []
-    out.print(f"{folder}: {', '.join(parts)}; manifest.json lists every scan.", markup=False)
+    out.print(f"{folder}: {', '.join(parts)}; manifest.json lists every scan.")
     if not counts["failed"]:
         return EXIT_DONE
     return EXIT_SOME_FAILED if counts["done"] + counts["skipped"] else EXIT_INPUT

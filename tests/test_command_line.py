@@ -104,6 +104,45 @@ def test_a_trained_run_is_not_overwritten(medseg, trained_run, phantoms):
     assert (trained_run / "models" / "model.pt").read_bytes() == before
 
 
+def longer(trained_run, run, old, new):
+    """A copy of the trained run, planned for one epoch more, with a change in its train.yaml."""
+    shutil.copytree(trained_run, run)
+    plan, config = run / "configs" / "plan.json", run / "configs" / "train.yaml"
+    plan.write_text(plan.read_text().replace('"epochs": 2', '"epochs": 3'))
+    assert old in config.read_text()
+    config.write_text(config.read_text().replace(old, new))
+    return run
+
+
+def test_a_run_goes_on_without_the_weights_it_began_from(medseg, trained_run, phantoms, tmp_path):
+    run = longer(trained_run, tmp_path / "run", "init_weights:", "init_weights: /gone/model.pt")
+    code, _, error = medseg("train", phantoms, "--out", run, "--resume", "--device", "cpu")
+    assert code == 0, error
+    assert len((run / "logs" / "history.csv").read_text().splitlines()) == 4
+
+
+def test_a_run_that_was_changed_is_not_resumed(medseg, trained_run, phantoms, tmp_path):
+    run = longer(trained_run, tmp_path / "run", "out_channels: 64", "out_channels: 32")
+    code, _, error = medseg("train", phantoms, "--out", run, "--resume", "--device", "cpu")
+    assert code == 2 and "does not fit the loss of the config" in error and "size mismatch" in error
+
+
+def test_a_trained_run_without_scores_gets_them(medseg, trained_run, phantoms, tmp_path):
+    """What is left where a training was stopped while its model was evaluated; a path may hold brackets."""
+    run = shutil.copytree(trained_run, tmp_path / "run [old]")
+    weights = (run / "models" / "model.pt").stat().st_mtime_ns
+    shutil.rmtree(run / "eval")
+    (run / "docs" / "curves.png").unlink()
+    code, shown, error = medseg("train", phantoms, "--out", run, "--resume", "--device", "cpu")
+    assert code == 0, error
+    assert f"The run is in {run} " in shown
+    assert json.loads((run / "eval" / "metrics.json").read_text())["summary"]["cases"] == 1
+    assert (run / "docs" / "curves.png").exists()
+    assert (run / "models" / "model.pt").stat().st_mtime_ns == weights
+    code, shown, _ = medseg("train", phantoms, "--out", run, "--resume")
+    assert code == 0 and f"{run} is finished" in shown
+
+
 def test_some_failed_and_all_failed_have_their_codes(medseg, trained_run, phantoms, tmp_path):
     scans = tmp_path / "scans"
     scans.mkdir()

@@ -43,7 +43,7 @@ class ProgressDisplay:
 
     def __init__(self, name: str = "training", validator: Any = None, quiet: bool = False) -> None:
         self.name, self.validator, self.quiet = name, validator, quiet
-        self.console = Console(file=sys.stderr)
+        self.console = Console(file=sys.stderr, markup=False)  # a data set's name may hold [brackets]
         self.live = self.console.is_terminal
         self.bar: Progress | None = None
         self._ends: deque[float] = deque(maxlen=6)
@@ -63,7 +63,7 @@ class ProgressDisplay:
             self._ends.append(monotonic())
         if self.live and self.bar is None:
             self.bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("epoch {task.fields[epoch]}  loss {task.fields[loss]}{task.fields[dice]}"),
                 TimeElapsedColumn(),
