@@ -16,7 +16,7 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -122,6 +122,7 @@ def main() -> None:
     options.add_argument("--set", choices=TASKS, action="append", help="default: both")
     options.add_argument("--part", choices=PARTS, action="append", help="default: all")
     options.add_argument("--workers", type=int, default=1, help="runs at once")
+    options.add_argument("--epochs", type=int, help="another length, for a GPU; into folders of their own")
     options.add_argument("--print", action="store_true", help="only print the commands")
     given = options.parse_args()
     root = os.environ.get("MEDSEG_DATA")
@@ -131,6 +132,9 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     for title in given.part or PARTS:
         part = PARTS[title]
+        if given.epochs is not None:
+            part = replace(part, epochs=given.epochs, folder=f"{part.folder}_{given.epochs}")
+            title += f"_{given.epochs}"
         for name in [name for name in given.set or TASKS if name in part.sets]:
             words = command(name, part, Path(root), given.out, given.workers)
             print("medseg", shlex.join(words), flush=True)
