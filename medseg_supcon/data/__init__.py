@@ -5,7 +5,7 @@ from medseg_supcon.data._dataset import Case, Dataset, read_case_names
 from medseg_supcon.data._fingerprint import CaseFingerprint, Fingerprint, fingerprint
 from medseg_supcon.data._forms import two_voxel_sizes
 from medseg_supcon.data._items import items, load_items, write_datalist
-from medseg_supcon.data._labels import class_indices, label_mapping, snap_labels
+from medseg_supcon.data._labels import class_indices, label_mapping, label_type, snap_labels
 from medseg_supcon.data._layouts import read_dataset, read_unlabelled
 from medseg_supcon.data._phantoms import PHANTOM_LABELS, make_phantoms
 from medseg_supcon.data._place import (
@@ -23,11 +23,12 @@ from medseg_supcon.data._preprocessing import LabelPreprocessingd, read_preproce
 from medseg_supcon.data._report import Finding, Report
 from medseg_supcon.data._split import VALIDATION, Split, split_cases
 from medseg_supcon.data._unreadable import not_a_file, promises_too_much, unreadable
-from medseg_supcon.data._volume import read_volume
+from medseg_supcon.data._volume import NIFTI_ENDINGS, read_volume, read_voxels
 
 __all__ = [
     "MAX_SHEAR_DEGREES",
     "NEAR",
+    "NIFTI_ENDINGS",
     "PHANTOM_LABELS",
     "VALIDATION",
     "Case",
@@ -45,6 +46,7 @@ __all__ = [
     "in_mm",
     "items",
     "label_mapping",
+    "label_type",
     "load_items",
     "make_phantoms",
     "make_plan",
@@ -58,6 +60,7 @@ __all__ = [
     "read_preprocessing",
     "read_unlabelled",
     "read_volume",
+    "read_voxels",
     "shear_degrees",
     "snap_labels",
     "split_cases",

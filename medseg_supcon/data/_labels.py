@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from medseg_supcon.data._volume import as_whole, count_values, in_parallel, read
 from medseg_supcon.errors import ConfigError, DataError
 from medseg_supcon.losses import IGNORE_INDEX
 
-__all__ = ["class_indices", "label_mapping", "parse_labels", "scan_labels", "snap_labels"]
+__all__ = ["class_indices", "label_mapping", "label_type", "parse_labels", "scan_labels", "snap_labels"]
 
 Labels = dict[str, "int | float"]
 
@@ -139,6 +139,20 @@ def label_mapping(plan: Mapping[str, Any]) -> tuple[list[int | float], list[int]
         values.append(plan["ignore_label"])
         indices.append(IGNORE_INDEX)
     return values, indices
+
+
+def label_type(values: Collection[float]) -> np.dtype[Any]:
+    """The smallest integer type that holds all values; float32 where one is no integer. inference.yaml says the same.
+
+    Example:
+        >>> from medseg_supcon.data import label_type
+        >>> label_type([0, 4, 255]), label_type([-1, 0, 127])
+        (dtype('uint8'), dtype('int8'))
+    """
+    if not all(float(value).is_integer() for value in values):
+        return np.dtype(np.float32)
+    low, high = int(min(values)), int(max(values))
+    return np.min_scalar_type(high if low >= 0 else min(low, -high - 1))  # -128 is as far as 127
 
 
 def snap_labels(label: npt.NDArray[Any], values: Iterable[float]) -> npt.NDArray[Any]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import nibabel
 import numpy as np
 import numpy.typing as npt
+from nibabel.volumeutils import apply_read_scaling
 
 from medseg_supcon.data._forms import Doubt, header_doubts
 from medseg_supcon.data._place import in_mm, unit_of_length
@@ -27,6 +28,7 @@ __all__ = [
     "in_parallel",
     "read_header",
     "read_volume",
+    "read_voxels",
     "slabs",
     "stem",
 ]
@@ -101,10 +103,7 @@ def read_volume(path: Path) -> Volume:
     try:
         if (problem := promises_too_much(path, image)) is not None:
             raise DataError(problem)
-        if path.name.lower().endswith(".gz"):  # read to the end: nibabel alone never sees gzip's checksum
-            image = type(image).from_bytes(gzip.decompress(path.read_bytes()))
-        with np.errstate(all="ignore"):  # overflow in the scaling shows up as Inf, which is reported
-            data = np.asanyarray(image.dataobj)
+        data = read_voxels(image, path)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # gzip, zlib, OS and nibabel errors alike
@@ -116,6 +115,35 @@ def read_volume(path: Path) -> Volume:
     affine = np.asarray(image.affine, dtype=np.float64)
     data = data.reshape(_squeezed(data.shape))
     return Volume(data, affine, unit_of_length(image.header), header_doubts(image))
+
+
+def read_voxels(image: Any, path: Path) -> npt.NDArray[Any]:
+    """The voxels of a NIfTI file that nibabel has opened; scaled ones are float32, an overflow Inf.
+
+    Raises:
+        Exception: whatever gzip, zlib, nibabel or the system raise for a damaged file.
+    """
+    if not path.name.lower().endswith(".gz"):
+        return _scaled(image.dataobj)
+    with gzip.open(path) as stream:
+        holder = nibabel.FileHolder(fileobj=stream)
+        voxels = _scaled(type(image).from_file_map({"image": holder}).dataobj)
+        while stream.read(SLAB):  # to the end, where gzip's checksum stands: nibabel alone never sees it
+            pass
+    return voxels
+
+
+def _scaled(stored: Any) -> npt.NDArray[Any]:
+    """The values of nibabel's array proxy, which are float64: never all of them at once."""
+    values: npt.NDArray[Any] = np.asanyarray(stored.get_unscaled())
+    if (stored.slope, stored.inter) == (1, 0) or values.dtype.kind not in "iuf":
+        return values
+    flat, out = values.ravel(order="F"), np.empty(values.size, dtype=np.float32)
+    slope, inter = np.float64(stored.slope), np.float64(stored.inter)
+    with np.errstate(all="ignore"):
+        for part in slabs(flat.size, flat.size):
+            out[part] = apply_read_scaling(flat[part], slope, inter)
+    return out.reshape(values.shape, order="F")
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medseg_supcon.data import farthest_corner, one_place, read_volume, snap_labels
+from medseg_supcon.data import NIFTI_ENDINGS, farthest_corner, one_place, read_volume, snap_labels
 from medseg_supcon.errors import DataError
 from medseg_supcon.evaluation._metrics import Row
 from medseg_supcon.evaluation._report import score_case
 from medseg_supcon.evaluation._summary import metrics_report, write_report
 
-ENDINGS = (".nii.gz", ".nii")
 MOST_VALUES = 256
 SUFFIX = "_0000"  # nnU-Net gives it to scans of a single channel, and a mask has its scan's name
 
@@ -82,7 +81,7 @@ def _files(folder: Path) -> dict[str, Path]:
         raise DataError(f"{folder} is no folder. Give the folder that holds the NIfTI files.")
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
-        ending = next((e for e in ENDINGS if file.name.lower().endswith(e)), None)
+        ending = next((e for e in NIFTI_ENDINGS if file.name.lower().endswith(e)), None)
         if ending and not file.name.startswith("."):
             name = file.name[: -len(ending)]
             if name in found:

@@ -16,14 +16,6 @@ from medseg_supcon.files import write_whole
 from medseg_supcon.inference._grid import Grid
 
 
-def label_type(values: Sequence[float]) -> np.dtype[Any]:
-    """The smallest integer type that holds the values; float32 where one is no integer."""
-    if not all(float(value).is_integer() for value in values):
-        return np.dtype(np.float32)
-    kinds = (np.dtype(sign + size) for size in "1248" for sign in "ui")
-    return next(k for k in kinds if np.iinfo(k).min <= min(values) and max(values) <= np.iinfo(k).max)
-
-
 def keep_largest(classes: npt.NDArray[Any], which: Sequence[int]) -> None:
     """Turns all but the largest component (26 neighbours) of some classes into background, in place."""
     for index in which:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,19 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 from monai.data.utils import correct_nifti_header_if_necessary
-from nibabel.volumeutils import apply_read_scaling
 
 from medseg_supcon.data import (
     in_mm,
     not_a_file,
     one_place,
     promises_too_much,
+    read_voxels,
     two_voxel_sizes,
     unit_of_length,
     unreadable,
 )
 from medseg_supcon.errors import DataError
 from medseg_supcon.inference._grid import Grid, Volume, check_affine, check_values
-
-AT_ONCE = 2**22  # voxels that are scaled together
 
 
 def dimensions(path: Path) -> tuple[int, ...]:
@@ -91,7 +88,7 @@ def _read_one(file: Path) -> Volume:
             )
         if (problem := promises_too_much(file, image)) is not None:
             raise DataError(problem)
-        data = check_values(_voxels(image, file), file)
+        data = check_values(read_voxels(image, file), file)
         channels = extra[0] if extra else 1
         grid, warnings = _grid(image, shape if channels == 1 else shape[:3], file)
         affine = _affine_of_model(image, file)
@@ -103,32 +100,6 @@ def _read_one(file: Path) -> Volume:
     data = np.moveaxis(data.reshape((*shape[:3], channels), order="F"), -1, 0)
     affine = in_mm(check_affine(affine, file), unit_of_length(grid.header))
     return Volume(data, grid, affine, warnings)
-
-
-def _voxels(image: Any, file: Path) -> npt.NDArray[Any]:
-    """The voxels, scaled. A packed file is read to its end: gzip's checksum stands there."""
-    if not file.name.lower().endswith(".gz"):
-        return _scaled(image.dataobj)
-    with gzip.open(file) as stream:
-        holder = nibabel.FileHolder(fileobj=stream)
-        voxels = _scaled(type(image).from_file_map({"image": holder}).dataobj)
-        while stream.read(AT_ONCE):
-            pass
-    return voxels
-
-
-def _scaled(stored: Any) -> npt.NDArray[Any]:
-    """The values of nibabel's array proxy, which are float64: never all of them at once."""
-    values: npt.NDArray[Any] = stored.get_unscaled()
-    if (stored.slope, stored.inter) == (1, 0) or values.dtype.kind not in "iuf":
-        return np.asanyarray(values)
-    flat, out = values.ravel(order="F"), np.empty(values.size, dtype=np.float32)
-    slope, inter = np.float64(stored.slope), np.float64(stored.inter)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by who reads it
-        for start in range(0, flat.size, AT_ONCE):
-            part = slice(start, start + AT_ONCE)
-            out[part] = apply_read_scaling(flat[part], slope, inter)
-    return out.reshape(values.shape, order="F")
 
 
 def _grid(image: Any, shape: tuple[int, ...], file: Path) -> tuple[Grid, list[str]]:

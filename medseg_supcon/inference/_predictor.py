@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from medseg_supcon.data import label_type
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.inference._collect import add, add_inverse, label
 from medseg_supcon.inference._folder import predict_folder
 from medseg_supcon.inference._grid import Grid
 from medseg_supcon.inference._heap import keep_freed_memory
-from medseg_supcon.inference._mask import keep_largest, label_type
+from medseg_supcon.inference._mask import keep_largest
 from medseg_supcon.inference._memory import attempts
 from medseg_supcon.inference._model import Model, load_model
 from medseg_supcon.inference._network import network_outputs
@@ -179,7 +180,7 @@ class Predictor:
         keep_largest(classes, keep)
         if not classes.any():
             warnings.append("no label was found: the mask is empty")
-        values = np.array(list(self.labels.values()), dtype=label_type(list(self.labels.values())))
+        values = np.array(list(self.labels.values()), dtype=label_type(self.labels.values()))
         seconds = prepared.seconds + time.perf_counter() - started
         return Prediction(prepared.name, values[classes], scores, prepared.grid, seconds, warnings)
 

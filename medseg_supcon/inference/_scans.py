@@ -10,30 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from medseg_supcon.data import not_a_file
+from medseg_supcon.data import NIFTI_ENDINGS, not_a_file
 from medseg_supcon.inference._channels import group_channels
 from medseg_supcon.inference._dicom import is_one_of_many, series_in
-from medseg_supcon.inference._dicom_header import looks_like_dicom
+from medseg_supcon.inference._dicom_header import ENDINGS, looks_like_dicom
+from medseg_supcon.inference._itk import READERS
 
-NIFTI = (".nii.gz", ".nii")
-ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
 # Scans that are not read: in a folder they are refused by name, while notes and tables are passed over.
 FOREIGN = (
-    *(
-        ".hdr",
-        ".mgh",
-        ".mgz",
-        ".mnc",
-        ".par",
-        ".head",
-        ".gipl",
-        ".nii.bz2",
-        ".nii.xz",
-        ".nii.zst",
-        ".nii.zip",
-    ),
-    *(".mha.gz", ".nrrd.gz", ".dcm.gz", ".gipl.gz"),
-)
+    ".hdr", ".mgh", ".mgz", ".mnc", ".par", ".head", ".gipl", ".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip",
+    ".mha.gz", ".nrrd.gz", ".dcm.gz", ".gipl.gz",
+)  # fmt: skip
 FORMATS = "NIfTI (.nii, .nii.gz), MetaImage (.mha, .mhd), NRRD (.nrrd) or a DICOM series folder"
 
 Kind = Literal["nifti", "itk", "dicom"]
@@ -94,7 +81,7 @@ def find_scans(paths: Iterable[str | Path], channels: int | Sequence[str] = 1) -
 
 def scan_name(path: Path) -> str:
     """The file's name without its ending: ``a.b.nii.gz`` -> ``a.b``."""
-    for ending in (*NIFTI, *ITK, ".dcm", ".ima"):
+    for ending in (*NIFTI_ENDINGS, *READERS, *ENDINGS):
         if path.name.lower().endswith(ending) and len(path.name) > len(ending):
             return path.name[: -len(ending)]
     return path.name
@@ -102,9 +89,9 @@ def scan_name(path: Path) -> str:
 
 def _kind(path: Path) -> Kind | None:
     name = path.name.lower()
-    if name.endswith(NIFTI):
+    if name.endswith(NIFTI_ENDINGS):
         return "nifti"
-    if name.endswith(ITK):
+    if name.endswith(tuple(READERS)):
         return "itk"
     return "dicom" if looks_like_dicom(path) else None
 
@@ -144,7 +131,7 @@ def _scans_in(folder: Path) -> list[Scan]:
         kind = _kind(path) if not path.is_dir() else None
         if kind in ("nifti", "itk"):
             scans.append(Scan(scan_name(path), (path,), kind))
-        elif path.is_dir() and path.name.lower().endswith((*NIFTI, *ITK)):
+        elif path.is_dir() and path.name.lower().endswith((*NIFTI_ENDINGS, *READERS)):
             scans.append(
                 _refused(scan_name(path), path, "is a folder, expected a file. Give the files in it.")
             )
@@ -188,7 +175,9 @@ def _holds_files(folder: Path) -> bool:
     """Whether a folder holds scans that are no DICOM."""
     try:
         return any(
-            path.name.lower().endswith((*NIFTI, *ITK)) and not path.name.startswith(".") and path.is_file()
+            path.name.lower().endswith((*NIFTI_ENDINGS, *READERS))
+            and not path.name.startswith(".")
+            and path.is_file()
             for path in folder.iterdir()
         )
     except OSError:

@@ -19,8 +19,11 @@ from medseg_supcon.errors import RunError
 PER_CHANNEL = ("SplitDimd", "ConcatItemsd", "DeleteItemsd")  # how a plan normalises channels one by one
 # `Predictor` does not evaluate these (network_json: not where there is a plan), so a run may set them.
 FREE = ("bundle_root", "dataset_dir", "output_dir", "device", "amp", "network_json")
-# SHA-256 of what inference.yaml said in runs made before it carried network_json
-EARLIER = ("d0b2ed0a1e4b1b85abe9ea955533e570102278886758eec4d41801a7eeaf6ef3",)
+# SHA-256 of what inference.yaml said in earlier runs: before it carried network_json, before a mask with -1 took int8
+EARLIER = (
+    "d0b2ed0a1e4b1b85abe9ea955533e570102278886758eec4d41801a7eeaf6ef3",
+    "9fda9de53e142bf3807a5af41a5b4a7dfb8a8be43d559c321dede56335f66cbb",
+)
 
 
 def is_shipped_config(config: Path) -> bool:

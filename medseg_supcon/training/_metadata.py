@@ -8,9 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from monai.bundle import ConfigParser
 
 from medseg_supcon import __version__
+from medseg_supcon.data import label_type
 from medseg_supcon.errors import RunError
 from medseg_supcon.networks import size_divisor
 
@@ -35,6 +36,11 @@ KEPT = (
     "references",
 )
 METRICS = ("dice", "hd95_mm", "surface_dice")
+LOSSES = {  # of train.yaml's loss, in words
+    "DiceSupConLoss": "Dice, cross-entropy and a supervised contrastive loss per voxel",
+    "SemiSupervisedLoss": "Dice, cross-entropy and a contrastive loss per voxel, with pseudo-labels of unlabelled scans,",
+    "StagedLoss": "a contrastive loss per voxel, then cross-entropy, then Dice and cross-entropy,",
+}
 INTENDED_USE = (
     "Research. Not a medical device: not cleared or certified for diagnosis or treatment. Masks need the "
     "check of a qualified person."
@@ -67,8 +73,8 @@ def metadata_of(run: Path, metrics: Mapping[str, Any] | None = None) -> dict[str
         "task": f"Segmentation of {structures} in 3-D {modality} scans",
         "description": (
             f"Gives every voxel of a 3-D scan ({modality}) one of {len(plan['labels'])} classes "
-            f"({', '.join(plan['labels'])}). Trained on {plan['name']} with Dice, cross-entropy and a "
-            "supervised contrastive loss per voxel on two augmented views of each scan."
+            f"({', '.join(plan['labels'])}). Trained on {plan['name']} with {loss_in_words(train_config(run))} on two "
+            "augmented views of each scan."
         ),
         "authors": "the person who trained this run",
         "copyright": "Apache License 2.0, see LICENSE; the training data has its own terms",
@@ -85,6 +91,24 @@ def metadata_of(run: Path, metrics: Mapping[str, Any] | None = None) -> dict[str
         "network_data_format": _data_format(plan),
     }
     return fresh | {key: earlier[key] for key in KEPT if key in earlier}
+
+
+def train_config(run: Path) -> dict[str, Any]:
+    """``train.yaml`` as it stands; empty where there is none."""
+    path = run / "configs" / "train.yaml"
+    return dict(ConfigParser.load_config_file(str(path))) if path.is_file() else {}
+
+
+def loss_in_words(config: Mapping[str, Any]) -> str:
+    """What ``train.yaml`` trains with.
+
+    >>> loss_in_words({"loss": {"_target_": "medseg_supcon.losses.DiceSupConLoss"}, "contrast_weight": 0.0})
+    'Dice and cross-entropy'
+    """
+    name = str(config.get("loss", {}).get("_target_", "DiceSupConLoss")).rpartition(".")[2]
+    if name == "DiceSupConLoss" and config.get("contrast_weight") == 0:
+        return "Dice and cross-entropy"
+    return LOSSES.get(name, name)
 
 
 def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -144,20 +168,13 @@ def _data_format(plan: Mapping[str, Any]) -> dict[str, Any]:
                 "format": "segmentation",
                 "num_channels": 1,
                 "spatial_shape": ["*", "*", "*"],
-                "dtype": _mask_dtype(values),
+                "dtype": str(label_type(values)),
                 "value_range": [min(values), max(values)],
                 "is_patch_data": False,
                 "channel_def": {"0": "label values"},
             }
         },
     }
-
-
-def _mask_dtype(values: Sequence[float]) -> str:
-    """The smallest type that holds the label values, as inference.yaml writes them."""
-    if any(value != int(value) for value in values):
-        return "float32"
-    return str(np.result_type(*[np.min_scalar_type(int(value)) for value in values]))
 
 
 def _spatial_shape(plan: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.bundle import ConfigParser
 from monai.transforms import MapLabelValued
 
 from medseg_supcon.data import (
@@ -16,6 +17,7 @@ from medseg_supcon.data import (
     class_indices,
     items,
     label_mapping,
+    label_type,
     load_items,
     read_dataset,
     split_cases,
@@ -108,6 +110,32 @@ def test_class_indices_agree_with_a_loop(data):
     assert counts == {float(v): int((label == v).sum()) for v in np.unique(label)}
     if float(label.max()).is_integer() and not (label % 1).any():
         assert np.array_equal(class_indices(label.astype(np.int32), plan), found)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([0, 4, 255], "uint8"),
+        ([-1, 0, 127], "int8"),
+        ([-128, 0], "int8"),
+        ([-1, 0, 128], "int16"),
+        ([0, 256], "uint16"),
+        ([0.0, 70000.0], "uint32"),
+        ([-1, 70000], "int32"),
+        ([0, 1.5], "float32"),
+        ([0.5, 70000], "float32"),
+    ],
+)
+def test_a_mask_takes_the_smallest_type_that_holds_its_labels(values, kind):
+    """In Python, and by the very expression of the bundle."""
+    assert label_type(values) == np.dtype(kind)
+    config = Path(__file__).parents[2] / "bundles" / "segmentation" / "configs" / "inference.yaml"
+    expressions = [
+        line.split("dtype: ", 1)[1] for line in config.read_text().splitlines() if "min_scalar_type" in line
+    ]
+    (expression,) = map(json.loads, expressions)
+    parser = ConfigParser({"label_values": values, "dtype": expression})
+    assert np.dtype(parser.get_parsed_content("dtype")) == np.dtype(kind)
 
 
 def test_unsigned_values_of_a_wide_range_and_an_ignore_label_below_zero():

@@ -15,8 +15,9 @@ import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 from toy_runs import blobs, save_nifti
 
+from medseg_supcon.data import _volume
 from medseg_supcon.errors import DataError
-from medseg_supcon.inference import Predictor, _nifti, find_scans
+from medseg_supcon.inference import Predictor, find_scans
 from medseg_supcon.inference._read import read_scan
 
 QFORM = slice(252, 280)  # bytes of a NIfTI-1 header: codes, quaternion, offset, srow
@@ -175,7 +176,7 @@ def test_a_scaled_scan_is_never_float64_as_a_whole(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scaled a few voxels at a time, to the very values that scaling all of them in float64 gives."""
-    monkeypatch.setattr(_nifti, "AT_ONCE", 1000)
+    monkeypatch.setattr(_volume, "SLAB", 1000)
     stored = np.random.default_rng(0).integers(-3000, 3000, (40, 50, 60)).astype(np.int16)
     plain = edited(save_nifti(tmp_path / "plain.nii", stored), {112: struct.pack("<2f", 0.37, -11.3)})
     scan = tmp_path / name

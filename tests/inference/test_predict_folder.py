@@ -17,7 +17,7 @@ import torch
 from toy_runs import blobs, plan_of, save_nifti, threshold_weights
 
 from medseg_supcon.errors import DataError, RunError
-from medseg_supcon.inference import Predictor, _mask
+from medseg_supcon.inference import Predictor
 
 
 @pytest.fixture
@@ -296,23 +296,6 @@ def test_written_files_are_reproducible(threshold_run: Path, scans: Path, tmp_pa
     for out in ("x", "y"):
         predictor.run([scans], tmp_path / out)
     assert (tmp_path / "x" / "s0.nii.gz").read_bytes() == (tmp_path / "y" / "s0.nii.gz").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("values", "kind"),
-    [
-        ([0, 4, 255], "uint8"),
-        ([-1, 0, 127], "int8"),
-        ([-1, 0, 128], "int16"),
-        ([0, 256], "uint16"),
-        ([0.0, 70000.0], "uint32"),
-        ([-1, 70000], "int32"),
-        ([0, 1.5], "float32"),
-        ([0.5, 70000], "float32"),
-    ],
-)
-def test_a_mask_takes_the_smallest_type_that_holds_its_labels(values: list[float], kind: str) -> None:
-    assert _mask.label_type(values) == np.dtype(kind)
 
 
 def test_a_mask_of_another_scan_is_not_taken_for_finished(

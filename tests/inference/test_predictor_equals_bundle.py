@@ -112,7 +112,13 @@ def test_several_channels(make_run: Callable[..., Path], tmp_path: Path, intensi
 def test_label_values(make_run: Callable[..., Path], tmp_path: Path) -> None:
     """Negative, large and fractional values of label files come back, in the smallest type for them."""
     save_nifti(tmp_path / "scans" / "a.nii.gz", blobs((12, 12, 12)))
-    kinds = {(0, -3, 200): np.int16, (0, 1, 300): np.uint16, (0, 1, 2.5): np.float32, (0, 1, 2): np.uint8}
+    kinds = {
+        (0, -3, 2): np.int8,
+        (0, -3, 200): np.int16,
+        (0, 1, 300): np.uint16,
+        (0, 1, 2.5): np.float32,
+        (0, 1, 2): np.uint8,
+    }
     for number, (values, kind) in enumerate(kinds.items()):
         labels = dict(zip(("background", "organ", "lesion"), values, strict=True))
         run = make_run(f"run{number}", weights=threshold_weights(), labels=labels)

@@ -114,6 +114,24 @@ def test_a_run_may_say_where_its_data_is(make_run: Callable[..., Path]) -> None:
     Predictor(run, device="cpu")
 
 
+def test_a_run_of_an_earlier_version_needs_no_trust(make_run: Callable[..., Path]) -> None:
+    """Its config says what the shipped one said before masks with -1 took int8."""
+    run = make_run()
+    config = run / "configs" / "inference.yaml"
+    before = (
+        '      dtype: "$np.result_type(*[np.min_scalar_type(int(v)) if v == int(v) else np.float32 for v in '
+        '@label_values])"'
+    )
+    lines = config.read_text().splitlines()
+    earlier = [before if "min_scalar_type" in line else line for line in lines]
+    assert earlier != lines
+    config.write_text("\n".join(earlier))
+    Predictor(run, device="cpu")
+    config.write_text("\n".join(earlier).replace("np.float32 for v", "np.float64 for v"))
+    with pytest.raises(RunError, match="--trust"):
+        Predictor(run, device="cpu")
+
+
 class Malice:
     """Its pickle runs a command."""
 
