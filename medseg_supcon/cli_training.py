@@ -176,7 +176,8 @@ def _prepare(path: Path, run: Path, request: Request, device: str | None) -> Non
     if request.unlabelled is not None:
         more = read_unlabelled(request.unlabelled, dataset)
         split = replace(split, unlabelled=(*split.unlabelled, *more))
-    chosen = (*split.training, *split.validation, *split.unlabelled)
+    # a scan that trains and validates is looked at once
+    chosen = tuple(dict.fromkeys((*split.training, *split.validation, *split.unlabelled)))
     _refuse_errors(replace(dataset, cases=chosen), path, request.allow_affine_mismatch, request.unlabelled)
     result = prepare_run(
         dataset,
@@ -220,4 +221,4 @@ def _planned_cases(run: Path, dataset: Any) -> Any:
             images = [item["image"]] if isinstance(item["image"], str) else item["image"]
             label = Path(item["label"]) if item.get("label") else None
             found.append(Case(str(item.get("name", images[0])), tuple(map(Path, images)), label))
-    return replace(dataset, cases=tuple(found))
+    return replace(dataset, cases=tuple(dict.fromkeys(found)))

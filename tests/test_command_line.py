@@ -95,6 +95,17 @@ def test_a_clean_data_set_passes(medseg, phantoms):
     assert medseg("check", phantoms)[0] == 0
 
 
+def test_where_all_labelled_scans_train_each_is_checked_once(medseg, phantoms, tmp_path):
+    run = tmp_path / "run"
+    words = ("--labels", 3, "--validation", 0)
+    code, shown, error = medseg("plan", phantoms, "--out", run, *words)
+    assert code == 0 and "3 to train on" in shown + error and "same voxels" not in error
+    lists = json.loads((run / "configs" / "datalist.json").read_text())
+    assert len(lists["training"]) == 3 and lists["validation"] == lists["training"]
+    code, _, error = medseg("train", phantoms, "--out", run, "--validation", 0.2)
+    assert code == 2 and "--validation would be ignored" in error
+
+
 def test_a_trained_run_is_not_overwritten(medseg, trained_run, phantoms):
     before = (trained_run / "models" / "model.pt").read_bytes()
     code, _, error = medseg("train", phantoms, "--out", trained_run)
