@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Mapping
+from math import isfinite
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from monai.bundle import ConfigParser
 
 from medseg_supcon import __version__
-from medseg_supcon.training._metadata import read_json
+from medseg_supcon.training._metadata import loss_in_words, read_json, train_config
 from medseg_supcon.training._recipes import shared_folder
 
 TEMPLATE = "segmentation/docs/README.md.j2"
@@ -25,14 +27,15 @@ def model_card(run: Path) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     plan = read_json(run / "configs" / "plan.json")
-    metrics = _optional_json(run / "eval" / "metrics.json")
+    config, metrics = train_config(run), _optional_json(run / "eval" / "metrics.json")
     cases = _optional_json(run / "configs" / "datalist.json")
     return environment.from_string(text).render(
         plan=plan,
         version=__version__,
         cases={name: len(items) for name, items in cases.items()},
         seen=sum(item in cases["training"] for item in cases.get("validation", ())),
-        recipe=_recipe(run),
+        recipe=_recipe(config),
+        loss=loss_in_words(config),
         network=_network_name(plan["network_def"]),
         parameters=_parameters(plan["network_def"]),
         history=_history(run / "logs" / "history.csv"),
@@ -45,10 +48,8 @@ def _optional_json(path: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.is_file() else {}
 
 
-def _recipe(run: Path) -> dict[str, Any]:
+def _recipe(config: Mapping[str, Any]) -> dict[str, Any]:
     """Plain values of train.yaml that a reader of the card asks for; expressions are left out."""
-    path = run / "configs" / "train.yaml"
-    config = ConfigParser.load_config_file(str(path)) if path.is_file() else {}
     wanted = ("recipe", "seed", "learning_rate", "contrast_weight", "temperature", "contrast_samples")
     return {k: config[k] for k in wanted if k in config and not str(config[k]).startswith(("$", "@"))}
 
@@ -74,7 +75,7 @@ def _history(path: Path) -> dict[str, Any]:
     if not rows:
         return {}
     validated = [(float(r["val_mean_dice"]), int(r["epoch"])) for r in rows if r.get("val_mean_dice")]
-    dice, epoch = max(validated, default=(None, None), key=lambda pair: pair[0] or 0.0)
+    dice, epoch = max((v for v in validated if isfinite(v[0])), default=(None, None), key=itemgetter(0))
     return {
         "epochs": int(rows[-1]["epoch"]),
         "steps": int(rows[-1]["step"]),

@@ -142,9 +142,9 @@ def prepare_run(
 
 def refresh_documents(run: Path) -> None:
     """Write what follows from the rest of the run: the network in the configs, JSON twins, metadata, model card."""
-    write_metadata(run)
     write_network(run)
     write_twins(run)
+    write_metadata(run)
     write_model_card(run)
 
 

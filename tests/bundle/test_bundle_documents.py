@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from monai.bundle.workflows import _apply_logging_file
 
 from medseg_supcon.errors import ConfigError, RunError
+from medseg_supcon.training import read_recipe
 from medseg_supcon.training._bundle_docs import write_metadata, write_model_card, write_twins
 from medseg_supcon.training._metadata import SCHEMA, scores, value_range
+from medseg_supcon.training._overlay import dump_commented, load_commented, merge
 
 REQUIREMENTS = Path(__file__).with_name("metadata_requirements.json")
 
@@ -126,6 +128,31 @@ def test_card_of_a_trained_run_gives_its_figures(trained_run: Path) -> None:
         assert words in card
     assert "None yet" not in card
     assert "{{" not in card and "{%" not in card
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ("joint", "with Dice, cross-entropy and a supervised contrastive loss"),
+        ("dice_ce", "with Dice and cross-entropy on two"),
+        ("semi", "pseudo-labels"),
+        ("two_stage", "then cross-entropy, then Dice"),
+    ],
+)
+def test_what_is_said_of_the_loss_is_the_recipes(
+    planned_run: Callable[..., Path], recipe: str, says: str
+) -> None:
+    run = planned_run()
+    (run / "configs" / "metadata.json").unlink()
+    tree = load_commented(run / "configs" / "train.yaml")
+    merge(tree, read_recipe(recipe), "train.yaml")
+    (run / "configs" / "train.yaml").write_text(dump_commented(tree))
+    write_model_card(run)
+    card = (run / "docs" / "README.md").read_text()
+    loss = next(line for line in card.splitlines() if line.startswith("- Loss: "))
+    for text in (metadata(run)["description"], f"with {loss.removeprefix('- Loss: ')}"):
+        assert says in text
+        assert ("contrast" in text) == (recipe != "dice_ce")
 
 
 def test_card_of_an_untrained_run_says_so(planned_run: Callable[..., Path]) -> None:
