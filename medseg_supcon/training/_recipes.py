@@ -1,4 +1,4 @@
-"""Where the bundle template and the recipes lie, in a checkout and in an installed wheel."""
+"""Recipes, and where they and the bundle template lie, in a checkout and in an installed wheel."""
 
 from __future__ import annotations
 
@@ -64,18 +64,17 @@ def _read(name: str, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def describe_recipe(name: str | Path) -> str:
-    """The first sentence of a recipe's first comment: what it is. Empty where there is none.
+    """The first sentence of a recipe's first comment, without its name: what it is. Empty where there is none.
 
     >>> describe_recipe("dice_ce").split(",")[0]
     'Dice + cross-entropy alone'
     """
-    comment = []
-    for line in _file_of(name).read_text().splitlines():
+    path, comment = _file_of(name), []
+    for line in path.read_text().splitlines():
         if not line.startswith("# "):
             break
         comment.append(line[2:].strip())
-    sentence = re.split(r"(?<=[.!?])\s", " ".join(comment))[0]
-    return sentence.partition(": ")[2] or sentence
+    return re.split(r"(?<=[.!?])\s", " ".join(comment).removeprefix(f"{path.stem}: "))[0]
 
 
 def _file_of(name: str | Path) -> Path:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from medseg_supcon.errors import ConfigError
-from medseg_supcon.training import read_recipe
+from medseg_supcon.training import describe_recipe, read_recipe
 
 
 def write(folder, **recipes):
@@ -34,6 +34,18 @@ def test_numbers_are_numbers_however_they_are_written(tmp_path):
     recipe = read_recipe(write(tmp_path, a=text)["a"])
     optimizer = {"_target_": "torch.optim.SGD", "betas": [0.9, 0.5], "name": "1e-x"}
     assert recipe == {"learning_rate": 0.001, "optimizer": optimizer}
+
+
+@pytest.mark.parametrize(
+    ("comment", "says"),
+    [
+        ("# mine: Contrast late: less\n# noise. More text.\n", "Contrast late: less noise."),
+        ("# Contrast late: less noise\n", "Contrast late: less noise"),
+        ("", ""),
+    ],
+)
+def test_a_recipe_describes_itself(tmp_path, comment, says):
+    assert describe_recipe(write(tmp_path, mine=comment + "seed: 1\n")["mine"]) == says
 
 
 @pytest.mark.parametrize(
