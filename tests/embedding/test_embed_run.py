@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from monai.bundle import ConfigWorkflow
 from torch import nn
 
 from medseg_supcon import cli
@@ -52,15 +53,26 @@ def test_a_voxel_is_seen_with_its_surroundings():
         )
 
 
-def test_before_is_what_the_seed_makes_and_after_what_training_left(trained_run):
-    first, second = (networks_of(trained_run, torch.device("cpu")) for _ in range(2))
+def test_before_is_what_training_began_from_and_after_what_it_left(trained_run):
+    training = ConfigWorkflow(
+        str(trained_run / "configs" / "train.yaml"),
+        workflow_type="train",
+        logging_file=False,
+        bundle_root=str(trained_run),
+        device="cpu",
+    )
+    training.initialize()
+    training.parser.get_parsed_content("train::trainer")
+    begun, head = (training.parser.get_parsed_content(key).state_dict() for key in ("network", "projection"))
+    networks, (heads, note) = networks_of(trained_run, torch.device("cpu")), heads_of(trained_run)
     shipped = torch.load(trained_run / "models" / "model.pt", weights_only=True)
-    for key, value in shipped.items():
-        assert torch.equal(first[AFTER].network.state_dict()[key], value)
-        assert torch.equal(first[BEFORE].network.state_dict()[key], second[BEFORE].network.state_dict()[key])
-    assert any(not torch.equal(first[BEFORE].network.state_dict()[k], v) for k, v in shipped.items())
+    before, after = (networks[when].network.state_dict() for when in (BEFORE, AFTER))
+    assert begun.keys() == before.keys() == shipped.keys()
+    assert all(torch.equal(before[key], value) for key, value in begun.items())
+    assert all(torch.equal(after[key], value) for key, value in shipped.items())
+    assert any(not torch.equal(before[key], value) for key, value in shipped.items())
+    assert all(torch.equal(heads[BEFORE].state_dict()[key], value) for key, value in head.items())
     saved = torch.load(trained_run / "models" / "checkpoint.pt", weights_only=True)["state"]["loss"]
-    heads, note = heads_of(trained_run)
     assert note == ""
     for key, value in heads[AFTER].state_dict().items():
         assert torch.equal(value, next(v for k, v in saved.items() if k.endswith("projection." + key)))
