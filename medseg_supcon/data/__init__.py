@@ -17,7 +17,7 @@ from medseg_supcon.data._place import (
     shear_degrees,
     unit_of_length,
 )
-from medseg_supcon.data._plan import make_plan, network_definition
+from medseg_supcon.data._plan import make_plan
 from medseg_supcon.data._plan_file import read_plan, validate_plan, write_plan
 from medseg_supcon.data._preprocessing import LabelPreprocessingd, read_preprocessing
 from medseg_supcon.data._report import Finding, Report
@@ -50,7 +50,6 @@ __all__ = [
     "load_items",
     "make_phantoms",
     "make_plan",
-    "network_definition",
     "not_a_file",
     "one_place",
     "promises_too_much",

@@ -16,7 +16,7 @@ from medseg_supcon.data._intensity import intensity_transforms
 from medseg_supcon.errors import DataError
 from medseg_supcon.losses import balanced_class_weights
 
-__all__ = ["make_plan", "network_definition"]
+__all__ = ["make_plan"]
 
 CPU_PATCH_VOXELS = 90_000
 GPU_PATCH_VOXELS = 128**3

@@ -155,7 +155,8 @@ class Predictor:
         ready = [scan for scan in given if isinstance(scan, Scan)]
         if len(ready) < len(given):
             ready += self.find_scans(scan for scan in given if not isinstance(scan, Scan))
-        return predict_folder(self, refuse_equal_names(ready), Path(out), probabilities, overwrite, progress)
+        ready = refuse_equal_names(list(dict.fromkeys(ready)))  # one given twice is one
+        return predict_folder(self, ready, Path(out), probabilities, overwrite, progress)
 
     def prepare(self, scan: Scan) -> Prepared:
         """Reads and preprocesses a scan; touches no GPU, so that it can go on beside `segment`.

@@ -332,6 +332,8 @@ def test_scans_of_one_name_are_refused_however_they_were_found(threshold_run: Pa
         assert [entry["status"] for entry in manifest["scans"]] == ["failed", "failed"]
         assert "Rename one" in manifest["scans"][0]["error"]
     assert files(tmp_path / "out") == {"manifest.json"}
+    twice = [*predictor.find_scans([one]), *predictor.find_scans([one]), one]
+    assert predictor.run(twice, tmp_path / "out")["summary"] == {"done": 1, "skipped": 0, "failed": 0}
 
 
 def test_one_prediction_is_of_one_scan(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
