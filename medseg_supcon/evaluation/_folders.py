@@ -110,7 +110,7 @@ def _values_in(files: Sequence[Path], ignore_label: float | None) -> dict[str, f
         except DataError:
             continue  # reported with its case
     named = sorted(values - {0} - ({ignore_label} if ignore_label is not None else set()))
-    return {"background": 0, **{f"{value:g}": value for value in named}}
+    return {"background": 0, **{f"{value:.12g}": value for value in named}}
 
 
 def _pair(

@@ -113,6 +113,17 @@ def test_an_ignore_label(tmp_path: Path) -> None:
     assert report["summary"]["mean"]["dice"] == 1.0
 
 
+def test_values_of_many_digits_are_classes_of_their_own(tmp_path: Path) -> None:
+    """As the Allen atlas of the mouse brain has."""
+    array = np.zeros((4, 4, 4), dtype=np.int32)
+    array[0], array[1] = 614454277, 614454278
+    for folder in "mr":
+        (tmp_path / folder).mkdir()
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / folder / "a.nii")
+    report = evaluate_folders(tmp_path / "m", tmp_path / "r")
+    assert list(report["summary"]["classes"]) == ["614454277", "614454278"]
+
+
 def row(case: str, dice: float | None, empty: str = "") -> dict[str, Any]:
     score = {
         "case": case,
