@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -92,10 +93,9 @@ def compare(
         own=said.own,
         variants=make_variants(said.variants),
     )
-    used = {c.name for s in design.splits.values() for c in (*s.training, *s.validation)}
+    used = {c.name: c for s in design.splits.values() for c in (*s.unlabelled, *s.validation, *s.training)}
     report = check_dataset(
-        data.select([*used, *(case.name for case in design.test)]),
-        allow_affine_mismatch=allow_affine_mismatch,
+        replace(data, cases=(*used.values(), *design.test)), allow_affine_mismatch=allow_affine_mismatch
     )
     if report.has_errors:
         print_report(report, err)
