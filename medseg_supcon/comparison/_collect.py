@@ -33,7 +33,7 @@ def read_runs(
 ) -> list[Row]:
     """A row per run: what it cost and how it ended.
 
-    ``test_dice`` and ``hd95_mm``: mean over classes; ``training_dice``: the same on the scans trained on, where
+    ``test_dice`` and ``test_hd95_mm``: mean over classes; ``training_dice``: the same on the scans trained on, where
     ``training`` has rows of them; ``validation_dice``, ``loss`` and ``contrastive_loss``: the last epoch that has
     one; ``minutes`` of training, validations included; ``memory_gib``: the peak.
     """

@@ -16,7 +16,7 @@ KEYS = {
     "variants": "a mapping AXIS: {LEVEL: {KEY: VALUE, ...}, ...}",
     "seeds": "a list of whole numbers",
     "labels": "a list of whole numbers, or 'all'",
-    "epochs": "a whole number",
+    "epochs": "a whole number from 1",
     "settings": "a mapping KEY: VALUE",
     "robustness": "true or false",
     "training_score": "true or false",
@@ -87,7 +87,7 @@ def read_comparison(name: str | Path) -> ComparisonConfig:
         None
         if "labels" not in given
         else tuple(None if n == "all" else _whole(n, "labels", path) for n in _list(given, "labels", path)),
-        None if given.get("epochs") is None else _whole(given["epochs"], "epochs", path),
+        None if given.get("epochs") is None else _whole(given["epochs"], "epochs", path, least=1),
         _flag(given, "robustness", path),
         bool(_flag(given, "training_score", path)),
     )
@@ -124,8 +124,8 @@ def _list(given: Mapping[str, Any], key: str, path: Path) -> list[Any]:
     return found
 
 
-def _whole(value: Any, key: str, path: Path) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+def _whole(value: Any, key: str, path: Path, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise _wrong(path, key, repr(value))
     return value
 

@@ -34,12 +34,15 @@ def make_plans(
     """The plan of each budget, made once and kept in ``plans/``; all have the first one's length.
 
     Raises:
-        RunError: a kept plan has another length than ``epochs``.
+        RunError: a kept plan was made of other cases or settings, or has another length than ``epochs``.
     """
     plans: dict[int, dict[str, Any]] = {}
     for labels, split in design.splits.items():
-        path = out / "plans" / f"labels{labels}.json"
-        if not path.exists():
+        path, made_of = (out / folder / f"labels{labels}.json" for folder in ("plans", "jobs/plans"))
+        definition = _plan_definition(design, labels, settings, trust_scan_affine)
+        if path.exists():
+            _check_same(path, made_of, definition)
+        else:
             say(f"Planning for {labels} labelled scans")
             draft = out / ".planning"
             shutil.rmtree(draft, ignore_errors=True)
@@ -48,6 +51,7 @@ def make_plans(
                 epochs=epochs, device=device, trust_scan_affine=trust_scan_affine,
             )  # fmt: skip
             shutil.rmtree(draft)
+            write_text(made_of, json.dumps({"definition": definition}, indent=1) + "\n")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_plan(plan, path)
         plans[labels] = json.loads(path.read_text())
@@ -90,12 +94,6 @@ def prepare_cells(
         definition = _definition(design, cell, plans[cell.labels], settings)
         if is_planned(run):
             _check_same(run, path, definition)
-        else:
-            prepare_run(
-                design.dataset, design.splits[cell.labels], run, recipe=design.files[cell.recipe],
-                settings=[*settings, *own_settings(design, cell)], seed=cell.seed, plan=plans[cell.labels],
-                plan_settings=_own_plan(design, cell, settings),
-            )  # fmt: skip
         job = {
             "run": str(run.resolve()),
             "tests": str((out / "tests" / cell.name).resolve()),
@@ -104,6 +102,12 @@ def prepare_cells(
             "definition": definition,
         }
         write_text(path, json.dumps(job, indent=1) + "\n")
+        if not is_planned(run):
+            prepare_run(
+                design.dataset, design.splits[cell.labels], run, recipe=design.files[cell.recipe],
+                settings=[*settings, *own_settings(design, cell)], seed=cell.seed, plan=plans[cell.labels],
+                plan_settings=_own_plan(design, cell, settings),
+            )  # fmt: skip
         jobs[path] = cell
     return jobs
 
@@ -140,6 +144,19 @@ def unequal_recipes(design: Design) -> list[str]:
 
 def _bare(key: str) -> str:
     return key.removeprefix("plan::")
+
+
+def _plan_definition(design: Design, labels: int, settings: Settings, trust: bool) -> dict[str, Any]:
+    """What the plan of a budget is made of."""
+    split, baseline = design.splits[labels], read_recipe(design.files[design.recipes[0]])
+    mine = [(_bare(key), value) for key, value in (*baseline.items(), *settings) if is_of_plan(key)]
+    definition = {
+        "settings": {key: value for key, value in mine if key != LENGTH},
+        "cases": [case.name for case in (*split.training, *split.unlabelled)],
+        "trust in the scans' affines": trust,
+    }
+    same: dict[str, Any] = json.loads(json.dumps(definition))
+    return same
 
 
 def _definition(design: Design, cell: Cell, plan: dict[str, Any], settings: Settings) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -88,6 +89,8 @@ class _Pool:
             told = lines[-1].removeprefix("medseg: ") if lines else f"see {log}"
         if code in INTERRUPTED:
             raise KeyboardInterrupt
+        if code < 0:  # nothing of its own tells why
+            return f"it was ended by {signal.Signals(-code).name}; perhaps memory ran out"
         return told if code else ""
 
     def stop(self) -> None:
@@ -104,8 +107,8 @@ class _Pool:
             number = int(device.removeprefix("cuda:"))
             environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
             return environment, "cuda"
-        sharing = sum(other == device for other in self.where)
-        if sharing > 1:
+        sharing = self.where.count(device)
+        if device == "cpu" and sharing > 1:
             threads = max(1, torch.get_num_threads() // sharing)
             environment |= dict.fromkeys(THREADS, str(threads))
         return environment, device

@@ -184,6 +184,16 @@ def test_other_settings_are_refused(design, copied):
         again(design, copied, epochs=3)
 
 
+def test_a_plan_of_other_settings_is_not_taken(design, copied):
+    shutil.rmtree(copied / "runs")  # a comparison that was stopped once it was planned
+    other = [*TINY[:1], ("plan::patch_size", [24, 24, 24]), *TINY[2:]]
+    with pytest.raises(RunError, match=r"labels2\.json was prepared with other settings"):
+        again(design, copied, settings=other)
+    with pytest.raises(RunError, match="other trust in the scans' affines"):
+        again(design, copied, trust_scan_affine=True)
+    assert not (copied / "runs").exists()
+
+
 def test_a_strange_folder_is_refused(design, tmp_path):
     (tmp_path / "thesis.txt").write_text("")
     with pytest.raises(RunError, match="holds no comparison"):
@@ -220,6 +230,15 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path):
     )
     assert set(found) == {"a", "b"}
     assert all(str(tmp_path) in text and "plan" in text for text in found.values()), found  # a sentence
+
+
+def test_a_run_that_is_killed_says_so(tmp_path, monkeypatch):
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    for log in (None, tmp_path / "log"):
+        said = _workers._Pool(["cpu"]).run(tmp_path / "job.json", "cpu", log)
+        assert "ended by SIGKILL" in said and "memory" in said
 
 
 def test_killed_side_by_side_and_resumed(compared, phantoms, design, copied):
@@ -264,10 +283,27 @@ def test_workers_share_threads_and_memory(monkeypatch, trained_run):
     assert (here["OMP_NUM_THREADS"], name) == ("2", "cpu")
     alone, _ = _workers._Pool(["cpu"])._environment("cpu")
     assert alone.get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
+    together, _ = _workers._Pool(["cuda", "cuda"])._environment("cuda")
+    assert together.get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
     gpu, name = _workers._Pool(["cuda:0", "cuda:1"])._environment("cuda:1")
     assert (gpu["CUDA_VISIBLE_DEVICES"], name) == ("6", "cuda")
     assert _cell._memory_share(trained_run, 1) == {}
     assert eval(_cell._memory_share(trained_run, 4)["memory_share"].removeprefix("$")) == pytest.approx(0.1)
+
+
+def test_unlabelled_scans_are_looked_at_too(medseg, phantoms, tmp_path):
+    data = shutil.copytree(phantoms, tmp_path / "data")
+    files = sorted((data / "imagesTr").glob("*.nii.gz"))
+    test, *others = [file.name.removesuffix(".nii.gz") for file in files]
+    (tmp_path / "test.txt").write_text(test)
+    options = ("--recipes", "dice_ce,semi", "--labels", 2, "--test-cases", tmp_path / "test.txt")
+    split = design_comparison(read_dataset(data), ["dice_ce", "semi"], [0], [2], test_cases=[test]).splits[2]
+    broken = split.unlabelled[0].name
+    assert broken in others
+    (data / "imagesTr" / f"{broken}.nii.gz").write_bytes(b"no scan")
+    code, _, error = medseg("compare", data, "--out", tmp_path / "out", *options)
+    assert code == 2 and broken in error and "medseg check" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_devices(monkeypatch):

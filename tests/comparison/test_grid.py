@@ -252,6 +252,7 @@ def test_a_plain_list_and_defaults(tmp_path):
         ({"seeds": []}, "seeds must be"),
         ({"labels": [2.5]}, "labels must be"),
         ({"epochs": "many"}, "epochs must be"),
+        ({"epochs": 0}, "epochs must be"),
         ({"robustness": "maybe"}, "robustness must be"),
         ({"variants": {"a": ["x", "y"]}}, "variants must be"),
         ({"variants": ["a"]}, "variants must be"),
