@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ def dress(axis: Any, title: str, below: str) -> None:
     axis.grid(color=GRID, linewidth=0.7)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def dress_epochs(axis: Any, title: str, epochs: Sequence[int]) -> None:
+    """As `dress`, over all epochs of a training, however few of them have a value; the marks are whole epochs."""
+    from matplotlib.ticker import MaxNLocator
+
+    dress(axis, title, "epoch")
+    axis.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def save(figure: Any, path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from medseg_supcon.evaluation._canvas import INK, color_of, dress, new_figure, save
+from medseg_supcon.evaluation._canvas import INK, color_of, dress, dress_epochs, new_figure, save
 from medseg_supcon.evaluation._comparison import MEAN
 
 Row = Mapping[str, Any]
@@ -118,10 +118,11 @@ def robustness_figure(robustness: Sequence[Row], recipes: Sequence[str], path: P
 
 def learning_figure(histories: Histories, recipes: Sequence[str], path: Path) -> None:
     """Loss, contrastive loss and validation Dice by epoch at the largest budget; thin: each run, bold: their mean."""
-    from matplotlib.ticker import MaxNLocator
-
     budget = max(labels for _, labels, _ in histories.values())
     colors = recipe_colors(recipes)
+    trained = [
+        int(row["epoch"]) for _, labels, rows in histories.values() if labels == budget for row in rows
+    ]
     panels = [
         ("loss", "Training loss"),
         ("contrastive", "Contrastive loss"),
@@ -137,8 +138,7 @@ def learning_figure(histories: Histories, recipes: Sequence[str], path: Path) ->
             axis.plot(
                 epochs, mean, color=color, linewidth=2.0, marker="." if len(epochs) < 3 else "", label=recipe
             )
-        dress(axis, title, "epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        dress_epochs(axis, title, trained)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=9, frameon=False, loc="outside lower center", ncols=5)
     save(figure, path)

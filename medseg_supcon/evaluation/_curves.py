@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_supcon.errors import RunError
-from medseg_supcon.evaluation._canvas import INK, color_of, dress, new_figure, save
+from medseg_supcon.evaluation._canvas import INK, color_of, dress_epochs, new_figure, save
 
 MEAN, PER_CLASS = "val_mean_dice", "val_dice_"
 NO_LOSS = ("epoch", "step", "seconds", "learning_rate", "stage", "confident")
@@ -28,8 +28,6 @@ def curves_figure(history: str | Path | History, path: str | Path) -> None:
     Raises:
         RunError: the history is missing or has no epoch.
     """
-    from matplotlib.ticker import MaxNLocator
-
     columns = history if isinstance(history, Mapping) else _read(Path(history))
     epochs = [int(float(e)) for e in columns.get("epoch", [])]
     if not epochs:
@@ -53,9 +51,7 @@ def curves_figure(history: str | Path | History, path: str | Path) -> None:
         right.plot(x, y, label="mean", color=INK, marker=".", linewidth=2.0)
     right.set_ylim(0, 1)
     for axis, title in ((left, "Training loss"), (right, "Validation Dice")):
-        dress(axis, title, "epoch")
-        axis.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        dress_epochs(axis, title, epochs)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, frameon=False)
     save(figure, Path(path))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.evaluation._canvas import INK, dress, new_figure, save
+from medseg_supcon.evaluation._canvas import INK, dress, dress_epochs, new_figure, save
 from medseg_supcon.evaluation._compare_figures import COLORS, MARKERS, mean_curve, recipe_colors
 
 Row = Mapping[str, Any]
@@ -72,9 +72,9 @@ def grid_curves_figure(
         path: the PNG.
     """
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
 
     budget = max(row["labels"] for row in curves)
+    trained = [int(row["epoch"]) for r in curves if r["labels"] == budget for row in r["history"]]
     first, *others = variants[0]["levels"]
     columns = list(dict.fromkeys(v["levels"][first] for v in variants)) if others else [first]
     groups = list(dict.fromkeys(", ".join(_rest(v, others or [first])) for v in variants))
@@ -89,13 +89,13 @@ def grid_curves_figure(
             runs = [r["history"] for r in curves if (r["variant"], r["recipe"], r["labels"]) == key]
             for axis, (name, _) in zip(axes[:, column], PANELS, strict=True):
                 x, y = mean_curve(runs, name)
-                axis.plot(x, y, line, color=COLORS[group % len(COLORS)], linewidth=1.6)
+                marker = "." if len(x) < 3 else ""  # a line alone does not show a single point
+                axis.plot(x, y, line, marker=marker, color=COLORS[group % len(COLORS)], linewidth=1.6)
     for row, (_, title) in zip(axes, PANELS, strict=True):
         for axis, level in zip(row, columns, strict=True):
-            dress(axis, f"{level}: {title}" if others else title, "")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in axes[1]:
-        axis.set_xlabel("epoch", fontsize=9, color=INK)
+            dress_epochs(axis, f"{level}: {title}" if others else title, trained)
+    for axis in axes[0]:
+        axis.set_xlabel("")
     handles: list[Any] = [
         Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=name)
         for i, name in enumerate(groups)
