@@ -131,9 +131,9 @@ def read_selected(path: Path, cases: Path | None) -> Any:
 
 def _go_on(dataset: Path, run: Path, request: Request, resume: bool) -> None:
     """A planned folder is trained as it is: say so where something else was asked for."""
-    from monai.bundle import ConfigParser
+    from medseg_supcon.training import read_config
 
-    planned = Path(ConfigParser.load_config_file(str(run / "configs" / "train.yaml"))["dataset_dir"])
+    planned = Path(read_config(run / "configs" / "train.yaml")["dataset_dir"])
     data = read_selected(dataset, None)
     root = data.root.resolve()
     if root != planned.resolve():
@@ -210,11 +210,10 @@ def _refuse_errors(dataset: Any, path: Path, allow_affine_mismatch: bool, unlabe
 
 def _planned_cases(run: Path, dataset: Any) -> Any:
     """The data set with the cases that a run's data list names, wherever they lie."""
-    from monai.bundle import ConfigParser
-
     from medseg_supcon.data import Case, load_items
+    from medseg_supcon.training import read_config
 
-    lists = ConfigParser.load_config_file(str(run / "configs" / "datalist.json"))
+    lists = read_config(run / "configs" / "datalist.json")
     found = []
     for entries in filter(None, lists.values()):
         for item in load_items(entries, dataset.root):

@@ -222,6 +222,23 @@ def test_length_set_by_key_is_the_plans(planned):
 
 
 @pytest.mark.parametrize(
+    ("name", "says"), [("train.yaml", "not valid YAML"), ("datalist.json", "not valid JSON")]
+)
+def test_a_config_edited_wrongly_is_a_sentence(medseg, phantoms, planned, name, says):
+    path = planned / "configs" / name
+    path.write_text(path.read_text() + "a: [\n")
+    code, _, error = medseg("train", phantoms, "--out", planned)
+    assert code == 2 and f"{path} is {says}" in error and "line" in error
+
+
+def test_an_evaluation_edited_wrongly_is_a_sentence(medseg, phantoms, trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    (run / "configs" / "evaluate.yaml").write_text("a: [\n")
+    code, _, error = medseg("evaluate", run, phantoms, "--out", tmp_path / "out", "--device", "cpu")
+    assert code == 2 and "evaluate.yaml is not valid YAML" in error
+
+
+@pytest.mark.parametrize(
     ("edit", "says"),
     [
         (lambda text: text.replace("[16, 16, 16]", "[15, 16, 16]"), "patch_size"),

@@ -13,9 +13,10 @@ from medseg_supcon.training._data import (
 from medseg_supcon.training._finish import finish_ranks
 from medseg_supcon.training._log import TrainingLog
 from medseg_supcon.training._memory import keep_freed_memory
+from medseg_supcon.training._metadata import read_config
 from medseg_supcon.training._metrics import label_pairs
 from medseg_supcon.training._mixed import MixedSampler, with_unknown
-from medseg_supcon.training._optimise import EarlyStop, GradientClip, IntervalValidation, StepSeed, StopOnNaN
+from medseg_supcon.training._optimise import EarlyStop, GradientClip, LateValidation, StepSeed, StopOnNaN
 from medseg_supcon.training._overlay import parse_setting, read_yaml
 from medseg_supcon.training._progress import ProgressDisplay
 from medseg_supcon.training._rank_sampler import RankSampler
@@ -37,7 +38,7 @@ from medseg_supcon.training._segmentation import DiceCrossEntropy
 from medseg_supcon.training._semi_loss import SemiSupervisedLoss
 from medseg_supcon.training._staged_loss import StagedLoss
 from medseg_supcon.training._staged_network import StagedNetwork
-from medseg_supcon.training._stages import LateValidation, Stages, stage_at, stage_epochs, staged_schedule
+from medseg_supcon.training._stages import Stages, stage_at, stage_epochs, staged_schedule
 from medseg_supcon.training._teacher import PseudoLabels, Teacher, shipped_network
 from medseg_supcon.training._throughput import LossScale, amp_dtype, compiled, memory_format, tune_gpu
 from medseg_supcon.training._timing import machine_name, peak_memory_gib
@@ -51,7 +52,6 @@ __all__ = [
     "EarlyStop",
     "EpochSampler",
     "GradientClip",
-    "IntervalValidation",
     "LateValidation",
     "LossScale",
     "MixedSampler",
@@ -98,6 +98,7 @@ __all__ = [
     "rank_device",
     "rank_share",
     "ranks_here",
+    "read_config",
     "read_recipe",
     "read_yaml",
     "recipe_names",

@@ -8,11 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigParser
-
-from medseg_supcon.errors import ConfigError
 from medseg_supcon.files import write_text
-from medseg_supcon.training._metadata import metadata_of, read_json
+from medseg_supcon.training._metadata import metadata_of, read_config, read_json
 from medseg_supcon.training._model_card import model_card
 
 
@@ -61,12 +58,7 @@ def write_twins(run: Path) -> None:
         ConfigError: a config is not YAML.
     """
     for path in sorted((run / "configs").glob("*.yaml")):
-        try:
-            content = ConfigParser.load_config_file(str(path))
-        except Exception as error:  # PyYAML and MONAI's duplicate-key check raise several kinds
-            reason = str(error).strip().replace("\n", " ")
-            raise ConfigError(f"{path} is not valid YAML: {reason}") from error
-        write_text(path.with_suffix(".json"), _json(content))
+        write_text(path.with_suffix(".json"), _json(read_config(path)))
 
 
 def _json(content: Any) -> str:

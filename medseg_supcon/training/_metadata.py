@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 
 from medseg_supcon import __version__
 from medseg_supcon.data import label_type
-from medseg_supcon.errors import RunError
+from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.networks import size_divisor
 
 SCHEMA = (
@@ -96,7 +96,7 @@ def metadata_of(run: Path, metrics: Mapping[str, Any] | None = None) -> dict[str
 def train_config(run: Path) -> dict[str, Any]:
     """``train.yaml`` as it stands; empty where there is none."""
     path = run / "configs" / "train.yaml"
-    return dict(ConfigParser.load_config_file(str(path))) if path.is_file() else {}
+    return dict(read_config(path)) if path.is_file() else {}
 
 
 def loss_in_words(config: Mapping[str, Any]) -> str:
@@ -212,3 +212,16 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} does not exist: is {path.parents[1]} a run?") from None
     except json.JSONDecodeError as error:
         raise RunError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}.") from None
+
+
+def read_config(path: Path) -> Any:
+    """A YAML or JSON config of a run.
+
+    Raises:
+        ConfigError: it is no YAML or JSON, or names a key twice.
+    """
+    try:
+        return ConfigParser.load_config_file(str(path))
+    except Exception as error:  # PyYAML and MONAI's duplicate-key check raise several kinds
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise ConfigError(f"{path} is not valid {kind}: {' '.join(str(error).split())}") from error

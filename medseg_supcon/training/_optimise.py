@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -82,15 +82,24 @@ class StopOnNaN:
             )
 
 
-class IntervalValidation(ValidationHandler):  # type: ignore[misc]
-    """MONAI's ``ValidationHandler``, every ``interval`` epochs and after the last one, whatever the interval."""
+class LateValidation(ValidationHandler):  # type: ignore[misc]
+    """MONAI's ``ValidationHandler``: every ``interval`` epochs, and after the last one whatever the interval.
+
+    Args:
+        first: the first epoch that may be validated. While nothing trains the classifier, Dice says nothing.
+        args, kwargs: of ``ValidationHandler``.
+    """
+
+    def __init__(self, *args: Any, first: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.first = first
 
     def attach(self, engine: Engine) -> None:
         def due(engine: Engine, epoch: int) -> bool:
-            return bool(epoch % self.interval == 0 or epoch == engine.state.max_epochs)
+            last = epoch == engine.state.max_epochs
+            return epoch >= self.first and (epoch % self.interval == 0 or last)
 
-        condition: Callable[[Engine, int], bool] = due
-        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=condition), self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
 
 
 class EarlyStop:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import chain
-from typing import Any
 
 from ignite.engine import Engine, Events
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from medseg_supcon.errors import ConfigError
-from medseg_supcon.training._optimise import IntervalValidation
 from medseg_supcon.training._staged_loss import STAGES, StagedLoss
 from medseg_supcon.training._staged_network import StagedNetwork
 
@@ -155,15 +153,3 @@ def staged_schedule(
         return float(scale.get(name, 1.0)) * shape
 
     return LambdaLR(optimizer, rate)
-
-
-class LateValidation(IntervalValidation):
-    """:class:`IntervalValidation` from epoch ``first`` on: while nothing trains the classifier, Dice says nothing."""
-
-    def __init__(self, *args: Any, first: int = 1, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.first = first
-
-    def __call__(self, engine: Engine) -> None:
-        if engine.state.epoch >= self.first:
-            super().__call__(engine)

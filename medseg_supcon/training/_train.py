@@ -17,7 +17,7 @@ from medseg_supcon.training._bundle_docs import write_network, write_twins
 from medseg_supcon.training._checkpoint import load_tensors
 from medseg_supcon.training._faults import innermost, settings_at_fault
 from medseg_supcon.training._finish import write_documents
-from medseg_supcon.training._metadata import read_json
+from medseg_supcon.training._metadata import read_config, read_json
 from medseg_supcon.training._run import is_planned
 
 WRITTEN_LAST = ("eval/metrics.json", "docs/curves.png")
@@ -76,8 +76,10 @@ def run_config(run: Path, name: str, workflow_type: str, **overrides: Any) -> Co
     device = overrides.pop("device", None)
     if device is not None:
         overrides["device"] = f"$torch.device('{check_device(device)}')"
+    file = run / "configs" / f"{name}.yaml"
+    read_config(file)  # what is wrong with it, in a sentence
     workflow = ConfigWorkflow(
-        config_file=str(run / "configs" / f"{name}.yaml"),
+        config_file=str(file),
         workflow_type=workflow_type,
         bundle_root=str(run.resolve()),
         logging_file=False,  # the command line has its own display

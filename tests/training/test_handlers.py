@@ -16,7 +16,7 @@ from medseg_supcon.training import (
     Checkpoint,
     EarlyStop,
     GradientClip,
-    IntervalValidation,
+    LateValidation,
     StepSeed,
     StopOnNaN,
     load_initial,
@@ -85,17 +85,18 @@ def test_an_epoch_that_ends_in_no_number_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_last_epoch_is_validated_too():
-    engine = Engine(lambda e, b: None)
-    handler = IntervalValidation.__new__(IntervalValidation)
-    handler.interval = 2
+@pytest.mark.parametrize(("first", "epochs"), [(1, [2, 4, 5]), (3, [4, 5]), (5, [5]), (6, [])])
+def test_the_last_epoch_is_validated_too(first, epochs):
     seen = []
-    handler.__class__ = type(
-        "Spied", (IntervalValidation,), {"__call__": lambda self, e: seen.append(e.state.epoch)}
-    )
-    handler.attach(engine)
+
+    class Spied(LateValidation):
+        def __call__(self, engine):
+            seen.append(engine.state.epoch)
+
+    engine = Engine(lambda e, b: None)
+    Spied(2, first=first).attach(engine)
     engine.run([0], max_epochs=5)
-    assert seen == [2, 4, 5]
+    assert seen == epochs
 
 
 def validated_epochs(stop_after, values, state=None):
