@@ -40,7 +40,7 @@ def run_cell(job: Job, device: str | None = None, quiet: bool = False, sharing: 
         train_run(run, device=device, resume=True, quiet=quiet, **_memory_share(run, sharing))
         _write_cost(tests / "cost.json", where)
     for condition, items in job["conditions"].items():
-        folder = tests / condition.replace(" ", "_")
+        folder = scores_folder(tests, condition)
         if is_tested(run, folder, items):
             continue
         (folder / "metrics.json").unlink(missing_ok=True)
@@ -61,9 +61,14 @@ def is_done(job: Job) -> bool:
     """Trained to its end, and tested under every condition on these very cases."""
     run, tests = Path(job["run"]), Path(job["tests"])
     return is_complete(run) and all(
-        is_tested(run, tests / condition.replace(" ", "_"), items)
+        is_tested(run, scores_folder(tests, condition), items)
         for condition, items in job["conditions"].items()
     )
+
+
+def scores_folder(tests: Path, condition: str) -> Path:
+    """Where a run's scores under a condition go, below its folder in ``tests``."""
+    return tests / condition.replace(" ", "_")
 
 
 def is_tested(run: Path, folder: Path, items: list[dict[str, Any]]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.comparison._cell import CLEAN
+from medseg_supcon.comparison._cell import CLEAN, scores_folder
 from medseg_supcon.comparison._design import Cell, Design
 from medseg_supcon.evaluation import overlay_figure, summarise
 from medseg_supcon.training import is_finished
@@ -22,7 +22,7 @@ def read_results(out: Path, cells: Iterable[Cell], condition: str) -> list[Row]:
     """A row per run, case and class: the cell's key (``recipe``, ``labels``, ``seed``), ``case``, ``class``, scores."""
     rows = []
     for cell in cells:
-        path = out / "tests" / cell.name / condition.replace(" ", "_") / "metrics.json"
+        path = scores_folder(out / "tests" / cell.name, condition) / "metrics.json"
         for row in json.loads(path.read_text())["rows"]:
             rows.append(cell.key | {key: row[key] for key in ("case", "class", *SCORES)})
     return rows
@@ -95,7 +95,7 @@ def draw_example(design: Design, out: Path, results: Sequence[Row]) -> list[tupl
     case, found = ranked[len(ranked) // 2], []
     for recipe in list(dict.fromkeys(design.recipes))[:MOST_EXAMPLES]:
         cell = Cell(recipe, budget, seed)
-        mask = out / "tests" / cell.name / CLEAN / "predictions" / f"{case.name}.nii.gz"
+        mask = scores_folder(out / "tests" / cell.name, CLEAN) / "predictions" / f"{case.name}.nii.gz"
         picture = out / "pictures" / "examples" / f"{recipe}.png"
         if mask.exists() and (recipe, case.name) in score:
             overlay_figure(case.images[0], case.label, mask, picture, design.dataset.labels)
