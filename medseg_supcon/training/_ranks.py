@@ -56,10 +56,11 @@ def rank_device() -> torch.device:
     return torch.device("cuda", here)
 
 
-def join_ranks(device: torch.device) -> None:
+def join_ranks(device: str | torch.device) -> None:
     """Meet the other processes that torchrun started (NCCL on GPUs, gloo on CPUs); without torchrun, stay alone."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
+    device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)
@@ -91,7 +92,7 @@ def batch_share(batch_size: int) -> int:
     return batch_size // ranks
 
 
-def distributed(module: nn.Module, device: torch.device) -> nn.Module:
+def distributed(module: nn.Module, device: str | torch.device) -> nn.Module:
     """The module under ``DistributedDataParallel``, or itself: in one process, or with nothing to learn.
 
     Wrap where the trainer calls it and nowhere else, so that checkpoints hold the module's own names. Norms over
@@ -99,7 +100,7 @@ def distributed(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         # in place, all but a module that is a norm itself
         nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     # unused parameters: a projection head at contrast_weight 0, frozen stages, deep-supervision heads
