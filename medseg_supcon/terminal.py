@@ -97,6 +97,13 @@ def predict_paths(
     from medseg_supcon.inference import Predictor
 
     predictor = Predictor(list(runs), device=device, tta=tta, trust=trust)
+    if tta and not any(model.plan["flip_axes"] for model in predictor.models):
+        say(
+            err,
+            "note",
+            "yellow",
+            "--tta changes nothing here: plan.json allows no flip_axes (classes that tell left from right).",
+        )
     found = predictor.find_scans(scans)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err,

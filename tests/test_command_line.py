@@ -154,6 +154,16 @@ def test_a_trained_run_without_scores_gets_them(medseg, trained_run, phantoms, t
     assert code == 0 and f"{run} is finished" in shown
 
 
+def test_tta_without_an_axis_to_mirror_says_so(medseg, trained_run, phantoms, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    path = run / "configs" / "plan.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"flip_axes": []}))
+    scan = sorted((phantoms / "imagesTs").glob("*.nii.gz"))[0]
+    for which, told in ((run, True), (trained_run, False)):
+        code, _, error = medseg("predict", which, scan, "--out", tmp_path / which.name / "masks", "--tta")
+        assert code == 0 and ("--tta changes nothing" in error) == told
+
+
 def test_some_failed_and_all_failed_have_their_codes(medseg, trained_run, phantoms, tmp_path):
     scans = tmp_path / "scans"
     scans.mkdir()
