@@ -93,7 +93,9 @@ def split_cases(
         training = training or validation
         validation = training if validation_fraction > 0 else training[:MOST_VALIDATION]
         why = (
-            "there is no other labelled patient to validate on" if validation_fraction > 0 else "all of them train"
+            "there is no other labelled patient to validate on"
+            if validation_fraction > 0
+            else "all of them train"
         )
         notes.append(
             f"Validation uses the training cases themselves ({_listed(training)}): {why}. Its figures say "
