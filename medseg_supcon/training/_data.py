@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from monai.data import CacheDataset
-from monai.transforms import Compose
+from monai.transforms import convert_to_contiguous
 from torch.utils.data import Dataset, Sampler
 
 from medseg_supcon.errors import DataError
@@ -29,16 +28,44 @@ def item_seed(seed: int, epoch: int, slot: int, stream: int = 0) -> int:
     return int(np.random.SeedSequence((seed, epoch, slot), spawn_key=key).generate_state(1)[0])
 
 
+class CachedDataset(Dataset[Any]):
+    """Cases after ``transform``; the first ones are held in memory, the others prepared at every use.
+
+    In one thread, unlike MONAI's ``CacheDataset``: a thread that still reads a scan while an error ends the
+    program makes it abort.
+
+    Args:
+        data: items.
+        transform: deterministic preprocessing.
+        budget: bytes of tensors that may be held; the first case is, whatever its size.
+    """
+
+    def __init__(self, data: Sequence[Mapping[str, Any]], transform: Any, budget: float) -> None:
+        self.data, self.transform = list(data), transform
+        self.held: list[Any] = []
+        for item in self.data:
+            case = convert_to_contiguous(transform(dict(item)))
+            budget -= sum(v.numel() * v.element_size() for v in case.values() if isinstance(v, torch.Tensor))
+            if self.held and budget < 0:
+                break
+            self.held.append(case)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.held[number] if number < len(self.held) else self.transform(dict(self.data[number]))
+
+
 def cached_dataset(
-    data: Sequence[Mapping[str, Any]], transform: Any, memory_share: float = 0.4, num_workers: int = 0
-) -> CacheDataset:
-    """Cases after ``transform``, as many of them held in memory as ``memory_share`` of what is free allows.
+    data: Sequence[Mapping[str, Any]], transform: Any, memory_share: float = 0.4
+) -> CachedDataset:
+    """Cases after ``transform``, as many of them held in memory as fit into ``memory_share`` of what is free.
 
     Args:
         data: items as in ``datalist.json``, at least one.
         transform: deterministic preprocessing.
         memory_share: share (0 to 1) of the machine's available memory that the cache may take.
-        num_workers: threads that fill the cache.
 
     Raises:
         DataError: without an item (MONAI would run an epoch of nothing, silently).
@@ -47,15 +74,7 @@ def cached_dataset(
         raise DataError(
             "There is no case to work on: the list of cases is empty. Check configs/datalist.json."
         )
-    if isinstance(transform, Compose):
-        transform = transform.flatten()  # a Compose within a Compose counts as random, and is not cached
-    first = transform(dict(data[0]))
-    size = sum(v.numel() * v.element_size() for v in first.values() if isinstance(v, torch.Tensor))
-    budget = memory_share * psutil.virtual_memory().available
-    count = max(1, min(len(data), int(budget // max(1, size))))
-    return CacheDataset(
-        list(data), transform, cache_num=count, num_workers=num_workers, progress=False, copy_cache=False
-    )
+    return CachedDataset(data, transform, memory_share * psutil.virtual_memory().available)
 
 
 class EpochSampler(Sampler[Key]):

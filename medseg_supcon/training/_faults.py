@@ -37,6 +37,6 @@ def settings_at_fault() -> Iterator[None]:
             raise cause from None
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
         raise ConfigError(
-            f"The settings cannot be used: {type(cause).__name__}: {reason} Check --set, the recipe, and the run's "
-            "configs/train.yaml and configs/plan.json."
+            f"The settings cannot be used: {type(cause).__name__}: {reason} Check what this names, --set, the recipe, "
+            "and the run's configs/train.yaml and configs/plan.json."
         ) from error
