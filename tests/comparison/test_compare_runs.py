@@ -112,11 +112,18 @@ def test_the_tables_follow_from_the_results(compared):
     assert min(d) - 1e-12 <= float(row["low"]) <= float(row["high"]) <= max(d) + 1e-12
 
 
-def test_test_scores_are_those_of_medseg_evaluate(compared):
-    out, _ = compared
-    metrics = json.loads((out / "tests" / SECOND / "clean" / "metrics.json").read_text())["rows"]
-    rows = [row for row in table(out / "results.csv") if row["recipe"] == "joint"]
-    assert [float(row["dice"]) for row in rows] == [row["dice"] for row in metrics]
+def test_test_scores_are_those_of_medseg_evaluate(compared, medseg, phantoms, tmp_path):
+    out, found = compared
+    (tmp_path / "cases.txt").write_text("\n".join(found["about"]["test"]))
+    options = ("--cases", tmp_path / "cases.txt", "--out", tmp_path / "again", "--device", "cpu")
+    code, _, error = medseg("evaluate", out / "runs" / SECOND, phantoms, *options)
+    assert code == 0, error
+    again, here = table(tmp_path / "again" / "metrics.csv"), table(out / "results.csv")
+
+    def scores(rows):
+        return {(row["case"], row["class"]): (row["dice"], row["hd95_mm"]) for row in rows}
+
+    assert scores(again) == scores(row for row in here if row["recipe"] == "joint")
 
 
 def test_the_report_stands_alone(compared):

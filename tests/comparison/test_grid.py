@@ -15,10 +15,11 @@ from monai.bundle import ConfigParser
 from tiny_run import TINY
 
 from medseg_supcon import cli
-from medseg_supcon.comparison import compare, design_comparison, make_variants, read_comparison
+from medseg_supcon.comparison import _runs, compare, design_comparison, make_variants, read_comparison
+from medseg_supcon.comparison._cell import is_done
 from medseg_supcon.data import read_dataset
 from medseg_supcon.errors import ConfigError, RunError
-from medseg_supcon.training import is_of_plan, read_recipe
+from medseg_supcon.training import is_of_plan, is_planned, read_recipe
 from medseg_supcon.training._overlay import load_commented, merge, set_key
 
 TESTED = ["phantom_05", "phantom_06"]
@@ -153,7 +154,7 @@ def test_the_report_stands_alone(grid):
 
 
 def test_a_level_more_adds_to_what_is_there(grid, phantoms, tmp_path):
-    design, said, out, _ = grid
+    _, said, out, _ = grid
     copy = shutil.copytree(out, tmp_path / "out", copy_function=shutil.copy2)
     weights = {p: p.stat().st_mtime_ns for p in copy.glob("runs/*/models/model.pt")}
     axes = {"optimiser": {**said.variants["optimiser"], "none": {}}}
@@ -161,7 +162,13 @@ def test_a_level_more_adds_to_what_is_there(grid, phantoms, tmp_path):
         read_dataset(phantoms), said.recipes, [0], said.labels, test_cases=TESTED, own=said.own,
         variants=make_variants(axes),
     )  # fmt: skip
-    assert {cell.name for cell in design.cells} < {cell.name for cell in more.cells}
+    plans = _runs.make_plans(
+        more, copy, settings=TINY, epochs=2, device="cpu", trust_scan_affine=False, say=lambda _: None
+    )
+    jobs = _runs.prepare_cells(more, copy, plans, TINY, ["clean"], training_score=True)
+    done = {cell.name: is_done(json.loads(job.read_text())) for job, cell in jobs.items()}
+    assert done == {cell.name: "none" not in cell.name for cell in more.cells} and len(done) == 6
+    assert all(is_planned(copy / "runs" / name) for name in done)
     other = {"optimiser": {"SGD": {"learning_rate": 0.5}}}
     changed = design_comparison(
         read_dataset(phantoms), said.recipes, [0], said.labels, test_cases=TESTED, own=said.own,
