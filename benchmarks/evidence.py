@@ -93,7 +93,7 @@ PARTS = {
     "long": Part("long", f"{TUNED},{SEMI},{SEMI_0}", options=(*LONG_OPTIONS, "--robustness"), **LONG),
     "long_ablation": Part("long", f"{SEMI_0},{SEMI}", options=(*LONG_OPTIONS, "--robustness"), **LONG),
     "long_budgets": Part(
-        "long_budgets", f"{TUNED},{SEMI}", "0", "4,16", options=(*LONG_OPTIONS, "--no-robustness"), **LONG
+        "long_budgets", f"{TUNED},{SEMI}", "0", "4", options=(*LONG_OPTIONS, "--no-robustness"), **LONG
     ),
 }
 
