@@ -87,9 +87,9 @@ PARTS = {
     "ablation": Part("deciding", "dice_ce,joint"),  # the same runs: contrast alone
     "recipes": Part("deciding", f"{TUNED},joint,two_stage,semi", "0"),
     "budgets": Part("budgets", f"{TUNED},joint", "0", "budgets"),
-    "robustness": Part(
-        "deciding", f"{TUNED},joint,dice_ce", options=("--robustness",)
-    ),  # the same runs again
+    # the same runs again, on scans made worse
+    "robustness": Part("deciding", f"{TUNED},joint,dice_ce", options=("--robustness",)),
+    "robustness_ablation": Part("deciding", "dice_ce,joint", options=("--robustness",)),
     "long": Part("long", f"{TUNED},{SEMI},{SEMI_0}", options=(*LONG_OPTIONS, "--robustness"), **LONG),
     "long_ablation": Part("long", f"{SEMI_0},{SEMI}", options=(*LONG_OPTIONS, "--robustness"), **LONG),
     "long_budgets": Part(
