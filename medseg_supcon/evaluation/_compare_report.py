@@ -57,6 +57,7 @@ def write_comparison(
     means, differences = recipe_means(results, recipes), compare_recipes(results, recipes)
     costs = costs_of(runs, recipes)
     robustness = _with_losses(robustness, recipes)
+    worse = on_worse_scans(robustness)
     pictures = out / "pictures"
     efficiency_figure(means, recipes, pictures / "label_efficiency.png")
     headline = [row for row in differences if row["class"] == MEAN]
@@ -71,7 +72,7 @@ def write_comparison(
     write_csv(differences, out / "differences.csv")
     found = {
         "about": dict(about),
-        "answers": [answer(row) for row in headline],
+        "answers": [*(answer(row) for row in headline), *worse],
         "caveats": caveats(about, differences),
         "means": means,
         "differences": differences,
@@ -83,6 +84,7 @@ def write_comparison(
     view = {
         **found,
         "cost": cost_sentence(costs),
+        "worse": worse,
         "classes": classes,
         "by_condition": _by_condition(robustness, recipes),
         "conditions": list(dict.fromkeys(row["condition"] for row in robustness)),
@@ -106,6 +108,36 @@ def answer(row: Row) -> str:
         f"{points(row['low'])} to {points(row['high'])}, p = {row['p']:.3g}, {row['cases']} test scans, "
         f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''})."
     )
+
+
+def on_worse_scans(robustness: Sequence[Row]) -> list[str]:
+    """Where a recipe differs from the baseline on corrupted scans, a sentence for each recipe and budget.
+
+    >>> row = {"labels": 8, "recipe": "b", "baseline": "a", "difference": 0.02, "low": 0.01, "high": 0.03}
+    >>> rows = [row | {"condition": "noise", "seeds": 5}, row | {"condition": "ghosting", "seeds": 5, "low": -0.01}]
+    >>> on_worse_scans(rows)[0]
+    'With 8 labelled scans, on worse scans: b against a +2.00 (+1.00 to +3.00) with noise; no clear difference with ghosting.'
+    """
+    found = []
+    groups: dict[tuple[Any, Any], list[Row]] = {}
+    for row in robustness:
+        if row["condition"] != "clean" and row["difference"] is not None:
+            groups.setdefault((row["labels"], row["recipe"]), []).append(row)
+    for (labels, recipe), rows in groups.items():
+        told = [row for row in rows if row["low"] > 0 or row["high"] < 0]
+        rest = ", ".join(row["condition"] for row in rows if row not in told)
+        parts = [
+            f"{points(row['difference'])} ({points(row['low'])} to {points(row['high'])}) with {row['condition']}"
+            for row in told
+        ]
+        baseline, seed = rows[0]["baseline"], ", with this one seed" if rows[0]["seeds"] == 1 else ""
+        if not told:
+            said = f"no clear difference between {recipe} and {baseline} with {rest}"
+        else:
+            said = f"{recipe} against {baseline} {', '.join(parts)}{seed}"
+            said += f"; no clear difference with {rest}" if rest else ""
+        found.append(f"With {labels} labelled scans, on worse scans: {said}.")
+    return found
 
 
 def caveats(about: Mapping[str, Any], differences: Sequence[Row]) -> list[str]:

@@ -120,6 +120,21 @@ def test_differences_intervals_and_p(written):
         assert float(row["p"]) == pytest.approx(stats.wilcoxon(d.mean(axis=0)).pvalue, rel=1e-9)
 
 
+def test_scans_made_worse_are_in_the_answer(written):
+    out, _, found = written
+    worse = [sentence for sentence in found["answers"] if "on worse scans" in sentence]
+    assert len(worse) == 2 * 2, "recipes x budgets"
+    for row in found["robustness"]:
+        if row["condition"] == "noise":
+            sentence = next(s for s in worse if f"With {row['labels']} " in s and row["recipe"] in s)
+            clear = row["low"] > 0 or row["high"] < 0
+            assert (f"{100 * row['difference']:+.2f}" in sentence) == clear == ("no clear" not in sentence)
+            assert (
+                sentence in (out / "summary.md").read_text() and sentence in (out / "report.html").read_text()
+            )
+    assert any("no clear" in sentence for sentence in worse) and any("against base" in s for s in worse)
+
+
 def test_the_interval_is_wider_than_one_that_takes_seeds_for_scans(written):
     _, rows, found = written
     row = next(
@@ -145,7 +160,7 @@ def test_the_page_says_who_won_and_escapes_what_it_is_given(written):
     assert html.count("What &lt;it&gt; is.") == 1 and "keys that connect its parts" in html
     assert all(s.startswith("data:image/png;base64,") for s in re.findall(r'src="([^"]*)', html))
     assert (out / "pictures" / "differences_by_class.png").stat().st_size > 5000
-    assert len(found["answers"]) == 4 and "give the same" in found["answers"][0]
+    assert len(found["answers"]) == 4 + 4 and "give the same" in found["answers"][0]
     assert "1.5 GiB with base" in html
 
 
