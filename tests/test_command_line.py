@@ -106,6 +106,12 @@ def test_where_all_labelled_scans_train_each_is_checked_once(medseg, phantoms, t
     assert code == 2 and "--validation would be ignored" in error
 
 
+def test_too_few_epochs_for_the_stages_leave_no_run(medseg, phantoms, tmp_path):
+    run = tmp_path / "run"
+    code, _, error = medseg("plan", phantoms, "--out", run, "--recipe", "two_stage", "--epochs", 2)
+    assert code == 2 and "3 or more" in error and not run.exists()
+
+
 def test_a_trained_run_is_not_overwritten(medseg, trained_run, phantoms):
     before = (trained_run / "models" / "model.pt").read_bytes()
     code, _, error = medseg("train", phantoms, "--out", trained_run)

@@ -138,6 +138,7 @@ def design_comparison(
             f"{dataset.root}: no labelled case is left to test on. Name some with --test-cases FILE, or give "
             "smaller budgets with --labels."
         )
+    _refuse_missing_scans(files, splits)
     return Design(
         dataset,
         tuple(name for name, _ in named),
@@ -149,6 +150,18 @@ def design_comparison(
         dict(own or {}),
         tuple(variants),
     )
+
+
+def _refuse_missing_scans(files: Mapping[str, str | Path], splits: Mapping[int, Split]) -> None:
+    """A recipe that asks for unlabelled scans would fail in its turn, hours later."""
+    bare = [labels for labels, split in splits.items() if not split.unlabelled]
+    for name, file in files.items():
+        if bare and dict(read_recipe(file)).get("train::sampler", {}).get("required"):
+            raise ConfigError(
+                f"The recipe {name} learns from scans without labels too, and with {bare[0]} labelled scans none is "
+                "left: the others are tested on, or all are labelled. Name the scans to test on with --test-cases "
+                "FILE, so that the rest counts as unlabelled, or give smaller budgets with --labels."
+            )
 
 
 def _recipe_files(recipes: Sequence[tuple[str, str | Path]]) -> dict[str, str | Path]:

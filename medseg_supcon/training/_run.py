@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from monai.bundle import ConfigParser
 
 from medseg_supcon.data import (
     Dataset,
@@ -130,6 +131,7 @@ def prepare_run(
             made["epochs"] = epochs or epochs_within(budget, made, timing, len(split.validation))
             made["expected"] = _expected(made, timing, len(split.validation))
             write_plan(made, draft / "configs" / "plan.json")
+        _try_length(draft)
         refresh_documents(draft)
         for part in sorted(draft.iterdir(), key=lambda part: part.name == "configs"):  # which makes it a run
             part.rename(run / part.name)
@@ -138,6 +140,16 @@ def prepare_run(
         shutil.rmtree(draft if existed else run, ignore_errors=True)
         raise
     return made
+
+
+def _try_length(draft: Path) -> None:
+    """A recipe in stages needs some epochs: said before there is a run that would have to be planned anew."""
+    config = ConfigParser()
+    config.read_config(str(draft / "configs" / "train.yaml"))
+    if "stage_epochs" in config:
+        config["bundle_root"] = str(draft)
+        with settings_at_fault():
+            config.get_parsed_content("stage_epochs")
 
 
 def refresh_documents(run: Path) -> None:

@@ -47,6 +47,14 @@ def test_budgets_are_nested_and_the_rest_tests():
     assert len(design.cells) == 8 and len({cell.name for cell in design.cells}) == 8
 
 
+def test_a_recipe_without_its_unlabelled_scans_is_refused_at_once():
+    with pytest.raises(ConfigError, match="--test-cases"):
+        design_comparison(dataset(bare=0), ("dice_ce", "semi"), [0], [4])  # the other 8 are tested on
+    design = design_comparison(dataset(bare=0), ("dice_ce", "semi"), [0], [4], test_cases=["c01", "c05"])
+    assert len(design.splits[4].unlabelled) == 6
+    assert design_comparison(dataset(bare=2), ("dice_ce", "semi"), [0], [4]).splits[4].unlabelled
+
+
 def test_named_test_cases_leave_the_pool():
     design = design_comparison(dataset(), PAIR, [0], [4, None], test_cases=["c01", "c05"])
     assert names(design.test) == {"c01", "c05"}
