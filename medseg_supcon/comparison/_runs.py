@@ -179,7 +179,9 @@ def _check_same(run: Path, job: Path, definition: dict[str, Any]) -> None:
     earlier = json.loads(job.read_text())["definition"] if job.exists() else definition
     changed = [key for key in {**earlier, **definition} if definition.get(key) != earlier.get(key)]
     if changed:
+        cases = any(key.endswith("cases") for key in changed)
+        options = " (--cases, --test-cases, --labels, --validation, --split-seed)" if cases else ""
         raise RunError(
-            f"{run} was prepared with other {' and '.join(changed)}. Give what it was made with, or choose "
+            f"{run} was prepared with other {' and '.join(changed)}. Give what it was made with{options}, or choose "
             "another --out."
         )

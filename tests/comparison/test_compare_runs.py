@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from time import sleep
 
 import pytest
@@ -189,6 +190,12 @@ def test_other_settings_are_refused(design, copied):
         again(design, copied, settings=[*TINY, ("learning_rate", 0.1)])
     with pytest.raises(RunError, match="2 epochs, not 3"):
         again(design, copied, epochs=3)
+
+
+def test_other_cases_are_refused_with_the_options_that_choose_them(design, copied):
+    splits = {labels: replace(split, validation=split.training) for labels, split in design.splits.items()}
+    with pytest.raises(RunError, match=r"other validation cases.*--validation"):
+        again(replace(design, splits=splits), copied)
 
 
 def test_a_plan_of_other_settings_is_not_taken(design, copied):
