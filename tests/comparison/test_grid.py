@@ -232,10 +232,10 @@ def test_the_command_line_s_options_go_before_the_file_s(phantoms, tmp_path, mon
     assert (asked["robustness"], asked["training_score"], asked["workers"]) == (False, True, None)
     assert asked["settings"] == [("temperature", 0.07)] and len(design.cells) == 8
     more = ["--seeds", "5", "--labels", "3", "--epochs", "9", "--robustness", "--workers", "2"]
-    assert run_cli(*more, "--set", "temperature=0.2", "--recipes", "joint,semi") == 0
+    assert run_cli(*more, "--set", "temperature=0.2", "--recipes", "joint,two_stage") == 0
     design = asked["design"]
     assert (design.seeds, list(design.splits), asked["epochs"]) == ((5,), [3], 9)
-    assert (asked["robustness"], asked["workers"], design.recipes) == (True, 2, ("joint", "semi"))
+    assert (asked["robustness"], asked["workers"], design.recipes) == (True, 2, ("joint", "two_stage"))
     assert asked["settings"][-1] == ("temperature", 0.2)
     file.write_text("seeds: [0]\n")
     assert run_cli() == 2 and "at least two" in capsys.readouterr().err
