@@ -74,6 +74,7 @@ class Part:
 
 TUNED = str(HERE / "recipes" / "dice_ce_tuned.yaml")
 SEMI = str(HERE / "recipes" / "semi_tuned.yaml")
+VIEWS = str(HERE / "recipes" / "dice_ce_semi_views.yaml")
 SEMI_0 = str(HERE / "recipes" / "semi_no_contrast.yaml")
 # long enough for the labels to bind: voxels of 2.5 mm, of which a step costs a third, and six times the steps
 LONG = {
@@ -92,6 +93,8 @@ PARTS = {
     "robustness_ablation": Part("deciding", "dice_ce,joint", options=("--robustness",)),
     "long": Part("long", f"{TUNED},{SEMI},{SEMI_0}", options=(*LONG_OPTIONS, "--robustness"), **LONG),
     "long_ablation": Part("long", f"{SEMI_0},{SEMI}", options=(*LONG_OPTIONS, "--robustness"), **LONG),
+    # is it the unlabelled scans, or the views that come with them?
+    "long_views": Part("long", f"{TUNED},{VIEWS},{SEMI_0}", options=(*LONG_OPTIONS, "--robustness"), **LONG),
     "long_budgets": Part(
         "long_budgets", f"{TUNED},{SEMI}", "0", "4", options=(*LONG_OPTIONS, "--no-robustness"), **LONG
     ),
