@@ -93,6 +93,15 @@ PARTS = {
     "robustness_ablation": Part("deciding", "dice_ce,joint", options=("--robustness",)),
     "long": Part("long", f"{TUNED},{SEMI},{SEMI_0}", options=(*LONG_OPTIONS, "--robustness"), **LONG),
     "long_ablation": Part("long", f"{SEMI_0},{SEMI}", options=(*LONG_OPTIONS, "--robustness"), **LONG),
+    # the hippocampus is small: its own grid, three times the steps, as many seeds as an hour of two cores gives
+    "long_hippocampus": Part(
+        "long",
+        f"{TUNED},{SEMI},{SEMI_0}",
+        "0,1,2",
+        epochs=30,
+        options=(*LONG_OPTIONS, "--robustness"),
+        sets=("hippocampus",),
+    ),
     # is it the unlabelled scans, or the views that come with them?
     "long_views": Part("long", f"{TUNED},{VIEWS},{SEMI_0}", options=(*LONG_OPTIONS, "--robustness"), **LONG),
     "long_budgets": Part(
