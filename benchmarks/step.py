@@ -33,7 +33,10 @@ def recipe(run: Path, weight: float, device: str) -> tuple[Any, Any]:
     parser["contrast_weight"] = weight
     parser["contrast_warmup"] = 0
     parser["device"] = f"$torch.device('{device}')"
-    return parser.get_parsed_content("train::trainer"), iter(parser.get_parsed_content("train::dataloader"))
+    trainer = parser.get_parsed_content("train::trainer")
+    # what a training begins with: without a scaler MONAI's trainer takes no mixed precision
+    trainer.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=False)
+    return trainer, iter(parser.get_parsed_content("train::dataloader"))
 
 
 def step(trainer: Any, batches: Any, device: str) -> float:

@@ -139,15 +139,17 @@ def profile(run: Path, pairs: int) -> str:
 
 
 class Utilisation(threading.Thread):
-    """Mean and least utilisation of the GPU, as nvidia-smi tells it twice a second."""
+    """Mean and least utilisation of a GPU, as nvidia-smi tells it twice a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
         super().__init__(daemon=True)
+        self.number = number
         self.values: list[int] = []
         self.stop = threading.Event()
 
     def run(self) -> None:
-        command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0"]
+        command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+        command.append(f"--id={self.number}")
         while not self.stop.wait(0.5):
             told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             self.values.append(int(told))
@@ -155,7 +157,7 @@ class Utilisation(threading.Thread):
 
 def training(run: Path, device: str) -> str:
     """Seconds per epoch after the first, and the GPU's utilisation meanwhile."""
-    watch = Utilisation()
+    watch = Utilisation(torch.device(device).index or 0)
     if device != "cpu":
         watch.start()
     start = perf_counter()
@@ -165,7 +167,7 @@ def training(run: Path, device: str) -> str:
     with (run / "logs" / "history.csv").open(newline="") as stream:
         seconds = [float(row["seconds"]) for row in csv.DictReader(stream)]
     settled = seconds[1:-1] or seconds  # the last epoch holds a validation
-    name = torch.cuda.get_device_name() if device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
     lines = [
         f"{name}, {os.cpu_count()} cores, torch {torch.__version__}",
         "",

@@ -124,7 +124,9 @@ class Checkpoint:
             self.sampler.epoch = engine.state.epoch + 1  # not 1 in a federated client's second round
 
     def _load(self, engine: Any) -> None:
-        saved = load_tensors(self.path, engine.state.device)
+        # to the CPU: every part moves its own tensors to where they belong. AdamW's step counts stay there, or a GPU
+        # would wait for each of them at every step
+        saved = load_tensors(self.path)
         for key, value in self.config.items():
             if saved["config"].get(key) != value:
                 raise RunError(

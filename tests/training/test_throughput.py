@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +81,27 @@ def test_the_scale_is_resumed(tmp_path: Path) -> None:
     back = trainer(torch.float16, tmp_path / "parts", 4, resume=True)
     back.run()
     assert back.scaler.state_dict()["_growth_tracker"] == 4
+
+
+def test_a_resume_puts_nothing_on_the_gpu_that_was_not_there(tmp_path: Path) -> None:
+    """A step count on a GPU makes it wait, for every parameter at every step. ``meta`` stands for the GPU here."""
+    engine: Any = SimpleNamespace(
+        state=SimpleNamespace(epoch=1, iteration=1, max_epochs=2, device=torch.device("meta")), scaler=None
+    )
+    for resume in (False, True):
+        network = small_network()
+        optimizer = torch.optim.AdamW(network.parameters())
+        checkpoint = Checkpoint(
+            tmp_path, network, {"network": network, "optimizer": optimizer}, resume=resume
+        )
+        if resume:
+            checkpoint.start(engine)
+            assert all(state["step"].device.type == "cpu" for state in optimizer.state.values())
+            assert len(optimizer.state) == len(list(network.parameters()))
+        else:
+            network(torch.ones(1, 1, 4, 4, 4)).sum().backward()
+            optimizer.step()
+            checkpoint.save(engine)
 
 
 def test_channels_last_is_a_layout_and_nothing_else(trained_run: Path) -> None:
