@@ -167,7 +167,9 @@ def training(run: Path, device: str) -> str:
     with (run / "logs" / "history.csv").open(newline="") as stream:
         seconds = [float(row["seconds"]) for row in csv.DictReader(stream)]
     settled = seconds[1:-1] or seconds  # the last epoch holds a validation
-    name = torch.cuda.get_device_name(device) if device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device) if device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
+    )
     lines = [
         f"{name}, {os.cpu_count()} cores, torch {torch.__version__}",
         "",
