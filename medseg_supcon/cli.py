@@ -29,7 +29,7 @@ from medseg_supcon.cli_options import (
 )
 from medseg_supcon.cli_training import plan, read_selected, train
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
-from medseg_supcon.terminal import err, out, predict_paths, print_report
+from medseg_supcon.terminal import err, memory_ran_out, out, predict_paths, print_report
 
 app = typer.Typer(
     name="medseg",
@@ -210,7 +210,7 @@ def _fault(error: Exception) -> None:
     from medseg_supcon.inference import is_out_of_memory
 
     if is_out_of_memory(error):
-        _stop("medseg: memory ran out. Close other programs, or use a machine with more of it.", 2)
+        _stop(f"medseg: {memory_ran_out(error)}", 2)
     if isinstance(error, OSError):
         _stop(
             f"medseg: {error.strerror or error}: {error.filename2 or error.filename or 'no file named'}. "

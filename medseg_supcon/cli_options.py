@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from medseg_supcon.terminal import err, say
+
+DRIVER = Path("/proc/driver/nvidia/version")  # there while NVIDIA's driver is loaded
+
+
+def _with_its_gpu(device: str | None) -> str | None:
+    """Nobody should find out after a night that torch could not use the GPU, and why."""
+    if device is not None or not DRIVER.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return device
+    import torch
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    if not usable:
+        of_cpu = torch.version.cuda is None
+        reason = (
+            "it is a build for CPUs" if of_cpu else " ".join(str(w.message) for w in told) or "it finds none"
+        )
+        say(
+            err,
+            "warning",
+            "yellow",
+            f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it ({reason}): the CPU works. "
+            "Install a torch build for the GPU's driver; --device cpu says that this is what you want.",
+        )
+    return device
+
 
 DatasetArg = Annotated[
     Path, typer.Argument(help="Decathlon folder, nnU-Net v2 raw folder, or MONAI datalist JSON.")
 ]
 RunArg = Annotated[Path, typer.Argument(help="A trained run (a MONAI bundle).")]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one.")
+    str | None,
+    typer.Option(callback=_with_its_gpu, help="cpu, cuda, cuda:1; default: a GPU where there is one."),
 ]
 CasesOption = Annotated[Path | None, typer.Option(help="File with the case names to use, one a line.")]
 MismatchOption = Annotated[

@@ -26,6 +26,16 @@ def say(console: Console, word: str, color: str, text: str) -> None:
     console.print(Text.assemble((f"{word:<7} ", color), text))
 
 
+def memory_ran_out(error: Exception) -> str:
+    """Whose memory it was, and the cure."""
+    if type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
+        return "memory ran out. Close other programs, or use a machine with more of it."
+    return (
+        "the GPU's memory ran out. Plan with fewer scans per step (--set plan::batch_size=2) or smaller patches (--set "
+        "'plan::patch_size=[96,96,96]'), end what else uses the GPU, or take --device cpu."
+    )
+
+
 def print_report(report: Any, console: Console) -> None:
     """The findings of a data set's check, a table, and a closing sentence."""
     rows = report.rows()

@@ -9,10 +9,11 @@ import sys
 import nibabel
 import numpy as np
 import pytest
+import torch
 import yaml
 from tiny_run import TINY
 
-from medseg_supcon import cli
+from medseg_supcon import cli, cli_options
 
 COMMANDS = ["demo", "check", "plan", "train", "predict", "evaluate", "compare", "embed", "export"]
 
@@ -200,6 +201,37 @@ def test_a_fault_of_ours_exits_with_one(monkeypatch, capsys, phantoms):
         cli.main()
     assert stop.value.code == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "plan::batch_size"),
+        (MemoryError(), "Close other programs"),
+    ],
+)
+def test_out_of_memory_says_whose_it_was(medseg, monkeypatch, phantoms, error, says):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "read_selected", fail)
+    code, _, told = medseg("check", phantoms)
+    assert code == 2 and says in told
+
+
+def test_a_gpu_that_torch_cannot_use_is_told_of(medseg, monkeypatch, phantoms, tmp_path):
+    """Without a word a training that was meant for the GPU would take days on the CPU."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    missing = "predict", tmp_path / "no_run", tmp_path / "scan.nii.gz", "--out", tmp_path / "masks"
+    assert "NVIDIA" not in medseg(*missing)[2]  # a machine without one
+    driver = tmp_path / "version"
+    driver.touch()
+    monkeypatch.setattr(cli_options, "DRIVER", driver)
+    assert "cannot use it" in medseg(*missing)[2]
+    assert "NVIDIA" not in medseg(*missing, "--device", "cpu")[2]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "NVIDIA" not in medseg(*missing)[2]
 
 
 TINY_SET = [
