@@ -23,7 +23,7 @@ from medseg_supcon.data._preprocessing import LabelPreprocessingd, read_preproce
 from medseg_supcon.data._report import Finding, Report
 from medseg_supcon.data._split import VALIDATION, Split, split_cases
 from medseg_supcon.data._unreadable import not_a_file, promises_too_much, unreadable
-from medseg_supcon.data._volume import NIFTI_ENDINGS, read_volume, read_voxels
+from medseg_supcon.data._volume import NIFTI_ENDINGS, read_header, read_volume, read_voxels
 
 __all__ = [
     "MAX_SHEAR_DEGREES",
@@ -55,6 +55,7 @@ __all__ = [
     "promises_too_much",
     "read_case_names",
     "read_dataset",
+    "read_header",
     "read_plan",
     "read_preprocessing",
     "read_unlabelled",

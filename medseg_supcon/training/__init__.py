@@ -1,12 +1,12 @@
 """Training: a planned run on disk, and everything that its ``train.yaml`` names."""
 
 from medseg_supcon.training._batch import TwoViewLoss, prepare_views
+from medseg_supcon.training._cache import cached_dataset
 from medseg_supcon.training._checkpoint import Checkpoint, load_initial, load_tensors, save_atomically
 from medseg_supcon.training._copy_paste import CopyPaste
 from medseg_supcon.training._data import (
     EpochSampler,
     SeededDataset,
-    cached_dataset,
     item_seed,
     two_view_dataset,
 )

@@ -1,4 +1,4 @@
-"""Feeding the trainer: cached cases, draws that belong to (seed, epoch, slot), endless order of cases."""
+"""Feeding the trainer: draws that belong to (seed, epoch, slot), endless order of cases."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import psutil
-import torch
-from monai.transforms import convert_to_contiguous
 from torch.utils.data import Dataset, Sampler
 
 from medseg_supcon.errors import DataError
+from medseg_supcon.training._cache import cached_dataset
 
 Key = tuple[int, int, int]  # epoch, slot in the epoch, case
 
@@ -26,55 +24,6 @@ def item_seed(seed: int, epoch: int, slot: int, stream: int = 0) -> int:
     """
     key = (stream,) if stream else ()
     return int(np.random.SeedSequence((seed, epoch, slot), spawn_key=key).generate_state(1)[0])
-
-
-class CachedDataset(Dataset[Any]):
-    """Cases after ``transform``; the first ones are held in memory, the others prepared at every use.
-
-    In one thread, unlike MONAI's ``CacheDataset``: a thread that still reads a scan while an error ends the
-    program makes it abort.
-
-    Args:
-        data: items.
-        transform: deterministic preprocessing.
-        budget: bytes of tensors that may be held; the first case is, whatever its size.
-    """
-
-    def __init__(self, data: Sequence[Mapping[str, Any]], transform: Any, budget: float) -> None:
-        self.data, self.transform = list(data), transform
-        self.held: list[Any] = []
-        for item in self.data:
-            case = convert_to_contiguous(transform(dict(item)))
-            budget -= sum(v.numel() * v.element_size() for v in case.values() if isinstance(v, torch.Tensor))
-            if self.held and budget < 0:
-                break
-            self.held.append(case)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, number: int) -> Any:
-        return self.held[number] if number < len(self.held) else self.transform(dict(self.data[number]))
-
-
-def cached_dataset(
-    data: Sequence[Mapping[str, Any]], transform: Any, memory_share: float = 0.4
-) -> CachedDataset:
-    """Cases after ``transform``, as many of them held in memory as fit into ``memory_share`` of what is free.
-
-    Args:
-        data: items as in ``datalist.json``, at least one.
-        transform: deterministic preprocessing.
-        memory_share: share (0 to 1) of the machine's available memory that the cache may take.
-
-    Raises:
-        DataError: without an item (MONAI would run an epoch of nothing, silently).
-    """
-    if len(data) == 0:
-        raise DataError(
-            "There is no case to work on: the list of cases is empty. Check configs/datalist.json."
-        )
-    return CachedDataset(data, transform, memory_share * psutil.virtual_memory().available)
 
 
 class EpochSampler(Sampler[Key]):
@@ -155,6 +104,7 @@ def two_view_dataset(
     two_views: Any,
     seed: int = 0,
     memory_share: float = 0.4,
+    quiet: bool = False,
 ) -> SeededDataset:
     """The training set: cached cases under ``transform``, then two views drawn anew for every (epoch, slot).
 
@@ -163,6 +113,6 @@ def two_view_dataset(
         transform: deterministic preprocessing, see :func:`cached_dataset`.
         two_views: random transform of a preprocessed case, see :class:`SeededDataset`.
         seed: the run's seed.
-        memory_share: see :func:`cached_dataset`.
+        memory_share, quiet: see :func:`cached_dataset`.
     """
-    return SeededDataset(cached_dataset(data, transform, memory_share), two_views, seed)
+    return SeededDataset(cached_dataset(data, transform, memory_share, quiet), two_views, seed)

@@ -33,7 +33,7 @@ def settings_at_fault() -> Iterator[None]:
         raise
     except OURS as error:
         cause = innermost(error)
-        if isinstance(cause, MedsegError):
+        if isinstance(cause, MedsegError | MemoryError | torch.OutOfMemoryError):
             raise cause from None
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
         raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from medseg_supcon.training._ranks import rank
 
@@ -116,3 +116,54 @@ class ProgressDisplay:
             self.bar = None
         if error is not None:
             raise error
+
+
+class CountDisplay:
+    """How many of so many are done: a bar on a terminal, elsewhere a line now and then, once it takes its time.
+
+    Of several ranks the first one shows it.
+
+    Args:
+        name: what is done.
+        total: how many there are.
+        quiet: show nothing.
+
+    Example:
+        >>> with CountDisplay("preparing scans", 2) as display:
+        ...     display.show(1)
+    """
+
+    PATIENCE, PAUSE = 3.0, 15.0  # seconds before the first sign, and between lines
+
+    def __init__(self, name: str, total: int, quiet: bool = False) -> None:
+        self.name, self.total, self.silent = name, total, quiet or rank() > 0
+        self.console = Console(file=sys.stderr, markup=False, highlight=False)
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> CountDisplay:
+        self.due = monotonic() + self.PATIENCE
+        return self
+
+    def show(self, done: int) -> None:
+        """So many are done."""
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=done)
+        elif not self.silent and monotonic() >= self.due:
+            if self.console.is_terminal:
+                self.bar = Progress(
+                    TextColumn("{task.description}", markup=False),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TimeElapsedColumn(),
+                    console=self.console,
+                    transient=True,
+                )
+                self.bar.add_task(self.name, total=self.total, completed=done)
+                self.bar.start()
+            else:
+                self.console.print(f"{self.name}: {done}/{self.total}", soft_wrap=True)
+                self.due = monotonic() + self.PAUSE
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()

@@ -55,6 +55,7 @@ def time_training(run: Path, device: str | None = None, steps: int = 4) -> dict[
     lists = parser.get_parsed_content("case_lists")
     parser["case_lists"] = {key: items[:2] for key, items in lists.items()}
     parser["num_workers"] = 0
+    parser["quiet"] = True
     parser.parse(reset=True)
     trainer, where = parser.get_parsed_content("train::trainer"), parser.get_parsed_content("device")
     batches = iter(parser.get_parsed_content("train::dataloader"))

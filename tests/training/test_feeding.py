@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from itertools import islice
-from time import sleep
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from monai.transforms import Compose, Lambda, RandGaussianNoised
+from monai.transforms import RandGaussianNoised
 from torch.utils.data import DataLoader
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.training import EpochSampler, SeededDataset, _data, cached_dataset, item_seed
+from medseg_supcon.training import EpochSampler, SeededDataset, cached_dataset, item_seed
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)
@@ -72,36 +69,3 @@ def test_no_case_is_a_sentence():
         cached_dataset([], lambda x: x)
     with pytest.raises(DataError, match="empty"):
         EpochSampler(0, 1, 1)
-
-
-@pytest.mark.parametrize(("budget", "held"), [(0, 1), (100, 1), (250, 2), (1000, 3), (9999, 5)])
-def test_cache_holds_what_memory_allows(budget, held, monkeypatch):
-    monkeypatch.setattr(_data.psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * budget))
-    calls = []
-
-    def load(item):
-        calls.append(item["k"])
-        return {"image": torch.full((item["bytes"] // 4,), float(item["k"]))}
-
-    items = [{"k": k, "bytes": size} for k, size in enumerate([100, 100, 400, 800, 100])]
-    dataset = cached_dataset(items, Compose([Compose([Lambda(load)])]), memory_share=0.1)
-    assert len(dataset) == 5
-    calls.clear()
-    for _ in range(2):
-        assert [int(dataset[k]["image"][0]) for k in range(5)] == [0, 1, 2, 3, 4]
-    assert calls == 2 * list(range(held, 5))  # beyond the budget: prepared anew each time
-
-
-def test_a_fault_in_one_scan_leaves_no_thread_at_work():
-    """Such a thread makes the program abort if it is still in a C++ library when the program ends."""
-    there = threading.active_count()
-
-    def load(item):
-        if item["k"] == 1:
-            raise ValueError("a broken scan")
-        sleep(0.2 * item["k"])
-        return {"image": torch.zeros(1)}
-
-    with pytest.raises(RuntimeError, match="applying transform"):
-        cached_dataset([{"k": k} for k in range(3)], Compose([Lambda(load)]))
-    assert threading.active_count() == there
