@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import monai.transforms as mt
+import numpy as np
 
 # nnU-Net's threshold: slices this many times thicker than the pixels, and slabs this many times thinner than
 # they are wide, are turned in plane only
@@ -119,3 +120,54 @@ def gamma(image: str, strength: float, probability: float) -> list[Any]:
         mt.RandAdjustContrastd(image, prob=0.1, gamma=span, retain_stats=True, invert_image=True),
         mt.RandAdjustContrastd(image, prob=probability, gamma=span, retain_stats=True),
     ]
+
+
+class BiasFieldd(mt.RandomizableTransform, mt.MapTransform):
+    """A smooth multiplicative field, as the coils of an MR scanner leave it; each channel's mean and deviation stay.
+
+    The field multiplies intensities above the patch's lowest, as it does in a scan: a z-scored one has negative
+    values, which it would turn the wrong way. All channels of a patch see the same field.
+
+    Args:
+        image: key of the image, (C, *spatial).
+        prob: how often.
+        coefficient: of the log field's Legendre polynomial of third degree, largest, both ways.
+
+    Source:
+        Sudre et al. 2017, Longitudinal segmentation of age-related white matter hyperintensities (the model of
+        MONAI's ``RandBiasField``).
+    """
+
+    def __init__(self, image: str, prob: float, coefficient: float = 0.3) -> None:
+        mt.RandomizableTransform.__init__(self, prob)
+        mt.MapTransform.__init__(self, image)
+        self.field = mt.RandBiasField(prob=1.0, degree=3, coeff_range=(-coefficient, coefficient))
+
+    def set_random_state(
+        self, seed: int | None = None, state: np.random.RandomState | None = None
+    ) -> BiasFieldd:
+        """Of whether, and of the field."""
+        super().set_random_state(seed, state)
+        self.field.set_random_state(seed, state)
+        return self
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        found = dict(data)
+        self.randomize(None)
+        if not self._do_transform:
+            return found
+        for key in self.key_iterator(found):
+            before = found[key]
+            axes = tuple(range(1, before.ndim))
+            lowest = before.amin(axes, keepdim=True)
+            after = self.field(before - lowest)
+            spread = before.std(axes, keepdim=True) / after.std(axes, keepdim=True).clamp_min(1e-8)
+            found[key] = (after - after.mean(axes, keepdim=True)) * spread + before.mean(axes, keepdim=True)
+        return found
+
+
+def shading(image: str, probability: float) -> list[Any]:
+    """A bias field in this share of the patches; nothing at 0, not even a draw."""
+    if not 0 <= probability <= 1:
+        raise ValueError(f"bias_field is a probability, got {probability}.")
+    return [BiasFieldd(image, probability)] if probability > 0 else []

@@ -1,7 +1,7 @@
 """View policies: MONAI transforms on the keys image and label that make one view of a patch.
 
-All take ``patch_size``, ``flip_axes`` and ``spacing``, so that a configuration puts one in another's place by its name
-alone; which of the two have no meaning for a policy, its docstring says.
+All take ``patch_size``, ``flip_axes``, ``spacing`` and ``bias_field``, so that a configuration puts one in another's
+place by its name alone; which of them have no meaning for a policy, its docstring says.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ from typing import Any
 
 import monai.transforms as mt
 
-from ._augmentations import Keys, affine, check, flips, gamma, intensity, simulated_low_resolution, zooms
+from ._augmentations import (
+    Keys,
+    affine,
+    check,
+    flips,
+    gamma,
+    intensity,
+    shading,
+    simulated_low_resolution,
+    zooms,
+)
 
 KEYS: Keys = ("image", "label")
 
@@ -27,6 +37,7 @@ def standard_view(
     spacing: Sequence[float] | None = None,
     elastic: float = 0.0,
     low_resolution: float = 0.25,
+    bias_field: float = 0.0,
     keys: Keys = KEYS,
 ) -> mt.Compose:
     """Affine, noise, blur, brightness, contrast, low resolution and gamma at about nnU-Net's strength.
@@ -49,6 +60,7 @@ def standard_view(
             displacements have a standard deviation of 0.2 to 1.2 voxels). Such a view of 40x56x40 costs some
             150 ms, with its correspondence.
         low_resolution: probability of a simulated low resolution, 0.5 to 1 of the voxels per axis.
+        bias_field: probability of a smooth multiplicative field, as the coils of an MR scanner leave it.
         keys: of the image and the label map.
 
     Returns:
@@ -71,6 +83,7 @@ def standard_view(
         [
             affine(patch_size, keys, rotation_degrees, scale, spacing, affine_probability, elastic),
             *flips(flip_axes, keys),
+            *shading(image, bias_field),
             *intensity(image, strength, (0.1, 0.2, 0.15, 0.15)),
             *(simulated_low_resolution(image, low_resolution) if low_resolution > 0 else []),
             *gamma(image, strength, 0.3),
@@ -83,13 +96,14 @@ def identity_view(
     *,
     flip_axes: Sequence[int] = (),
     spacing: Sequence[float] | None = None,
+    bias_field: float = 0.0,
     keys: Keys = KEYS,
 ) -> mt.Compose:
     """The patch as it is: the experiments without augmentation.
 
     Args:
         patch_size: voxels per axis.
-        flip_axes, spacing: not used: nothing is mirrored or turned.
+        flip_axes, spacing, bias_field: not used: nothing is mirrored, turned or shaded.
         keys: of the image and the label map.
     """
     return mt.Compose([mt.CenterSpatialCropd(keys, roi_size=tuple(patch_size))])
@@ -101,6 +115,7 @@ def crop_resize_view(
     scale: tuple[float, float] = (0.5, 1.0),
     flip_axes: Sequence[int] = (),
     spacing: Sequence[float] | None = None,
+    bias_field: float = 0.0,
     keys: Keys = KEYS,
 ) -> mt.Compose:
     """A random part of the patch, resized to the patch: the source article's first view (after SimCLR).
@@ -112,7 +127,7 @@ def crop_resize_view(
         patch_size: voxels per axis of the view.
         scale: smallest and largest extent of the part, as a fraction of the patch, per axis.
         flip_axes: spatial axes mirrored, each with probability 0.5.
-        spacing: not used: nothing is turned.
+        spacing, bias_field: not used: nothing is turned or shaded.
         keys: of the image and the label map.
 
     Source:
@@ -138,6 +153,7 @@ def simclr_view(
     strength: float = 1.0,
     flip_axes: Sequence[int] = (),
     spacing: Sequence[float] | None = None,
+    bias_field: float = 0.0,
     keys: Keys = KEYS,
 ) -> mt.Compose:
     """Strong intensity changes and no geometry: SimCLR's colour jitter and blur, for scans.
@@ -145,7 +161,7 @@ def simclr_view(
     Args:
         patch_size: voxels per axis of the view.
         strength: 0 leaves intensities alone; below 1.25.
-        flip_axes, spacing: not used: nothing is mirrored or turned.
+        flip_axes, spacing, bias_field: not used: nothing is mirrored or turned, and bias fields are among the operations.
         keys: of the image and the label map.
 
     Source:
@@ -169,6 +185,7 @@ def randaugment_view(
     magnitude: float = 0.5,
     flip_axes: Sequence[int] = (),
     spacing: Sequence[float] | None = None,
+    bias_field: float = 0.0,
     keys: Keys = KEYS,
 ) -> mt.Compose:
     """``num_ops`` intensity operations, drawn anew for each view out of nine: RandAugment for scans.
@@ -177,7 +194,7 @@ def randaugment_view(
         patch_size: voxels per axis of the view.
         num_ops: operations per view, 1 to 9.
         magnitude: 0 (nothing) to 1 (strongest), shared by all operations, as in the article.
-        flip_axes, spacing: not used: nothing is mirrored or turned.
+        flip_axes, spacing, bias_field: not used: nothing is mirrored or turned, and bias fields are among the operations.
         keys: of the image and the label map.
 
     Raises:

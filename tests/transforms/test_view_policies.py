@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import monai.transforms as mt
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -31,7 +32,7 @@ ALL = {
 
 
 def intensity_transforms() -> list[mt.Transform]:
-    every = [*leaves(standard_view(PATCH)), *leaves(ALL["simclr"]), *leaves(ALL["randaugment"])]
+    every = [*leaves(standard_view(PATCH, bias_field=0.2)), *leaves(ALL["simclr"]), *leaves(ALL["randaugment"])]
     return [transform for transform in every if not moves_voxels(transform, "label")]
 
 
@@ -80,6 +81,34 @@ def test_an_empty_patch_stays_finite(policy: str) -> None:
     box = {"image": torch.zeros(1, 34, 30, 28), "label": torch.zeros(1, 34, 30, 28)}
     for seed in range(6):
         assert torch.isfinite(torch.as_tensor(ALL[policy].set_random_state(seed)(box)["image"])).all()
+
+
+def test_the_bias_field_is_a_smooth_factor_on_what_lies_above_the_lowest() -> None:
+    (field,) = [t for t in leaves(standard_view(PATCH, bias_field=1.0)) if type(t).__name__ == "BiasFieldd"]
+    before = torch.randn(2, *PATCH, generator=torch.Generator().manual_seed(0)) - 3.0
+    after = field.set_random_state(5)({"image": MetaTensor(before.clone())})["image"].as_tensor()
+    again = field.set_random_state(5)({"image": MetaTensor(before.clone())})["image"].as_tensor()
+    assert torch.equal(after, again)
+    axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in PATCH], indexing="ij")
+    powers = [(i, j, k) for i in range(4) for j in range(4) for k in range(4) if i + j + k <= 3]
+    columns = np.stack([axes[0] ** i * axes[1] ** j * axes[2] ** k for i, j, k in powers], -1)
+    fitted = []
+    for old, new in zip(before.double().numpy(), after.double().numpy(), strict=True):
+        assert new.mean() == pytest.approx(old.mean(), abs=1e-4)
+        assert new.std() == pytest.approx(old.std(), rel=1e-4)
+        floor = np.unravel_index(old.argmin(), old.shape)
+        above = old > old.min() + 0.5
+        factor = np.log((new - new[floor])[above] / (old - old.min())[above])
+        weights, residual, *_ = np.linalg.lstsq(columns[above], factor, rcond=None)
+        assert residual[0] / above.sum() < 1e-6 and factor.std() > 0.05
+        fitted.append(weights[1:])
+    np.testing.assert_allclose(fitted[0], fitted[1], atol=1e-3)  # one field for all channels
+
+
+def test_no_bias_field_is_not_even_a_draw() -> None:
+    assert not [t for t in leaves(standard_view(PATCH)) if type(t).__name__ == "BiasFieldd"]
+    with pytest.raises(ValueError, match="bias_field is a probability, got 1.5"):
+        standard_view(PATCH, bias_field=1.5)
 
 
 def test_only_elastic_is_untracked() -> None:
