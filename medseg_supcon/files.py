@@ -108,9 +108,11 @@ def alone(folder: Path, wait: bool = True) -> Iterator[bool]:
         if fcntl is not None:
             with suppress(OSError):  # a network drive
                 handle = os.open(folder, os.O_RDONLY)
-                stack.callback(os.close, handle)  # which unlocks it
+                stack.callback(os.close, handle)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # closing unlocks nothing while a process forked meanwhile has it open
+                    stack.callback(fcntl.flock, handle, fcntl.LOCK_UN)
                 except BlockingIOError:
                     free = False
         yield free

@@ -11,6 +11,7 @@ from medseg_supcon.training._data import (
     two_view_dataset,
 )
 from medseg_supcon.training._finish import finish_ranks
+from medseg_supcon.training._folder import is_planned, is_started
 from medseg_supcon.training._log import TrainingLog
 from medseg_supcon.training._memory import keep_freed_memory
 from medseg_supcon.training._metadata import read_config
@@ -33,7 +34,7 @@ from medseg_supcon.training._ranks import (
     world_size,
 )
 from medseg_supcon.training._recipes import describe_recipe, read_recipe, recipe_names, shared_folder
-from medseg_supcon.training._run import is_of_plan, is_planned, is_started, prepare_run, refresh_documents
+from medseg_supcon.training._run import is_of_plan, prepare_run, refresh_documents
 from medseg_supcon.training._segmentation import DiceCrossEntropy
 from medseg_supcon.training._semi_loss import SemiSupervisedLoss
 from medseg_supcon.training._staged_loss import StagedLoss

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,30 +21,18 @@ from medseg_supcon.data import (
     write_datalist,
     write_plan,
 )
-from medseg_supcon.errors import ConfigError, RunError
+from medseg_supcon.errors import ConfigError
 from medseg_supcon.training._bundle_docs import write_metadata, write_model_card, write_network, write_twins
 from medseg_supcon.training._faults import settings_at_fault
 from medseg_supcon.training._fit import fit_patch, inherit
+from medseg_supcon.training._folder import TEMPLATE, drafted, refuse_others
 from medseg_supcon.training._overlay import dump_commented, load_commented, merge, set_key
 from medseg_supcon.training._recipes import read_recipe, shared_folder
 from medseg_supcon.training._timing import default_minutes, epochs_within, time_training
 
-TEMPLATE = "segmentation"
 PLAN_PREFIX = "plan::"
 OF_PLAN = ("network_def", "epochs", "steps_per_epoch", "batch_size")  # train.yaml takes these from the plan
 NEW_SECTIONS = ("finalize",)  # that nothing refers to
-DRAFT = ".planning"  # where a run is written until it is whole
-
-
-def is_planned(run: Path) -> bool:
-    """The folder holds a plan."""
-    # not Path.is_file, which raises where a name is too long or a folder may not be looked into
-    return all(os.path.isfile(run / "configs" / name) for name in ("plan.json", "train.yaml"))  # noqa: PTH113
-
-
-def is_started(run: Path) -> bool:
-    """Training has left something in the folder."""
-    return (run / "models" / "model.pt").exists() or (run / "models" / "checkpoint.pt").exists()
 
 
 def prepare_run(
@@ -88,13 +74,9 @@ def prepare_run(
 
     Raises:
         ConfigError: a setting, recipe or plan that cannot be.
-        RunError: the folder already holds a run, or what one would replace.
+        RunError: the folder already holds a run, or what one would replace, or another command is at work in it.
     """
-    if is_planned(run):
-        raise RunError(
-            f"{run} already holds a run. Choose another --out, or go on with medseg train --resume."
-        )
-    _refuse_others(run)
+    refuse_others(run)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recipe_plan, overlay = _sort_settings(list(read_recipe(recipe).items()))
     of_plan, of_config = _sort_settings(settings)
@@ -118,10 +100,7 @@ def prepare_run(
         fit_patch(made)
         validate_plan(made)
     budget = minutes if minutes is not None else default_minutes(where)
-    existed, draft = run.exists(), run / DRAFT
-    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
-    try:
-        _write_template(draft)
+    with drafted(run) as draft:
         write_plan(made, draft / "configs" / "plan.json")
         write_datalist(split, draft / "configs" / "datalist.json", dataset.root)
         _write_train_config(draft, dataset.root, recipe, dict(overlay), of_config, seed, init)
@@ -133,12 +112,6 @@ def prepare_run(
             write_plan(made, draft / "configs" / "plan.json")
         _try_length(draft)
         refresh_documents(draft)
-        for part in sorted(draft.iterdir(), key=lambda part: part.name == "configs"):  # which makes it a run
-            part.rename(run / part.name)
-        draft.rmdir()
-    except BaseException:
-        shutil.rmtree(draft if existed else run, ignore_errors=True)
-        raise
     return made
 
 
@@ -175,25 +148,6 @@ def _sort_settings(
         else:
             of_config.append((key, value))
     return of_plan, of_config
-
-
-def _refuse_others(run: Path) -> None:
-    """A folder that is no run may hold anything but what a run would replace."""
-    there = [
-        p.name for p in sorted((shared_folder("bundles") / TEMPLATE).iterdir()) if (run / p.name).exists()
-    ]
-    if there:
-        raise RunError(f"{run} holds {' and '.join(there)} of something else. Choose another --out.")
-
-
-def _write_template(run: Path) -> None:
-    template = shared_folder("bundles") / TEMPLATE
-    run.mkdir(parents=True)
-    for source in sorted(template.rglob("*")):
-        target = run / source.relative_to(template)
-        if source.is_file() and source.suffix != ".j2" and source.name not in ("train.yaml", "metadata.json"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
 
 
 def _write_train_config(

@@ -17,8 +17,8 @@ from medseg_supcon.training._bundle_docs import write_network, write_twins
 from medseg_supcon.training._checkpoint import load_tensors
 from medseg_supcon.training._faults import innermost, settings_at_fault
 from medseg_supcon.training._finish import write_documents
+from medseg_supcon.training._folder import at_work_in, is_planned
 from medseg_supcon.training._metadata import read_config, read_json
-from medseg_supcon.training._run import is_planned
 
 WRITTEN_LAST = ("eval/metrics.json", "docs/curves.png")
 
@@ -132,18 +132,22 @@ def train_run(
         resume: go on from ``models/checkpoint.pt`` (afresh where there is none).
         quiet: no progress display.
         overrides: of train.yaml's keys, for this call alone.
+
+    Raises:
+        RunError: another command is at work in the folder.
     """
-    if not (resume and is_finished(run)):
-        _check_plan(run)
-        write_network(run)  # the plan may have been edited
-        write_twins(run)
-        for name in WRITTEN_LAST:  # of earlier weights
-            (run / name).unlink(missing_ok=True)
-        overrides["resume"] = resume
-        if resume and (run / "models" / "checkpoint.pt").exists():
-            overrides["init_weights"] = None  # the earlier run may be gone by now
-        if quiet:
-            overrides["quiet"] = True
-        run_config(run, "train", "train", device=device, **overrides)
-    run_config(run, "evaluate", "infer", device=device)
-    write_documents(run)
+    with at_work_in(run):
+        if not (resume and is_finished(run)):
+            _check_plan(run)
+            write_network(run)  # the plan may have been edited
+            write_twins(run)
+            for name in WRITTEN_LAST:  # of earlier weights
+                (run / name).unlink(missing_ok=True)
+            overrides["resume"] = resume
+            if resume and (run / "models" / "checkpoint.pt").exists():
+                overrides["init_weights"] = None  # the earlier run may be gone by now
+            if quiet:
+                overrides["quiet"] = True
+            run_config(run, "train", "train", device=device, **overrides)
+        run_config(run, "evaluate", "infer", device=device)
+        write_documents(run)
