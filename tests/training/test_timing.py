@@ -1,0 +1,47 @@
+"""How long a step takes: what a GPU's loader workers do beside it, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from medseg_supcon.training import _timing
+from medseg_supcon.training._timing import seconds_per_step, time_within_memory
+
+
+def test_workers_load_beside_the_computation() -> None:
+    assert seconds_per_step([1.0, 9.0, 2.0], [0.5, 0.5, 0.5], workers=0) == 2.5  # one after the other
+    assert seconds_per_step([1.6, 9.0, 1.6], [0.5, 0.5, 0.5], workers=16) == 0.5  # the GPU is the slower one
+    assert seconds_per_step([4.0, 9.0, 2.0], [0.5, 0.5, 0.5], workers=2) == 2.0  # the workers are
+
+
+@pytest.mark.parametrize(("fits", "ends"), [(8, 8), (4, 4), (2, 2), (1, None)])
+def test_a_gpu_too_small_for_the_plans_guess(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fits: int, ends: int | None
+) -> None:
+    """The batch is halved, here and on disk, down to two scans; then, and where somebody chose it, the error passes."""
+    file = tmp_path / "configs" / "plan.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"batch_size": 8}))
+
+    def measure(run: Path, device: str | None) -> dict[str, Any]:
+        if json.loads(file.read_text())["batch_size"] > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"machine": "a GPU"}
+
+    monkeypatch.setattr(_timing, "time_training", measure)
+    plan = {"batch_size": 8}
+    if ends is None:
+        with pytest.raises(torch.OutOfMemoryError):
+            time_within_memory(tmp_path, "cuda", plan, fixed=False)
+        return
+    assert time_within_memory(tmp_path, "cuda", plan, fixed=False) == {"machine": "a GPU"}
+    assert plan["batch_size"] == ends == json.loads(file.read_text())["batch_size"]
+    if fits < 8:
+        file.write_text(json.dumps({"batch_size": 8}))
+        with pytest.raises(torch.OutOfMemoryError):
+            time_within_memory(tmp_path, "cuda", {"batch_size": 8}, fixed=True)
