@@ -28,7 +28,7 @@ from medseg_supcon.training._fit import fit_patch, inherit
 from medseg_supcon.training._folder import TEMPLATE, drafted, refuse_others
 from medseg_supcon.training._overlay import dump_commented, load_commented, merge, set_key
 from medseg_supcon.training._recipes import read_recipe, shared_folder
-from medseg_supcon.training._timing import default_minutes, epochs_within, time_training
+from medseg_supcon.training._timing import default_minutes, epochs_within, time_within_memory
 
 PLAN_PREFIX = "plan::"
 OF_PLAN = ("network_def", "epochs", "steps_per_epoch", "batch_size")  # train.yaml takes these from the plan
@@ -89,14 +89,15 @@ def prepare_run(
             validate_plan(made)
     else:
         cases = [*split.training, *split.unlabelled]
-        made = make_plan(fingerprint(dataset, cases), dataset, device=where.type)
+        made = make_plan(fingerprint(dataset, cases), dataset, device=str(where))
         if trust_scan_affine:
             made["trust_scan_affine"] = True
         if init is not None:
             inherit(made, init)
         for key, value in (*recipe_plan, *of_plan):
             set_key(made, key, value, "The plan (configs/plan.json)")
-        epochs = epochs or dict([*recipe_plan, *of_plan]).get("epochs")
+        chosen = dict([*recipe_plan, *of_plan])
+        epochs = epochs or chosen.get("epochs")
         fit_patch(made)
         validate_plan(made)
     budget = minutes if minutes is not None else default_minutes(where)
@@ -106,7 +107,7 @@ def prepare_run(
         _write_train_config(draft, dataset.root, recipe, dict(overlay), of_config, seed, init)
         if plan is None:
             with settings_at_fault():
-                timing = time_training(draft, device)
+                timing = time_within_memory(draft, device, made, fixed="batch_size" in chosen)
             made["epochs"] = epochs or epochs_within(budget, made, timing, len(split.validation))
             made["expected"] = _expected(made, timing, len(split.validation))
             write_plan(made, draft / "configs" / "plan.json")
