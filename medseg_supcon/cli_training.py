@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -76,7 +77,10 @@ def plan(
         recipe, epochs, cases, labels, validation, unlabelled, init, seed, settings, allow_affine_mismatch
     )
     _prepare(dataset, run, request, device)
-    out.print(f"\nEdit {run / 'configs' / 'plan.json'} if you like, then: medseg train {dataset} --out {run}")
+    out.print(
+        f"\nEdit {run / 'configs' / 'plan.json'} if you like, then: "
+        f"medseg train {quote(str(dataset))} --out {quote(str(run))}"
+    )
 
 
 def train(
@@ -117,7 +121,7 @@ def train(
     print_metrics(run / "eval" / "metrics.json")
     out.print(
         f"\nThe run is in {run} (a MONAI bundle; {run / 'docs' / 'README.md'} describes it).\n"
-        f"Masks of new scans: medseg predict {run} SCANS --out MASKS"
+        f"Masks of new scans: medseg predict {quote(str(run))} SCANS --out MASKS"
     )
 
 
@@ -131,9 +135,12 @@ def read_selected(path: Path, cases: Path | None) -> Any:
 
 def _go_on(dataset: Path, run: Path, request: Request, resume: bool) -> None:
     """A planned folder is trained as it is: say so where something else was asked for."""
+    from monai.bundle import ConfigParser
+
     from medseg_supcon.training import read_config
 
-    planned = Path(read_config(run / "configs" / "train.yaml")["dataset_dir"])
+    config = ConfigParser(dict(read_config(run / "configs" / "train.yaml")))
+    planned = Path(config.get_parsed_content("dataset_dir"))  # an expression where it holds a #, say
     data = read_selected(dataset, None)
     root = data.root.resolve()
     if root != planned.resolve():

@@ -7,6 +7,7 @@ from medseg_supcon.data._forms import two_voxel_sizes
 from medseg_supcon.data._items import items, load_items, write_datalist
 from medseg_supcon.data._labels import class_indices, label_mapping, label_type, snap_labels
 from medseg_supcon.data._layouts import read_dataset, read_unlabelled
+from medseg_supcon.data._literal import literal
 from medseg_supcon.data._phantoms import PHANTOM_LABELS, make_phantoms
 from medseg_supcon.data._place import (
     MAX_SHEAR_DEGREES,
@@ -47,6 +48,7 @@ __all__ = [
     "items",
     "label_mapping",
     "label_type",
+    "literal",
     "load_items",
     "make_phantoms",
     "make_plan",

@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImage, ResampleToMatch, Transform
 
 from medseg_supcon.data._labels import class_indices
+from medseg_supcon.data._literal import literal
 from medseg_supcon.errors import RunError
 from medseg_supcon.losses import IGNORE_INDEX
 
@@ -33,7 +34,7 @@ def read_preprocessing(bundle_root: str | Path) -> Compose:
         )
     parser = ConfigParser()
     parser.read_config(str(path))
-    parser["bundle_root"] = str(bundle_root)
+    parser["bundle_root"] = literal(str(bundle_root))
     transform: Compose = parser.get_parsed_content("preprocessing")
     return transform
 

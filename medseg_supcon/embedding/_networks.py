@@ -10,6 +10,7 @@ from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 from torch import nn
 
+from medseg_supcon.data import literal
 from medseg_supcon.errors import RunError
 from medseg_supcon.networks import ContrastiveNetwork
 from medseg_supcon.training import load_tensors
@@ -61,7 +62,7 @@ def heads_of(run: Path) -> tuple[dict[str, nn.Module], str]:
 def _config(run: Path) -> ConfigParser:
     parser = ConfigParser()
     parser.read_config(str(run / "configs" / "train.yaml"))
-    parser["bundle_root"] = str(run)
+    parser["bundle_root"] = literal(str(run))
     parser["device"] = (
         "$torch.device('cpu')"  # what a run began from does not depend on where it is looked at
     )

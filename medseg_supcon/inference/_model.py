@@ -23,7 +23,7 @@ from monai.transforms import (
 )
 from monai.transforms.intensity import dictionary as intensity
 
-from medseg_supcon.data import read_plan
+from medseg_supcon.data import literal, read_plan
 from medseg_supcon.errors import RunError
 from medseg_supcon.inference._trust import check_trusted
 
@@ -78,7 +78,7 @@ def load_model(run: str | Path, trust: bool = False) -> Model:
     try:
         parser = ConfigParser()
         parser.read_config(str(config))
-        parser.update({"bundle_root": str(run)})
+        parser.update({"bundle_root": literal(str(run))})
         network = parser.get_parsed_content("network_def")
         preprocessing = parser.get_parsed_content("preprocessing")
     except Exception as error:  # whatever a plan makes a constructor of torch or MONAI raise

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from monai.bundle import ConfigParser
 
+from medseg_supcon.data import literal
 from medseg_supcon.errors import RunError
 
 CONFIGS = ("inference", "evaluate", "train")
@@ -34,11 +35,7 @@ def self_contained(config: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[s
     """
     whole = copy.deepcopy(dict(config))
     if "plan" in whole:
-        text = repr(dict(plan))
-        # MONAI reads @ as a reference, # as :: and the word "import" as a statement, in strings as well.
-        for word, escaped in (("@", "\\x40"), ("#", "\\x23"), ("import", "\\x69mport")):
-            text = text.replace(word, escaped)
-        whole["plan"] = f"${text}"
+        whole["plan"] = literal(dict(plan))
         if "network_json" in whole:
             whole["network_json"] = json.dumps(plan["network_def"])
     return whole

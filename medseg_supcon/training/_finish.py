@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 from monai.bundle import ConfigWorkflow
 
+from medseg_supcon.data import literal
 from medseg_supcon.errors import MedsegError
 from medseg_supcon.training._faults import innermost
 from medseg_supcon.training._ranks import rank
@@ -50,7 +51,7 @@ def _evaluate(run: Path) -> None:
         [str(run / "configs" / name) for name in ("evaluate.yaml", "multi_gpu_evaluate.yaml")],
         workflow_type="infer",
         logging_file=False,
-        bundle_root=str(run.resolve()),
+        bundle_root=literal(str(run.resolve())),
     )
     workflow.initialize()
     workflow.run()

@@ -16,6 +16,7 @@ from medseg_supcon.data import (
     Dataset,
     Split,
     fingerprint,
+    literal,
     make_plan,
     validate_plan,
     write_datalist,
@@ -121,7 +122,7 @@ def _try_length(draft: Path) -> None:
     config = ConfigParser()
     config.read_config(str(draft / "configs" / "train.yaml"))
     if "stage_epochs" in config:
-        config["bundle_root"] = str(draft)
+        config["bundle_root"] = literal(str(draft))
         with settings_at_fault():
             config.get_parsed_content("stage_epochs")
 
@@ -161,11 +162,11 @@ def _write_train_config(
     init: Path | None,
 ) -> None:
     tree = load_commented(shared_folder("bundles") / TEMPLATE / "configs" / "train.yaml")
-    tree["dataset_dir"] = str(dataset_dir.resolve())
+    tree["dataset_dir"] = literal(str(dataset_dir.resolve()))
     tree["seed"] = seed
     tree["recipe"] = Path(recipe).stem
     if init is not None:
-        tree["init_weights"] = str((init / "models" / "model.pt").resolve())
+        tree["init_weights"] = literal(str((init / "models" / "model.pt").resolve()))
     known = set(tree)
     merge(tree, overlay, "train.yaml")
     _refuse_unknown(tree, known, recipe)
@@ -175,7 +176,7 @@ def _write_train_config(
     evaluate = run / "configs" / "evaluate.yaml"
     if evaluate.exists():
         other = load_commented(evaluate)
-        other["dataset_dir"] = str(dataset_dir.resolve())
+        other["dataset_dir"] = literal(str(dataset_dir.resolve()))
         evaluate.write_text(dump_commented(other))
 
 

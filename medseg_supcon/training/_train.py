@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from monai.bundle import ConfigWorkflow
 
-from medseg_supcon.data import read_plan, validate_plan
+from medseg_supcon.data import literal, read_plan, validate_plan
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
 from medseg_supcon.networks import build_network, size_divisor
 from medseg_supcon.training._bundle_docs import write_network, write_twins
@@ -21,6 +21,7 @@ from medseg_supcon.training._folder import at_work_in, is_planned
 from medseg_supcon.training._metadata import read_config, read_json
 
 WRITTEN_LAST = ("eval/metrics.json", "docs/curves.png")
+OF_FILES = ("datalist", "dataset_dir", "output_dir")  # overrides that name files
 
 
 def is_finished(run: Path) -> bool:
@@ -76,12 +77,13 @@ def run_config(run: Path, name: str, workflow_type: str, **overrides: Any) -> Co
     device = overrides.pop("device", None)
     if device is not None:
         overrides["device"] = f"$torch.device('{check_device(device)}')"
+    overrides |= {key: literal(overrides[key]) for key in OF_FILES if key in overrides}
     file = run / "configs" / f"{name}.yaml"
     read_config(file)  # what is wrong with it, in a sentence
     workflow = ConfigWorkflow(
         config_file=str(file),
         workflow_type=workflow_type,
-        bundle_root=str(run.resolve()),
+        bundle_root=literal(str(run.resolve())),
         logging_file=False,  # the command line has its own display
         **overrides,
     )
