@@ -89,7 +89,7 @@ def compare(
         cases=None if cases is None else read_case_names(cases),
         test_cases=None if test_cases is None else read_case_names(test_cases),
         split_seed=split_seed,
-        validation=VALIDATION if validation is None else validation,
+        validation=next((share for share in (validation, said.validation) if share is not None), VALIDATION),
         own=said.own,
         variants=make_variants(said.variants),
     )

@@ -16,11 +16,13 @@ KEYS = {
     "variants": "a mapping AXIS: {LEVEL: {KEY: VALUE, ...}, ...}",
     "seeds": "a list of whole numbers",
     "labels": "a list of whole numbers, or 'all'",
+    "validation": "a share from 0 to 0.9",
     "epochs": "a whole number from 1",
     "settings": "a mapping KEY: VALUE",
     "robustness": "true or false",
     "training_score": "true or false",
 }
+MOST_VALIDATION = 0.9  # as the command line
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class ComparisonConfig:
         variants: axis -> level -> settings.
         settings: of all runs.
         seeds, labels: None: not said. A label budget of None is "all".
+        validation: share of the labelled scans that validates; None: not said.
         epochs: None: not said.
         robustness: test on corrupted scans, too; None: not said.
         training_score: Dice on the scans trained on, too.
@@ -44,6 +47,7 @@ class ComparisonConfig:
     settings: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] | None = None
     labels: tuple[int | None, ...] | None = None
+    validation: float | None = None
     epochs: int | None = None
     robustness: bool | None = None
     training_score: bool = False
@@ -87,6 +91,7 @@ def read_comparison(name: str | Path) -> ComparisonConfig:
         None
         if "labels" not in given
         else tuple(None if n == "all" else _whole(n, "labels", path) for n in _list(given, "labels", path)),
+        _share(given, "validation", path),
         None if given.get("epochs") is None else _whole(given["epochs"], "epochs", path, least=1),
         _flag(given, "robustness", path),
         bool(_flag(given, "training_score", path)),
@@ -128,6 +133,15 @@ def _whole(value: Any, key: str, path: Path, least: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise _wrong(path, key, repr(value))
     return value
+
+
+def _share(given: Mapping[str, Any], key: str, path: Path) -> float | None:
+    value = given.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_VALIDATION:
+        raise _wrong(path, key, repr(value))
+    return float(value)
 
 
 def _flag(given: Mapping[str, Any], key: str, path: Path) -> bool | None:

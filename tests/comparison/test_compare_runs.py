@@ -198,6 +198,12 @@ def test_other_cases_are_refused_with_the_options_that_choose_them(design, copie
         again(replace(design, splits=splits), copied)
 
 
+def test_another_share_of_validation_is_refused(phantoms, copied):
+    changed = design_comparison(read_dataset(phantoms), ["dice_ce", "joint"], [0], [2], validation=0)
+    with pytest.raises(RunError, match=r"prepared with other .*cases.*--validation.*or choose another --out"):
+        again(changed, copied)
+
+
 def test_a_plan_of_other_settings_is_not_taken(design, copied):
     shutil.rmtree(copied / "runs")  # a comparison that was stopped once it was planned
     other = [*TINY[:1], ("plan::patch_size", [24, 24, 24]), *TINY[2:]]

@@ -217,7 +217,7 @@ def test_the_command_line_s_options_go_before_the_file_s(phantoms, tmp_path, mon
 
     monkeypatch.setattr("medseg_supcon.comparison.compare", compared)
     monkeypatch.setattr(cli, "_quieten", lambda: None)
-    file = write(tmp_path, GRID | {"seeds": [0, 1], "settings": {"temperature": "7e-2"}})
+    file = write(tmp_path, GRID | {"seeds": [0, 1], "validation": 0, "settings": {"temperature": "7e-2"}})
 
     def run_cli(*more):
         given = ["compare", str(phantoms), "--out", str(tmp_path / "out"), "--config", str(file), *more]
@@ -229,12 +229,26 @@ def test_the_command_line_s_options_go_before_the_file_s(phantoms, tmp_path, mon
     assert run_cli() == 0 and "so it is" in capsys.readouterr().out
     design = asked["design"]
     assert (design.seeds, list(design.splits), asked["epochs"]) == ((0, 1), [2], 2)
+    assert [len(split.training) for split in design.splits.values()] == [2]
     assert (asked["robustness"], asked["training_score"], asked["workers"]) == (False, True, None)
     assert asked["settings"] == [("temperature", 0.07)] and len(design.cells) == 8
-    more = ["--seeds", "5", "--labels", "3", "--epochs", "9", "--robustness", "--workers", "2"]
+    more = [
+        "--seeds",
+        "5",
+        "--labels",
+        "3",
+        "--validation",
+        "0.4",
+        "--epochs",
+        "9",
+        "--robustness",
+        "--workers",
+        "2",
+    ]
     assert run_cli(*more, "--set", "temperature=0.2", "--recipes", "joint,two_stage") == 0
     design = asked["design"]
     assert (design.seeds, list(design.splits), asked["epochs"]) == ((5,), [3], 9)
+    assert [len(split.training) for split in design.splits.values()] == [2]
     assert (asked["robustness"], asked["workers"], design.recipes) == (True, 2, ("joint", "two_stage"))
     assert asked["settings"][-1] == ("temperature", 0.2)
     file.write_text("seeds: [0]\n")
@@ -260,6 +274,9 @@ def test_a_plain_list_and_defaults(tmp_path):
         ({"labels": [2.5]}, "labels must be"),
         ({"epochs": "many"}, "epochs must be"),
         ({"epochs": 0}, "epochs must be"),
+        ({"validation": 1}, "validation must be a share from 0 to 0.9; found 1"),
+        ({"validation": "half"}, "validation must be"),
+        ({"validation": True}, "validation must be"),
         ({"robustness": "maybe"}, "robustness must be"),
         ({"variants": {"a": ["x", "y"]}}, "variants must be"),
         ({"variants": ["a"]}, "variants must be"),
