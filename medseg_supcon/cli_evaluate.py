@@ -13,7 +13,7 @@ from medseg_supcon.cli_training import read_selected
 from medseg_supcon.errors import ConfigError, DataError, MedsegError, RunError
 from medseg_supcon.terminal import EXIT_SOME_FAILED, out, print_metrics
 
-ONLY_OF_TRAINING = ("duplicate_image",)  # faults of a data set that do not keep a case from being scored
+ONLY_OF_TRAINING = ("duplicate_image", "no_structure")  # faults that do not keep a case from being scored
 
 
 def evaluate(

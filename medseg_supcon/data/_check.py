@@ -30,8 +30,9 @@ def check_dataset(
 
     Errors: missing or unreadable files, 2-D or 4-D where 3-D is expected, shapes or affines of scan and label
     map that differ, NaN or Inf, a constant image, label values that are not declared, fractional or
-    overlapping labels, differing channel counts, one image in two cases, an affine that is no geometry or
-    sheared, a header that gives metres or microns, or two voxel sizes (sform against pixdim, by more than 1 %).
+    overlapping labels, label maps that are all empty, differing channel counts, one image in two cases, an
+    affine that is no geometry or sheared, a header that gives metres or microns, or two voxel sizes (sform
+    against pixdim, by more than 1 %).
 
     Warnings: an empty label map, a class that nobody drew, a single slice, a qform that disagrees with the
     sform, a header without orientation, outliers of spacing and size.
@@ -113,6 +114,12 @@ def _classes_nobody_drew(dataset: Dataset, looked: Sequence[Looked]) -> list[Fin
     seen = {name for one in looked for name in one.classes}
     if not seen:
         return []
+    if seen == {next(iter(dataset.labels))}:
+        message = (
+            f"{dataset.root}: none of the label maps shows a structure, so there is nothing to learn. Add a case "
+            f"with one, or correct the declared values."
+        )
+        return [Finding("", None, "error", "no_structure", message)]
     return [
         Finding(
             "",

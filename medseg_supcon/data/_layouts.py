@@ -56,6 +56,7 @@ def read_dataset(path: str | Path) -> Dataset:
     path = Path(path)
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises where a name is too long
         raise DataError(f"{path}: there is no such file or folder. Give {LAYOUTS}.")
+    path = _without_dots(path)
     source = path / "dataset.json" if path.is_dir() else path
     root = source.parent
     content: dict[str, Any] = {}
@@ -109,14 +110,19 @@ def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:
     Raises:
         DataError: no folder, no scan in it, or a name that the data set has already.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise DataError(f"{root}: there is no such folder. Give a folder of NIfTI scans.")
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder}: there is no such folder. Give a folder of NIfTI scans.")
+    root = _without_dots(Path(folder))
     cases = [Case(name, images) for name, images in _scans(root, len(dataset.channels)).items()]
     if not cases:
         raise DataError(f"{root}: holds no NIfTI scan (.nii or .nii.gz). Give a folder of scans.")
     without_twins([*dataset.cases, *cases], root)
     return tuple(cases)
+
+
+def _without_dots(path: Path) -> Path:
+    """The path itself, or where it has a ``..``, the one that it stands for: what lies below it can be told by name."""
+    return path.resolve() if ".." in path.parts else path
 
 
 def _with_channel_files(case: Case) -> Case:

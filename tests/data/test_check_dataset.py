@@ -134,6 +134,16 @@ def test_every_fault_is_found_and_named(tmp_path, disk, fault):
     assert report.has_errors == (severity == "error")
 
 
+def test_nothing_to_learn_is_an_error(tmp_path, disk):
+    """`medseg train` refuses it: a check that is content would send a person round in circles."""
+    root = disk.decathlon(tmp_path, cases=3)
+    for path in (root / "labelsTr").iterdir():
+        disk.nifti(path, np.zeros(nibabel.load(path).shape, np.uint8))
+    report = check_dataset(read_dataset(root))
+    assert [f.code for f in report.errors] == ["no_structure"]
+    assert [f.code for f in report.findings if f.severity == "warning"] == ["empty_label"] * 3
+
+
 def test_a_good_data_set_is_clean(tmp_path, disk):
     for root in (disk.decathlon(tmp_path / "d"), disk.nnunet(tmp_path / "n")):
         report = check_dataset(read_dataset(root))

@@ -56,6 +56,21 @@ def test_paths_inside_are_relative_and_others_absolute(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("layout", ["decathlon", "nnunet"])
+def test_a_run_can_move_however_the_folder_was_named(tmp_path, disk, layout, monkeypatch):
+    """A ``..`` on the command line must not make the run's paths absolute, nor follow a link the wrong way."""
+    root = getattr(disk, layout)(tmp_path / "elsewhere" / "data")
+    (tmp_path / "elsewhere" / "deep").mkdir()
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "link").symlink_to(tmp_path / "elsewhere" / "deep")
+    monkeypatch.chdir(tmp_path / "work")
+    for name in (Path("link") / ".." / "data", Path("..") / "elsewhere" / "data"):
+        dataset = read_dataset(name)
+        found = items(dataset.cases, dataset.root)
+        assert found == items(read_dataset(root).cases, root)
+        assert not any(Path(item["label"]).is_absolute() for item in found)
+
+
 def test_a_single_file_in_a_list_is_a_text(tmp_path):
     assert load_items([{"image": ["a.nii"]}], tmp_path)[0]["image"] == str(tmp_path / "a.nii")
 
