@@ -122,7 +122,7 @@ def gamma(image: str, strength: float, probability: float) -> list[Any]:
     ]
 
 
-class BiasFieldd(mt.RandomizableTransform, mt.MapTransform):
+class BiasFieldd(mt.RandomizableTransform, mt.MapTransform):  # type: ignore[misc]
     """A smooth multiplicative field, as the coils of an MR scanner leave it; each channel's mean and deviation stay.
 
     The field multiplies intensities above the patch's lowest, as it does in a scan: a z-scored one has negative
