@@ -82,10 +82,12 @@ def predict_folder(
                 report(_written(*behind))
         except BaseException:
             reader.shutdown(wait=False, cancel_futures=True)
-            if behind is not None:  # Ctrl-C: the mask under way is finished, and listed
-                with suppress(RunError):
+            with suppress(RunError):
+                if behind is not None:  # Ctrl-C: the mask under way is finished, and listed
                     manifest.add(_written(*behind))
+                manifest.write()
             raise
+    manifest.write()
     return manifest.of_this_call()
 
 

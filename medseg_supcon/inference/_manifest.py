@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import platform
+import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from medseg_supcon.inference._predictor import Prediction, Predictor
 
 STATUSES = ("done", "skipped", "failed")
+JOURNAL = ".medseg-manifest.jsonl"  # entries that are not in the manifest yet, a line each
+PAUSE = 5.0  # seconds between two writings of the whole manifest
 logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "SimpleITK", "scipy")
 # What of a plan decides a mask. How many windows go together does not.
@@ -79,25 +83,48 @@ def entry_of(prediction: Prediction, labels: dict[str, float]) -> dict[str, Any]
 
 
 class Manifest:
-    """The file, kept up to date after each scan; entries of earlier calls into the folder stay in it."""
+    """The file, no more than a few seconds behind; entries of earlier calls into the folder stay in it.
+
+    To write it after each of thousands of scans would take longer and longer. What is not in it yet stands in a journal
+    beside it, which outlives a process that is killed: whoever reads or writes the manifest next takes it over.
+    """
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         self.path, self.head = path, head
         self.entries: list[dict[str, Any]] = []
+        self.due = time.monotonic()
         self.earlier, odd = _read(path)
         if odd:
             logger.warning("%s: %d of its entries are not as medseg writes them and are left out", path, odd)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Adds an entry and writes the file, with what other processes have added to it.
+        """Adds an entry, to the file or to the journal.
 
         Raises:
             RunError: it cannot be written.
         """
         if entry["status"] == "done":
             entry |= self._made_by()
-        if entry not in self.entries:  # Ctrl-C may come between this and what follows, and the entry again
+        if (
+            entry not in self.entries[-1:]
+        ):  # Ctrl-C may come between this and what follows, and the entry again
             self.entries.append(entry)
+        if time.monotonic() >= self.due:
+            self.write()
+            return
+        try:
+            with alone(self.path.parent), self.journal.open("a", encoding="utf-8") as stream:
+                # begun with a new line: the one before may be a killed process's half
+                stream.write("\n" + json.dumps(entry, allow_nan=False))
+        except OSError as error:
+            raise self._not_written(error) from error
+
+    def write(self) -> None:
+        """Writes the file, with what other processes have added to it and to the journal.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         tried = {entry["name"] for entry in self.entries}
         made = {entry["name"] for entry in self.entries if entry["status"] != "failed"}
         try:
@@ -112,11 +139,21 @@ class Manifest:
                 scans = [*kept, *self.entries]
                 text = json.dumps(self._with(scans), indent=1, allow_nan=False) + "\n"
                 write_whole(self.path, lambda file: file.write(text.encode()))
+                self.journal.unlink(missing_ok=True)
         except OSError as error:
-            raise RunError(
-                f"{self.path} could not be written ({error.strerror}). Free space or choose another --out; "
-                "finished masks stay."
-            ) from error
+            raise self._not_written(error) from error
+        self.due = time.monotonic() + PAUSE
+
+    @property
+    def journal(self) -> Path:
+        """The file of entries that wait."""
+        return self.path.parent / JOURNAL
+
+    def _not_written(self, error: OSError) -> RunError:
+        return RunError(
+            f"{self.path} could not be written ({error.strerror}). Free space or choose another --out; "
+            "finished masks stay."
+        )
 
     def skipped(self, name: str) -> dict[str, Any]:
         """The entry of a scan whose mask was there already."""
@@ -151,16 +188,27 @@ class Manifest:
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """Entries by name, a finished one before a failed one, and how many are not as they should be."""
+    waiting = _read_journal(path.parent / JOURNAL)  # first: another process may be moving it into the file
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["scans"]
     except (OSError, ValueError, KeyError, TypeError):
-        return {}, 0
+        entries = []
     found: dict[str, dict[str, Any]] = {}
     good = [entry for entry in entries if _is_sound(entry)] if isinstance(entries, list) else []
-    for entry in good:
+    for entry in [*good, *waiting]:
         if entry["status"] != "failed" or entry["name"] not in found:
             found[entry["name"]] = entry
     return found, (len(entries) if isinstance(entries, list) else 1) - len(good)
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    """The entries that wait; not a line that a killed process left half written."""
+    found = []
+    with suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+    return [entry for entry in found if _is_sound(entry)]
 
 
 def _is_sound(entry: Any) -> bool:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from toy_runs import blobs, save_nifti
 
-from medseg_supcon.inference import Predictor
+from medseg_supcon.inference import Predictor, _manifest
+from medseg_supcon.inference._manifest import Manifest
+
+HEAD = {"models": [{"name": "run", "sha256": "0"}], "settings": "0"}
 
 ADDER = """
 import sys
@@ -23,34 +27,82 @@ print("ready", flush=True)
 sys.stdin.readline()
 for number in range(20):
     manifest.add({"name": f"{sys.argv[2]}{number}", "status": "done", "warnings": []})
+print("added", flush=True)
+sys.stdin.readline()
+manifest.write()
 """
+
+
+def start(path: Path, name: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", ADDER, str(path), name]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def await_word(process: subprocess.Popen[str], word: str) -> None:
+    assert process.stdout is not None and process.stdout.readline() == f"{word}\n"
+
+
+def listed(path: Path) -> list[str]:
+    return sorted(entry["name"] for entry in json.loads(path.read_text())["scans"])
 
 
 def test_two_processes_lose_no_entry(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", ADDER, str(path), name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for name in "ab"
-    ]
-    for process in both:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    for process in both:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
+    both = [start(path, name) for name in "ab"]
+    for word in ("ready", "added"):
+        for process in both:
+            await_word(process, word)
+        for process in both:
+            go_on(process)
     for process in both:
         process.communicate(timeout=60)
         assert process.returncode == 0
-    written = json.loads(path.read_text())
-    names = sorted(entry["name"] for entry in written["scans"])
-    assert names == sorted(f"{name}{number}" for name in "ab" for number in range(20))
-    assert written["summary"]["done"] == 40
+    assert listed(path) == sorted(f"{name}{number}" for name in "ab" for number in range(20))
+    assert json.loads(path.read_text())["summary"]["done"] == 40
     assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_process_that_is_killed_loses_no_entry(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    with start(path, "a") as process:
+        await_word(process, "ready")
+        go_on(process)
+        await_word(process, "added")
+        process.kill()
+    assert len(listed(path)) < 20  # the rest is in the journal, whose last line may be half a line
+    with (tmp_path / _manifest.JOURNAL).open("a") as journal:
+        journal.write('\n{"name": "b", "sta')
+    manifest = Manifest(path, HEAD)
+    assert len(manifest.earlier) == 20  # what is finished is known to the next call
+    manifest.due = time.monotonic() + 60
+    manifest.add({"name": "c", "status": "failed", "error": "x"})
+    assert "c" in Manifest(path, HEAD).earlier
+    manifest.write()
+    assert listed(path) == sorted([*(f"a{number}" for number in range(20)), "c"])
+    assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_the_whole_file_is_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after each scan: for thousands of them that grows with their square."""
+    now, written = [0.0], []
+    monkeypatch.setattr(_manifest.time, "monotonic", lambda: now[0])
+    real = _manifest.write_whole
+    monkeypatch.setattr(
+        _manifest, "write_whole", lambda path, write: (written.append(now[0]), real(path, write))
+    )
+    manifest = Manifest(tmp_path / "manifest.json", HEAD)
+    for number in range(1000):
+        now[0] = number / 50
+        manifest.add({"name": str(number), "status": "done", "warnings": []})
+    assert written == [0.0, 5.0, 10.0, 15.0]
+    manifest.write()
+    assert len(listed(tmp_path / "manifest.json")) == 1000
 
 
 ODD: list[Any] = [
