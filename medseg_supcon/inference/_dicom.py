@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +25,15 @@ SAME_PLACE = 1e-3  # mm
 SAME_TURN = 1e-3  # of a unit vector
 
 
-def series_in(folder: Path, name: str = "") -> tuple[list[tuple[str, list[Path]]], list[Path]]:
-    """The DICOM series directly in a folder, (name, slices in order) each, and the damaged files.
+Series = list[tuple[str, list[Path], str]]
+
+
+def series_in(folder: Path, name: str = "") -> tuple[Series, list[Path]]:
+    """The DICOM series directly in a folder, (name, slices in order, digest) each, and the damaged files.
 
     One series is called as the folder, or `name`, several ``<folder>_series<number>``. Series identifiers are never
-    used: they identify a patient's examination. Reports, plans and drawings are passed over.
+    shown: they identify a patient's examination. A digest tells a series from others of a folder of that name, and tells
+    nobody which it is. Reports, plans and drawings are passed over.
     """
     files = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p.is_file()]
     found: dict[str, list[Header]] = {}
@@ -44,12 +49,18 @@ def series_in(folder: Path, name: str = "") -> tuple[list[tuple[str, list[Path]]
     ]
     name = name or folder.resolve().name or "scan"
     if len(series) <= 1:
-        return [(name, _in_order(headers)) for headers in series], damaged
+        return [(name, _in_order(headers), _digest(name, headers[0])) for headers in series], damaged
     numbers = [headers[0].number for headers in series]
     if None in numbers or len(set(numbers)) < len(numbers):
         numbers = list(range(1, len(series) + 1))
     order = sorted(range(len(series)), key=lambda i: numbers[i] or 0)
-    return [(f"{name}_series{numbers[i]}", _in_order(series[i])) for i in order], damaged
+    return [
+        (f"{name}_series{numbers[i]}", _in_order(series[i]), _digest(name, series[i][0])) for i in order
+    ], damaged
+
+
+def _digest(name: str, header: Header) -> str:
+    return hashlib.sha256(f"{name}\0{header.series}".encode()).hexdigest()[:16]
 
 
 def _in_order(headers: Sequence[Header]) -> list[Path]:
@@ -61,9 +72,9 @@ def _in_order(headers: Sequence[Header]) -> list[Path]:
     return [h.file for h in sorted(headers, key=lambda h: float(h.positions[0] @ normal))]  # type: ignore[index]
 
 
-def is_one_of_many(file: Path, series: Sequence[tuple[str, list[Path]]]) -> int:
+def is_one_of_many(file: Path, series: Series) -> int:
     """Number of slices of the series that a slice belongs to; 0 for a file that is a volume of its own."""
-    own = next((files for _, files in series if file in files), [])
+    own = next((files for _, files, _ in series if file in files), [])
     header = read_header(file) if len(own) > 1 else None
     return 0 if header is None or header.size[2] > 1 else len(own)
 

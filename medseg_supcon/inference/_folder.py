@@ -19,6 +19,7 @@ from medseg_supcon.files import remove_leftovers, temporary_name
 from medseg_supcon.inference._manifest import Manifest, describe, entry_of
 from medseg_supcon.inference._mask import is_whole, write_nifti
 from medseg_supcon.inference._memory import is_out_of_memory
+from medseg_supcon.inference._names import keep_names
 from medseg_supcon.inference._same_scan import is_mask_of
 from medseg_supcon.inference._scans import Scan
 
@@ -45,6 +46,7 @@ def predict_folder(
     """See `Predictor.run`."""
     _make_writable(out)
     manifest = Manifest(out / "manifest.json", describe(predictor))
+    scans = keep_names(scans, manifest.earlier)
     total, finished = len(scans), 0
 
     def report(entry: dict[str, Any]) -> None:
@@ -117,9 +119,14 @@ def _write(prediction: Prediction, out: Path, labels: dict[str, float]) -> dict[
 
 def _written(scan: Scan, future: Future[dict[str, Any]]) -> dict[str, Any]:
     try:
-        return future.result()
+        return _of(scan, future.result())
     except Exception as error:
         return _failed(scan, error, writing=True)
+
+
+def _of(scan: Scan, entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a mask that is there, with what the next call needs to find it again."""
+    return entry | ({"series": scan.series} if scan.series else {})
 
 
 def _failed(scan: Scan, error: Exception, writing: bool = False) -> dict[str, Any]:
@@ -166,7 +173,7 @@ def _without_work(
         return {"name": scan.name, "status": "failed", "error": sentence}
     if probabilities and not (out / "probabilities" / mask.name).exists():
         return None
-    return manifest.skipped(scan.name)
+    return _of(scan, manifest.skipped(scan.name))
 
 
 def _make_writable(out: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from medseg_supcon.data import NIFTI_ENDINGS, not_a_file
 from medseg_supcon.inference._channels import group_channels
-from medseg_supcon.inference._dicom import is_one_of_many, series_in
+from medseg_supcon.inference._dicom import Series, is_one_of_many, series_in
 from medseg_supcon.inference._dicom_header import ENDINGS, looks_like_dicom
 from medseg_supcon.inference._itk import READERS
 
@@ -25,7 +25,6 @@ FORMATS = "NIfTI (.nii, .nii.gz), MetaImage (.mha, .mhd), NRRD (.nrrd) or a DICO
 
 Kind = Literal["nifti", "itk", "dicom"]
 logger = logging.getLogger(__name__)
-Series = list[tuple[str, list[Path]]]
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,14 @@ class Scan:
         files: one file, one per channel, or the slices of a DICOM series.
         kind: which reader takes it.
         problem: why it cannot be read at all (a sentence), or None.
+        series: of a DICOM folder: what tells its series from the others; "" of a file.
     """
 
     name: str
     files: tuple[Path, ...]
     kind: Kind = "nifti"
     problem: str | None = None
+    series: str = ""
 
     @property
     def source(self) -> Path:
@@ -192,7 +193,7 @@ def _dicom_scans(folder: Path, name: str = "") -> list[Scan]:
         return [_refused(folder.name, folder, reason)]
     bad = "cannot be read as DICOM. It is damaged, cut short, or holds no image: is a slice of a series missing now?"
     return [
-        *(Scan(name, tuple(files), "dicom") for name, files in series),
+        *(Scan(name, tuple(files), "dicom", series=digest) for name, files, digest in series),
         *(_refused(file.name, file, bad) for file in damaged),
     ]
 
