@@ -79,11 +79,11 @@ def make_rows(
     """
     stored, stored_labels = bank
     if ignore_index is not None:
-        batch = batch.take(batch.labels != ignore_index)
-        stored, stored_labels = (
-            stored[stored_labels != ignore_index],
-            stored_labels[stored_labels != ignore_index],
-        )
+        # by number: a GPU waits for the size of each thing that a mask picks from
+        batch = batch.take((batch.labels != ignore_index).nonzero()[:, 0])
+        if len(stored):
+            held = (stored_labels != ignore_index).nonzero()[:, 0]
+            stored, stored_labels = stored[held], stored_labels[held]
     # Only now do the vectors count: an ignored voxel may hold anything, NaN included.
     z: Tensor
     if unit_length:
@@ -116,7 +116,7 @@ def make_rows(
     if len(own) == 0:
         return None
     # The bank needs no gradient; neither does y where nothing but the bank is in it.
-    beside = rest[rest < n_batch]
+    beside = rest[rest < n_batch] if n_stored else rest
     log_k = _logarithms(key_weights, labels) if key_weights is not None else None
     return Rows(
         x=z if len(own) == n_batch else z[own],

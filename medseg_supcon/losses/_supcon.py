@@ -173,6 +173,7 @@ class SupConLoss(nn.Module):
                 nothing = embeddings[:0].to(compute_dtype(embeddings.dtype)).sum()
                 return nothing, torch.zeros_like(nothing)
             losses, contrasted = self._anchor_losses(rows)
+            contrasted = contrasted.nonzero()[:, 0]
             weights = rows.weights[contrasted]
             dtype = compute_dtype(embeddings.dtype)
             return (weights * losses[contrasted]).sum().to(dtype), weights.sum().to(dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,13 +45,17 @@ class Teacher:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in 0 .. 1, 1 left out, got {decay}")
         self.student, self.decay, self._d = network, decay, 0.0
-        self.average = AveragedModel(network, avg_fn=self._average, use_buffers=True)
+        self.average = AveragedModel(network, multi_avg_fn=self._average, use_buffers=True)
         self.network: nn.Module = self.average.module.eval().requires_grad_(False)
         self._logits = ContrastiveNetwork(self.network).eval()
 
-    def _average(self, teacher: Tensor, student: Tensor, _: Tensor | int) -> Tensor:
-        # buffers that count are whole numbers: the student's is right
-        return self._d * teacher + (1 - self._d) * student if teacher.is_floating_point() else student
+    def _average(self, teachers: Sequence[Tensor], students: Sequence[Tensor], _: Tensor | int) -> None:
+        # all at once: for one tensor at a time torch copies its count to the GPU each time, and waits
+        for teacher, student in zip(teachers, students, strict=True):
+            if teacher.is_floating_point():
+                teacher.copy_(self._d * teacher + (1 - self._d) * student)
+            else:  # buffers that count are whole numbers: the student's is right
+                teacher.copy_(student)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self.update)
