@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,7 +89,7 @@ class Dataset:
 
 
 def read_case_names(file: str | Path) -> list[str]:
-    """Case names from a text file: one a line, blank lines and what follows ``#`` left out.
+    """Case names from a text file: one a line, blank lines and comments (``#`` at a line's start or after a blank) left out.
 
     Raises:
         DataError: the file is missing, not text, or names no case.
@@ -102,7 +103,7 @@ def read_case_names(file: str | Path) -> list[str]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text ({error}). Give one case name a line.") from None
-    names = [line.split("#", 1)[0].strip() for line in text.splitlines()]
+    names = [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in text.splitlines()]
     names = list(dict.fromkeys(name for name in names if name))
     if not names:
         raise DataError(f"{path}: names no case. Write one case name a line.")

@@ -201,8 +201,8 @@ def test_select_keeps_order_and_names_near_matches(tmp_path, disk):
 
 def test_case_names(tmp_path):
     file = tmp_path / "cases.txt"
-    file.write_text("# fold 1\ncase_1\n\n  case_2  # noisy\ncase_1\n")
-    assert read_case_names(file) == ["case_1", "case_2"]
+    file.write_text("# fold 1\ncase_1\n\n  case_2  # noisy\ncase_1\nsite#4\n")
+    assert read_case_names(file) == ["case_1", "case_2", "site#4"]
     file.write_text("# nothing\n")
     for path in (file, tmp_path / "none.txt", tmp_path):
         with pytest.raises(DataError, match=path.name):
