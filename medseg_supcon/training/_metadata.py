@@ -70,7 +70,7 @@ def metadata_of(run: Path, metrics: Mapping[str, Any] | None = None) -> dict[str
         "numpy_version": _version("numpy"),
         "required_packages_version": _required(plan),
         "name": f"{plan['name']} segmentation",
-        "task": f"Segmentation of {structures} in 3-D {modality} scans",
+        "task": f"Segmentation of {structures} in 3-D {'' if modality == 'scan' else f'{modality} '}scans",
         "description": (
             f"Gives every voxel of a 3-D scan ({modality}) one of {len(plan['labels'])} classes "
             f"({', '.join(plan['labels'])}). Trained on {plan['name']} with {loss_in_words(train_config(run))} on two "

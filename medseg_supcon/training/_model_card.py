@@ -49,9 +49,12 @@ def _optional_json(path: Path) -> dict[str, Any]:
 
 
 def _recipe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values of train.yaml that a reader of the card asks for; expressions are left out."""
+    """Plain values of train.yaml that a reader of the card asks for; expressions and unused keys are left out."""
     wanted = ("recipe", "seed", "learning_rate", "contrast_weight", "temperature", "contrast_samples")
-    return {k: config[k] for k in wanted if k in config and not str(config[k]).startswith(("$", "@"))}
+    used = {"recipe", *re.findall(r"@(\w+)", repr(config))}  # two_stage has no use for the contrast's weight
+    if "contrast_weight" in used and config.get("contrast_weight") == 0:
+        used -= {"temperature", "contrast_samples"}
+    return {k: config[k] for k in wanted if k in used and not str(config.get(k, "$")).startswith(("$", "@"))}
 
 
 def _network_name(network_def: Mapping[str, Any] | str) -> str:

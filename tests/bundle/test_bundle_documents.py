@@ -153,6 +153,9 @@ def test_what_is_said_of_the_loss_is_the_recipes(
     for text in (metadata(run)["description"], f"with {loss.removeprefix('- Loss: ')}"):
         assert says in text
         assert ("contrast" in text) == (recipe != "dice_ce")
+    # its stages do not weigh the contrast: a number that nothing reads is no fact about the run
+    assert ("- contrast_weight: " in card) == (recipe != "two_stage")
+    assert ("- temperature: 0.1" in card) == (recipe != "dice_ce") and "- seed: 0" in card
 
 
 def test_card_of_an_untrained_run_says_so(planned_run: Callable[..., Path]) -> None:
