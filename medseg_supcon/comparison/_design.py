@@ -168,6 +168,8 @@ def _recipe_files(recipes: Sequence[tuple[str, str | Path]]) -> dict[str, str | 
     files: dict[str, str | Path] = {}
     for name, recipe in recipes:
         overlay = read_recipe(recipe)
+        if Path(name).name != name or "\\" in name:
+            raise ConfigError(f"recipes: {name!r} cannot be part of a folder's name. Leave the slashes out.")
         if name in files and overlay != read_recipe(files[name]):
             raise ConfigError(
                 f"--recipes: {files[name]} and {recipe} are different recipes of one name. Rename a file."

@@ -131,7 +131,7 @@ def _own_plan(design: Design, cell: Cell, settings: Settings) -> list[tuple[str,
 
 
 def unequal_recipes(design: Design) -> list[str]:
-    """Sentences about recipes and variants that set their own batch or steps, and so get another budget."""
+    """Sentences about recipes and variants that set their own batch or steps, or their own network."""
     found: dict[str, None] = {}
     for cell in design.cells:
         mine = dict(_own_plan(design, cell, ()))
@@ -139,6 +139,8 @@ def unequal_recipes(design: Design) -> list[str]:
         who = f"{cell.recipe} ({cell.variant.name})" if cell.variant.levels else cell.recipe
         if own:
             found[f"{who} sets {', '.join(own)} of its own: its budget is not the baseline's."] = None
+        if "network_def" in mine:
+            found[f"{who} has a network of its own."] = None
     return list(found)
 
 

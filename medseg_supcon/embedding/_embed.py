@@ -97,18 +97,22 @@ def embed_run(
 def _choose(run: Path, dataset: Dataset, names: Iterable[str] | None) -> tuple[list[Case], str]:
     if names is not None:
         labelled = dataset.select(names).labelled
-        told = f"{len(labelled)} scans, as named."
+        told = f"{_scans(labelled)}, as named."
     else:
         lists = json.loads((run / "configs" / "datalist.json").read_text())
         trained = {item["name"] for item in lists["training"]}
         unseen = tuple(case for case in dataset.labelled if case.name not in trained)
         labelled = (unseen or dataset.labelled)[:DEFAULT_CASES]
-        told = f"{len(labelled)} scans that the run {'did not train' if unseen else 'trained'} on."
+        told = f"{_scans(labelled)} that the run {'did not train' if unseen else 'trained'} on."
     if not labelled:
         raise DataError(
             f"{dataset.root}: none of the cases has a label map. Classes are needed to tell voxels apart."
         )
     return list(labelled), told
+
+
+def _scans(cases: Sequence[Case]) -> str:
+    return f"{len(cases)} scan{'' if len(cases) == 1 else 's'}"
 
 
 def _draw(sets: Sequence[Embedding], labels: Any, classes: Sequence[str], seed: int, out: Path) -> None:

@@ -21,7 +21,7 @@ from medseg_supcon.evaluation._comparison import (
     recipe_means,
     verdict,
 )
-from medseg_supcon.evaluation._render import inline, points, render, settings_and_wiring, write_csv
+from medseg_supcon.evaluation._render import counted, inline, points, render, settings_and_wiring, write_csv
 from medseg_supcon.evaluation._summary import EMPTY_RULE
 
 Row = dict[str, Any]
@@ -101,12 +101,12 @@ def write_comparison(
 def answer(row: Row) -> str:
     """Who won, by how much and how sure, in a sentence."""
     if row["difference"] is None:
-        return f"With {row['labels']} labelled scans: {verdict(row)}."
+        return f"With {counted(row['labels'], 'labelled scan')}: {verdict(row)}."
     return (
-        f"With {row['labels']} labelled scans: {verdict(row)}. {row['recipe']} scores {row['dice']:.4f}, "
+        f"With {counted(row['labels'], 'labelled scan')}: {verdict(row)}. {row['recipe']} scores {row['dice']:.4f}, "
         f"{row['baseline']} {row['baseline_dice']:.4f}: {points(row['difference'])} Dice points (95 % interval "
-        f"{points(row['low'])} to {points(row['high'])}, p = {row['p']:.3g}, {row['cases']} test scans, "
-        f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''})."
+        f"{points(row['low'])} to {points(row['high'])}, p = {row['p']:.3g}, {counted(row['cases'], 'test scan')}, "
+        f"{counted(row['seeds'], 'seed')})."
     )
 
 
@@ -131,12 +131,14 @@ def on_worse_scans(robustness: Sequence[Row]) -> list[str]:
             for row in told
         ]
         baseline, seed = rows[0]["baseline"], ", with this one seed" if rows[0]["seeds"] == 1 else ""
-        if not told:
+        if all(row["low"] == row["high"] == 0 for row in rows):
+            said = f"{recipe} and {baseline} give the same with {rest}"
+        elif not told:
             said = f"no clear difference between {recipe} and {baseline} with {rest}"
         else:
             said = f"{recipe} against {baseline} {', '.join(parts)}{seed}"
             said += f"; no clear difference with {rest}" if rest else ""
-        found.append(f"With {labels} labelled scans, on worse scans: {said}.")
+        found.append(f"With {counted(labels, 'labelled scan')}, on worse scans: {said}.")
     return found
 
 
@@ -153,7 +155,7 @@ def caveats(about: Mapping[str, Any], differences: Sequence[Row]) -> list[str]:
         found.append(f"{seeds} seeds: the intervals see little of the chance of training and are too narrow.")
     if len(about["test"]) < FEW_CASES:
         found.append(
-            f"{len(about['test'])} test scans: too few for a firm statement about other scans; with fewer than 6 "
+            f"{counted(len(about['test']), 'test scan')}: too few for a firm statement about other scans; with fewer than 6 "
             "the test's p cannot fall below 0.05."
         )
     comparisons = sum(row["class"] == MEAN for row in differences)
@@ -208,7 +210,7 @@ def _with_losses(robustness: Sequence[Row], recipes: Sequence[str]) -> list[Row]
     for row in ordered:
         whole = clean[row["recipe"], row["labels"]]
         lost = {
-            f"{key}_change": None if row[key] is None else row[key] - whole[key]
+            f"{key}_change": None if row[key] is None or whole[key] is None else row[key] - whole[key]
             for key in ("dice", "baseline_dice")
         }
         found.append({**row, **lost})

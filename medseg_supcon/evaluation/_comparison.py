@@ -13,6 +13,7 @@ from medseg_supcon.evaluation._statistics import paired_difference
 Row = dict[str, Any]
 Array = npt.NDArray[np.float64]
 
+FEWEST_CASES = 6  # with fewer, even differences of one sign throughout give no p below 0.05
 MEAN = "mean"  # the name under which the mean over classes stands in tables
 LEFT_OUT_RULE = (
     "A class that a test case does not have gets no score from a run that rightly left it empty. It is left "
@@ -150,7 +151,13 @@ def verdict(row: Row) -> str:
         return f"{row['recipe']} and {row['baseline']} give the same"
     if row["low"] > 0 or row["high"] < 0:
         which = "better" if row["low"] > 0 else "worse"
-        if row.get("seeds") == 1:  # the interval knows nothing of other seeds
-            return f"{row['recipe']} is {which} than {row['baseline']} with this one seed; others may say otherwise"
+        few = (
+            ["with this one seed"] if row.get("seeds") == 1 else []
+        )  # the interval knows nothing of other seeds
+        cases = row.get("cases", FEWEST_CASES)
+        if cases < FEWEST_CASES:
+            few.append(f"on {'this one scan' if cases == 1 else f'these {cases} scans'}")
+        if few:
+            return f"{row['recipe']} is {which} than {row['baseline']} {' and '.join(few)}; others may say otherwise"
         return f"{row['recipe']} is clearly {which} than {row['baseline']}"
     return f"no clear difference between {row['recipe']} and {row['baseline']}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medseg_supcon.evaluation._comparison import MEAN, compare_recipes, recipe_means, verdict
-from medseg_supcon.evaluation._render import points
+from medseg_supcon.evaluation._comparison import FEWEST_CASES, MEAN, compare_recipes, recipe_means, verdict
+from medseg_supcon.evaluation._render import counted, points
 
 Row = dict[str, Any]
 SCORES = ("contrastive_loss", "training_dice", "validation_dice", "test_dice")
@@ -125,9 +125,9 @@ def grid_answers(differences: Sequence[Row], best: Sequence[Row]) -> list[str]:
         mine = [row for row in headline if (row["labels"], row["recipe"]) == (labels, recipe)]
         better = sum(row["low"] is not None and row["low"] > 0 for row in mine)
         worse = sum(row["high"] is not None and row["high"] < 0 for row in mine)
-        sure = "clearly " if all(row["seeds"] > 1 for row in mine) else ""
+        sure = "clearly " if all(row["seeds"] > 1 and row["cases"] >= FEWEST_CASES for row in mine) else ""
         found.append(
-            f"With {labels} labelled scans, under the same settings: {recipe} is {sure}better than "
+            f"With {counted(labels, 'labelled scan')}, under the same settings: {recipe} is {sure}better than "
             f"{mine[0]['baseline']} in {better} of {len(mine)} variants, {sure}worse in {worse}; in "
             f"{len(mine) - better - worse} the interval holds 0."
         )
@@ -135,11 +135,11 @@ def grid_answers(differences: Sequence[Row], best: Sequence[Row]) -> list[str]:
         if row["difference"] is None:
             continue
         found.append(
-            f"With {row['labels']} labelled scans, each at its best variant by validation Dice: {verdict(row)}. "
+            f"With {counted(row['labels'], 'labelled scan')}, each at its best variant by validation Dice: {verdict(row)}. "
             f"{row['recipe']} ({row['variant']}) scores {row['dice']:.4f} on the test scans, {row['baseline']} "
             f"({row['baseline_variant']}) {row['baseline_dice']:.4f}: {points(row['difference'])} Dice points "
-            f"(95 % interval {points(row['low'])} to {points(row['high'])}, p = {row['p']:.3g}, {row['cases']} "
-            f"test scans, {row['seeds']} seed{'s' if row['seeds'] > 1 else ''})."
+            f"(95 % interval {points(row['low'])} to {points(row['high'])}, p = {row['p']:.3g}, "
+            f"{counted(row['cases'], 'test scan')}, {counted(row['seeds'], 'seed')})."
         )
     return found
 

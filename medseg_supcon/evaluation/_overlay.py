@@ -10,6 +10,7 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 
+from medseg_supcon.data import snap_labels
 from medseg_supcon.errors import DataError
 from medseg_supcon.evaluation._canvas import BACKGROUND, INK, color_of, new_figure, save
 
@@ -49,6 +50,11 @@ def overlay_figure(
             raise DataError(
                 f"{file} has shape {mask.shape} and {scan} {image.shape}. They must share one grid."
             )
+    values = labels.values()  # a file with a scaling holds 2.9999998 where 3 is meant
+    predicted, expected = (
+        snap_labels(predicted, values),
+        None if expected is None else snap_labels(expected, values),
+    )
     foreground = list(labels.items())[1:]
     shown = predicted if expected is None else expected
     rows = [("prediction", predicted, expected)]

@@ -42,6 +42,15 @@ def points(value: float | None) -> str:
     return text[1:] if float(text) == 0 else text
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "test scan"), counted(3, "test scan")
+    ('1 test scan', '3 test scans')
+    """
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def settings_and_wiring(overlay: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a person sets in an overlay, and what only connects parts of the configuration.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from medseg_supcon.comparison import design_comparison
+from medseg_supcon.comparison._runs import unequal_recipes
 from medseg_supcon.data import Case, Dataset
 from medseg_supcon.errors import ConfigError, DataError
 
@@ -105,6 +106,7 @@ def test_a_recipe_may_stand_twice_and_is_trained_once(tmp_path):
     [
         ({"recipes": ("joint",)}, ConfigError, "at least two"),
         ({"recipes": ("joint", "jiont")}, ConfigError, "Did you mean joint"),
+        ({"recipes": (("a/b", "joint"), "joint")}, ConfigError, "'a/b' cannot be part of a folder's name"),
         ({"seeds": []}, ConfigError, "--seeds"),
         ({"labels": [99]}, DataError, "99"),
         ({"test_cases": ["nobody"]}, DataError, "nobody"),
@@ -117,6 +119,15 @@ def test_faults_are_sentences(change, error, says):
     arguments = {"recipes": PAIR, "seeds": [0], "labels": [None]} | change
     with pytest.raises(error, match=says):
         design_comparison(dataset(), **arguments)
+
+
+def test_what_is_not_equal_is_said():
+    own = {"wide": {"network_def": "$torch.nn.Conv3d(1, 2, 1)", "plan::batch_size": 4}}
+    design = design_comparison(dataset(), ("joint", ("wide", "joint")), [0, 1], [4], own=own)
+    assert unequal_recipes(design) == [
+        "wide sets batch_size of its own: its budget is not the baseline's.",
+        "wide has a network of its own.",
+    ]
 
 
 def test_one_labelled_case_cannot_be_compared_on():

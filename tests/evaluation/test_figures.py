@@ -46,6 +46,21 @@ def test_overlay(tmp_path: Path, with_reference: bool) -> None:
         overlay_figure(tmp_path / "text.nii", None, files[2], out, LABELS)
 
 
+def test_a_label_map_with_a_scaling_is_drawn(tmp_path: Path) -> None:
+    """Values within 1e-3 of a declared one are that one, as in training and in the scores."""
+    scan = np.random.default_rng(0).normal(size=(12, 12, 6)).astype(np.float32)
+    mask = np.zeros(scan.shape, np.uint8)
+    mask[3:9, 3:9, 1:5] = 3
+    files = [write(tmp_path / f"{name}.nii", array, np.eye(4)) for name, array in (("s", scan), ("m", mask))]
+    scaled = nib.Nifti1Image(mask, np.eye(4))
+    scaled.header.set_slope_inter(1.000001, 0)
+    nib.save(scaled, tmp_path / "scaled.nii")
+    assert float(nib.load(tmp_path / "scaled.nii").dataobj[5, 5, 3]) != 3
+    for name in ("m", "scaled"):
+        overlay_figure(files[0], tmp_path / f"{name}.nii", files[1], tmp_path / f"{name}.png", LABELS)
+    assert np.array_equal(imread(tmp_path / "m.png"), imread(tmp_path / "scaled.png"))
+
+
 def test_the_slice_that_shows_most_of_every_class() -> None:
     mask = np.zeros((10, 10, 10), int)
     mask[:, :, 2] = 3  # a large class
