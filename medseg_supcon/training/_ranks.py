@@ -22,6 +22,7 @@ from medseg_supcon.losses import IGNORE_INDEX
 
 FILLER = "filler"
 PATIENCE = timedelta(minutes=30)  # a rank may validate longer than another
+SOON = timedelta(minutes=5)  # where all should arrive together: one may write a file meanwhile, no more
 
 
 def rank() -> int:
@@ -73,8 +74,20 @@ def join_ranks(device: str | torch.device) -> None:
 def leave_ranks() -> None:
     """End what :func:`join_ranks` began."""
     if dist.is_available() and dist.is_initialized():
-        dist.barrier()  # no rank leaves while another still talks to it
+        meet()  # no rank leaves while another still talks to it
         dist.destroy_process_group()
+
+
+def meet(patience: timedelta = SOON) -> None:
+    """All ranks wait here for one another; for a rank that died no longer than ``patience``.
+
+    Raises:
+        RuntimeError: a rank has not come; gloo says which.
+    """
+    if dist.get_backend() == "gloo":
+        dist.monitored_barrier(timeout=patience)
+    elif (work := dist.barrier(async_op=True)) is not None:
+        work.wait(patience)
 
 
 def batch_share(batch_size: int) -> int:
