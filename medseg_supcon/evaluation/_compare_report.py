@@ -73,7 +73,7 @@ def write_comparison(
     found = {
         "about": dict(about),
         "answers": [*(answer(row) for row in headline), *worse],
-        "caveats": caveats(about, differences),
+        "caveats": caveats(about, differences, robustness),
         "means": means,
         "differences": differences,
         "costs": costs,
@@ -142,8 +142,16 @@ def on_worse_scans(robustness: Sequence[Row]) -> list[str]:
     return found
 
 
-def caveats(about: Mapping[str, Any], differences: Sequence[Row]) -> list[str]:
-    """What a reader must know before they believe a figure."""
+def caveats(
+    about: Mapping[str, Any], differences: Sequence[Row], robustness: Sequence[Row] = ()
+) -> list[str]:
+    """What a reader must know before they believe a figure.
+
+    Args:
+        about: see `write_comparison`.
+        differences: every difference that is shown, on the scans as they are.
+        robustness: those shown on worse scans; rows of ``clean`` are ``differences``' and are not counted again.
+    """
     found = list(dict.fromkeys(about["warnings"]))
     seeds = len(about["seeds"])
     if seeds == 1:
@@ -158,11 +166,16 @@ def caveats(about: Mapping[str, Any], differences: Sequence[Row]) -> list[str]:
             f"{counted(len(about['test']), 'test scan')}: too few for a firm statement about other scans; with fewer than 6 "
             "the test's p cannot fall below 0.05."
         )
-    comparisons = sum(row["class"] == MEAN for row in differences)
-    if comparisons > 1:
+    plain = sum(row["class"] == MEAN and row["difference"] is not None for row in differences)
+    worse = sum(row["condition"] != "clean" and row["difference"] is not None for row in robustness)
+    if plain + worse > 1:
+        where = f" ({plain} on the scans as they are, {worse} on worse scans)" if worse else ""
+        classes = (
+            "; those of single classes come on top" if len({row["class"] for row in differences}) > 2 else ""
+        )
         found.append(
-            f"{comparisons} comparisons of the mean: each interval is a 95 % one by itself, so one in twenty "
-            "excludes 0 by chance where there is no difference."
+            f"{plain + worse} comparisons of the mean{where}{classes}: each interval is a 95 % one by itself, so one in "
+            "twenty excludes 0 by chance where there is no difference."
         )
     return found
 

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from medseg_supcon.evaluation import compare_recipes, write_comparison
-from medseg_supcon.evaluation._compare_report import _with_losses, answer, cost_sentence
+from medseg_supcon.evaluation._compare_report import _with_losses, answer, caveats, cost_sentence
 from medseg_supcon.evaluation._comparison import verdict
 from medseg_supcon.evaluation._render import settings_and_wiring
 
@@ -100,6 +100,32 @@ def written(tmp_path_factory):
 def read(path):
     with path.open(newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+def test_every_comparison_that_is_shown_is_counted(written):
+    out, _, found = written
+    (said,) = [text for text in found["caveats"] if "comparisons of the mean" in text]
+    by_class = read(out / "differences.csv")
+    plain = [row for row in by_class if row["class"] == "mean"]
+    worse = [row for row in found["robustness"] if row["condition"] == "noise"]
+    assert len(plain) == len(worse) == 4
+    assert said.startswith(
+        "8 comparisons of the mean (4 on the scans as they are, 4 on worse scans); those of single"
+    )
+    without = caveats(found["about"], found["differences"])
+    assert any(text.startswith("4 comparisons of the mean; those of single classes") for text in without)
+    means = [row for row in found["differences"] if row["class"] == "mean"]
+    assert any(text.startswith("4 comparisons of the mean: each") for text in caveats(found["about"], means))
+    alone = caveats(found["about"], means[:1], found["robustness"][:1])
+    assert not any("comparisons" in text for text in alone)
+
+
+def test_a_table_of_many_classes_wraps_instead_of_scrolling(written):
+    page = (written[0] / "report.html").read_text(encoding="utf-8")
+    deviations = re.findall(r"<td([^>]*)>[^<]*(?:<span>)?± ", page)
+    assert len(deviations) == 2 * 3 * 3  # budgets, recipes, classes and their mean
+    assert set(deviations) == {' class="pair"'}
+    assert re.search(r"th, \.pair \{ white-space: normal; \}\s+\.pair span \{ white-space: nowrap; \}", page)
 
 
 def test_differences_intervals_and_p(written):
