@@ -48,6 +48,20 @@ def dress_epochs(axis: Any, title: str, epochs: Sequence[int]) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
+def legend_below(figure: Any, handles: Sequence[Any], most: int = 6) -> Any:
+    """A legend under a figure, in as many columns (`most` at most) as its names leave room for.
+
+    Rows beyond the first make the figure higher: the plots keep their size.
+    """
+    widest = max(len(handle.get_label()) for handle in handles)
+    columns = min(most, len(handles), max(1, int(figure.get_figwidth() / (0.075 * widest + 0.6))))  # inches
+    rows = -(-len(handles) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * (rows - 1))
+    return figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False
+    )
+
+
 def save(figure: Any, path: Path) -> None:
     """Writes a PNG.
 

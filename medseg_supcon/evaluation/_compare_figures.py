@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from medseg_supcon.evaluation._canvas import INK, color_of, dress, dress_epochs, new_figure, save
+from medseg_supcon.evaluation._canvas import (
+    INK,
+    color_of,
+    dress,
+    dress_epochs,
+    legend_below,
+    new_figure,
+    save,
+)
 from medseg_supcon.evaluation._comparison import MEAN
 
 Row = Mapping[str, Any]
@@ -112,7 +120,7 @@ def robustness_figure(robustness: Sequence[Row], recipes: Sequence[str], path: P
     axis.set_ylim(0, 1)
     dress(axis, f"Mean Dice on test scans made worse ({budget} labels)", "")
     axis.grid(visible=False, axis="x")
-    figure.legend(fontsize=9, frameon=False, loc="outside lower center", ncols=min(len(colors), 5))
+    legend_below(figure, axis.get_legend_handles_labels()[0], most=5)
     save(figure, path)
 
 
@@ -139,8 +147,7 @@ def learning_figure(histories: Histories, recipes: Sequence[str], path: Path) ->
                 epochs, mean, color=color, linewidth=2.0, marker="." if len(epochs) < 3 else "", label=recipe
             )
         dress_epochs(axis, title, trained)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=9, frameon=False, loc="outside lower center", ncols=5)
+    legend_below(figure, figure.axes[0].get_legend_handles_labels()[0], most=5)
     save(figure, path)
 
 

@@ -12,6 +12,7 @@ from medseg_supcon.errors import RunError
 from medseg_supcon.evaluation._canvas import INK, color_of, dress_epochs, new_figure, save
 
 MEAN, PER_CLASS = "val_mean_dice", "val_dice_"
+MOST_NAMED = 10  # classes; the names of more would cover the curves
 NO_LOSS = ("epoch", "step", "seconds", "learning_rate", "stage", "confident")
 
 History = Mapping[str, Sequence[Any]]
@@ -43,14 +44,14 @@ def curves_figure(history: str | Path | History, path: str | Path) -> None:
     classes = [c for c in columns if c.startswith(PER_CLASS)]
     for number, name in enumerate(classes):
         x, y = _points(epochs, columns[name])
-        right.plot(
-            x, y, label=name.removeprefix(PER_CLASS), color=color_of(number), marker=".", linewidth=1.2
-        )
+        label = name.removeprefix(PER_CLASS) if len(classes) <= MOST_NAMED else None
+        right.plot(x, y, label=label, color=color_of(number), marker=".", linewidth=1.2)
     if MEAN in columns:
         x, y = _points(epochs, columns[MEAN])
         right.plot(x, y, label="mean", color=INK, marker=".", linewidth=2.0)
     right.set_ylim(0, 1)
-    for axis, title in ((left, "Training loss"), (right, "Validation Dice")):
+    many = f", mean and {len(classes)} classes" if len(classes) > MOST_NAMED else ""
+    for axis, title in ((left, "Training loss"), (right, f"Validation Dice{many}")):
         dress_epochs(axis, title, epochs)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, frameon=False)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from monai.metrics import EmbeddingCollapseMetric
 
-from medseg_supcon.evaluation._canvas import BACKGROUND, INK, color_of, new_figure, save
+from medseg_supcon.evaluation._canvas import INK, color_of, legend_below, new_figure, save
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -173,7 +173,4 @@ def _legend(figure: Any, labels: Integers, classes: Sequence[str], colors: Any) 
         for c, name in enumerate(classes)
         if counts[c]
     ]
-    legend = figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=9
-    )
-    legend.get_frame().set(facecolor=BACKGROUND, edgecolor="none")
+    legend_below(figure, handles)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.evaluation._canvas import INK, dress, dress_epochs, new_figure, save
+from medseg_supcon.evaluation._canvas import INK, dress, dress_epochs, legend_below, new_figure, save
 from medseg_supcon.evaluation._compare_figures import COLORS, MARKERS, mean_curve, recipe_colors
 
 Row = Mapping[str, Any]
@@ -56,7 +56,7 @@ def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> Non
         Line2D([], [], marker="o", markersize=5, markerfacecolor="white", label="validation", **shared),
         Line2D([], [], marker="_", markersize=11, label="training", **shared),
     ]
-    figure.legend(handles=handles, fontsize=9, frameon=False, loc="outside lower center", ncols=len(handles))
+    legend_below(figure, handles)
     save(figure, path)
 
 
@@ -101,7 +101,7 @@ def grid_curves_figure(
         for i, name in enumerate(groups)
     ]
     handles += [Line2D([], [], color=INK, linestyle=line, label=name) for name, line in lines.items()]
-    figure.legend(handles=handles, fontsize=9, frameon=False, loc="outside lower center", ncols=4)
+    legend_below(figure, handles, most=4)
     save(figure, path)
 
 

@@ -12,11 +12,12 @@ import numpy.typing as npt
 
 from medseg_supcon.data import snap_labels
 from medseg_supcon.errors import DataError
-from medseg_supcon.evaluation._canvas import BACKGROUND, INK, color_of, new_figure, save
+from medseg_supcon.evaluation._canvas import BACKGROUND, INK, color_of, legend_below, new_figure, save
 
 Array = npt.NDArray[Any]
 # (name, the axis that the plane cuts, horizontal axis, vertical axis) of a scan turned to RAS+
 PLANES = (("axial", 2, 0, 1), ("coronal", 1, 0, 2), ("sagittal", 0, 1, 2))
+NARROWEST = 0.25  # of all planes' width: a title wants room
 ENDS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
@@ -66,6 +67,7 @@ def overlay_figure(
 
     size = np.array(image.shape) * spacing
     widths = [size[horizontal] for _, _, horizontal, _ in PLANES]
+    widths = [max(width, NARROWEST * sum(widths)) for width in widths]
     height = max(size[vertical] for *_, vertical in PLANES)
     scale = 9.0 / sum(widths)
     figure = new_figure(9.4, min(max(height * scale, 1.2), 9.0) * len(rows) + 1.1)
@@ -82,7 +84,12 @@ def overlay_figure(
                     _draw(axis, _plane(outline, cut, index) == value, box, "white", 0.0, 1.3)
             axis.set(xlim=box[:2], ylim=box[2:], anchor="N")
             _dress(axis, horizontal, vertical, f"{title}, {plane}")
-    _legend(figure, [name for name, _ in foreground], expected is not None)
+    drawn = {
+        number: name
+        for number, (name, value) in enumerate(foreground)
+        if any((_plane(mask, cut, slices[cut]) == value).any() for _, mask, _ in rows for cut in range(3))
+    }
+    _legend(figure, drawn, expected is not None)
     save(figure, Path(path))
 
 
@@ -143,17 +150,18 @@ def _dress(axis: Any, horizontal: int, vertical: int, title: str) -> None:
         axis.text(x, y, text, transform=axis.transAxes, fontsize=8, color="white", bbox=shade, **where)
 
 
-def _legend(figure: Any, names: list[str], outlined: bool) -> None:
+def _legend(figure: Any, names: Mapping[int, str], outlined: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Any] = [Patch(color=color_of(i), label=name, alpha=0.8) for i, name in enumerate(names)]
+    handles: list[Any] = [Patch(color=color_of(i), label=name, alpha=0.8) for i, name in names.items()]
     if outlined:
         line = Line2D([], [], color="white", linewidth=1.6, label="reference's outline")
         handles.append(line)
-    legend = figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=9, frameon=True
-    )
+    if not handles:
+        return
+    legend = legend_below(figure, handles)
+    legend.set_frame_on(True)
     legend.get_frame().set(facecolor="#555555" if outlined else BACKGROUND, edgecolor="none")
     for text in legend.get_texts():
         text.set_color("white" if outlined else INK)

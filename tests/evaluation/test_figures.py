@@ -10,7 +10,14 @@ import pytest
 from matplotlib.image import imread
 
 from medseg_supcon.errors import DataError, RunError
-from medseg_supcon.evaluation import _compare_figures, _grid_figures, curves_figure, overlay_figure
+from medseg_supcon.evaluation import (
+    _compare_figures,
+    _curves,
+    _grid_figures,
+    _overlay,
+    curves_figure,
+    overlay_figure,
+)
 from medseg_supcon.evaluation._canvas import PALETTE
 from medseg_supcon.evaluation._overlay import _best_slice
 
@@ -59,6 +66,41 @@ def test_a_label_map_with_a_scaling_is_drawn(tmp_path: Path) -> None:
     for name in ("m", "scaled"):
         overlay_figure(files[0], tmp_path / f"{name}.nii", files[1], tmp_path / f"{name}.png", LABELS)
     assert np.array_equal(imread(tmp_path / "m.png"), imread(tmp_path / "scaled.png"))
+
+
+def test_long_legends_and_narrow_planes_stay_on_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    monkeypatch.setattr(_overlay, "save", lambda figure, path: figures.append(figure))
+    scan = np.random.default_rng(0).normal(size=(64, 12, 10)).astype(np.float32)
+    mask = np.broadcast_to(np.minimum(np.arange(64) // 2, 30)[:, None, None], scan.shape).astype(np.uint8)
+    labels = {f"class {i} with a rather long name": i for i in range(31)}
+    files = [write(tmp_path / f"{name}.nii", array, np.eye(4)) for name, array in (("s", scan), ("m", mask))]
+    overlay_figure(files[0], files[1], files[1], tmp_path / "a.png", labels)
+    figure = figures[0]
+    figure.draw_without_rendering()
+    page, legend = figure.bbox, figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == [*list(labels)[1:], "reference's outline"]
+    titles = [axis.title for axis in figure.axes] + [axis._left_title for axis in figure.axes]
+    for part in (legend, *titles):
+        box = part.get_window_extent()
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, part
+    assert min(axis.get_position().height * figure.get_figheight() for axis in figure.axes) > 0.3, "inches"
+
+
+def test_many_classes_do_not_cover_their_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(_curves, "save", lambda figure, path: figures.append(figure))
+    for number in (3, 30):
+        classes = {f"val_dice_class {i}": [0.1, 0.2] for i in range(number)}
+        curves_figure(
+            {"epoch": [1, 2], "loss": [2, 1], "val_mean_dice": [0.1, 0.2], **classes}, tmp_path / "a"
+        )
+    few, many = (figure.axes[1] for figure in figures)
+    assert len(few.get_legend().get_texts()) == 4
+    assert [text.get_text() for text in many.get_legend().get_texts()] == ["mean"] and len(many.lines) == 31
+    assert "30 classes" in many.get_title(loc="left")
 
 
 def test_the_slice_that_shows_most_of_every_class() -> None:
