@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from medseg_supcon.errors import ConfigError, RunError
+from medseg_supcon.files import remove_leftovers, write_whole
 from medseg_supcon.inference._model import load_model
 from medseg_supcon.inference._self_contained import extra_files
 from medseg_supcon.networks import size_divisor
@@ -62,17 +62,19 @@ def export_model(
         if format == "torchscript"
         else _onnx_attempts(run, network, plan)
     )
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    result: dict[str, Any] = {}
+
+    def write(file: IO[bytes]) -> None:  # the exporters open it by its name
+        result.update(_first_that_agrees(attempts, Path(file.name), network, plan, sizes))
+
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        result = _first_that_agrees(attempts, part, network, plan, sizes)
-        part.replace(out)
+        remove_leftovers(out.parent)
+        write_whole(out, write)
     except OSError as error:
         raise RunError(
             f"{out} could not be written ({error.strerror or error}). Free space, or choose another --out."
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
     return {"file": str(out), "format": format, **result}
 
 

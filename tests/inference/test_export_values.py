@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from medseg_supcon import files
 from medseg_supcon.errors import RunError
 from medseg_supcon.inference import _export, export_model
 
@@ -39,3 +40,23 @@ def test_a_network_that_gives_nan_is_not_handed_out(
     with pytest.raises(RunError, match="script: differs by nan from the network"):
         export_model(run, "torchscript", tmp_path / "model.ts")
     assert not (tmp_path / "model.ts").exists()
+
+
+@pytest.mark.parametrize("format", ["torchscript", "onnx"])
+def test_the_file_is_whole_and_nothing_else_is_left(
+    make_run: Callable[..., Path], tmp_path: Path, format: str
+) -> None:
+    if format == "onnx":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    files.temporary_name(folder).write_bytes(b"half, of an export that was killed")
+    (folder / ".model.1.part").write_text("a person's own")
+    file = folder / "model"
+    file.write_bytes(b"an earlier one")
+    result = export_model(make_run(), format, file)  # type: ignore[arg-type]
+    assert sorted(path.name for path in folder.iterdir()) == [".model.1.part", "model"]
+    load = torch.jit.load if format == "torchscript" else _export._load_onnx
+    image = torch.zeros(1, 1, *result["sizes"][0])
+    assert load(file)(image).shape[2:] == image.shape[2:]  # type: ignore[no-untyped-call]
