@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,35 @@ from typing import Any
 import pytest
 import torch
 
+from medseg_supcon.networks import ContrastiveNetwork
 from medseg_supcon.training import _timing
-from medseg_supcon.training._timing import seconds_per_step, time_within_memory
+from medseg_supcon.training._timing import seconds_per_step, time_training, time_within_memory
 
 
 def test_workers_load_beside_the_computation() -> None:
     assert seconds_per_step([1.0, 9.0, 2.0], [0.5, 0.5, 0.5], workers=0) == 2.5  # one after the other
     assert seconds_per_step([1.6, 9.0, 1.6], [0.5, 0.5, 0.5], workers=16) == 0.5  # the GPU is the slower one
     assert seconds_per_step([4.0, 9.0, 2.0], [0.5, 0.5, 0.5], workers=2) == 2.0  # the workers are
+
+
+def networks_alive() -> int:
+    # type(), since some objects import things when they are asked for their class
+    return sum(issubclass(type(thing), ContrastiveNetwork) for thing in gc.get_objects())
+
+
+def test_nothing_of_the_measurement_stays_in_memory(trained_run: Path) -> None:
+    """On a GPU it would take memory from the training, or from the workers of a comparison."""
+    threads = torch.get_num_threads()
+    gc.collect()
+    gc.disable()  # it might come by itself
+    try:
+        before = networks_alive()
+        timing = time_training(trained_run, "cpu", steps=1)
+        assert networks_alive() == before
+    finally:
+        gc.enable()
+    assert timing["seconds_per_step"] > 0
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(("fits", "ends"), [(8, 8), (4, 4), (2, 2), (1, None)])
