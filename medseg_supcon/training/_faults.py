@@ -35,8 +35,8 @@ def settings_at_fault() -> Iterator[None]:
         cause = innermost(error)
         if isinstance(cause, MedsegError | MemoryError | torch.OutOfMemoryError):
             raise cause from None
-        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
+        said = f"{type(cause).__name__}: {str(cause).strip()}".splitlines()[0].rstrip(" .:")
         raise ConfigError(
-            f"The settings cannot be used: {type(cause).__name__}: {reason} Check what this names, --set, the recipe, "
+            f"The settings cannot be used: {said}. Check what this names, --set, the recipe, "
             "and the run's configs/train.yaml and configs/plan.json."
         ) from error

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.training import parse_setting, read_recipe, recipe_names, shared_folder
+from medseg_supcon.training._faults import settings_at_fault
 from medseg_supcon.training._overlay import dump_commented, load_commented, merge, set_key
 
 TEMPLATE = shared_folder("bundles") / "segmentation" / "configs" / "train.yaml"
@@ -72,3 +73,20 @@ def test_every_recipe_lies_over_the_template(name):
 def test_unknown_recipe_names_the_known():
     with pytest.raises(ConfigError, match="joint"):
         read_recipe("join")
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (
+            ValueError("strategy must be one of a, b, got 'foo'"),
+            "ValueError: strategy must be one of a, b, got 'foo'. ",
+        ),
+        (TypeError("not this.\nand more"), "TypeError: not this. "),
+        (KeyError(), "KeyError. "),
+    ],
+)
+def test_a_fault_of_the_settings_is_a_sentence(fault, says):
+    with pytest.raises(ConfigError) as caught, settings_at_fault():
+        raise fault
+    assert str(caught.value).startswith(f"The settings cannot be used: {says}Check what this names")
