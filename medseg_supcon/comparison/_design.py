@@ -117,6 +117,12 @@ def design_comparison(
         raise ConfigError("--seeds: expected whole numbers from 0, separated by commas, such as 0,1,2.")
     pool, test, told = _test_cases(dataset, cases, test_cases, labels, split_seed)
     splits: dict[int, Split] = {}
+    most = max((budget for budget in labels if budget is not None), default=0)
+    if test and most > len(pool.labelled):
+        raise DataError(
+            f"--labels {most}: beside the {len(test)} cases to test on, {dataset.root} has {len(pool.labelled)} labelled "
+            "ones. Ask for as many at most, or name fewer to test on with --test-cases FILE."
+        )
     for budget in labels:
         split = split_cases(pool, labels=budget, seed=split_seed, validation_fraction=validation)
         splits[len({c.name for c in (*split.training, *split.validation)})] = split

@@ -108,7 +108,7 @@ def test_a_recipe_may_stand_twice_and_is_trained_once(tmp_path):
         ({"recipes": ("joint", "jiont")}, ConfigError, "Did you mean joint"),
         ({"recipes": (("a/b", "joint"), "joint")}, ConfigError, "'a/b' cannot be part of a folder's name"),
         ({"seeds": []}, ConfigError, "--seeds"),
-        ({"labels": [99]}, DataError, "99"),
+        ({"labels": [99]}, DataError, "--labels 99: beside the 3 cases to test on, .* has 9 labelled ones"),
         ({"test_cases": ["nobody"]}, DataError, "nobody"),
         ({"test_cases": ["u0"]}, DataError, "no label map"),
         ({"test_cases": ["c00"], "cases": ["c00", "c01"]}, DataError, "cannot train and test"),
