@@ -75,6 +75,7 @@ class Part:
 TUNED = str(HERE / "recipes" / "dice_ce_tuned.yaml")
 SEMI = str(HERE / "recipes" / "semi_tuned.yaml")
 VIEWS = str(HERE / "recipes" / "dice_ce_semi_views.yaml")
+SHADED = str(HERE / "recipes" / "dice_ce_bias_field.yaml")
 SEMI_0 = str(HERE / "recipes" / "semi_no_contrast.yaml")
 # long enough for the labels to bind: voxels of 2.5 mm, of which a step costs a third, and six times the steps
 LONG = {
@@ -97,6 +98,18 @@ PARTS = {
     "long_hippocampus": Part(
         "long",
         f"{TUNED},{SEMI},{SEMI_0}",
+        "0,1,2",
+        epochs=30,
+        options=(*LONG_OPTIONS, "--robustness"),
+        sets=("hippocampus",),
+    ),
+    # what contrast does not give, augmentation may
+    "long_bias_field": Part(
+        "long", f"{TUNED},{SHADED}", "0,1,2", options=(*LONG_OPTIONS, "--robustness"), **LONG
+    ),
+    "long_bias_field_hippocampus": Part(
+        "long",
+        f"{TUNED},{SHADED}",
         "0,1,2",
         epochs=30,
         options=(*LONG_OPTIONS, "--robustness"),
