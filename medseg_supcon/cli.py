@@ -67,9 +67,11 @@ def _options(
 
 @app.command()
 def demo(
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("medseg_demo"),
+    out_dir: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write.")] = Path(
+        "medseg_demo"
+    ),
     device: DeviceOption = None,
-    epochs: Annotated[int | None, typer.Option(help="Shorten the training.", min=1)] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help="Shorten the training.", min=1)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
 ) -> None:
     """The whole job on phantoms made on the spot: train, predict unseen scans, measure, draw."""
@@ -81,7 +83,9 @@ def demo(
 @app.command()
 def check(
     dataset: DatasetArg,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings for machines.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the findings to a JSON file, too.")
+    ] = None,
     cases: CasesOption = None,
     allow_affine_mismatch: MismatchOption = False,
 ) -> None:
@@ -111,18 +115,21 @@ def predict(
             readable=False,  # one that may not be read is reported, and the others are done
         ),
     ],
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the masks.")],
+    out_dir: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder for the masks.")],
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Also write each class's probability.")
     ] = False,
     tta: Annotated[
-        bool, typer.Option("--tta", help="Average over mirrored scans where laterality allows it.")
+        bool,
+        typer.Option(
+            "--tta", help="Average over mirrored scans (slower), where no class tells left from right."
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo masks that exist.")] = False,
     device: DeviceOption = None,
     trust: TrustOption = False,
 ) -> None:
-    """Masks of new scans, each in its scan's own space."""
+    """Masks of new scans, each in its scan's own space. Exit code 3 where some scans failed, 2 where all did."""
     from medseg_supcon.training import check_device, is_planned
 
     check_device(device)
@@ -156,8 +163,8 @@ app.command()(embed)
 @app.command()
 def export(
     run: RunArg,
-    file: Annotated[Path, typer.Option("--out", help="File to write.")],
-    format: Annotated[ExportFormat, typer.Option(help="What reads it.")] = ExportFormat.torchscript,
+    file: Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write.")],
+    format: Annotated[ExportFormat, typer.Option(help="Format of the file.")] = ExportFormat.torchscript,
     trust: TrustOption = False,
 ) -> None:
     """The trained network alone, for programs that have neither MONAI nor this package."""

@@ -18,16 +18,18 @@ ONLY_OF_TRAINING = ("duplicate_image", "no_structure")  # faults that do not kee
 
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="A trained run.")] = None,
-    dataset: Annotated[Path | None, typer.Argument(help="A data set with labels.")] = None,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for metrics.csv and metrics.json.")] = Path(
-        "evaluation"
-    ),
+    dataset: Annotated[
+        Path | None, typer.Argument(help="A data set, whose labelled cases are scored.")
+    ] = None,
+    out_dir: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Folder for metrics.csv and metrics.json.")
+    ] = Path("evaluation"),
     cases: CasesOption = None,
     predictions: Annotated[
-        Path | None, typer.Option(help="Folder of masks, instead of RUN and DATASET.")
+        Path | None, typer.Option(metavar="FOLDER", help="Masks to score, instead of RUN and DATASET.")
     ] = None,
     references: Annotated[
-        Path | None, typer.Option(help="Folder of label maps to compare the masks with.")
+        Path | None, typer.Option(metavar="FOLDER", help="Label maps to compare --predictions with.")
     ] = None,
     ignore_label: Annotated[
         float | None,
@@ -37,7 +39,8 @@ def evaluate(
 ) -> None:
     """Dice, HD95 (mm), surface Dice and volumes (ml) per case and class, as CSV and JSON.
 
-    Exit code 3 where some cases could not be scored.
+    Of a run on a data set (with --cases, choose cases that it was not trained on), or of masks that are there
+    (--predictions and --references). Exit code 3 where some cases could not be scored.
     """
     if (predictions is None) != (references is None):
         raise ConfigError("--predictions and --references belong together: give both folders.")

@@ -44,23 +44,31 @@ DatasetArg = Annotated[
 RunArg = Annotated[Path, typer.Argument(help="A trained run (a MONAI bundle).")]
 DeviceOption = Annotated[
     str | None,
-    typer.Option(callback=_with_its_gpu, help="cpu, cuda, cuda:1; default: a GPU where there is one."),
+    typer.Option(
+        callback=_with_its_gpu, metavar="NAME", help="cpu, cuda or cuda:1; default: a GPU where there is one."
+    ),
 ]
-CasesOption = Annotated[Path | None, typer.Option(help="File with the case names to use, one a line.")]
+CasesOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="File with the names of the cases to use, one a line.")
+]
 MismatchOption = Annotated[
     bool,
-    typer.Option("--allow-affine-mismatch", help="Where a label map's affine differs, trust the scan's."),
+    typer.Option(
+        "--allow-affine-mismatch",
+        help="Where a label map's affine differs from its scan's, trust the scan's.",
+    ),
 ]
 SettingsOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any key of train.yaml, or plan::KEY."),
+    typer.Option("--set", metavar="KEY=VALUE", help="A key of train.yaml, or plan::KEY. May be repeated."),
 ]
 ValidationOption = Annotated[
     float | None,
     typer.Option(
         min=0,
         max=0.9,
-        help="Share of the labelled scans that validates (default: 0.15). 0: all of them train.",
+        metavar="SHARE",
+        help="Share of the labelled scans that validates (default: 0.15); 0: all of them train.",
     ),
 ]
 TrustOption = Annotated[

@@ -20,18 +20,32 @@ from medseg_supcon.cli_options import (
 from medseg_supcon.errors import MedsegError, RunError
 from medseg_supcon.terminal import err, out, print_metrics, print_plan, print_report, say
 
+LENGTH = "Length of the training; default: what fits into 22 minutes on a CPU, 60 on a GPU."
+BUDGET = "Labelled scans to use, validation included (default: all); the others count as unlabelled."
 RunOption = Annotated[
-    Path, typer.Option("--out", help="The run to write: a folder, which becomes a MONAI bundle.")
+    Path,
+    typer.Option("--out", metavar="RUN", help="The run to write: a folder, which becomes a MONAI bundle."),
 ]
 RecipeOption = Annotated[
-    str | None, typer.Option(help="A recipe's name (default: joint), or a .yaml file of yours.")
+    str | None,
+    typer.Option(
+        metavar="NAME", help="joint (the default), dice_ce, two_stage, semi, or a .yaml file of your own."
+    ),
 ]
-EpochsOption = Annotated[int | None, typer.Option(min=1, help="Length; default: what fits the planned time.")]
-LabelsOption = Annotated[int | None, typer.Option(min=1, help="Labelled scans to use, validation included.")]
-UnlabelledOption = Annotated[Path | None, typer.Option(help="Folder of further scans without labels.")]
-InitOption = Annotated[Path | None, typer.Option(help="An earlier run to fine-tune.")]
+EpochsOption = Annotated[int | None, typer.Option(min=1, metavar="N", help=LENGTH)]
+LabelsOption = Annotated[int | None, typer.Option(min=1, metavar="N", help=BUDGET)]
+UnlabelledOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Further scans without labels, for recipes that learn from such."),
+]
+InitOption = Annotated[
+    Path | None, typer.Option(metavar="RUN", help="An earlier run whose weights to start from (fine-tuning).")
+]
 SeedOption = Annotated[
-    int | None, typer.Option(min=0, help="Of the split, the weights and all draws (default: 0).")
+    int | None,
+    typer.Option(
+        min=0, metavar="N", help="Seed of the split, the weights and all random draws (default: 0)."
+    ),
 ]
 
 

@@ -30,6 +30,13 @@ def test_every_command_explains_itself(medseg, command):
     assert code == 0 and "Usage" in text
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_can_be_copied_from_a_narrow_terminal(medseg, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    assert "\u2026" not in medseg(command, "--help")[1]  # an ellipsis in place of a name's end
+
+
 def test_version(medseg):
     assert medseg("--version")[0] == 0
 
@@ -49,6 +56,7 @@ def test_version(medseg):
         (["train", "nowhere", "--out", "run", "--device", "toaster"], "toaster"),
         (["train", "nowhere", "--out", "run", "--device", "cuda:99"], "--device cpu"),
         (["train", "nowhere", "--out", "run", "--epochs", "0"], "epochs"),
+        (["compare", "nowhere", "--out", "x", "--robustness", "--no-robustness"], "give one of them"),
     ],
 )
 def test_faults_of_the_input_are_sentences(medseg, arguments, says, tmp_path, monkeypatch):
