@@ -1,6 +1,6 @@
 """Task04 Hippocampus at the planned defaults: trained on folds 2-4, tested on all 52 scans of fold 1.
 
-    MEDSEG_DATA=/data python -m benchmarks.hippocampus [--labels 20] [--out DIR]
+    MEDSEG_DATA=/data python -m benchmarks.hippocampus [--labels 20] [--set KEY=VALUE ...] [--out DIR]
 
 MEDSEG_DATA holds `Task04_Hippocampus` with `folds.json` (the published folds) and
 `nnunet_v2_cross_validation.json` (nnU-Net v2's published Dice per scan, to compare scan by scan: it trained for
@@ -45,6 +45,7 @@ def dice_per_case(path: Path) -> dict[str, dict[str, float]]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--labels", type=int, help="labelled scans in all; default: all 156")
+    options.add_argument("--set", action="append", default=[], help="KEY=VALUE, as of `medseg train`")
     options.add_argument("--out", type=Path, help="folder for the run; default: a temporary one")
     options.add_argument(
         "--reuse", action="store_true", help="only read the results of an earlier call in --out"
@@ -62,7 +63,10 @@ def main() -> None:
     (out / "test.txt").write_text("\n".join(folds["fold_1"]))
     if not given.reuse:
         budget = ("--labels", given.labels) if given.labels else ()
-        seconds = medseg("train", data, "--cases", out / "training.txt", *budget, "--out", out / "run")
+        settings = [word for setting in given.set for word in ("--set", setting)]
+        seconds = medseg(
+            "train", data, "--cases", out / "training.txt", *budget, *settings, "--out", out / "run"
+        )
         medseg("evaluate", out / "run", data, "--cases", out / "test.txt", "--out", out / "test")
         (out / "seconds.json").write_text(json.dumps(seconds))
     ours = dice_per_case(out / "test" / "metrics.csv")
@@ -72,6 +76,7 @@ def main() -> None:
     theirs = np.array([[published[c][k] for k in classes] for c in cases])
     plan = json.loads((out / "run" / "configs" / "plan.json").read_text())
     minutes = json.loads((out / "seconds.json").read_text()) / 60
+    told = ", ".join(("planned defaults", *given.set))
     text = [
         f"{given.labels or len(folds['fold_2']) * 3} labelled scans (validation included), {len(cases)} test scans, "
         f"{plan['epochs']} epochs of {plan['steps_per_epoch']} steps, {minutes:.1f} minutes for `medseg train` "
@@ -79,7 +84,7 @@ def main() -> None:
         "",
         "| | mean Dice | anterior | posterior |",
         "|---|---|---|---|",
-        f"| medseg_supcon, planned defaults | {scores.mean():.4f} | {scores[:, 0].mean():.4f} | {scores[:, 1].mean():.4f} |",
+        f"| medseg_supcon, {told} | {scores.mean():.4f} | {scores[:, 0].mean():.4f} | {scores[:, 1].mean():.4f} |",
         f"| nnU-Net v2, published | {theirs.mean():.4f} | {theirs[:, 0].mean():.4f} | {theirs[:, 1].mean():.4f} |",
         "",
         f"Per-scan difference (ours minus nnU-Net's): {(scores.mean(1) - theirs.mean(1)).mean():+.4f}, "
@@ -88,7 +93,11 @@ def main() -> None:
     print("\n".join(text))
     RESULTS.mkdir(exist_ok=True)
     command = "python -m benchmarks.hippocampus" + (f" --labels {given.labels}" if given.labels else "")
-    name = f"hippocampus_{given.labels or 'all'}.md"
+    command += "".join(f" --set {setting}" for setting in given.set)
+    name = (
+        "_".join(("hippocampus", str(given.labels or "all"), *(s.replace("=", "_") for s in given.set)))
+        + ".md"
+    )
     (RESULTS / name).write_text(f"Written by `{command}`.\n\n" + "\n".join(text) + "\n")
 
 
