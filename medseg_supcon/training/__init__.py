@@ -44,6 +44,7 @@ from medseg_supcon.training._teacher import PseudoLabels, Teacher, shipped_netwo
 from medseg_supcon.training._throughput import LossScale, amp_dtype, compiled, memory_format, tune_gpu
 from medseg_supcon.training._timing import machine_name, peak_memory_gib
 from medseg_supcon.training._train import check_device, is_complete, is_finished, run_config, train_run
+from medseg_supcon.training._workers import loader_workers
 
 __all__ = [
     "BlankFillerd",
@@ -89,6 +90,7 @@ __all__ = [
     "leave_ranks",
     "load_initial",
     "load_tensors",
+    "loader_workers",
     "machine_name",
     "memory_format",
     "parse_setting",

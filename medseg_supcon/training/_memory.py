@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+
+import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
@@ -24,3 +27,10 @@ def keep_freed_memory() -> bool:
         return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
     except (OSError, AttributeError):
         return False
+
+
+def free_memory() -> None:
+    """Give a GPU's memory back that nothing holds any more: what comes next wants it, or another process."""
+    gc.collect()  # trainer and handlers refer to each other
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import platform
 import resource
@@ -18,7 +17,7 @@ from monai.bundle import ConfigParser
 
 from medseg_supcon.data import literal, write_plan
 from medseg_supcon.errors import ConfigError
-from medseg_supcon.training._memory import keep_freed_memory
+from medseg_supcon.training._memory import free_memory, keep_freed_memory
 from medseg_supcon.training._throughput import tune_gpu
 
 NICE_EPOCHS = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 120, 150, 200, 250, 300, 400, 500, 700, 1000)
@@ -54,7 +53,7 @@ def time_training(run: Path, device: str | None = None, steps: int = 4) -> dict[
     try:
         return _measure(run, device, steps)
     finally:
-        _free_memory()
+        free_memory()
 
 
 def time_within_memory(run: Path, device: str | None, plan: dict[str, Any], fixed: bool) -> dict[str, Any]:
@@ -75,16 +74,9 @@ def time_within_memory(run: Path, device: str | None, plan: dict[str, Any], fixe
         except torch.OutOfMemoryError:
             if fixed or plan["batch_size"] <= 2:
                 raise
-        _free_memory()  # not before: the error holds what was on the GPU
+        free_memory()  # not before: the error holds what was on the GPU
         plan["batch_size"] //= 2
         write_plan(plan, run / "configs" / "plan.json")
-
-
-def _free_memory() -> None:
-    """Give the GPU's memory back: the training wants it, or another process."""
-    gc.collect()  # trainer and handlers refer to each other
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _measure(run: Path, device: str | None, steps: int) -> dict[str, Any]:

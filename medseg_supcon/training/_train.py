@@ -18,8 +18,14 @@ from medseg_supcon.training._checkpoint import load_tensors
 from medseg_supcon.training._faults import innermost, settings_at_fault
 from medseg_supcon.training._finish import write_documents
 from medseg_supcon.training._folder import at_work_in, is_planned
+from medseg_supcon.training._memory import free_memory
 from medseg_supcon.training._metadata import read_config, read_json
 
+# what comes after it, the way back to the scan's own grid, stays where the scan's logits are
+STITCHED_ON_THE_CPU = (
+    "$(lambda inferer: (setattr(inferer, 'device', torch.device('cpu')), inferer)[1])"
+    "(@inference.get_parsed_content('inferer'))"
+)
 WRITTEN_LAST = ("eval/metrics.json", "docs/curves.png")
 OF_FILES = ("datalist", "dataset_dir", "output_dir")  # overrides that name files
 
@@ -69,7 +75,19 @@ def run_config(run: Path, name: str, workflow_type: str, **overrides: Any) -> Co
         name: ``train``, ``evaluate`` or ``inference``.
         workflow_type: ``"train"`` or ``"infer"``.
         overrides: config keys and values.
+
+    An evaluation for which the GPU is too small is done again, with all but the network's work on the CPU.
     """
+    try:
+        return _run_config(run, name, workflow_type, dict(overrides))
+    except torch.OutOfMemoryError:
+        if name != "evaluate" or "inferer" in overrides:
+            raise
+    free_memory()  # not before: the error holds what was on the GPU
+    return _run_config(run, name, workflow_type, {**overrides, "inferer": STITCHED_ON_THE_CPU})
+
+
+def _run_config(run: Path, name: str, workflow_type: str, overrides: dict[str, Any]) -> ConfigWorkflow:
     if not is_planned(run):
         raise RunError(
             f"{run} is not a run: it has no configs/plan.json. Make one with medseg plan or medseg train."
