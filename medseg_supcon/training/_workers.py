@@ -43,4 +43,4 @@ def loader_workers(device: str | torch.device, batch_size: int, plan: Mapping[st
 
 def batch_bytes(batch_size: int, plan: Mapping[str, Any]) -> int:
     """Of two views of each scan: float32 for every channel, an int64 label and an int64 pair of every voxel."""
-    return batch_size * 2 * math.prod(plan["patch_size"]) * (4 * len(plan["channels"]) + 8 + 8)
+    return int(batch_size * 2 * math.prod(plan["patch_size"]) * (4 * len(plan["channels"]) + 8 + 8))
