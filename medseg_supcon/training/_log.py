@@ -17,6 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 from medseg_supcon.files import write_csv
 from medseg_supcon.training._ranks import mean_over_ranks, rank
 
+MEAN = "val_mean_dice"
+
 
 def overlay_slice(image: Tensor, label: Tensor, prediction: Tensor) -> Tensor:
     """The axial slice with most foreground, reference beside prediction, as an RGB image.
@@ -114,19 +116,24 @@ class TrainingLog:
         write_csv(self.path, columns, self.rows)
         self._scalars(row)
 
-    def _validation(self, epoch: int) -> dict[str, float]:
+    def _validation(self, epoch: int) -> dict[str, float | None]:
         if self.validator is None or self.validator.state.epoch != epoch:
             return {}
-        metrics: Mapping[str, Any] = self.validator.state.metrics
+        state = self.validator.state
+        metrics: Mapping[str, Any] = state.metrics
         per_class = torch.as_tensor(metrics["val_dice_per_class"]).reshape(-1).tolist()
-        row = {"val_mean_dice": float(metrics["val_mean_dice"])}
+        details = getattr(state, "metric_details", {}).get(MEAN)
+        if details is not None:  # a class that no case shows has no score; MONAI's mean over none is 0
+            shown = torch.as_tensor(details).isfinite().any(0).tolist()
+            per_class = [value if there else None for value, there in zip(per_class, shown, strict=True)]
+        row = {MEAN: float(metrics[MEAN])}
         return row | {f"val_dice_{name}": value for name, value in zip(self.labels, per_class, strict=True)}
 
     def _scalars(self, row: Mapping[str, Any]) -> None:
         if self.writer is None:
             return
         for name, value in row.items():
-            if name not in ("epoch", "step", "seconds"):
+            if value is not None and name not in ("epoch", "step", "seconds"):
                 group = "validation" if name.startswith("val_") else "train"
                 self.writer.add_scalar(f"{group}/{name}", value, row["step"])
         if self._overlay is not None:
