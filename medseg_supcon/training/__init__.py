@@ -41,7 +41,14 @@ from medseg_supcon.training._staged_loss import StagedLoss
 from medseg_supcon.training._staged_network import StagedNetwork
 from medseg_supcon.training._stages import Stages, stage_at, stage_epochs, staged_schedule
 from medseg_supcon.training._teacher import PseudoLabels, Teacher, shipped_network
-from medseg_supcon.training._throughput import LossScale, amp_dtype, compiled, memory_format, tune_gpu
+from medseg_supcon.training._throughput import (
+    LossScale,
+    amp_dtype,
+    compiled,
+    memory_format,
+    tune_gpu,
+    usual_amp_dtype,
+)
 from medseg_supcon.training._timing import machine_name, peak_memory_gib
 from medseg_supcon.training._train import check_device, is_complete, is_finished, run_config, train_run
 from medseg_supcon.training._workers import loader_workers
@@ -116,6 +123,7 @@ __all__ = [
     "train_run",
     "tune_gpu",
     "two_view_dataset",
+    "usual_amp_dtype",
     "with_unknown",
     "world_size",
 ]

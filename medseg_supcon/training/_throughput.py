@@ -27,6 +27,16 @@ def amp_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def usual_amp_dtype(device: str | torch.device) -> str:
+    """``"bfloat16"``, which needs no scaled loss; ``"float16"`` on GPUs before Ampere, which have no fast bfloat16.
+
+    >>> usual_amp_dtype("cpu")
+    'bfloat16'
+    """
+    old = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+    return "float16" if old else "bfloat16"
+
+
 def memory_format(channels_last: bool) -> torch.memory_format:
     """Where a volume's channels lie in memory: beside each other, or as they are."""
     return torch.channels_last_3d if channels_last else torch.preserve_format

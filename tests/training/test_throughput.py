@@ -24,6 +24,7 @@ from medseg_supcon.training import (
     compiled,
     memory_format,
     tune_gpu,
+    usual_amp_dtype,
 )
 
 
@@ -144,6 +145,18 @@ def test_unknown_options_are_sentences() -> None:
         amp_dtype("float8")
     with pytest.raises(ConfigError, match="inductor"):
         compiled(ContrastiveNetwork(small_network()), "indoctor")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")]
+)
+def test_a_gpu_without_bfloat16_takes_float16(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str
+) -> None:
+    """It would emulate bfloat16, many times slower than float32."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert usual_amp_dtype("cuda") == usual_amp_dtype(torch.device("cuda:1")) == dtype
+    assert usual_amp_dtype("cpu") == "bfloat16"
 
 
 def test_a_cpu_is_left_as_it_is() -> None:
