@@ -81,4 +81,5 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _source(name: str) -> str:
-    return files("medseg_supcon.evaluation").joinpath("templates", name).read_text(encoding="utf-8")
+    # not joinpath(a, b): some of Python 3.10 take one part
+    return (files("medseg_supcon.evaluation") / "templates" / name).read_text(encoding="utf-8")
