@@ -33,8 +33,9 @@ def usual_amp_dtype(device: str | torch.device) -> str:
     >>> usual_amp_dtype("cpu")
     'bfloat16'
     """
-    old = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
-    return "float16" if old else "bfloat16"
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        return "bfloat16"
+    return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:

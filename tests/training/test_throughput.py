@@ -154,6 +154,7 @@ def test_a_gpu_without_bfloat16_takes_float16(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str
 ) -> None:
     """It would emulate bfloat16, many times slower than float32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert usual_amp_dtype("cuda") == usual_amp_dtype(torch.device("cuda:1")) == dtype
     assert usual_amp_dtype("cpu") == "bfloat16"
