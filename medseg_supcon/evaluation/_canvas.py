@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medseg_supcon.errors import RunError
 
 BACKGROUND, INK, GRID = "white", "#222222", "#dddddd"
@@ -53,13 +55,20 @@ def legend_below(figure: Any, handles: Sequence[Any], most: int = 6) -> Any:
 
     Rows beyond the first make the figure higher: the plots keep their size.
     """
-    widest = max(len(handle.get_label()) for handle in handles)
-    columns = min(most, len(handles), max(1, int(figure.get_figwidth() / (0.075 * widest + 0.6))))  # inches
+    names, columns = [handle.get_label() for handle in handles], min(most, len(handles))
+    while columns > 1 and _inches(names, columns) > figure.get_figwidth():
+        columns -= 1
     rows = -(-len(handles) // columns)
     figure.set_figheight(figure.get_figheight() + 0.2 * (rows - 1))
     return figure.legend(
         handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False
     )
+
+
+def _inches(names: Sequence[str], columns: int) -> float:
+    """About the width of a legend; each column is as wide as its longest name and the mark before it."""
+    parts = np.array_split(np.array([len(name) for name in names]), columns)
+    return float(sum(0.075 * part.max() + 0.6 for part in parts))
 
 
 def save(figure: Any, path: Path) -> None:
