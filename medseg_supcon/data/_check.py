@@ -11,6 +11,7 @@ from medseg_supcon.data._check_case import look_at
 from medseg_supcon.data._dataset import Dataset
 from medseg_supcon.data._looked import Looked
 from medseg_supcon.data._report import Finding, Report
+from medseg_supcon.data._split import patient_on_both_sides
 from medseg_supcon.data._volume import in_parallel
 
 __all__ = ["check_dataset"]
@@ -35,7 +36,8 @@ def check_dataset(
     against pixdim, by more than 1 %).
 
     Warnings: an empty label map, a class that nobody drew, a single slice, a qform that disagrees with the
-    sform, a header without orientation, outliers of spacing and size.
+    sform, a header without orientation, outliers of spacing and size, a patient whom a data list both trains and
+    validates on (training refuses that where it validates).
 
     Args:
         dataset: from `read_dataset`.
@@ -58,6 +60,9 @@ def check_dataset(
     findings += _duplicates(looked)
     findings += _outliers(looked)
     findings += _classes_nobody_drew(dataset, looked)
+    mixed = patient_on_both_sides(dataset)
+    if mixed is not None:
+        findings.append(Finding("", None, "warning", "patient_on_both_sides", mixed))
     order = {case.name: number for number, case in enumerate(dataset.cases)}
     findings.sort(key=lambda f: (f.severity != "error", order.get(f.case, len(order))))
     return Report(dataset.name, dataset.root, len(dataset.cases), len(dataset.labelled), tuple(findings))

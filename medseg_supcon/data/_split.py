@@ -142,18 +142,29 @@ def _along_order(ordered: list[Case], total: int, fraction: float) -> tuple[list
     return training, validation
 
 
+def patient_on_both_sides(dataset: Dataset) -> str | None:
+    """A sentence on a patient whose labelled scans the data list both trains and validates on; None: there is none."""
+    sides: dict[bool, set[str]] = {True: set(), False: set()}
+    for case in dataset.labelled:
+        sides[case.name in dataset.validation].add(_group(case))
+    both = sides[True] & sides[False]
+    if not both:
+        return None
+    patient = min(both).removeprefix("patient ")
+    return (
+        f"{dataset.root}: patient {patient!r} has scans both in the training and in the validation part "
+        f"of the data list. Keep a patient's scans on one side."
+    )
+
+
 def _along_own_split(
     dataset: Dataset, labelled: tuple[Case, ...], total: int, seed: int, fraction: float, everything: bool
 ) -> tuple[list[Case], list[Case]]:
     to_train = _ordered((case for case in labelled if case.name not in dataset.validation), seed)
     to_validate = _ordered((case for case in labelled if case.name in dataset.validation), seed)
-    both = {_group(case) for case in to_train} & {_group(case) for case in to_validate}
-    if both:
-        patient = min(both).removeprefix("patient ")
-        raise DataError(
-            f"{dataset.root}: patient {patient!r} has scans both in the training and in the validation part "
-            f"of the data list. Keep a patient's scans on one side."
-        )
+    mixed = patient_on_both_sides(dataset)
+    if mixed is not None:
+        raise DataError(mixed)
     if everything:
         return to_train, to_validate
     number = 0 if total == 1 else min(_wanted(total, fraction), len(to_validate))

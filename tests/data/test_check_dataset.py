@@ -343,3 +343,21 @@ def test_check_and_predict_draw_one_line_for_shear(tmp_path, disk, degrees, axes
     assert f"{abs(degrees):.1f} degrees off a right angle" in errors[0].message
     with pytest.raises(DataError, match=f"{abs(degrees):.1f} degrees off a right angle"):
         read_scan(find_scans([scan])[0], 1)
+
+
+def test_a_patient_whom_the_data_list_trains_and_validates_on(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        for kind, array in (("image", rng.normal(size=(8, 8, 8))), ("label", rng.integers(0, 2, (8, 8, 8)))):
+            nibabel.save(
+                nibabel.Nifti1Image(array.astype(np.float32), AFFINE), tmp_path / f"{kind}{number}.nii.gz"
+            )
+    items = [
+        {"image": f"image{n}.nii.gz", "label": f"label{n}.nii.gz", "patient": who}
+        for n, who in enumerate(("ann", "bob", "ann"))
+    ]
+    listed = {"labels": {"background": 0, "x": 1}, "training": items[:2], "validation": items[2:]}
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    (found,) = check_dataset(read_dataset(tmp_path / "list.json")).findings
+    assert (found.severity, found.code) == ("warning", "patient_on_both_sides")
+    assert "'ann'" in found.message
