@@ -77,6 +77,7 @@ TUNED = str(HERE / "recipes" / "dice_ce_tuned.yaml")
 SEMI = str(HERE / "recipes" / "semi_tuned.yaml")
 VIEWS = str(HERE / "recipes" / "dice_ce_semi_views.yaml")
 SHADED = str(HERE / "recipes" / "dice_ce_bias_field.yaml")
+SEMI_SHADED = str(HERE / "recipes" / "semi_bias_field.yaml")
 SEMI_0 = str(HERE / "recipes" / "semi_no_contrast.yaml")
 # long enough for the labels to bind: voxels of 2.5 mm, of which a step costs a third, and six times the steps
 LONG = {
@@ -107,6 +108,9 @@ PARTS = {
     # what contrast does not give, augmentation may
     "long_bias_field": Part(
         "long", f"{TUNED},{SHADED}", "0,1,2", options=(*LONG_OPTIONS, "--robustness"), **LONG
+    ),
+    "long_bias_field_semi": Part(
+        "long", f"{SHADED},{SEMI_SHADED}", "0,1,2", options=(*LONG_OPTIONS, "--robustness"), **LONG
     ),
     "long_bias_field_hippocampus": Part(
         "long",
