@@ -155,8 +155,18 @@ def test_a_full_disk(start: Start, trained_run: Path, scans: Path, small_disk: C
     code, said = finish(start("predict", trained_run, scans, "--out", out))
     assert code in (2, 3), said
     assert "No space left on device" in said
-    assert 0 < len(whole(out)) < 12
+    before = len(whole(out))
+    assert 0 < before < 12
     json.loads((out / "manifest.json").read_text())
+    hidden = {file.name for file in out.rglob(".*")}
+    assert hidden <= {".medseg-manifest.jsonl"}  # entries that the manifest had no room for
+    subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+    code, said = finish(start("predict", trained_run, scans, "--out", out))
+    assert code == 0 and f"{before} there already" in said, said
+    entries = json.loads((out / "manifest.json").read_text())["scans"]
+    assert sorted(entry["status"] for entry in entries) == ["done"] * (12 - before) + ["skipped"] * before
+    # what made a mask is known of all but the one whose entry met the full disk
+    assert sum(entry["models"] is None for entry in entries) <= 1
     assert not list(out.rglob(".*"))
 
 
