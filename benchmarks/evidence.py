@@ -18,6 +18,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -79,13 +80,21 @@ VIEWS = str(HERE / "recipes" / "dice_ce_semi_views.yaml")
 SHADED = str(HERE / "recipes" / "dice_ce_bias_field.yaml")
 SEMI_SHADED = str(HERE / "recipes" / "semi_bias_field.yaml")
 SEMI_0 = str(HERE / "recipes" / "semi_no_contrast.yaml")
+LONG_OPTIONS = ("--validation", "0", "--robustness")
 # long enough for the labels to bind: voxels of 2.5 mm, of which a step costs a third, and six times the steps
-LONG = {
+ATRIUM: dict[str, Any] = {
     "epochs": 60,
     "settings": ("plan::spacing=[2.5,2.5,2.5]", "plan::patch_size=[40,32,24]"),
+    "options": LONG_OPTIONS,
     "sets": ("atrium",),
 }
-LONG_OPTIONS = ("--validation", "0")
+# the hippocampus is small: its own grid, three times the steps, as many seeds as an hour of two cores gives
+HIPPOCAMPUS: dict[str, Any] = {
+    "epochs": 30,
+    "seeds": "0,1,2",
+    "options": LONG_OPTIONS,
+    "sets": ("hippocampus",),
+}
 PARTS = {
     "deciding": Part("deciding", f"{TUNED},joint,dice_ce"),
     "ablation": Part("deciding", "dice_ce,joint"),  # the same runs: contrast alone
@@ -94,36 +103,22 @@ PARTS = {
     # the same runs again, on scans made worse
     "robustness": Part("deciding", f"{TUNED},joint,dice_ce", options=("--robustness",)),
     "robustness_ablation": Part("deciding", "dice_ce,joint", options=("--robustness",)),
-    "long": Part("long", f"{TUNED},{SEMI},{SEMI_0}", options=(*LONG_OPTIONS, "--robustness"), **LONG),
-    "long_ablation": Part("long", f"{SEMI_0},{SEMI}", options=(*LONG_OPTIONS, "--robustness"), **LONG),
-    # the hippocampus is small: its own grid, three times the steps, as many seeds as an hour of two cores gives
-    "long_hippocampus": Part(
-        "long",
-        f"{TUNED},{SEMI},{SEMI_0}",
-        "0,1,2",
-        epochs=30,
-        options=(*LONG_OPTIONS, "--robustness"),
-        sets=("hippocampus",),
-    ),
+    "long": Part("long", f"{TUNED},{SEMI},{SEMI_0}", **ATRIUM),
+    "long_ablation": Part("long", f"{SEMI_0},{SEMI}", **ATRIUM),
+    "long_hippocampus": Part("long", f"{TUNED},{SEMI},{SEMI_0}", **HIPPOCAMPUS),
+    "long_hippocampus_ablation": Part("long", f"{SEMI_0},{SEMI}", **HIPPOCAMPUS),
     # what contrast does not give, augmentation may
-    "long_bias_field": Part(
-        "long", f"{TUNED},{SHADED}", "0,1,2", options=(*LONG_OPTIONS, "--robustness"), **LONG
-    ),
-    "long_bias_field_semi": Part(
-        "long", f"{SHADED},{SEMI_SHADED}", "0,1,2", options=(*LONG_OPTIONS, "--robustness"), **LONG
-    ),
-    "long_bias_field_hippocampus": Part(
-        "long",
-        f"{TUNED},{SHADED}",
-        "0,1,2",
-        epochs=30,
-        options=(*LONG_OPTIONS, "--robustness"),
-        sets=("hippocampus",),
-    ),
+    "long_bias_field": Part("long", f"{TUNED},{SHADED}", "0,1,2", **ATRIUM),
+    "long_bias_field_hippocampus": Part("long", f"{TUNED},{SHADED}", **HIPPOCAMPUS),
+    "long_bias_field_semi": Part("long", f"{SHADED},{SEMI_SHADED}", "0,1,2", **ATRIUM),
     # is it the unlabelled scans, or the views that come with them?
-    "long_views": Part("long", f"{TUNED},{VIEWS},{SEMI_0}", options=(*LONG_OPTIONS, "--robustness"), **LONG),
+    "long_views": Part("long", f"{TUNED},{VIEWS},{SEMI_0}", **ATRIUM),
     "long_budgets": Part(
-        "long_budgets", f"{TUNED},{SEMI}", "0", "4", options=(*LONG_OPTIONS, "--no-robustness"), **LONG
+        "long_budgets",
+        f"{TUNED},{SEMI}",
+        "0",
+        "4",
+        **ATRIUM | {"options": ("--validation", "0", "--no-robustness")},
     ),
 }
 
