@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +20,7 @@ except ImportError:  # Windows
 
 PREFIX = ".medseg-"
 OLD = 24 * 3600.0  # seconds after which a file counts as left behind where there are no locks
+_held: set[int] = set()  # handles of the folders that this process is alone in
 
 
 def temporary_name(folder: Path) -> Path:
@@ -108,11 +110,29 @@ def alone(folder: Path, wait: bool = True) -> Iterator[bool]:
         if fcntl is not None:
             with suppress(OSError):  # a network drive
                 handle = os.open(folder, os.O_RDONLY)
-                stack.callback(os.close, handle)
+                _held.add(handle)
+                stack.callback(_leave, handle, partial(fcntl.flock, handle, fcntl.LOCK_UN))
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    # closing unlocks nothing while a process forked meanwhile has it open
-                    stack.callback(fcntl.flock, handle, fcntl.LOCK_UN)
                 except BlockingIOError:
                     free = False
         yield free
+
+
+def _leave(handle: int, unlock: Callable[[], None]) -> None:
+    if handle in _held:  # not in a forked process
+        _held.remove(handle)
+        with suppress(OSError):  # nothing could be locked
+            unlock()
+        os.close(handle)
+
+
+def _close_held() -> None:
+    """In a forked process, which would hold the lock on when this one is killed: a loader's worker lives 5 s longer."""
+    while _held:
+        with suppress(OSError):
+            os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_close_held)

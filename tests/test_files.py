@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +34,38 @@ def test_a_folder_is_one_process_s_until_it_ends_however(tmp_path: Path) -> None
     with files.alone(tmp_path, wait=False) as free:
         assert free
     assert list(tmp_path.iterdir()) == []
+
+
+FORKED = """
+import os
+import sys
+import time
+from pathlib import Path
+from medseg_supcon.files import alone
+
+with alone(Path(sys.argv[1])):
+    if os.fork() == 0:
+        print("forked", flush=True)
+        time.sleep(60)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system forks no processes")
+def test_what_a_killed_process_forked_keeps_nobody_out(tmp_path: Path) -> None:
+    """As the workers of a loader, which live on for a while."""
+    command = [sys.executable, "-c", FORKED, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "forked\n"
+        with files.alone(tmp_path, wait=False) as free:
+            assert not free, "the one that forked is at work"
+        other.kill()
+        other.wait()
+        try:
+            with files.alone(tmp_path, wait=False) as free:
+                assert free
+        finally:
+            os.killpg(other.pid, signal.SIGKILL)
 
 
 def test_where_nothing_can_be_locked_all_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
