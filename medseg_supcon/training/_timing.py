@@ -75,7 +75,7 @@ def time_within_memory(run: Path, device: str | None, plan: dict[str, Any], fixe
             if fixed or plan["batch_size"] <= 2:
                 raise
         free_memory()  # not before: the error holds what was on the GPU
-        plan["batch_size"] //= 2
+        plan["batch_size"] = max(2, plan["batch_size"] // 2)
         write_plan(plan, run / "configs" / "plan.json")
 
 

@@ -41,14 +41,16 @@ def test_nothing_of_the_measurement_stays_in_memory(trained_run: Path) -> None:
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize(("fits", "ends"), [(8, 8), (4, 4), (2, 2), (1, None)])
+@pytest.mark.parametrize(
+    ("guess", "fits", "ends"), [(8, 8, 8), (8, 4, 4), (8, 2, 2), (8, 1, None), (7, 2, 2), (3, 1, None)]
+)
 def test_a_gpu_too_small_for_the_plans_guess(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fits: int, ends: int | None
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, guess: int, fits: int, ends: int | None
 ) -> None:
     """The batch is halved, here and on disk, down to two scans; then, and where somebody chose it, the error passes."""
     file = tmp_path / "configs" / "plan.json"
     file.parent.mkdir()
-    file.write_text(json.dumps({"batch_size": 8}))
+    file.write_text(json.dumps({"batch_size": guess}))
 
     def measure(run: Path, device: str | None) -> dict[str, Any]:
         if json.loads(file.read_text())["batch_size"] > fits:
@@ -56,14 +58,14 @@ def test_a_gpu_too_small_for_the_plans_guess(
         return {"machine": "a GPU"}
 
     monkeypatch.setattr(_timing, "time_training", measure)
-    plan = {"batch_size": 8}
+    plan = {"batch_size": guess}
     if ends is None:
         with pytest.raises(torch.OutOfMemoryError):
             time_within_memory(tmp_path, "cuda", plan, fixed=False)
         return
     assert time_within_memory(tmp_path, "cuda", plan, fixed=False) == {"machine": "a GPU"}
     assert plan["batch_size"] == ends == json.loads(file.read_text())["batch_size"]
-    if fits < 8:
-        file.write_text(json.dumps({"batch_size": 8}))
+    if fits < guess:
+        file.write_text(json.dumps({"batch_size": guess}))
         with pytest.raises(torch.OutOfMemoryError):
-            time_within_memory(tmp_path, "cuda", {"batch_size": 8}, fixed=True)
+            time_within_memory(tmp_path, "cuda", {"batch_size": guess}, fixed=True)
