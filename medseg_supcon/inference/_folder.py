@@ -165,10 +165,15 @@ def _without_work(
         return {"name": scan.name, "status": "failed", "error": sentence}
     if overwrite or not is_whole(mask):
         return None
-    if not is_mask_of(mask, scan):
+    theirs = manifest.earlier.get(scan.name, {}).get("series")
+    other = (
+        bool(scan.series and theirs) and theirs != scan.series
+    )  # of a folder whose name comes again, as DICOM
+    if other or not is_mask_of(mask, scan):
+        why = "it is another DICOM series" if other else "shape or affine differ"
         sentence = (
-            f"{scan.source}: {mask} is there already, and is the mask of another scan: shape or affine differ. Choose "
-            "another --out, or redo it with --overwrite."
+            f"{scan.source}: {mask} is there already, and is the mask of another scan: {why}. Choose another --out, "
+            "or redo it with --overwrite."
         )
         return {"name": scan.name, "status": "failed", "error": sentence}
     if probabilities and not (out / "probabilities" / mask.name).exists():

@@ -24,12 +24,14 @@ def keep_names(scans: Sequence[Scan], earlier: Mapping[str, Mapping[str, Any]]) 
     given = {str(entry["series"]): name for name, entry in earlier.items() if entry.get("series")}
     kept = [replace(scan, name=given.get(scan.series, scan.name)) for scan in scans]
     taken = {scan.name for scan in kept if scan.series in given}
+    # names that further new series have, or masks of series that are not there any more
+    used = {scan.name for scan in kept} | {n for n, entry in earlier.items() if entry["status"] != "failed"}
     settled = []
     for scan in kept:
         if scan.series and scan.series not in given and scan.name in taken:
             base = re.sub(r"_series\d+$", "", scan.name)
             names = (f"{base}_series{number}" for number in count(1))
-            scan = replace(scan, name=next(name for name in names if name not in taken))
-            taken.add(scan.name)
+            scan = replace(scan, name=next(name for name in names if name not in used))
+            used.add(scan.name)
         settled.append(scan)
     return refuse_equal_names(settled)

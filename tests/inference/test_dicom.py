@@ -105,40 +105,6 @@ def test_several_series_in_a_folder_are_told_apart(tmp_path: Path) -> None:
     assert [scan.name for scan in find_scans([tmp_path / "below" / ".." / "study"])] == names[1:]
 
 
-def test_a_series_that_is_added_renames_no_mask(threshold_run: Path, tmp_path: Path) -> None:
-    """The folder's only series has its name, several have their numbers: the first one keeps what it got."""
-    study, out, predictor = tmp_path / "study", tmp_path / "out", Predictor(threshold_run, device="cpu")
-
-    def names() -> dict[str, str]:
-        done = predictor.run([study], out)["scans"]
-        assert sorted(p.name for p in out.glob("*.nii.gz")) == sorted(f"{e['name']}.nii.gz" for e in done)
-        return {entry["name"]: entry["status"] for entry in done}
-
-    write_series(study, ONE, "1.9.9.5", 12)
-    assert names() == {"study": "done"}
-    write_series(study, ONE, "1.9.9.4", 3)
-    assert names() == {"study": "skipped", "study_series3": "done"}
-    for file in [*study.glob("12_*"), out / "study.nii.gz"]:
-        file.unlink()
-    assert names() == {"study_series3": "skipped"}  # the one that is left keeps its name, too
-    assert "1.9.9" not in (out / "manifest.json").read_text()
-
-
-def test_series_without_numbers_of_their_own_keep_their_names(threshold_run: Path, tmp_path: Path) -> None:
-    """They are counted in the order of their files, and a new one may come first."""
-    study, out, predictor = tmp_path / "study", tmp_path / "out", Predictor(threshold_run, device="cpu")
-    shapes = {}
-    for place, (series, depth) in enumerate([("1.9.9.5", 8), ("1.9.9.4", 7), ("1.9.9.3", 6)]):
-        for k, file in enumerate(write_series(tmp_path / "new", ONE[:, :, :depth], series, 1)):
-            study.mkdir(exist_ok=True)
-            file.rename(study / f"{9 - place}_{k}.dcm")  # each before those that are there
-        entries = predictor.run([study], out)["scans"]
-        found = {entry["name"]: entry["shape"][2] for entry in entries}
-        assert shapes.items() <= found.items() and len(found) == place + 1
-        shapes = found
-    assert shapes == {"study": 8, "study_series1": 7, "study_series2": 6}
-
-
 def shifted(k: int) -> np.ndarray:
     return np.asarray(place_of(k) + DIRECTION[:, 1] * 0.5 * k)
 
