@@ -14,7 +14,14 @@ from medseg_supcon.comparison._design import Cell, Design
 from medseg_supcon.data import items, write_plan
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import write_text
-from medseg_supcon.training import is_of_plan, is_planned, prepare_run, read_recipe
+from medseg_supcon.training import (
+    is_of_plan,
+    is_planned,
+    prepare_run,
+    read_config,
+    read_recipe,
+    shared_folder,
+)
 
 Settings = Sequence[tuple[str, Any]]
 LENGTH = "epochs"  # the comparison's, whatever a recipe says
@@ -75,8 +82,11 @@ def prepare_cells(
     """A planned run and a job file for every cell; with ``training_score`` it is tested on its training scans, too.
 
     Raises:
-        RunError: a run that is there was prepared with other cases, settings, length, or another recipe.
+        RunError: a run that is there was prepared with other cases, settings, length, or another recipe; or by an
+            earlier version, while others are still to be prepared.
     """
+    if not all(is_planned(out / "runs" / cell.name) for cell in design.cells):
+        _refuse_earlier_version(out)
     tests: dict[str, list[dict[str, Any]]] = {}
     for condition in conditions:
         cases = list(design.test)
@@ -187,3 +197,15 @@ def _check_same(run: Path, job: Path, definition: dict[str, Any]) -> None:
             f"{run} was prepared with other {' and '.join(changed)}. Give what it was made with{options}, or choose "
             "another --out."
         )
+
+
+def _refuse_earlier_version(out: Path) -> None:
+    """Runs of today's train.yaml beside those of one with fewer keys would differ in more than their recipes."""
+    today = read_config(shared_folder("bundles") / "segmentation" / "configs" / "train.yaml")
+    for run in sorted((out / "runs").glob("*")):
+        lacks = set(today) - set(read_config(run / "configs" / "train.yaml")) if is_planned(run) else set()
+        if lacks:
+            raise RunError(
+                f"{run} was prepared by an earlier version of medseg: its train.yaml has no {', '.join(sorted(lacks))}. "
+                "New runs would train otherwise than those that are there: choose another --out."
+            )

@@ -192,6 +192,22 @@ def test_other_settings_are_refused(design, copied):
         again(design, copied, epochs=3)
 
 
+def test_no_new_runs_beside_those_of_an_earlier_version(phantoms, design, copied):
+    """Its defaults may be others: runs without bias fields in their views are no match for runs with them."""
+    for config in copied.glob("runs/*/configs/train.yaml"):
+        whole = config.read_text()
+        config.write_text(re.sub(r"^bias_field: .*\n|^ +bias_field: .*\n", "", whole, flags=re.MULTILINE))
+        assert config.read_text() != whole
+    before = sorted(copied.glob("runs/*"))
+    more = design_comparison(read_dataset(phantoms), ["dice_ce", "joint"], [0, 1], [2])
+    with pytest.raises(
+        RunError, match=r"earlier version of medseg: its train\.yaml has no bias_field\. .* --out"
+    ):
+        again(more, copied)
+    assert sorted(copied.glob("runs/*")) == before
+    assert again(design, copied)["answers"], "a comparison that has all its runs can be had again"
+
+
 def test_other_cases_are_refused_with_the_options_that_choose_them(design, copied):
     splits = {labels: replace(split, validation=split.training) for labels, split in design.splits.items()}
     with pytest.raises(RunError, match=r"other validation cases.*--validation"):
