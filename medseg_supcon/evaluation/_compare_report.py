@@ -19,6 +19,7 @@ from medseg_supcon.evaluation._comparison import (
     MEAN,
     compare_recipes,
     recipe_means,
+    too_few,
     verdict,
 )
 from medseg_supcon.evaluation._render import counted, inline, points, render, settings_and_wiring, write_csv
@@ -130,13 +131,13 @@ def on_worse_scans(robustness: Sequence[Row]) -> list[str]:
             f"{points(row['difference'])} ({points(row['low'])} to {points(row['high'])}) with {row['condition']}"
             for row in told
         ]
-        baseline, seed = rows[0]["baseline"], ", with this one seed" if rows[0]["seeds"] == 1 else ""
+        baseline, few = rows[0]["baseline"], too_few(rows[0])
         if all(row["low"] == row["high"] == 0 for row in rows):
             said = f"{recipe} and {baseline} give the same with {rest}"
         elif not told:
             said = f"no clear difference between {recipe} and {baseline} with {rest}"
         else:
-            said = f"{recipe} against {baseline} {', '.join(parts)}{seed}"
+            said = f"{recipe} against {baseline} {', '.join(parts)}{few and f', {few}'}"
             said += f"; no clear difference with {rest}" if rest else ""
         found.append(f"With {counted(labels, 'labelled scan')}, on worse scans: {said}.")
     return found

@@ -151,13 +151,21 @@ def verdict(row: Row) -> str:
         return f"{row['recipe']} and {row['baseline']} give the same"
     if row["low"] > 0 or row["high"] < 0:
         which = "better" if row["low"] > 0 else "worse"
-        few = (
-            ["with this one seed"] if row.get("seeds") == 1 else []
-        )  # the interval knows nothing of other seeds
-        cases = row.get("cases", FEWEST_CASES)
-        if cases < FEWEST_CASES:
-            few.append(f"on {'this one scan' if cases == 1 else f'these {cases} scans'}")
+        few = too_few(row)
         if few:
-            return f"{row['recipe']} is {which} than {row['baseline']} {' and '.join(few)}; others may say otherwise"
+            return f"{row['recipe']} is {which} than {row['baseline']} {few}; others may say otherwise"
         return f"{row['recipe']} is clearly {which} than {row['baseline']}"
     return f"no clear difference between {row['recipe']} and {row['baseline']}"
+
+
+def too_few(row: Row) -> str:
+    """Of what there is too little for a difference to be clear: one seed, or fewer scans than a test needs; else empty.
+
+    >>> too_few({"seeds": 1, "cases": 4}), too_few({"seeds": 2, "cases": 6})
+    ('with this one seed and on these 4 scans', '')
+    """
+    few = ["with this one seed"] if row.get("seeds") == 1 else []  # the interval knows nothing of other seeds
+    cases = row.get("cases", FEWEST_CASES)
+    if cases < FEWEST_CASES:
+        few.append(f"on {'this one scan' if cases == 1 else f'these {cases} scans'}")
+    return " and ".join(few)

@@ -10,7 +10,13 @@ import pytest
 from scipy import stats
 
 from medseg_supcon.evaluation import compare_recipes, write_comparison
-from medseg_supcon.evaluation._compare_report import _with_losses, answer, caveats, cost_sentence
+from medseg_supcon.evaluation._compare_report import (
+    _with_losses,
+    answer,
+    caveats,
+    cost_sentence,
+    on_worse_scans,
+)
 from medseg_supcon.evaluation._comparison import verdict
 from medseg_supcon.evaluation._render import settings_and_wiring
 
@@ -163,6 +169,16 @@ def test_scans_made_worse_are_in_the_answer(written):
                 sentence in (out / "summary.md").read_text() and sentence in (out / "report.html").read_text()
             )
     assert any("against base" in sentence for sentence in worse)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "cases", "told"),
+    [(5, 6, "with noise."), (1, 6, ", with this one seed."), (5, 2, ", on these 2 scans.")],
+)
+def test_too_few_seeds_or_scans_are_said_of_worse_scans_too(seeds, cases, told):
+    row = {"labels": 8, "recipe": "b", "baseline": "a", "difference": 0.02, "low": 0.01, "high": 0.03}
+    (said,) = on_worse_scans([row | {"condition": "noise", "seeds": seeds, "cases": cases}])
+    assert "b against a +2.00" in said and said.endswith(told)
 
 
 def test_the_interval_is_wider_than_one_that_takes_seeds_for_scans(written):
