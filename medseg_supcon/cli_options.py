@@ -16,7 +16,7 @@ DRIVER = Path("/proc/driver/nvidia/version")  # there while NVIDIA's driver is l
 
 def _with_its_gpu(device: str | None) -> str | None:
     """Nobody should find out after a night that torch could not use the GPU, and why."""
-    if device is not None or not DRIVER.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    if device is not None or not DRIVER.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return device
     import torch
 
@@ -33,7 +33,8 @@ def _with_its_gpu(device: str | None) -> str | None:
             "warning",
             "yellow",
             f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it ({reason}): the CPU works. "
-            "Install a torch build for the GPU's driver; --device cpu says that this is what you want.",
+            "Install a torch build for the GPU's driver, or start the container with --gpus all (it sees the driver "
+            "without it, too); --device cpu says that this is what you want.",
         )
     return device
 

@@ -236,10 +236,12 @@ def test_a_gpu_that_torch_cannot_use_is_told_of(medseg, monkeypatch, phantoms, t
     driver = tmp_path / "version"
     driver.touch()
     monkeypatch.setattr(cli_options, "DRIVER", driver)
-    assert "cannot use it" in medseg(*missing)[2]
+    told = medseg(*missing)[2]
+    assert "cannot use it" in told and "--gpus all" in " ".join(told.split())
     assert "NVIDIA" not in medseg(*missing, "--device", "cpu")[2]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "NVIDIA" not in medseg(*missing)[2]
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert "NVIDIA" not in medseg(*missing)[2]
 
 
 TINY_SET = [

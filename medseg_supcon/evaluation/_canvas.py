@@ -55,7 +55,8 @@ def legend_below(figure: Any, handles: Sequence[Any], most: int = 6) -> Any:
 
     Rows beyond the first make the figure higher: the plots keep their size.
     """
-    names, columns = [handle.get_label() for handle in handles], min(most, len(handles))
+    names = [handle.get_label() for handle in handles]
+    columns = max(min(most, len(handles)), 1)  # matplotlib gives no handle of a name that begins with _
     while columns > 1 and _inches(names, columns) > figure.get_figwidth():
         columns -= 1
     rows = -(-len(handles) // columns)

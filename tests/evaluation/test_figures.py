@@ -148,6 +148,8 @@ def test_a_single_validation_is_seen_on_an_axis_of_whole_epochs(
     run = {"variant": "Adam", "recipe": "joint", "labels": 5, "history": history}
     variants = [{"name": "Adam", "levels": {"optimiser": "Adam"}}]
     _compare_figures.learning_figure({"run": ("joint", 5, history)}, ["joint"], tmp_path / "a.png")
+    # matplotlib leaves such names out of legends
+    _compare_figures.learning_figure({"run": ("_mine", 5, history)}, ["_mine"], tmp_path / "b.png")
     _grid_figures.grid_curves_figure([run], variants, ["joint"], tmp_path / "b.png")
     for figure in figures:
         validation = figure.axes[-1]
