@@ -32,8 +32,8 @@ def series_in(folder: Path, name: str = "") -> tuple[Series, list[Path]]:
     """The DICOM series directly in a folder, (name, slices in order, digest) each, and the damaged files.
 
     One series is called as the folder, or `name`, several ``<folder>_series<number>``. Series identifiers are never
-    shown: they identify a patient's examination. A digest tells a series from others of a folder of that name, and tells
-    nobody which it is. Reports, plans and drawings are passed over.
+    shown: they identify a patient's examination. A digest tells a series from others of a folder of that name, and
+    shows which it is to those alone who hold the identifier. Reports, plans and drawings are passed over.
     """
     files = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p.is_file()]
     found: dict[str, list[Header]] = {}
