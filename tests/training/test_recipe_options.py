@@ -91,7 +91,7 @@ def test_a_view_policy_is_swapped_by_its_name_alone(trained_run, recipe, name):
     first, second = two_views.policies
     assert len(first.transforms) > 5  # view 1 stays as it was
     patch = parser.get_parsed_content("plan")["patch_size"]
-    alone = getattr(medseg_supcon.transforms, f"{name}_view")(patch)
+    alone = getattr(medseg_supcon.transforms, f"{name}_view")(patch, bias_field=0.3)
     kinds = [type(t).__name__ for t in second.transforms if type(t).__name__ != "RandFlipd"]
     assert kinds == [type(t).__name__ for t in alone.transforms]
     scan = {"image": torch.rand(1, 30, 30, 30), "label": torch.ones(1, 30, 30, 30)}
@@ -110,6 +110,7 @@ def test_a_part_of_a_reference_is_set_in_a_copy_and_comments_stay_where_they_wer
   patch_size: "$@plan['patch_size']"
   flip_axes: "$@plan['flip_axes']"
   spacing: "$@plan['spacing']"
+  bias_field: "@bias_field"
 """
     assert after == before.replace('view_2: "@view_1"\n', section)
     with pytest.raises(ConfigError, match="no part"):
