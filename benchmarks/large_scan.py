@@ -41,7 +41,16 @@ def main() -> None:
         for number, case in enumerate(args.cases):
             run_folder, out = folder / f"run{number}", folder / f"masks{number}"
             plan = make(scan, run_folder, args.shape, args.spacing, args.organs, CASES[case])
-            command = [sys.executable, "-m", "medseg_supcon.cli", "predict", run_folder, scan, "--out", out]
+            command = [
+                sys.executable,
+                "-m",
+                "medseg_supcon.cli.commands",
+                "predict",
+                run_folder,
+                scan,
+                "--out",
+                out,
+            ]
             cost = run([*command, "--device", "cpu"], args.threads)
             if not (out / scan.name).is_file():
                 raise SystemExit(f"{scan.name} got no mask:\n{cost.output}")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
-from medseg_supcon.data import make_phantoms, read_dataset, split_cases
+from medseg_supcon.datasets import make_phantoms, read_dataset, split_cases
 from medseg_supcon.training import prepare_run
 
 RESULTS = Path(__file__).parent / "results"

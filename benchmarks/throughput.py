@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
-from medseg_supcon.data import make_phantoms, read_dataset, split_cases
-from medseg_supcon.training import parse_setting, prepare_run, run_config
+from medseg_supcon.bundle import parse_setting
+from medseg_supcon.datasets import make_phantoms, read_dataset, split_cases
+from medseg_supcon.training import prepare_run, run_config
 
 RESULTS = Path(__file__).parent / "results"
 GPU_TABLE = RESULTS / "throughput_gpu.md"

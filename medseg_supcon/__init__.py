@@ -8,16 +8,19 @@ from typing import Any
 __version__ = "0.1.0"
 
 ROOMS = (
+    "bundle",
     "comparison",
-    "data",
+    "datasets",
     "embedding",
     "errors",
     "evaluation",
     "inference",
     "losses",
     "networks",
+    "plan",
+    "scans",
     "training",
-    "transforms",
+    "views",
 )
 
 

@@ -26,7 +26,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six labelled phantoms of about 24 voxels a side, and two unseen ones."""
-    from medseg_supcon.data import make_phantoms
+    from medseg_supcon.datasets import make_phantoms
 
     return make_phantoms(tmp_path_factory.mktemp("phantoms") / "data", cases=6, unseen=2, size=24.0)
 
@@ -34,7 +34,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained_run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run trained for two epochs of three steps: whole, not good. Do not change it."""
-    from medseg_supcon.data import read_dataset, split_cases
+    from medseg_supcon.datasets import read_dataset, split_cases
     from medseg_supcon.training import prepare_run, train_run
 
     dataset, run = read_dataset(phantoms), tmp_path_factory.mktemp("runs") / "run"
@@ -49,7 +49,7 @@ def medseg(
 ) -> Callable[..., tuple[int, str, str]]:
     """Call ``medseg`` in this process: (exit code, stdout, stderr)."""
 
-    from medseg_supcon import cli
+    from medseg_supcon.cli import commands as cli
 
     def call(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["medseg", *map(str, args)])

@@ -13,7 +13,8 @@ import torch
 import yaml
 from tiny_run import TINY
 
-from medseg_supcon import cli, cli_options
+from medseg_supcon.cli import commands as cli
+from medseg_supcon.cli import options as cli_options
 
 COMMANDS = ["demo", "check", "plan", "train", "predict", "evaluate", "compare", "embed", "export"]
 

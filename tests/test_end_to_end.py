@@ -17,7 +17,7 @@ import SimpleITK as sitk
 import torch
 from tiny_run import TINY
 
-from medseg_supcon.data import read_dataset, split_cases
+from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.errors import RunError
 from medseg_supcon.inference import Predictor
 from medseg_supcon.training import is_finished, prepare_run, run_config, train_run

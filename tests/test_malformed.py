@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from malformed import BROKEN, SHAPE, nifti, sound
 
-from medseg_supcon.data import read_dataset
+from medseg_supcon.datasets import read_dataset
 
 Command = Callable[..., tuple[int, str, str]]
 NOT_AS_LABEL = ("nan", "inf", "all_nan")  # as label maps these have tests of their own

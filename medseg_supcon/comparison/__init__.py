@@ -1,20 +1,19 @@
-"""Recipes against one another on one data set, at equal budget: ``medseg compare``."""
+"""Recipes compared with one another on one data set at equal budget: ``medseg compare``."""
 
-from medseg_supcon.comparison._compare import compare
-from medseg_supcon.comparison._config import ComparisonConfig, read_comparison
-from medseg_supcon.comparison._corruptions import CORRUPTIONS, corrupt_cases
-from medseg_supcon.comparison._design import Cell, Design, design_comparison
-from medseg_supcon.comparison._variants import Variant, make_variants
-
-__all__ = [
-    "CORRUPTIONS",
-    "Cell",
-    "ComparisonConfig",
-    "Design",
-    "Variant",
-    "compare",
-    "corrupt_cases",
-    "design_comparison",
-    "make_variants",
-    "read_comparison",
-]
+from medseg_supcon.comparison.cell import is_done
+from medseg_supcon.comparison.config import ComparisonConfig, read_comparison
+from medseg_supcon.comparison.corruptions import CORRUPTIONS, corrupt_cases
+from medseg_supcon.comparison.design import Cell, design_comparison, make_variants
+from medseg_supcon.comparison.grid import grid_table, means_of_tests
+from medseg_supcon.comparison.jobs import compare, devices, run_jobs
+from medseg_supcon.comparison.render import settings_and_wiring
+from medseg_supcon.comparison.report import answer, caveats, cost_sentence, on_worse_scans, write_comparison
+from medseg_supcon.comparison.runs import unequal_recipes
+from medseg_supcon.comparison.statistics import (
+    bootstrap_means,
+    compare_recipes,
+    paired_difference,
+    recipe_means,
+    signed_rank_p,
+    verdict,
+)

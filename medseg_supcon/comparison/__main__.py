@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Thread
 from time import sleep
 
-from medseg_supcon.comparison._cell import run_cell
+from medseg_supcon.comparison.cell import run_cell
 from medseg_supcon.errors import MedsegError
 
 

@@ -1,6 +1,5 @@
-"""What a network makes of voxels: ``medseg embed``."""
+"""Features of a run's voxels, and how well classes separate in them: ``medseg embed``."""
 
-from medseg_supcon.embedding._embed import embed_run
-from medseg_supcon.embedding._voxels import voxel_features
-
-__all__ = ["embed_run", "voxel_features"]
+from medseg_supcon.embedding.embed import AFTER, BEFORE, embed_run, heads_of, networks_of
+from medseg_supcon.embedding.separation import class_separation, principal_components, scatter_figure, t_sne
+from medseg_supcon.embedding.voxels import voxel_features

@@ -1,8 +1,9 @@
-"""Any scan in, the mask in its own space out."""
+"""Scans in, masks in each scan's own space out."""
 
-from medseg_supcon.inference._export import export_model
-from medseg_supcon.inference._memory import is_out_of_memory
-from medseg_supcon.inference._predictor import Prediction, Predictor
-from medseg_supcon.inference._scans import Scan, find_scans
-
-__all__ = ["Prediction", "Predictor", "Scan", "export_model", "find_scans", "is_out_of_memory"]
+from medseg_supcon.inference.find_scans import find_scans
+from medseg_supcon.inference.manifest import Manifest
+from medseg_supcon.inference.memory import attempts, is_out_of_memory, keep_freed_memory
+from medseg_supcon.inference.predictor import Predictor
+from medseg_supcon.inference.read import read_scan
+from medseg_supcon.inference.resample import Way
+from medseg_supcon.inference.sliding_window import batch_on, windows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_ids, check_integers, check_matrix, check_number
+from medseg_supcon.losses._checks import check_ids, check_integers, check_matrix, check_number
 
 
 class MemoryBank(nn.Module):

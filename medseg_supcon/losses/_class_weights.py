@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._checks import number_vector
+from medseg_supcon.losses._checks import number_vector
 
 
 def balanced_class_weights(counts: Tensor | Sequence[float]) -> Tensor:

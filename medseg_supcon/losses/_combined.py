@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_number
+from medseg_supcon.losses._checks import check_number
 
 
 class DiceSupConLoss(nn.Module):

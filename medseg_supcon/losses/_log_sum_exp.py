@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._similarity import Similarity
-from ._tiles import STRIP, Criterion, Tile, sorted_order, tiles
+from medseg_supcon.losses._similarity import Similarity
+from medseg_supcon.losses._tiles import STRIP, Criterion, Tile, sorted_order, tiles
 
 # e^50 times 1e9 keys times 1e7 is below float32's 3e38, and e^-50 / 1e9 / 1e7 is above its 1e-38. The hundredth
 # is for unit vectors at temperature 0.02 that rounding left a little too long.

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._similarity import Similarity
-from ._tiles import STRIP, Criterion, Tile, sorted_order, tiles
+from medseg_supcon.losses._similarity import Similarity
+from medseg_supcon.losses._tiles import STRIP, Criterion, Tile, sorted_order, tiles
 
 
 class _GroupSums(torch.autograd.Function):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import check_in_range
-from ._positives import mean_dot
-from ._similarity import UnitVectors, Widen, dtype_for
-from ._tiles import Criterion
+from medseg_supcon.losses._checks import check_in_range
+from medseg_supcon.losses._positives import mean_dot
+from medseg_supcon.losses._similarity import UnitVectors, Widen, dtype_for
+from medseg_supcon.losses._tiles import Criterion
 
 Weights = tuple[float, ...] | None
 

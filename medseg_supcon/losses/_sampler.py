@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_integers, check_number
-from ._draw import Draw, class_counts, class_quotas
+from medseg_supcon.losses._checks import check_choice, check_integers, check_number
+from medseg_supcon.losses._draw import Draw, class_counts, class_quotas
 
 # Of so many random candidates per voxel wanted, `hard` takes the hardest.
 CANDIDATES = 8

@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ._bank import Bank, bank_entries
-from ._checks import check_choice, check_ids, check_matrix, check_number, class_vector
-from ._log_sum_exp import log_sum_exp
-from ._positives import mean_over_pairs
-from ._rows import Rows, Voxels, make_rows
-from ._similarity import Similarity, compute_dtype
+from medseg_supcon.losses._bank import Bank, bank_entries
+from medseg_supcon.losses._checks import check_choice, check_ids, check_matrix, check_number, class_vector
+from medseg_supcon.losses._log_sum_exp import log_sum_exp
+from medseg_supcon.losses._positives import mean_over_pairs
+from medseg_supcon.losses._rows import Rows, Voxels, make_rows
+from medseg_supcon.losses._similarity import Similarity, compute_dtype
 
 # Rows of a tile: on a CPU it fits the caches; a GPU wants work for all its cores.
 CPU_TILE, GPU_TILE = 384, 2048

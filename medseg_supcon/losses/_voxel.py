@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._bank import MemoryBank
-from ._checks import check_number
-from ._gather import gather_rows, mean_over_ranks, world_size
-from ._labels import IGNORE_INDEX, class_indices
-from ._sampler import VoxelSampler
-from ._supcon import SupConLoss
+from medseg_supcon.losses._bank import MemoryBank
+from medseg_supcon.losses._checks import check_number
+from medseg_supcon.losses._gather import gather_rows, mean_over_ranks, world_size
+from medseg_supcon.losses._labels import IGNORE_INDEX, class_indices
+from medseg_supcon.losses._sampler import VoxelSampler
+from medseg_supcon.losses._supcon import SupConLoss
 
 
 class VoxelSupConLoss(nn.Module):

@@ -1,16 +1,4 @@
-"""Dense features out of stock networks, a projection head, and what a network asks of the patch size."""
+"""Networks from their definitions, their dense features, and a projection head."""
 
-from ._build import build_network
-from ._contrastive import ContrastiveNetwork
-from ._divisor import round_patch, size_divisor
-from ._projection import ProjectionHead
-from ._tap import FeatureTap
-
-__all__ = [
-    "ContrastiveNetwork",
-    "FeatureTap",
-    "ProjectionHead",
-    "build_network",
-    "round_patch",
-    "size_divisor",
-]
+from medseg_supcon.networks.build import build_network, round_patch, size_divisor
+from medseg_supcon.networks.features import ContrastiveNetwork, FeatureTap, ProjectionHead

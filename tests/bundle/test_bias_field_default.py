@@ -6,8 +6,8 @@ import pytest
 import yaml
 from monai.bundle import ConfigParser
 
-from medseg_supcon.training import read_recipe, shared_folder
-from medseg_supcon.transforms._tracking import leaves
+from medseg_supcon.bundle import read_recipe, shared_folder
+from medseg_supcon.views import leaves
 
 TEMPLATE = yaml.safe_load((shared_folder("bundles") / "segmentation" / "configs" / "train.yaml").read_text())
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, load
 
+from medseg_supcon.bundle import innermost
 from medseg_supcon.inference import Predictor
 from medseg_supcon.networks import build_network
-from medseg_supcon.training._faults import innermost
 
 # MONAI warns that a config is code, whoever wrote it.
 pytestmark = [

@@ -16,11 +16,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from monai.bundle.workflows import _apply_logging_file
 
+from medseg_supcon.bundle import (
+    SCHEMA,
+    dump_commented,
+    load_commented,
+    merge,
+    read_recipe,
+    scores,
+    value_range,
+    write_metadata,
+    write_model_card,
+    write_twins,
+)
 from medseg_supcon.errors import ConfigError, RunError
-from medseg_supcon.training import read_recipe
-from medseg_supcon.training._bundle_docs import write_metadata, write_model_card, write_twins
-from medseg_supcon.training._metadata import SCHEMA, scores, value_range
-from medseg_supcon.training._overlay import dump_commented, load_commented, merge
 
 REQUIREMENTS = Path(__file__).with_name("metadata_requirements.json")
 

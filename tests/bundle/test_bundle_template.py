@@ -8,8 +8,8 @@ from pathlib import Path
 import jsonschema
 from monai.bundle import ConfigWorkflow, verify_net_in_out
 
-from medseg_supcon.data import validate_plan
-from medseg_supcon.training._metadata import metadata_of
+from medseg_supcon.bundle import metadata_of
+from medseg_supcon.plan import validate_plan
 
 TEMPLATE = Path(__file__).parents[2] / "bundles" / "segmentation"
 CONFIGS = TEMPLATE / "configs"

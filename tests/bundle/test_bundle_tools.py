@@ -25,9 +25,8 @@ from monai.bundle import (
 )
 from torch import Tensor, nn
 
+from medseg_supcon.bundle import export_model, self_contained
 from medseg_supcon.errors import ConfigError, RunError
-from medseg_supcon.inference import export_model
-from medseg_supcon.inference._self_contained import self_contained
 from medseg_supcon.networks import build_network
 
 REQUIREMENTS = Path(__file__).with_name("metadata_requirements.json")
@@ -220,8 +219,8 @@ def test_a_traced_size_is_found_out(
 
     model = Stub()
     model.plan, model.network = plan | {"patch_size": [8, 8, 8]}, network  # type: ignore[attr-defined]
-    monkeypatch.setattr("medseg_supcon.inference._export.load_model", lambda run, trust: model)
-    monkeypatch.setattr("medseg_supcon.inference._export.size_divisor", lambda *args, **kwargs: (1, 1, 1))
+    monkeypatch.setattr("medseg_supcon.bundle.export.load_model", lambda run, trust: model)
+    monkeypatch.setattr("medseg_supcon.bundle.export.size_divisor", lambda *args, **kwargs: (1, 1, 1))
     monkeypatch.setattr(torch.jit, "script", lambda network: (_ for _ in ()).throw(RuntimeError("no script")))
     result = export_model(run, format, tmp_path / "model")
     assert result["any_size"] is False

@@ -19,23 +19,19 @@ import torch
 from scipy import stats
 from tiny_run import TINY
 
-from medseg_supcon import cli
-from medseg_supcon.comparison import (
-    Cell,
-    _cell,
-    _compare,
-    _corruptions,
-    _runs,
-    _workers,
-    compare,
-    design_comparison,
-)
+from medseg_supcon.cli import commands as cli
+from medseg_supcon.comparison import Cell, compare, design_comparison, devices, run_jobs
 from medseg_supcon.comparison import __main__ as comparison_main
-from medseg_supcon.comparison._workers import devices, run_jobs
-from medseg_supcon.data import read_dataset
+from medseg_supcon.comparison import cell as _cell
+from medseg_supcon.comparison import corruptions as _corruptions
+from medseg_supcon.comparison import jobs as _compare
+from medseg_supcon.comparison import jobs as _workers
+from medseg_supcon.comparison import runs as _runs
+from medseg_supcon.datasets import read_dataset
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import alone
-from medseg_supcon.training import _checkpoint, is_finished
+from medseg_supcon.training import checkpoint as _checkpoint
+from medseg_supcon.training import is_finished
 
 FIRST, SECOND = Cell("dice_ce", 2, 0).name, Cell("joint", 2, 0).name
 NOISE_ONLY = {"noise": _corruptions.CORRUPTIONS["noise"]}
@@ -281,7 +277,7 @@ def test_killed_side_by_side_and_resumed(compared, phantoms, design, copied):
     """SIGKILL of two runs in the middle leaves what a whole comparison is made of, to the last bit."""
     for folder in ("runs", "tests"):
         shutil.rmtree(copied / folder)
-    run = [sys.executable, "-m", "medseg_supcon.cli", *arguments(phantoms, copied), "--workers", "2"]
+    run = [sys.executable, "-m", "medseg_supcon.cli.commands", *arguments(phantoms, copied), "--workers", "2"]
     checkpoints = [copied / "runs" / cell / "models" / "checkpoint.pt" for cell in (FIRST, SECOND)]
     log = copied.parent / "log"
     with log.open("w") as stream:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from medseg_supcon.comparison import design_comparison
-from medseg_supcon.comparison._runs import unequal_recipes
-from medseg_supcon.data import Case, Dataset
+from medseg_supcon.comparison import design_comparison, unequal_recipes
+from medseg_supcon.datasets import Case, Dataset
 from medseg_supcon.errors import ConfigError, DataError
 
 PAIR = ("dice_ce", "joint")

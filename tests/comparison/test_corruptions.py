@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg_supcon.comparison import CORRUPTIONS, corrupt_cases
-from medseg_supcon.data import Case
+from medseg_supcon.datasets import Case
 
 ALL = sorted(CORRUPTIONS)
 

@@ -14,13 +14,13 @@ import yaml
 from monai.bundle import ConfigParser
 from tiny_run import TINY
 
-from medseg_supcon import cli
-from medseg_supcon.comparison import _runs, compare, design_comparison, make_variants, read_comparison
-from medseg_supcon.comparison._cell import is_done
-from medseg_supcon.data import read_dataset
+from medseg_supcon.bundle import is_planned, load_commented, merge, read_recipe, set_key
+from medseg_supcon.cli import commands as cli
+from medseg_supcon.comparison import compare, design_comparison, is_done, make_variants, read_comparison
+from medseg_supcon.comparison import runs as _runs
+from medseg_supcon.datasets import read_dataset
 from medseg_supcon.errors import ConfigError, RunError
-from medseg_supcon.training import is_of_plan, is_planned, read_recipe
-from medseg_supcon.training._overlay import load_commented, merge, set_key
+from medseg_supcon.training import is_of_plan
 
 TESTED = ["phantom_05", "phantom_06"]
 GRID = {

@@ -12,10 +12,9 @@ import torch
 from monai.bundle import ConfigWorkflow
 from torch import nn
 
-from medseg_supcon import cli
-from medseg_supcon.data import read_dataset
-from medseg_supcon.embedding import embed_run, voxel_features
-from medseg_supcon.embedding._networks import AFTER, BEFORE, heads_of, networks_of
+from medseg_supcon.cli import commands as cli
+from medseg_supcon.datasets import read_dataset
+from medseg_supcon.embedding import AFTER, BEFORE, embed_run, heads_of, networks_of, voxel_features
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.networks import ContrastiveNetwork
 

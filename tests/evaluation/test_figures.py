@@ -9,17 +9,13 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from medseg_supcon.comparison import figures as _compare_figures
+from medseg_supcon.comparison import grid_report as _grid_figures
 from medseg_supcon.errors import DataError, RunError
-from medseg_supcon.evaluation import (
-    _compare_figures,
-    _curves,
-    _grid_figures,
-    _overlay,
-    curves_figure,
-    overlay_figure,
-)
-from medseg_supcon.evaluation._canvas import PALETTE
-from medseg_supcon.evaluation._overlay import _best_slice
+from medseg_supcon.evaluation import PALETTE, curves_figure, overlay_figure
+from medseg_supcon.evaluation import figures as _curves
+from medseg_supcon.evaluation import overlay as _overlay
+from medseg_supcon.evaluation.overlay import _best_slice
 
 LABELS = {"background": 0, "organ": 3, "lesion": 7}
 

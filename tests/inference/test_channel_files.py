@@ -10,8 +10,7 @@ import SimpleITK as sitk
 from toy_runs import save_nifti
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.inference import find_scans
-from medseg_supcon.inference._read import read_scan
+from medseg_supcon.inference import find_scans, read_scan
 
 ONE = np.ones((6, 5, 4), dtype=np.int16)
 

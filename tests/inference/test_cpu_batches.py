@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medseg_supcon.inference._heap import keep_freed_memory
-from medseg_supcon.inference._window import batch_on
+from medseg_supcon.inference import batch_on, keep_freed_memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -27,8 +27,7 @@ from dicom_files import (
 from toy_runs import blobs, save_nifti, threshold_weights
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.inference import Predictor, find_scans
-from medseg_supcon.inference._read import read_scan
+from medseg_supcon.inference import Predictor, find_scans, read_scan
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SCAN = np.round(blobs((9, 8, 6)) * 100).astype(np.int16)

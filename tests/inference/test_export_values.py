@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from medseg_supcon import files
+from medseg_supcon.bundle import export as _export
+from medseg_supcon.bundle import export_model
 from medseg_supcon.errors import RunError
-from medseg_supcon.inference import _export, export_model
 
 
 @pytest.mark.parametrize("which", [1, 2])

@@ -15,10 +15,9 @@ import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 from toy_runs import blobs, save_nifti
 
-from medseg_supcon.data import _volume
 from medseg_supcon.errors import DataError
-from medseg_supcon.inference import Predictor, find_scans
-from medseg_supcon.inference._read import read_scan
+from medseg_supcon.inference import Predictor, find_scans, read_scan
+from medseg_supcon.scans import nifti as _volume
 
 QFORM = slice(252, 280)  # bytes of a NIfTI-1 header: codes, quaternion, offset, srow
 SROW = slice(280, 328)

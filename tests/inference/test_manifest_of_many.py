@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from toy_runs import blobs, save_nifti
 
-from medseg_supcon.inference import Predictor, _manifest
-from medseg_supcon.inference._manifest import Manifest
+from medseg_supcon.inference import Manifest, Predictor
+from medseg_supcon.inference import manifest as _manifest
 
 HEAD = {"models": [{"name": "run", "sha256": "0"}], "settings": "0"}
 
 ADDER = """
 import sys
 from pathlib import Path
-from medseg_supcon.inference._manifest import Manifest
+from medseg_supcon.inference import Manifest
 
 manifest = Manifest(Path(sys.argv[1]), {"models": [{"name": "run", "sha256": "0"}], "settings": "0"})
 print("ready", flush=True)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from toy_runs import UNET, blobs, save_nifti
 
-from medseg_supcon.inference import Predictor
-from medseg_supcon.inference._memory import attempts
+from medseg_supcon.inference import Predictor, attempts
 
 
 class Hungry(torch.nn.Module):

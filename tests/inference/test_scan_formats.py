@@ -14,8 +14,7 @@ from scipy.spatial.transform import Rotation
 from toy_runs import UNET, blobs, save_nifti
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.inference import Predictor, find_scans
-from medseg_supcon.inference._read import read_scan
+from medseg_supcon.inference import Predictor, find_scans, read_scan
 
 DIRECTION = Rotation.from_euler("xyz", [10, -20, 30], degrees=True).as_matrix()
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from toy_runs import UNET, blobs, plan_of, save_nifti, threshold_weights
 
+from medseg_supcon.bundle import export_model
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
-from medseg_supcon.inference import Predictor, export_model
+from medseg_supcon.inference import Predictor
 
 STOCK = [
     UNET,

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from monai.inferers import SlidingWindowInferer
 from scipy.ndimage import map_coordinates
 
-from medseg_supcon.inference import _resample
-from medseg_supcon.inference._resample import Way
-from medseg_supcon.inference._window import windows
+from medseg_supcon.inference import Way, windows
+from medseg_supcon.inference import resample as _resample
 
 CPU = torch.device("cpu")
 

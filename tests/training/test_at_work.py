@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from medseg_supcon.data import read_dataset, split_cases
+from medseg_supcon.bundle import at_work_in
+from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.errors import RunError
 from medseg_supcon.training import prepare_run, train_run
-from medseg_supcon.training._folder import at_work_in
 
 LOCKED = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), 2); print(); sys.stdin.read()"
 
@@ -45,7 +45,7 @@ def test_a_run_is_trained_by_one_command_at_a_time(trained_run: Path, tmp_path: 
 
 
 def read_dataset_of(run: Path) -> str:
-    from medseg_supcon.training import read_config
+    from medseg_supcon.bundle import read_config
 
     return str(read_config(run / "configs" / "train.yaml")["dataset_dir"])
 

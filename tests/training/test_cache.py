@@ -13,9 +13,9 @@ import torch
 from monai.transforms import Compose, EnsureChannelFirstd, Lambda, LoadImaged, NormalizeIntensityd, Spacingd
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.training import _cache, _progress, cached_dataset
-from medseg_supcon.training._cache import CachedDataset
-from medseg_supcon.training._progress import CountDisplay
+from medseg_supcon.training import CachedDataset, CountDisplay, cached_dataset
+from medseg_supcon.training import cache as _cache
+from medseg_supcon.training import progress as _progress
 
 
 def write_scans(folder, count, shape=(12, 10, 8)):

@@ -21,7 +21,7 @@ from monai.bundle import ConfigWorkflow
 from monai.engines import IterationEvents
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from medseg_supcon.data import read_dataset, split_cases
+from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.training import load_tensors, prepare_run
 
 pytestmark = pytest.mark.skipif(

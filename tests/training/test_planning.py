@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from medseg_supcon.data import read_dataset, split_cases
+from medseg_supcon.bundle import is_planned
+from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.errors import RunError
-from medseg_supcon.training import _run, is_planned, prepare_run
+from medseg_supcon.training import prepare as _run
+from medseg_supcon.training import prepare_run
 
 
 @pytest.fixture

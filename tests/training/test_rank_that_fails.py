@@ -13,20 +13,20 @@ RANK = """
 import sys, time
 from datetime import timedelta
 from pathlib import Path
-from medseg_supcon.training import _finish, _ranks
+from medseg_supcon.training import train, ranks
 
 def lost(file):
-    raise _finish.DataError(f"{file}: there is no such file.")
+    raise train.DataError(f"{file}: there is no such file.")
 
-_ranks.join_ranks("cpu")
-if _ranks.rank() == 1:  # this machine does not see the scans
-    _finish.read_header = lost
-_finish._evaluate = lambda run: print("evaluates", flush=True)
-_finish.finish_ranks(Path(sys.argv[1]))
-if _ranks.rank() == 1:
+ranks.join_ranks("cpu")
+if ranks.rank() == 1:  # this machine does not see the scans
+    train.read_header = lost
+train._evaluate = lambda run: print("evaluates", flush=True)
+train.finish_ranks(Path(sys.argv[1]))
+if ranks.rank() == 1:
     time.sleep(600)
 try:
-    _ranks.meet(timedelta(seconds=2))
+    ranks.meet(timedelta(seconds=2))
 except RuntimeError as error:
     print("alone:", error)
 """

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from medseg_supcon.bundle import describe_recipe, read_recipe
 from medseg_supcon.errors import ConfigError
-from medseg_supcon.training import describe_recipe, read_recipe
 
 
 def write(folder, **recipes):

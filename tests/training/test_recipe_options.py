@@ -13,10 +13,9 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-import medseg_supcon.transforms
+import medseg_supcon.views
+from medseg_supcon.bundle import dump_commented, load_commented, merge, parse_setting, read_recipe, set_key
 from medseg_supcon.errors import ConfigError
-from medseg_supcon.training import parse_setting, read_recipe
-from medseg_supcon.training._overlay import dump_commented, load_commented, merge, set_key
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 
@@ -85,13 +84,13 @@ VIEWS = ("identity", "crop_resize", "simclr", "randaugment", "standard")
 @pytest.mark.parametrize("name", VIEWS)
 @pytest.mark.parametrize("recipe", ["joint", "two_stage"])
 def test_a_view_policy_is_swapped_by_its_name_alone(trained_run, recipe, name):
-    setting = f"view_2::_target_=medseg_supcon.transforms.{name}_view"
+    setting = f"view_2::_target_=medseg_supcon.views.{name}_view"
     parser = parser_of(trained_run, read_recipe(recipe), [setting])
     two_views = parser.get_parsed_content("train::two_views").set_random_state(0)
     first, second = two_views.policies
     assert len(first.transforms) > 5  # view 1 stays as it was
     patch = parser.get_parsed_content("plan")["patch_size"]
-    alone = getattr(medseg_supcon.transforms, f"{name}_view")(patch, bias_field=0.3)
+    alone = getattr(medseg_supcon.views, f"{name}_view")(patch, bias_field=0.3)
     kinds = [type(t).__name__ for t in second.transforms if type(t).__name__ != "RandFlipd"]
     assert kinds == [type(t).__name__ for t in alone.transforms]
     scan = {"image": torch.rand(1, 30, 30, 30), "label": torch.ones(1, 30, 30, 30)}
@@ -101,11 +100,11 @@ def test_a_view_policy_is_swapped_by_its_name_alone(trained_run, recipe, name):
 def test_a_part_of_a_reference_is_set_in_a_copy_and_comments_stay_where_they_were(trained_run):
     tree = load_commented(trained_run / "configs" / "train.yaml")
     before = dump_commented(tree)
-    set_key(tree, "view_2::_target_", "medseg_supcon.transforms.randaugment_view", "train.yaml")
+    set_key(tree, "view_2::_target_", "medseg_supcon.views.randaugment_view", "train.yaml")
     set_key(tree, "view_2::magnitude", 0.7, "train.yaml")
     after = dump_commented(tree)
     section = """view_2:
-  _target_: medseg_supcon.transforms.randaugment_view
+  _target_: medseg_supcon.views.randaugment_view
   magnitude: 0.7
   patch_size: "$@plan['patch_size']"
   flip_axes: "$@plan['flip_axes']"
@@ -148,7 +147,7 @@ def test_the_article_s_other_choices_are_settings(trained_run, recipe, case):
 
 TARGETS = {  # what the page sets a component to, before it sets an argument of it
     "optimizer": "torch.optim.SGD",
-    "view_2": "medseg_supcon.transforms.randaugment_view",
+    "view_2": "medseg_supcon.views.randaugment_view",
 }
 
 

@@ -16,7 +16,7 @@ from monai.bundle import ConfigWorkflow
 from tiny_run import TINY
 from torch import nn
 
-from medseg_supcon.data import read_dataset, split_cases
+from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.training import (
     MixedSampler,

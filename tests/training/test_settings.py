@@ -7,10 +7,18 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medseg_supcon.bundle import (
+    dump_commented,
+    load_commented,
+    merge,
+    parse_setting,
+    read_recipe,
+    recipe_names,
+    set_key,
+    settings_at_fault,
+    shared_folder,
+)
 from medseg_supcon.errors import ConfigError
-from medseg_supcon.training import parse_setting, read_recipe, recipe_names, shared_folder
-from medseg_supcon.training._faults import settings_at_fault
-from medseg_supcon.training._overlay import dump_commented, load_commented, merge, set_key
 
 TEMPLATE = shared_folder("bundles") / "segmentation" / "configs" / "train.yaml"
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
-from medseg_supcon.data import read_dataset, split_cases
+from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.training import prepare_run, run_config
 
 TIMEOUT = 600  # seconds; a machine that does much else is slow to start processes

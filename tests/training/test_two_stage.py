@@ -17,7 +17,7 @@ from monai.bundle import ConfigWorkflow
 from monai.optimizers import WarmupCosineSchedule
 from tiny_run import TINY
 
-from medseg_supcon.data import read_dataset, split_cases
+from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.training import (
     EpochSampler,

@@ -11,8 +11,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from medseg_supcon.training import loader_workers
-from medseg_supcon.training._workers import batch_bytes
+from medseg_supcon.training import batch_bytes, loader_workers
 
 LARGE = {"patch_size": [128, 128, 128], "channels": ["MRI"]}
 

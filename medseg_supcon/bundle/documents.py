@@ -1,0 +1,142 @@
+"""What a run says about itself: metadata.json, the model card, and the JSON twins of its configs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Mapping
+from math import isfinite
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from monai.bundle import ConfigParser
+
+from medseg_supcon import __version__
+from medseg_supcon.bundle.metadata import loss_in_words, metadata_of, read_config, read_json, train_config
+from medseg_supcon.bundle.recipes import shared_folder
+from medseg_supcon.files import write_text
+
+TEMPLATE = "segmentation/docs/README.md.j2"
+
+
+def model_card(run: Path) -> str:
+    """The text of the model card, see :func:`write_model_card`."""
+    text = (shared_folder("bundles") / TEMPLATE).read_text(encoding="utf-8")
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    plan = read_json(run / "configs" / "plan.json")
+    config, metrics = train_config(run), _optional_json(run / "eval" / "metrics.json")
+    cases = _optional_json(run / "configs" / "datalist.json")
+    return environment.from_string(text).render(
+        plan=plan,
+        version=__version__,
+        cases={name: len(items) for name, items in cases.items()},
+        seen=sum(item in cases["training"] for item in cases.get("validation", ())),
+        recipe=_recipe(config),
+        loss=loss_in_words(config),
+        network=_network_name(plan["network_def"]),
+        parameters=_parameters(plan["network_def"]),
+        history=_history(run / "logs" / "history.csv"),
+        metrics=metrics,
+        curves=(run / "docs" / "curves.png").is_file(),
+    )
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def _recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values of train.yaml that a reader of the card asks for; expressions and unused keys are left out."""
+    wanted = ("recipe", "seed", "learning_rate", "contrast_weight", "temperature", "contrast_samples")
+    used = {"recipe", *re.findall(r"@(\w+)", repr(config))}  # two_stage has no use for the contrast's weight
+    if "contrast_weight" in used and config.get("contrast_weight") == 0:
+        used -= {"temperature", "contrast_samples"}
+    return {k: config[k] for k in wanted if k in used and not str(config.get(k, "$")).startswith(("$", "@"))}
+
+
+def _network_name(network_def: Mapping[str, Any] | str) -> str:
+    if isinstance(network_def, Mapping):
+        return str(network_def["_target_"]).rsplit(".", 1)[-1]
+    named = re.findall(r"\bnets\.(\w+)", network_def)
+    return " and ".join(named) if named else "as network_def of configs/plan.json says"
+
+
+def _parameters(network_def: Mapping[str, Any] | str) -> int:
+    network = ConfigParser({"network": network_def}).get_parsed_content("network")
+    return sum(p.numel() for p in network.parameters())
+
+
+def _history(path: Path) -> dict[str, Any]:
+    """Length, time and best validation Dice of the training so far; empty before it."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    if not rows:
+        return {}
+    validated = [(float(r["val_mean_dice"]), int(r["epoch"])) for r in rows if r.get("val_mean_dice")]
+    dice, epoch = max((v for v in validated if isfinite(v[0])), default=(None, None), key=itemgetter(0))
+    return {
+        "epochs": int(rows[-1]["epoch"]),
+        "steps": int(rows[-1]["step"]),
+        "minutes": round(sum(float(r["seconds"]) for r in rows) / 60, 1),
+        "best_dice": dice,
+        "best_epoch": epoch,
+    }
+
+
+def write_metadata(run: Path, metrics: Mapping[str, Any] | None = None) -> None:
+    """Write ``configs/metadata.json``, valid against MONAI's ``meta_schema_20240725``.
+
+    What a person put into an earlier one (version, changelog, authors, references, ...) is kept.
+
+    Args:
+        run: a planned run.
+        metrics: scores for ``eval_metrics``; by default those of ``eval/metrics.json``, where there is one.
+
+    Raises:
+        RunError: ``configs/plan.json`` is missing or broken.
+    """
+    write_text(run / "configs" / "metadata.json", _json(metadata_of(run, metrics)))
+
+
+def write_model_card(run: Path) -> None:
+    """Write ``docs/README.md`` from the plan, the lists of cases, the history and the evaluation.
+
+    Raises:
+        RunError: ``configs/plan.json`` is missing or broken.
+    """
+    write_text(run / "docs" / "README.md", model_card(run))
+
+
+def write_network(run: Path) -> None:
+    """Write the plan's network into the configs that carry it (``network_json``), comments left as they are.
+
+    Raises:
+        RunError: ``configs/plan.json`` is missing or broken.
+    """
+    text = json.dumps(read_json(run / "configs" / "plan.json")["network_def"]).replace("'", "''")
+    for path in sorted((run / "configs").glob("*.yaml")):
+        old = path.read_text(encoding="utf-8")
+        new = re.sub(r"(?m)^network_json:.*$", lambda _: f"network_json: '{text}'", old)
+        if new != old:
+            write_text(path, new)
+
+
+def write_twins(run: Path) -> None:
+    """Write a ``.json`` of equal content beside every ``.yaml`` of ``configs``, for tools that read JSON.
+
+    Raises:
+        ConfigError: a config is not YAML.
+    """
+    for path in sorted((run / "configs").glob("*.yaml")):
+        write_text(path.with_suffix(".json"), _json(read_config(path)))
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

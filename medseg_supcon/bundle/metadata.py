@@ -1,0 +1,227 @@
+"""metadata.json of a run: what the bundle is for, what goes in and comes out, and how good it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+from medseg_supcon import __version__
+from medseg_supcon.datasets import label_type
+from medseg_supcon.errors import ConfigError, RunError
+from medseg_supcon.networks import size_divisor
+
+SCHEMA = (
+    "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
+)
+# What MONAI needs beyond its own requirements; train.yaml and evaluate.yaml also need this package.
+REQUIRED = ("nibabel", "pytorch-ignite")
+# Packages that some stock networks import.
+OF_NETWORKS = {"SwinUNETR": "einops", "UNETR": "einops", "ViT": "einops"}
+# A person's words about a bundle, which writing it again leaves as they are.
+KEPT = (
+    "version",
+    "changelog",
+    "name",
+    "task",
+    "description",
+    "authors",
+    "copyright",
+    "data_source",
+    "intended_use",
+    "references",
+)
+METRICS = ("dice", "hd95_mm", "surface_dice")
+LOSSES = {  # of train.yaml's loss, in words
+    "DiceSupConLoss": "Dice, cross-entropy and a supervised contrastive loss per voxel",
+    "SemiSupervisedLoss": "Dice, cross-entropy and a contrastive loss per voxel, with pseudo-labels of unlabelled scans,",
+    "StagedLoss": "a contrastive loss per voxel, then cross-entropy, then Dice and cross-entropy,",
+}
+INTENDED_USE = (
+    "Research. Not a medical device: not cleared or certified for diagnosis or treatment. Masks need the "
+    "check of a qualified person."
+)
+REFERENCES = [
+    "Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, https://arxiv.org/abs/2004.11362",
+    "Cardoso et al., MONAI: An open-source framework for deep learning in healthcare, 2022, "
+    "https://arxiv.org/abs/2211.02701",
+]
+
+
+def metadata_of(run: Path, metrics: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of ``configs/metadata.json``, see :func:`write_metadata`."""
+    plan = read_json(run / "configs" / "plan.json")
+    path = run / "configs" / "metadata.json"
+    earlier = read_json(path) if path.is_file() else {}
+    if metrics is None and (run / "eval" / "metrics.json").is_file():
+        metrics = read_json(run / "eval" / "metrics.json")
+    structures = ", ".join(list(plan["labels"])[1:])
+    modality = " + ".join(plan["channels"])
+    fresh = {
+        "schema": SCHEMA,
+        "version": "0.1.0",
+        "changelog": {"0.1.0": f"trained with medseg-supcon {__version__}"},
+        "monai_version": _version("monai"),
+        "pytorch_version": _version("torch"),
+        "numpy_version": _version("numpy"),
+        "required_packages_version": _required(plan),
+        "name": f"{plan['name']} segmentation",
+        "task": f"Segmentation of {structures} in 3-D {'' if modality == 'scan' else f'{modality} '}scans",
+        "description": (
+            f"Gives every voxel of a 3-D scan ({modality}) one of {len(plan['labels'])} classes "
+            f"({', '.join(plan['labels'])}). Trained on {plan['name']} with {loss_in_words(train_config(run))} on two "
+            "augmented views of each scan."
+        ),
+        "authors": "the person who trained this run",
+        "copyright": "Apache License 2.0, see LICENSE; the training data has its own terms",
+        "data_source": plan["name"],
+        "data_type": "nibabel",
+        "image_classes": f"{len(plan['channels'])} channel(s), {modality}, normalised as plan.json says",
+        "label_classes": "one channel, "
+        + ", ".join(f"{value} is {name}" for name, value in plan["labels"].items()),
+        "pred_classes": f"{len(plan['labels'])} channels of logits: "
+        + ", ".join(f"channel {i} is {name}" for i, name in enumerate(plan["labels"])),
+        "eval_metrics": scores(metrics or {}),
+        "intended_use": INTENDED_USE,
+        "references": REFERENCES,
+        "network_data_format": _data_format(plan),
+    }
+    return fresh | {key: earlier[key] for key in KEPT if key in earlier}
+
+
+def train_config(run: Path) -> dict[str, Any]:
+    """``train.yaml`` as it stands; empty where there is none."""
+    path = run / "configs" / "train.yaml"
+    return dict(read_config(path)) if path.is_file() else {}
+
+
+def loss_in_words(config: Mapping[str, Any]) -> str:
+    """What ``train.yaml`` trains with.
+
+    >>> loss_in_words({"loss": {"_target_": "medseg_supcon.losses.DiceSupConLoss"}, "contrast_weight": 0.0})
+    'Dice and cross-entropy'
+    """
+    name = str(config.get("loss", {}).get("_target_", "DiceSupConLoss")).rpartition(".")[2]
+    if name == "DiceSupConLoss" and config.get("contrast_weight") == 0:
+        return "Dice and cross-entropy"
+    return LOSSES.get(name, name)
+
+
+def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Means of ``eval/metrics.json`` under one name each; what has no score is left out.
+
+    >>> summary = {"cases": 2, "mean": {"dice": 0.9}, "classes": {"organ": {"dice": 0.9, "hd95_mm": None}}}
+    >>> scores({"summary": summary})
+    {'cases': 2, 'mean_dice': 0.9, 'organ_dice': 0.9}
+    """
+    summary = metrics.get("summary", {})
+    found = {"cases": summary.get("cases")}
+    for label, of in {"mean": summary.get("mean", {}), **summary.get("classes", {})}.items():
+        found |= {f"{label}_{name}".replace(" ", "_"): of.get(name) for name in METRICS}
+    return {name: round(value, 4) for name, value in found.items() if value is not None}
+
+
+def value_range(intensity: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The range that the intensity transforms clip to; ``[]`` (MONAI's "not known") where they do not.
+
+    >>> value_range([{"_target_": "ScaleIntensityRanged", "b_min": -2.5, "b_max": 3, "clip": True}])
+    [-2.5, 3.0]
+    """
+    windows = [step for step in intensity if step["_target_"] == "ScaleIntensityRanged" and step.get("clip")]
+    if not intensity or len(windows) != len(intensity):
+        return []
+    return [min(float(w["b_min"]) for w in windows), max(float(w["b_max"]) for w in windows)]
+
+
+def _data_format(plan: Mapping[str, Any]) -> dict[str, Any]:
+    shape = _spatial_shape(plan)
+    tensor = {"type": "image", "dtype": "float32", "spatial_shape": shape, "is_patch_data": True}
+    classes = {str(i): name for i, name in enumerate(plan["labels"])}
+    values = [float(value) for value in plan["labels"].values()]
+    return {
+        "inputs": {
+            "image": tensor
+            | {
+                "format": "hounsfield" if plan["channels"] == ["CT"] else "magnitude",
+                "modality": plan["channels"][0],
+                "num_channels": len(plan["channels"]),
+                "value_range": value_range(plan["intensity"]),
+                "channel_def": {str(i): name for i, name in enumerate(plan["channels"])},
+            }
+        },
+        "outputs": {
+            "pred": tensor
+            | {
+                "format": "segmentation",
+                "num_channels": len(plan["labels"]),
+                "value_range": [],
+                "channel_def": classes,
+            }
+        },
+        "post_processed_outputs": {
+            "pred": {
+                "type": "image",
+                "format": "segmentation",
+                "num_channels": 1,
+                "spatial_shape": ["*", "*", "*"],
+                "dtype": str(label_type(values)),
+                "value_range": [min(values), max(values)],
+                "is_patch_data": False,
+                "channel_def": {"0": "label values"},
+            }
+        },
+    }
+
+
+def _spatial_shape(plan: Mapping[str, Any]) -> list[str]:
+    """Sizes that the network takes, in MONAI's notation: the training patch at n = 1, then larger ones."""
+    divisors = size_divisor(
+        plan["network_def"], in_channels=len(plan["channels"]), spatial_dims=len(plan["patch_size"])
+    )
+    return [
+        f"{d}*n" if size == d else f"{d}*(n+{size // d - 1})"
+        for d, size in zip(divisors, plan["patch_size"], strict=True)
+    ]
+
+
+def _required(plan: Mapping[str, Any]) -> dict[str, str]:
+    packages = {name: _version(name) for name in REQUIRED}
+    for network, package in OF_NETWORKS.items():
+        if network in str(plan["network_def"]):
+            packages[package] = _version(package)
+    return packages | {"medseg-supcon": __version__}
+
+
+def _version(package: str) -> str:
+    """The installed version without a build's suffix (2.8.0+cpu), which no package index knows."""
+    try:
+        return version(package).split("+")[0]
+    except PackageNotFoundError:
+        return ""
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a run; a RunError sentence where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} does not exist: is {path.parents[1]} a run?") from None
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}.") from None
+
+
+def read_config(path: Path) -> Any:
+    """A YAML or JSON config of a run.
+
+    Raises:
+        ConfigError: it is no YAML or JSON, or names a key twice.
+    """
+    try:
+        return ConfigParser.load_config_file(str(path))
+    except Exception as error:  # PyYAML and MONAI's duplicate-key check raise several kinds
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise ConfigError(f"{path} is not valid {kind}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,3 @@
+"""The command line ``medseg``: options, commands, printing."""
+
+from medseg_supcon.cli.commands import app, main

@@ -1,0 +1,308 @@
+"""What is compared: recipes, seeds, label budgets, and which scans train, validate and test."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from medseg_supcon.bundle import read_recipe
+from medseg_supcon.datasets import VALIDATION, Case, Dataset, Split, split_cases
+from medseg_supcon.errors import ConfigError, DataError
+
+Settings = Sequence[tuple[str, Any]]
+Axes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # axis -> level -> settings
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One point of a grid.
+
+    Attributes:
+        levels: axis -> level; empty where there is no grid.
+        parts: axis -> what the level sets.
+    """
+
+    levels: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> tuple[tuple[str, Any], ...]:
+        """(key, value) overrides of ``train.yaml``, laid over the recipe."""
+        return tuple(setting for part in self.parts.values() for setting in part.items())
+
+    @property
+    def name(self) -> str:
+        """The levels in words: ``SGD, fixed, with``."""
+        return ", ".join(self.levels.values())
+
+    @property
+    def folder(self) -> str:
+        """The name as a part of a folder's name."""
+        return "-".join(re.sub(r"[^\w.]+", "_", level) for level in self.levels.values())
+
+
+PLAIN = Variant()  # no grid
+
+
+def make_variants(axes: Axes) -> tuple[Variant, ...]:
+    """Every combination of one level from each axis, the last axis changing fastest; without axes the one variant.
+
+    Raises:
+        ConfigError: an axis without levels, or two combinations that would share a folder.
+
+    Example:
+        >>> axes = {"optimiser": {"SGD": {"learning_rate": 0.1}, "Adam": {}}, "decay": {"on": {}, "off": {}}}
+        >>> [variant.name for variant in make_variants(axes)]
+        ['SGD, on', 'SGD, off', 'Adam, on', 'Adam, off']
+    """
+    empty = [axis for axis, levels in axes.items() if not levels]
+    if empty:
+        raise ConfigError(f"variants: the axis {empty[0]!r} has no levels. Give it some, or leave it out.")
+    found = []
+    for chosen in product(*(levels.items() for levels in axes.values())):
+        levels = dict(zip(axes, (level for level, _ in chosen), strict=True))
+        found.append(Variant(levels, dict(zip(axes, (part for _, part in chosen), strict=True))))
+    folders = [variant.folder.lower() for variant in found]
+    twice = next((v for v in found if folders.count(v.folder.lower()) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"variants: {twice.name!r} and another one would share a folder. Rename a level.")
+    return tuple(found)
+
+
+def level_settings(variants: Sequence[Variant]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The axes that variants were made from: axis -> level -> settings."""
+    axes: dict[str, dict[str, dict[str, Any]]] = {}
+    for variant in variants:
+        for axis, level in variant.levels.items():
+            axes.setdefault(axis, {})[level] = dict(variant.parts[axis])
+    return axes
+
+
+PUT_ASIDE = 0.25  # share of the cases that tests where no case is left over
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a comparison."""
+
+    recipe: str
+    labels: int
+    seed: int
+    variant: Variant = PLAIN
+
+    @property
+    def name(self) -> str:
+        """The run's folder."""
+        under = f"_{self.variant.folder}" if self.variant.folder else ""
+        return f"{self.recipe}{under}_labels{self.labels}_seed{self.seed}"
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What tells its rows from other runs': ``variant`` is there only where the comparison has variants."""
+        under = {"variant": self.variant.name} if self.variant.levels else {}
+        return under | {"recipe": self.recipe, "labels": self.labels, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Design:
+    """A comparison before it is run.
+
+    Attributes:
+        dataset: all cases.
+        recipes: names, the baseline first; a name may stand twice.
+        files: recipe name -> what ``read_recipe`` takes.
+        seeds: of training; the split has one of its own.
+        splits: labelled cases of a budget -> its split, the same for all recipes and seeds.
+        test: labelled cases that no run trains or validates on.
+        tested_on: a sentence on how they were chosen.
+        own: recipe name -> settings of that recipe alone, laid over it.
+        variants: settings under each of which every recipe is trained.
+    """
+
+    dataset: Dataset
+    recipes: tuple[str, ...]
+    files: dict[str, str | Path]
+    seeds: tuple[int, ...]
+    splits: dict[int, Split]
+    test: tuple[Case, ...]
+    tested_on: str
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    variants: tuple[Variant, ...] = (PLAIN,)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every run, the small budgets first and the recipes side by side, so that early results compare."""
+        return [
+            Cell(recipe, labels, seed, variant)
+            for labels in self.splits
+            for seed in self.seeds
+            for variant in self.variants
+            for recipe in dict.fromkeys(self.recipes)
+        ]
+
+
+def design_comparison(
+    dataset: Dataset,
+    recipes: Sequence[str | Path | tuple[str, str | Path]],
+    seeds: Sequence[int] = (0,),
+    labels: Sequence[int | None] = (None,),
+    *,
+    cases: Iterable[str] | None = None,
+    test_cases: Iterable[str] | None = None,
+    split_seed: int = 0,
+    validation: float = VALIDATION,
+    own: Mapping[str, Mapping[str, Any]] | None = None,
+    variants: Sequence[Variant] = (PLAIN,),
+) -> Design:
+    """Decide who trains, validates and tests.
+
+    The runs draw from the pool: ``cases`` (default: all), without the test cases. Without ``test_cases`` the
+    labelled cases outside ``cases`` test; if there are none, the labelled cases that no budget uses (they are
+    then withheld from the unlabelled scans, too); if there are none of those, a quarter of the cases is put
+    aside before anything else.
+
+    Args:
+        dataset: what was read.
+        recipes: names or files, or (name, name or file), the baseline first; at least two.
+        seeds: of training.
+        labels: budgets: labelled scans, validation included; None: all of the pool.
+        cases: names of the pool.
+        test_cases: names of the cases to test on.
+        split_seed: of the one order from which all budgets are taken.
+        validation: share of every budget that validates, below 1; 0: all labelled scans train.
+        own: name -> settings of that recipe alone, laid over it.
+        variants: of `make_variants`.
+
+    Raises:
+        ConfigError: fewer than two recipes, no seed, a recipe that does not exist, two files of one name.
+        DataError: a case is unknown, in the pool and tested, or without label; or nothing is left to test on.
+    """
+    named = [r if isinstance(r, tuple) else (Path(r).stem, r) for r in recipes]
+    files = _recipe_files(named)
+    if not seeds or min(seeds) < 0:
+        raise ConfigError("--seeds: expected whole numbers from 0, separated by commas, such as 0,1,2.")
+    pool, test, told = _test_cases(dataset, cases, test_cases, labels, split_seed)
+    splits: dict[int, Split] = {}
+    most = max((budget for budget in labels if budget is not None), default=0)
+    if test and most > len(pool.labelled):
+        raise DataError(
+            f"--labels {most}: beside the {len(test)} cases to test on, {dataset.root} has {len(pool.labelled)} labelled "
+            "ones. Ask for as many at most, or name fewer to test on with --test-cases FILE."
+        )
+    for budget in labels:
+        split = split_cases(pool, labels=budget, seed=split_seed, validation_fraction=validation)
+        splits[len({c.name for c in (*split.training, *split.validation)})] = split
+    if not test:
+        used = {c.name for s in splits.values() for c in (*s.training, *s.validation)}
+        patients = {c.patient for c in pool.cases if c.name in used and c.patient is not None}
+        test = tuple(c for c in pool.labelled if c.name not in used and c.patient not in patients)
+        names = {c.name for c in test}
+        splits = {
+            n: replace(s, unlabelled=tuple(c for c in s.unlabelled if c.name not in names))
+            for n, s in splits.items()
+        }
+        told = (
+            "the labelled cases that no run trains or validates on; they were withheld from the unlabelled "
+            "scans, too (--test-cases chooses others)"
+        )
+    if not test:
+        raise DataError(
+            f"{dataset.root}: no labelled case is left to test on. Name some with --test-cases FILE, or give "
+            "smaller budgets with --labels."
+        )
+    _refuse_missing_scans(files, splits)
+    return Design(
+        dataset,
+        tuple(name for name, _ in named),
+        files,
+        tuple(dict.fromkeys(seeds)),
+        dict(sorted(splits.items())),
+        test,
+        told,
+        dict(own or {}),
+        tuple(variants),
+    )
+
+
+def _refuse_missing_scans(files: Mapping[str, str | Path], splits: Mapping[int, Split]) -> None:
+    """A recipe that asks for unlabelled scans would fail in its turn, hours later."""
+    bare = [labels for labels, split in splits.items() if not split.unlabelled]
+    for name, file in files.items():
+        if bare and dict(read_recipe(file)).get("train::sampler", {}).get("required"):
+            raise ConfigError(
+                f"The recipe {name} learns from scans without labels too, and with {bare[0]} labelled scans none is "
+                "left: the others are tested on, or all are labelled. Name the scans to test on with --test-cases "
+                "FILE, so that the rest counts as unlabelled, or give smaller budgets with --labels."
+            )
+
+
+def _recipe_files(recipes: Sequence[tuple[str, str | Path]]) -> dict[str, str | Path]:
+    files: dict[str, str | Path] = {}
+    for name, recipe in recipes:
+        overlay = read_recipe(recipe)
+        if Path(name).name != name or "\\" in name:
+            raise ConfigError(f"recipes: {name!r} cannot be part of a folder's name. Leave the slashes out.")
+        if name in files and overlay != read_recipe(files[name]):
+            raise ConfigError(
+                f"--recipes: {files[name]} and {recipe} are different recipes of one name. Rename a file."
+            )
+        files.setdefault(name, recipe)
+    if len(recipes) < 2:
+        raise ConfigError(
+            "--recipes: a comparison needs at least two, the baseline first, such as dice_ce,joint."
+        )
+    return files
+
+
+def _test_cases(
+    dataset: Dataset,
+    cases: Iterable[str] | None,
+    test_cases: Iterable[str] | None,
+    labels: Sequence[int | None],
+    split_seed: int,
+) -> tuple[Dataset, tuple[Case, ...], str]:
+    """The pool, the test cases (none: what the budgets leave), and how they were chosen."""
+    pool = dataset if cases is None else dataset.select(cases)
+    named = {case.name for case in pool.cases}
+    if test_cases is not None:
+        test = dataset.select(test_cases).cases
+        bare = [case.name for case in test if case.label is None]
+        if bare:
+            raise DataError(f"--test-cases: {bare[0]!r} has no label map to test against. Leave it out.")
+        both = [case.name for case in test if case.name in named]
+        if both and cases is not None:
+            raise DataError(f"{both[0]!r} is in --cases and in --test-cases: a case cannot train and test.")
+        return _without(pool, test), test, "the cases that --test-cases names"
+    outside = tuple(case for case in dataset.labelled if case.name not in named)
+    if outside:
+        return _without(pool, outside), outside, "the labelled cases that --cases leaves out"
+    if None not in labels and all(n is not None and n < len(pool.labelled) for n in labels):
+        return pool, (), ""
+    split = split_cases(pool, seed=split_seed, validation_fraction=PUT_ASIDE)
+    if split.warnings:
+        raise DataError(
+            f"{dataset.root}: it takes at least two labelled patients to compare recipes, one of them to test "
+            f"on; found {len(dataset.labelled)} labelled case(s)."
+        )
+    told = f"{len(split.validation)} cases put aside at random before any split (--test-cases chooses others)"
+    return _without(pool, split.validation), split.validation, told
+
+
+def _without(pool: Dataset, test: Sequence[Case]) -> Dataset:
+    """The pool without the test cases; no patient on both sides."""
+    names = {case.name for case in test}
+    rest = [case for case in pool.cases if case.name not in names]
+    patients = {case.patient for case in test if case.patient is not None}
+    shared = [case for case in rest if case.patient in patients]
+    if shared:
+        raise DataError(
+            f"case {shared[0].name!r} would train, and another scan of its patient {shared[0].patient!r} tests. "
+            "Keep a patient's scans on one side: name the cases with --cases and --test-cases."
+        )
+    if not rest:
+        raise DataError(f"{pool.root}: every case is a test case, none is left to train on.")
+    return pool.select(case.name for case in rest)

@@ -1,0 +1,176 @@
+"""Features of voxels: how well classes separate in them, and what they look like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.metrics import EmbeddingCollapseMetric
+
+from medseg_supcon.evaluation import INK, color_of, legend_below, new_figure, save
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+
+FOLDS = 5
+BACKGROUND_COLOR = "#9a9a9a"
+
+
+class Embedding(NamedTuple):
+    """Vectors of voxels.
+
+    Attributes:
+        name: what the vectors are, e.g. ``"features, after training"``.
+        vectors: (N, D).
+    """
+
+    name: str
+    vectors: Floats
+
+
+def class_separation(vectors: Floats, labels: Integers, groups: Integers, seed: int = 0) -> dict[str, Any]:
+    """How far apart the classes lie among N vectors.
+
+    - ``silhouette``: mean over voxels, -1 to 1, higher is better (Rousseeuw 1987), Euclidean.
+    - ``linear_probe``: balanced accuracy (chance: 1 / classes) of logistic regression on standardised vectors,
+      cross-validated; a scan's voxels are never on both sides where there are two scans or more.
+    - ``centroid_similarity``, ``effective_rank_score``, ``collapse``: MONAI's ``EmbeddingCollapseMetric`` and its
+      worst score, 0 to 1, lower is better.
+
+    A figure that cannot be had (a single class, vectors that are all equal) is None.
+
+    Args:
+        vectors: (N, D).
+        labels: (N,) class indices.
+        groups: (N,) the scan that each voxel is from.
+        seed: of the folds where there is one scan only.
+
+    Raises:
+        ValueError: lengths that differ, or a vector that is not finite.
+
+    Example:
+        >>> x = np.repeat(np.eye(2, dtype=np.float32), 10, axis=0)
+        >>> y, scan = np.repeat([0, 1], 10), np.tile([0, 1], 10)
+        >>> class_separation(x, y, scan)["linear_probe"]
+        1.0
+    """
+    from sklearn.metrics import silhouette_score
+
+    if not len(vectors) == len(labels) == len(groups):
+        raise ValueError(
+            f"vectors, labels and groups must be of one length, got {len(vectors)}, {len(labels)}, {len(groups)}"
+        )
+    if not np.isfinite(vectors).all():
+        raise ValueError("vectors must be finite, found NaN or infinity")
+    present, counts = np.unique(labels, return_counts=True)
+    found: dict[str, Any] = {"silhouette": None, "linear_probe": None}
+    found |= {"centroid_similarity": None, "effective_rank_score": None, "collapse": None}
+    if len(present) < 2 or len(present) == len(labels) or not np.ptp(vectors, axis=0).any():
+        return found
+    found["silhouette"] = float(silhouette_score(vectors, labels))
+    found["linear_probe"] = _linear_probe(vectors, labels, groups, int(counts.min()), seed)
+    metric = EmbeddingCollapseMetric(include_indicators=["centroid_similarity", "effective_rank"])
+    scores = metric(torch.from_numpy(vectors.astype(np.float32)), torch.from_numpy(labels))
+    scores["collapse"] = scores.get("aggregate")
+    for name in ("centroid_similarity", "effective_rank_score", "collapse"):
+        found[name] = None if scores.get(name) is None else float(scores[name])
+    return found
+
+
+def _linear_probe(
+    vectors: Floats, labels: Integers, groups: Integers, rarest: int, seed: int
+) -> float | None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold, StratifiedKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    scans = len(np.unique(groups))
+    if scans > 1:
+        folds = GroupKFold(min(FOLDS, scans)).split(vectors, labels, groups)
+    elif rarest > 1:
+        kind = StratifiedKFold(min(FOLDS, rarest), shuffle=True, random_state=seed)
+        folds = kind.split(vectors, labels)
+    else:
+        return None
+    predicted = np.empty_like(labels)
+    for train, test in folds:
+        if len(np.unique(labels[train])) < 2:
+            return None
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
+        predicted[test] = probe.fit(vectors[train], labels[train]).predict(vectors[test])
+    # A class that is in one scan only cannot be learnt from the others: it counts as missed.
+    return float(np.mean([(predicted[labels == c] == c).mean() for c in np.unique(labels)]))
+
+
+def principal_components(vectors: Floats) -> tuple[Floats, list[float]]:
+    """The first two principal components (N, 2), and the share of the variance that each explains."""
+    from sklearn.decomposition import PCA
+
+    if not np.ptp(vectors, axis=0).any():
+        return np.zeros((len(vectors), 2), np.float32), [0.0, 0.0]
+    count = min(2, *vectors.shape)
+    pca = PCA(count, svd_solver="full")
+    points = pca.fit_transform(vectors)
+    shares = [float(s) for s in pca.explained_variance_ratio_] + [0.0] * (2 - count)
+    return np.pad(points, ((0, 0), (0, 2 - count))).astype(np.float32), shares
+
+
+def t_sne(vectors: Floats, seed: int = 0) -> Floats:
+    """A two-dimensional t-SNE map (N, 2) (van der Maaten and Hinton 2008), begun from the principal components."""
+    from sklearn.manifold import TSNE
+
+    points, _ = principal_components(vectors)
+    if len(vectors) < 5 or not points.any():
+        return points
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    start = points / max(float(points[:, 0].std()), 1e-12) * 1e-4
+    mapped = TSNE(2, perplexity=perplexity, init=start, random_state=seed).fit_transform(vectors)
+    return np.asarray(mapped, dtype=np.float32)
+
+
+def scatter_figure(
+    panels: Sequence[tuple[str, Floats]], labels: Integers, classes: Sequence[str], title: str, path: Path
+) -> None:
+    """Points by class, one panel for each set; two panels a row, before training left and after right.
+
+    Args:
+        panels: (title, (N, 2) points).
+        labels: (N,) class indices.
+        classes: names, background first.
+        title: over all panels.
+        path: the PNG.
+    """
+    rows = -(-len(panels) // 2)
+    figure = new_figure(9.4, 4.5 * rows + 0.9)
+    axes = figure.subplots(rows, 2, squeeze=False).ravel()
+    order = np.random.default_rng(0).permutation(len(labels))  # no class lies on top of the others
+    colors = np.array([BACKGROUND_COLOR if c == 0 else color_of(c - 1) for c in range(len(classes))], object)
+    for axis, (name, points) in zip(axes, panels, strict=False):
+        axis.scatter(*points[order].T, c=list(colors[labels[order]]), s=9, alpha=0.75, linewidths=0)
+        axis.set_title(name, fontsize=10, color=INK, loc="left")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for side in axis.spines.values():
+            side.set_color("#cccccc")
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
+    _legend(figure, labels, classes, colors)
+    save(figure, path)
+
+
+def _legend(figure: Any, labels: Integers, classes: Sequence[str], colors: Any) -> None:
+    from matplotlib.lines import Line2D
+
+    counts: Mapping[int, int] = {c: int((labels == c).sum()) for c in range(len(classes))}
+    handles = [
+        Line2D([], [], linestyle="", marker="o", color=colors[c], label=f"{name} ({counts[c]})")
+        for c, name in enumerate(classes)
+        if counts[c]
+    ]
+    legend_below(figure, handles)

@@ -1,0 +1,148 @@
+"""Scoring a folder of masks against a folder of label maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medseg_supcon.datasets import snap_labels
+from medseg_supcon.errors import DataError
+from medseg_supcon.evaluation.metrics import Row
+from medseg_supcon.evaluation.summary import metrics_report, score_case, write_report
+from medseg_supcon.scans import NIFTI_ENDINGS, farthest_corner, one_place, read_volume
+
+MOST_VALUES = 256
+SUFFIX = "_0000"  # nnU-Net gives it to scans of a single channel, and a mask has its scan's name
+
+
+def evaluate_folders(
+    predictions: str | Path,
+    references: str | Path,
+    labels: Mapping[str, float] | None = None,
+    out: str | Path | None = None,
+    tolerance_mm: float = 1.0,
+    ignore_label: float | None = None,
+) -> dict[str, Any]:
+    """Scores the masks of one folder against the label maps of equal name in another.
+
+    A mask may carry nnU-Net's suffix of a single channel: ``x_0000.nii.gz`` is scored against ``x.nii.gz``.
+    A label map without a mask, a mask on another grid and a damaged file are ``problems`` of the report,
+    and the other cases go on; masks without a label map are listed in ``without_reference``. Lengths are mm
+    whatever unit a header names: a mask in metres may be scored against a label map in mm.
+
+    Args:
+        predictions: folder of NIfTI masks.
+        references: folder of NIfTI label maps.
+        labels: class name -> value, background first; None: the values in the files, named by number.
+        out: folder for ``metrics.csv`` and ``metrics.json``; None: nothing is written.
+        tolerance_mm: of the surface Dice.
+        ignore_label: value of the label maps that means "not annotated".
+
+    Returns:
+        what ``metrics.json`` holds: ``summary``, ``rows``, ``problems``, ``without_reference``.
+
+    Raises:
+        DataError: a folder is missing or holds no NIfTI file, or no case at all could be scored.
+    """
+    masks, maps = _files(Path(predictions)), _files(Path(references))
+    masks = _without_suffix(masks, maps)
+    problems: list[dict[str, str]] = []
+    if labels is None:
+        labels = _values_in([*maps.values(), *masks.values()], ignore_label)
+    rows: list[Row] = []
+    for name, reference in maps.items():
+        try:
+            if name not in masks:
+                raise DataError(f"{reference}: there is no mask of this name in {predictions}. Predict it.")
+            mask, label, spacing = _pair(masks[name], reference)
+            mask = snap_labels(mask, labels.values())
+            unknown = sorted(set(np.unique(mask).tolist()) - set(labels.values()))
+            if unknown:
+                raise DataError(
+                    f"{masks[name]} holds the values {unknown[:5]}, expected {list(labels.values())}."
+                )
+            rows += score_case(name, mask, label, spacing, labels, ignore_label, tolerance_mm)
+        except DataError as error:
+            problems.append({"case": name, "problem": str(error)})
+    if not rows:
+        raise DataError(f"no case could be scored. {problems[0]['problem'] if problems else ''}".strip())
+    report = metrics_report(rows, problems) | {"without_reference": sorted(set(masks) - set(maps))}
+    if out is not None:
+        write_report(report, out)
+    return report
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder. Give the folder that holds the NIfTI files.")
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        ending = next((e for e in NIFTI_ENDINGS if file.name.lower().endswith(e)), None)
+        if ending and not file.name.startswith("."):
+            name = file.name[: -len(ending)]
+            if name in found:
+                raise DataError(
+                    f"{folder}: there are {found[name].name} and {file.name}. Keep the one that counts."
+                )
+            found[name] = file
+    if not found:
+        raise DataError(f"{folder} holds no NIfTI file (.nii, .nii.gz).")
+    return found
+
+
+def _without_suffix(masks: Mapping[str, Path], maps: Mapping[str, Path]) -> dict[str, Path]:
+    """The masks, one called ``x_0000`` as ``x`` where that alone is a label map's name and no other mask's."""
+    names = {f"{name}{SUFFIX}": name for name in maps if name not in masks}
+    return {name if name in maps else names.get(name, name): file for name, file in masks.items()}
+
+
+def _values_in(files: Sequence[Path], ignore_label: float | None) -> dict[str, float]:
+    values: set[float] = {0}
+    for file in files:
+        try:
+            found = np.unique(_read(file)[0])
+            if len(found) <= MOST_VALUES:  # more make no label map: its case will say so
+                values |= set(snap_labels(found, {round(v) for v in found}).tolist())
+        except DataError:
+            continue  # reported with its case
+    named = sorted(values - {0} - ({ignore_label} if ignore_label is not None else set()))
+    return {"background": 0, **{f"{value:.12g}": value for value in named}}
+
+
+def _pair(
+    mask_file: Path, reference_file: Path
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.float64]]:
+    mask, mask_affine = _read(mask_file)
+    reference, affine = _read(reference_file)
+    if mask.shape != reference.shape:
+        raise DataError(
+            f"{mask_file} has shape {mask.shape} and {reference_file} {reference.shape}. They must share one "
+            "grid; check that they belong together."
+        )
+    if not one_place(mask.shape, affine, mask_affine):
+        farthest = farthest_corner(mask.shape, affine, mask_affine)
+        raise DataError(
+            f"{mask_file} lies up to {farthest:.3g} mm from {reference_file}: their affines differ. Resample "
+            "the mask onto the grid of the label map."
+        )
+    return mask, reference, np.linalg.norm(affine[:3, :3], axis=0)
+
+
+def _read(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    volume = read_volume(file)
+    if volume.data.ndim != 3 or volume.data.size == 0:
+        raise DataError(
+            f"{file}: expected a 3-D label map, found shape {volume.data.shape}. Save one volume."
+        )
+    if volume.data.dtype.kind == "f" and not np.isfinite(volume.data).all():
+        raise DataError(f"{file}: holds NaN or Inf, expected label values. Save it again.")
+    affine = volume.affine_mm
+    if not np.isfinite(affine).all() or not (np.linalg.norm(affine[:3, :3], axis=0) > 0).all():
+        raise DataError(
+            f"{file}: its affine is no geometry (zero or not finite). Save it in its scan's grid."
+        )
+    return volume.data, affine

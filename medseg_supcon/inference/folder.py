@@ -1,0 +1,193 @@
+"""Many scans into a folder: reading, inference and writing side by side, and a manifest of the outcome."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medseg_supcon.errors import MedsegError, RunError
+from medseg_supcon.files import remove_leftovers, temporary_name
+from medseg_supcon.inference.find_scans import Scan, keep_names
+from medseg_supcon.inference.manifest import Manifest, describe, entry_of
+from medseg_supcon.inference.memory import is_out_of_memory
+from medseg_supcon.inference.read import is_mask_of
+from medseg_supcon.scans import is_whole, write_nifti
+
+if TYPE_CHECKING:
+    from medseg_supcon.inference.predictor import Prediction, Predictor, Prepared
+
+Progress = Callable[[int, int, dict[str, Any]], None]
+CURES = {
+    errno.ENAMETOOLONG: "Give the scan a shorter name.",
+    errno.EACCES: "Choose another --out, or change its permissions.",
+}
+logger = logging.getLogger(__name__)
+
+
+def predict_folder(
+    predictor: Predictor,
+    scans: Sequence[Scan],
+    out: Path,
+    probabilities: bool,
+    overwrite: bool,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """See `Predictor.run`."""
+    _make_writable(out)
+    manifest = Manifest(out / "manifest.json", describe(predictor))
+    scans = keep_names(scans, manifest.earlier)
+    total, finished = len(scans), 0
+
+    def report(entry: dict[str, Any]) -> None:
+        nonlocal finished
+        finished += 1
+        manifest.add(entry)
+        if progress is not None:
+            progress(finished, total, entry)
+
+    todo = []
+    for scan in scans:
+        entry = _without_work(scan, out, probabilities, overwrite, manifest)
+        if entry is None:
+            todo.append(scan)
+        else:
+            report(entry)
+    # One thread reads the next scan and one writes the last mask, while this one segments.
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        behind: tuple[Scan, Future[dict[str, Any]]] | None = None
+        try:
+            for scan, prepared in _read_ahead(reader, predictor, todo):
+                outcome: Prediction | dict[str, Any]
+                try:
+                    outcome = predictor.segment(prepared.result(), probabilities)
+                except Exception as error:
+                    outcome = _failed(scan, error)
+                if behind is not None:
+                    report(_written(*behind))
+                    behind = None
+                if isinstance(outcome, dict):
+                    report(outcome)
+                else:
+                    behind = scan, writer.submit(_write, outcome, out, predictor.labels)
+            if behind is not None:
+                report(_written(*behind))
+        except BaseException:
+            reader.shutdown(wait=False, cancel_futures=True)
+            with suppress(RunError):
+                if behind is not None:  # Ctrl-C: the mask under way is finished, and listed
+                    manifest.add(_written(*behind))
+                manifest.write()
+            raise
+    manifest.write()
+    return manifest.of_this_call()
+
+
+def _read_ahead(
+    reader: ThreadPoolExecutor, predictor: Predictor, scans: Sequence[Scan]
+) -> Iterator[tuple[Scan, Future[Prepared]]]:
+    """Each scan with its future, when the next one's reading has been asked for; no more than that waits."""
+    coming: deque[tuple[Scan, Future[Prepared]]] = deque()
+    for scan in scans:
+        coming.append((scan, reader.submit(predictor.prepare, scan)))
+        if len(coming) == 2:
+            yield coming.popleft()
+    while coming:
+        yield coming.popleft()
+
+
+def _write(prediction: Prediction, out: Path, labels: dict[str, float]) -> dict[str, Any]:
+    entry = entry_of(prediction, labels)
+    if prediction.probabilities is not None:
+        (out / "probabilities").mkdir(exist_ok=True)
+        scores = np.moveaxis(prediction.probabilities, 0, -1)
+        write_nifti(out / "probabilities" / f"{prediction.name}.nii.gz", scores, prediction.grid)
+    # The mask comes last: where it is, the scan is finished.
+    write_nifti(out / f"{prediction.name}.nii.gz", prediction.mask, prediction.grid)
+    return entry
+
+
+def _written(scan: Scan, future: Future[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return _of(scan, future.result())
+    except Exception as error:
+        return _failed(scan, error, writing=True)
+
+
+def _of(scan: Scan, entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a mask that is there, with what the next call needs to find it again."""
+    return entry | ({"series": scan.series} if scan.series else {})
+
+
+def _failed(scan: Scan, error: Exception, writing: bool = False) -> dict[str, Any]:
+    if isinstance(error, MedsegError):
+        sentence = str(error)
+    elif is_out_of_memory(error):
+        sentence = (
+            f"{scan.source}: there is too little memory for this scan. Free some, or use a larger machine."
+        )
+    elif isinstance(error, OSError) and writing:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = (
+            "Free space, or choose another --out."
+            if full
+            else CURES.get(error.errno or 0, "Choose another --out.")
+        )
+        sentence = f"{scan.source}: the mask {scan.name}.nii.gz could not be written ({error.strerror or error}). {cure}"
+    else:
+        reason = " ".join(str(error).split())[:200]
+        sentence = f"{scan.source}: the prediction failed ({type(error).__name__}: {reason})."
+        logger.debug("%s", scan.name, exc_info=error)
+    return {"name": scan.name, "status": "failed", "error": sentence}
+
+
+def _without_work(
+    scan: Scan, out: Path, probabilities: bool, overwrite: bool, manifest: Manifest
+) -> dict[str, Any] | None:
+    """The entry of a scan that needs no prediction: refused, or finished by an earlier call."""
+    if scan.problem is not None:
+        return {"name": scan.name, "status": "failed", "error": scan.problem}
+    mask = out / f"{scan.name}.nii.gz"
+    if not os.path.exists(mask):  # noqa: PTH110 - Path.exists raises where a name is too long
+        return None
+    if any(os.path.exists(file) and mask.samefile(file) for file in scan.files):  # noqa: PTH110
+        sentence = f"{mask}: the mask would replace the scan itself. Choose another --out."
+        return {"name": scan.name, "status": "failed", "error": sentence}
+    if overwrite or not is_whole(mask):
+        return None
+    theirs = manifest.earlier.get(scan.name, {}).get("series")
+    other = (
+        bool(scan.series and theirs) and theirs != scan.series
+    )  # of a folder whose name comes again, as DICOM
+    if other or not is_mask_of(mask, scan):
+        why = "it is another DICOM series" if other else "shape or affine differ"
+        sentence = (
+            f"{scan.source}: {mask} is there already, and is the mask of another scan: {why}. Choose another --out, "
+            "or redo it with --overwrite."
+        )
+        return {"name": scan.name, "status": "failed", "error": sentence}
+    if probabilities and not (out / "probabilities" / mask.name).exists():
+        return None
+    return _of(scan, manifest.skipped(scan.name))
+
+
+def _make_writable(out: Path) -> None:
+    probe = temporary_name(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
+        remove_leftovers(out / "probabilities")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(
+            f"{out}: masks cannot be written there ({error.strerror}). Choose another --out."
+        ) from error

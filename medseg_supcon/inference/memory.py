@@ -1,0 +1,95 @@
+"""What to do when memory runs out: less at a time, then the CPU. Other errors pass."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import TracebackType
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+KEPT = 2**30  # bytes; one allocation above this still comes from the system
+USUAL = 2**25  # where glibc's own, growing threshold ends on a 64-bit system
+
+
+@contextmanager
+def keep_freed_memory(wanted: bool) -> Iterator[None]:
+    """Until the end, large blocks that are freed stay in the process; then they all go back.
+
+    Does nothing if not ``wanted``, or where the C library is not glibc.
+    """
+    libc = _glibc() if wanted else None
+    if libc is None:
+        yield
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, KEPT)
+    libc.mallopt(M_TRIM_THRESHOLD, KEPT)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, USUAL)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * USUAL)
+        libc.malloc_trim(0)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return libc if libc.mallopt and libc.malloc_trim else None
+    except (OSError, AttributeError):  # another C library
+        return None
+
+
+ALLOCATORS = ("DefaultCPUAllocator", "bad_alloc")
+
+
+class Attempt:
+    """One way to spend memory: where the network works, where windows are stitched, how many go together."""
+
+    def __init__(self, device: torch.device, buffers: torch.device, batch: int, last: bool) -> None:
+        self.device, self.buffers, self.batch, self.last = device, buffers, batch, last
+        self.failed = False
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> bool:
+        self.failed = error is not None and is_out_of_memory(error) and not self.last
+        return self.failed
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Out of memory on a GPU, in torch's CPU allocator, in numpy, or in what config machinery wrapped around it.
+
+    Example:
+        >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("CUDA error: device-side assert"))
+        (True, False)
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATORS):
+        return True
+    cause = error.__cause__
+    return cause is not None and cause is not error and is_out_of_memory(cause)
+
+
+def attempts(device: torch.device, batch: int, warnings: list[str]) -> Iterator[Attempt]:
+    """Attempts, each with less memory than the one before, until one ends without running out."""
+    cpu = torch.device("cpu")
+    ways = [(device, device, batch), (device, cpu, batch), (device, cpu, 1), (cpu, cpu, 1)]
+    ways = list(dict.fromkeys(ways))
+    for index, way in enumerate(ways):
+        attempt = Attempt(*way, last=index == len(ways) - 1)
+        yield attempt
+        if not attempt.failed:
+            return
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.append(f"memory ran out on {way[0]}: tried again with less")

@@ -1,0 +1,282 @@
+"""The projection head: from a voxel's features to the space of the contrastive loss. Training only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from medseg_supcon.errors import ConfigError
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# extra outputs at lower resolution (DynUNet) are defined after the main one
+_SIDE_OUTPUTS = "deep_supervision_heads"
+_CURE = (
+    "give it one with torch.nn.Sequential(net, torch.nn.Conv3d(features, classes, 1)), "
+    "where net has features output channels"
+)
+
+
+class FeatureTap:
+    """Reads a network's dense full-resolution features without changing the network.
+
+    The features are the input of the classifier: the 1x1x1 convolution that is the last layer with weights
+    that the network defines (deep-supervision heads left aside). They are taken by a forward pre-hook that
+    lives during the call only, so copying, saving, scripting and exporting the network see nothing of it
+    (:meth:`stay` keeps it).
+
+    Args:
+        network: BasicUNet, DynUNet, SegResNet, SwinUNETR, AttentionUnet, ``Sequential(UNet, Conv3d)``, ...
+
+    Attributes:
+        network: the network, as given.
+        name: the classifier's name in the network.
+        in_channels: F, the features per voxel.
+        out_channels: C, the classes.
+
+    Raises:
+        ConfigError: the network does not end in a 1x1x1 convolution.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv3d(1, 8, 3, padding=1), torch.nn.Conv3d(8, 2, 1))
+        >>> output, features = FeatureTap(net)(torch.zeros(1, 1, 4, 4, 4))
+        >>> output.shape, features.shape
+        (torch.Size([1, 2, 4, 4, 4]), torch.Size([1, 8, 4, 4, 4]))
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.name = _classifier_name(network)
+        self._stays = False
+        self._caught: list[torch.Tensor] = []
+        self.in_channels = int(self.classifier.in_channels)
+        self.out_channels = int(self.classifier.out_channels)
+
+    @property
+    def classifier(self) -> Any:
+        """The last 1x1x1 convolution, as it stands in the network now."""
+        return self.network.get_submodule(self.name)
+
+    def stay(self) -> None:
+        """Keep the hook between calls: ``torch.compile`` builds it in, and sees no later one."""
+        if not self._stays:
+            self.classifier.register_forward_pre_hook(self._catch)
+            self._stays = True
+
+    def take(self) -> list[torch.Tensor]:
+        """What the hook has caught since the last time."""
+        caught, self._caught = self._caught, []
+        return caught
+
+    def _catch(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._caught.append(inputs[0])
+
+    def __call__(self, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """The network's own output and the features (B, F, *spatial) for ``x`` (B, channels, *spatial).
+
+        Raises:
+            ConfigError: the classifier was not run, or not at the resolution of the input.
+        """
+        self.take()
+        handle = None if self._stays else self.classifier.register_forward_pre_hook(self._catch)
+        try:
+            output = self.network(x)
+        finally:
+            if handle is not None:
+                handle.remove()
+        caught = self.take()
+        if not caught or caught[-1].shape[2:] != x.shape[2:]:
+            found = tuple(caught[-1].shape[2:]) if caught else "nothing"
+            raise ConfigError(
+                f"The layer {self.name!r} of {type(self.network).__name__} was taken for the classifier, but "
+                f"it read {found} where the input has {tuple(x.shape[2:])} voxels; {_CURE}."
+            )
+        return output, caught[-1]
+
+
+def _classifier_name(network: nn.Module) -> str:
+    """Name of the last layer with weights, if it is a pointwise convolution."""
+    last: tuple[str, nn.Module] | None = None
+    for name, module in network.named_modules():
+        has_weights = any(True for _ in module.parameters(recurse=False))
+        if has_weights and _SIDE_OUTPUTS not in name.split("."):
+            last = name, module
+    if last is None or not _is_pointwise(last[1]):
+        kind = "no layers with weights" if last is None else f"{last[0]!r}, {last[1]}, as its last layer"
+        raise ConfigError(
+            f"{type(network).__name__} has {kind}, not a 1x1x1 convolution whose input are dense "
+            f"features: {_CURE}."
+        )
+    return last[0]
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    if not isinstance(module, CONVOLUTIONS):
+        return False
+    return (
+        all(k == 1 for k in module.kernel_size) and all(s == 1 for s in module.stride) and module.groups == 1
+    )
+
+
+OWN = "network."
+
+
+class ContrastiveNetwork(nn.Module):
+    """A stock network with its dense features beside its logits.
+
+    In training mode ``forward`` gives ``(logits, features)``; in evaluation mode ``logits`` alone, so that a
+    sliding window takes it like any network. Of a network with deep supervision, the full-resolution output
+    is taken and the others are left out: the contrastive loss and Dice speak of the same voxels, and
+    inference uses that output only.
+
+    The state dict is the stock network's, under its own names, so that what exchanges weights with a trainer
+    (federated learning, checkpoint loaders) needs to know nothing of this wrapper.
+
+    Args:
+        network: see :class:`FeatureTap`.
+
+    Attributes:
+        network: the stock network.
+        in_channels: F, features per voxel (what a projection head takes in).
+        out_channels: C, classes.
+
+    Raises:
+        ConfigError: the network does not end in a 1x1x1 convolution.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv3d(1, 8, 3, padding=1), torch.nn.Conv3d(8, 2, 1))
+        >>> logits, features = ContrastiveNetwork(net).train()(torch.zeros(1, 1, 4, 4, 4))
+        >>> ContrastiveNetwork(net).eval()(torch.zeros(1, 1, 4, 4, 4)).shape
+        torch.Size([1, 2, 4, 4, 4])
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self._tap = FeatureTap(network)
+        self.in_channels = self._tap.in_channels
+        self.out_channels = self._tap.out_channels
+        self.register_state_dict_post_hook(_without_own_name)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_own_name)  # type: ignore[no-untyped-call]
+
+    @property
+    def classifier(self) -> nn.Module:
+        """The network's last 1x1x1 convolution, from features to logits."""
+        classifier: nn.Module = self._tap.classifier
+        return classifier
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(B, channels, *spatial) to logits (B, C, *spatial), and features (B, F, *spatial) in training."""
+        if self.training:
+            return self.forward_features(x)
+        output = self.network(x)
+        self._tap.take()
+        return _main_output(output, x)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """``torch.compile``, in place: names in the state dict stay; arguments as for ``nn.Module.compile``."""
+        self._tap.stay()
+        super().compile(*args, **kwargs)
+
+    def forward_features(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and features in either mode."""
+        output, features = self._tap(x)
+        return _main_output(output, x), features
+
+
+def _without_own_name(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """``network.weight`` becomes ``weight``."""
+    own = f"{prefix}{OWN}"
+    for name in [name for name in state if name.startswith(own)]:
+        state[prefix + name.removeprefix(own)] = state.pop(name)
+
+
+def _with_own_name(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """``weight`` becomes ``network.weight``; in place, as torch wants it."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[f"{prefix}{OWN}{name.removeprefix(prefix)}"] = state.pop(name)
+
+
+def _main_output(output: Any, x: torch.Tensor) -> torch.Tensor:
+    """The full-resolution logits of a network that gives one output, a list of them, or DynUNet's stack."""
+    if isinstance(output, list | tuple):
+        output = output[0]
+    if isinstance(output, torch.Tensor) and output.ndim == x.ndim + 1:
+        output = output[:, 0]
+    if not isinstance(output, torch.Tensor) or output.shape[2:] != x.shape[2:]:
+        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ConfigError(
+            f"The network's output must be logits of the input's {tuple(x.shape[2:])} voxels, but it is "
+            f"{found}: take a segmentation network that ends at full resolution, or a patch size that it "
+            "divides by."
+        )
+    return output
+
+
+# vectors shorter than this are left shorter than 1: near zero, 1 / length would blow up their gradient
+_SHORTEST = 1e-4
+
+
+class ProjectionHead(nn.Module):
+    """A two-layer perceptron (linear, ReLU, linear) on feature vectors, unit length in and out by default.
+
+    Runs in float32 under autocast too, and takes any number of vectors, none and one included: it has no
+    batch statistics.
+
+    Args:
+        in_channels: F, length of a feature vector.
+        hidden_channels: width of the hidden layer; ``None`` or 0: a linear head.
+        out_channels: D, length of a projected vector.
+        normalise_input: scale the features to unit length first.
+        normalise_output: scale the projected vectors to unit length.
+
+    Shape:
+        (N, F) to (N, D), float32.
+
+    Raises:
+        ValueError: a width is not positive, or the features do not have F channels.
+
+    Source:
+        Khosla et al. 2020, Supervised Contrastive Learning, section 3.
+
+    Example:
+        >>> ProjectionHead(16)(torch.rand(5, 16)).norm(dim=1).allclose(torch.ones(5))
+        True
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int | None = 128,
+        out_channels: int = 64,
+        *,
+        normalise_input: bool = True,
+        normalise_output: bool = True,
+    ) -> None:
+        super().__init__()
+        hidden = hidden_channels or 0
+        if in_channels < 1 or out_channels < 1 or hidden < 0:
+            raise ValueError(
+                "in_channels and out_channels must be positive and hidden_channels >= 0, "
+                f"got {in_channels}, {out_channels} and {hidden_channels}."
+            )
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.normalise_input, self.normalise_output = normalise_input, normalise_output
+        self.layers = (
+            nn.Sequential(nn.Linear(in_channels, hidden), nn.ReLU(), nn.Linear(hidden, out_channels))
+            if hidden
+            else nn.Sequential(nn.Linear(in_channels, out_channels))
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(N, F) features, any floating type, to (N, D) float32."""
+        if features.ndim != 2 or features.shape[1] != self.in_channels:
+            raise ValueError(f"features must be (N, {self.in_channels}), got {tuple(features.shape)}.")
+        with torch.autocast(features.device.type, enabled=False):
+            z = features.float()
+            if self.normalise_input:
+                z = normalize(z, dim=1, eps=_SHORTEST)
+            z = self.layers(z)
+            return normalize(z, dim=1, eps=_SHORTEST) if self.normalise_output else z

@@ -1,0 +1,192 @@
+"""What a run leaves in models/: weights for inference, and everything a resumed training needs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from medseg_supcon.errors import RunError
+from medseg_supcon.files import remove_leftovers, write_whole
+from medseg_supcon.training.ranks import rank
+
+FORMAT = 1
+
+
+def save_atomically(value: Any, path: Path) -> None:
+    """``torch.save`` that leaves the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
+    torch.save(value, buffer)
+    write_whole(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
+    """Load a file of tensors and primitives (``weights_only=True``).
+
+    Raises:
+        RunError: the file is missing, damaged, or holds anything but tensors and primitives.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise RunError(
+            f"{path} does not exist. Train the run first: medseg train DATASET --out RUN."
+        ) from None
+    except Exception as error:  # torch raises many kinds for a damaged or unsafe file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{path} cannot be loaded as a file of weights: {reason}") from error
+
+
+def load_initial(network: nn.Module, path: str | Path | None) -> nn.Module:
+    """Start from an earlier run's weights; the classifier stays fresh where its shape differs.
+
+    Args:
+        network: the stock network, changed in place and returned.
+        path: a ``model.pt`` (bare state dict), or ``None`` to change nothing.
+
+    Raises:
+        RunError: there is no such file, or not one tensor fits.
+    """
+    if path is None:
+        return network
+    if not Path(path).is_file():
+        raise RunError(
+            f"{path}, the weights to start from, does not exist. Correct init_weights in the run's "
+            "configs/train.yaml (--init wrote it), or set it to null."
+        )
+    weights, own = load_tensors(Path(path)), network.state_dict()
+    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    if not fitting:
+        raise RunError(f"No weight in {path} fits this run's network. Is network_def the same in both plans?")
+    network.load_state_dict({**own, **fitting})
+    return network
+
+
+class Checkpoint:
+    """Saves after every epoch, and resumes.
+
+    ``checkpoint.pt`` holds network, loss (projection head, memory bank, warm-up), optimiser, schedule, loss
+    scale, epoch and best metric; random states are not needed, since draws belong to (seed, epoch).
+    ``best.pt`` and ``model.pt`` are bare state dicts of the stock network: the best validation's and
+    what inference uses. Of several ranks the first one writes, and every one loads: ``folder`` must be one that
+    all machines see. State dicts are those of the plain modules, so any number of processes can resume.
+
+    Args:
+        folder: ``RUN/models``.
+        network: the stock network (what ``network_def`` builds).
+        state: name -> object with ``state_dict`` and ``load_state_dict``.
+        sampler: the training sampler, told where to go on.
+        resume: load ``checkpoint.pt`` if there is one.
+        keep: ``"best"`` or ``"last"``: which weights become ``model.pt``.
+        validator: evaluator whose key metric decides what is best; ``None``: the last weights are.
+        config: primitives that must agree with the checkpoint's to resume (patch size, seed, ...).
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        network: nn.Module,
+        state: dict[str, Any],
+        sampler: Any = None,
+        resume: bool = False,
+        keep: str = "best",
+        validator: Any = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        if keep not in ("best", "last"):
+            raise ValueError(f"keep must be 'best' or 'last', got {keep!r}")
+        self.folder, self.network, self.state, self.sampler = Path(folder), network, state, sampler
+        self.resume, self.keep, self.validator, self.config = resume, keep, validator, config or {}
+        self.best: float | None = None
+        self.best_epoch = 0
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def start(self, engine: Any) -> None:
+        """Load the checkpoint if asked to and there is one; in any case draw what belongs to the epoch that comes."""
+        if rank() == 0:
+            remove_leftovers(self.folder)
+        if self.resume and self.path.exists():
+            self._load(engine)
+        if self.sampler is not None:
+            self.sampler.epoch = engine.state.epoch + 1  # not 1 in a federated client's second round
+
+    def _load(self, engine: Any) -> None:
+        # to the CPU: every part moves its own tensors to where they belong. AdamW's step counts stay there, or a GPU
+        # would wait for each of them at every step
+        saved = load_tensors(self.path)
+        for key, value in self.config.items():
+            if saved["config"].get(key) != value:
+                raise RunError(
+                    f"{self.path} was trained with {key} = {saved['config'].get(key)}, the config now says {value}. "
+                    "Set it back, or train into another folder."
+                )
+        for name, thing in self.state.items():
+            try:
+                thing.load_state_dict(saved["state"][name])
+            except (KeyError, RuntimeError, ValueError) as error:  # torch's, for other shapes or parts
+                raise RunError(
+                    f"{self.path} does not fit the {name} of the config: {str(error).splitlines()[-1].strip()} Set "
+                    "back what was changed in train.yaml or plan.json, or train into another folder."
+                ) from error
+        if engine.scaler is not None and saved["scaler"]:  # {}: of a scaler that was not enabled
+            engine.scaler.load_state_dict(saved["scaler"])
+        engine.state.epoch, engine.state.iteration = saved["epoch"], saved["iteration"]
+        self.best, self.best_epoch = saved["best"], saved["best_epoch"]
+
+    def finish(self, engine: Any) -> None:
+        """Mark the training as finished, at its last epoch or by early stopping."""
+        self._write(engine, finished=True)
+
+    def save(self, engine: Any) -> None:
+        """Write the weights of this epoch, and mark them as the best where they are."""
+        weights = self.network.state_dict()
+        metric = self._metric(engine.state.epoch)
+        improved = metric is not None and (self.best is None or metric > self.best)
+        if improved:
+            self.best, self.best_epoch = metric, engine.state.epoch
+            self._save(weights, "best.pt")
+        if improved or self.keep == "last" or self.validator is None:
+            self._save(weights, "model.pt")
+        self._write(engine, finished=False)
+
+    def _save(self, value: Any, name: str) -> None:
+        if rank() == 0:
+            save_atomically(value, self.folder / name)
+
+    def _write(self, engine: Any, finished: bool) -> None:
+        self._save(
+            {
+                "format": FORMAT,
+                "finished": finished,
+                "max_epochs": engine.state.max_epochs,
+                "epoch": engine.state.epoch,
+                "iteration": engine.state.iteration,
+                "best": self.best,
+                "best_epoch": self.best_epoch,
+                "config": self.config,
+                "scaler": None if engine.scaler is None else engine.scaler.state_dict(),
+                "model": self.network.state_dict(),  # where MONAI's tools look for weights
+                "state": {name: thing.state_dict() for name, thing in self.state.items()},
+            },
+            self.path.name,
+        )
+
+    def _metric(self, epoch: int) -> float | None:
+        if self.validator is None or self.validator.state.epoch != epoch:
+            return None  # this epoch was not validated
+        name = self.validator.state.key_metric_name
+        value = float(self.validator.state.metrics[name])
+        return -1.0 if value != value else value

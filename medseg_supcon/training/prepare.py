@@ -1,0 +1,250 @@
+"""A run on disk: the bundle that is trained, written from the template, the plan and the recipe."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+
+from medseg_supcon.bundle import (
+    TEMPLATE,
+    drafted,
+    dump_commented,
+    load_commented,
+    merge,
+    read_recipe,
+    refuse_others,
+    set_key,
+    settings_at_fault,
+    shared_folder,
+    write_metadata,
+    write_model_card,
+    write_network,
+    write_twins,
+)
+from medseg_supcon.datasets import Dataset, Split, write_datalist
+from medseg_supcon.errors import ConfigError, RunError
+from medseg_supcon.networks import build_network, round_patch, size_divisor
+from medseg_supcon.plan import fingerprint, literal, make_plan, read_plan, validate_plan, write_plan
+from medseg_supcon.training.timing import default_minutes, epochs_within, time_within_memory
+
+FROM_INIT = ("channels", "orientation", "spacing", "intensity", "patch_size", "network_def")
+GROWTHS = 8  # of a patch that is too small for the network
+
+
+def inherit(plan: dict[str, Any], init: Path) -> None:
+    """Take from an earlier run what its weights depend on."""
+    if not all((init / name).is_file() for name in ("configs/plan.json", "models/model.pt")):
+        raise RunError(
+            f"--init {init}: not a trained run (configs/plan.json and models/model.pt are needed)."
+        )
+    earlier = read_plan(init / "configs" / "plan.json")
+    if len(earlier["channels"]) != len(plan["channels"]):
+        raise ConfigError(
+            f"--init {init} was trained on {len(earlier['channels'])} channel(s) per scan, this data set has "
+            f"{len(plan['channels'])}. Choose a run with the same channels."
+        )
+    if len(earlier["labels"]) != len(plan["labels"]):
+        raise ConfigError(
+            f"--init {init} knows {len(earlier['labels'])} classes ({', '.join(earlier['labels'])}), this data set has "
+            f"{len(plan['labels'])}. Fine-tune on a data set with the same classes."
+        )
+    plan.update({key: earlier[key] for key in FROM_INIT})
+
+
+def fit_patch(plan: dict[str, Any]) -> None:
+    """Round the patch to what the network divides by, and enlarge it until the network can train on it.
+
+    A norm has nothing to normalise where the deepest level is a single voxel; the shortest axis grows then.
+    """
+    channels = len(plan["channels"])
+    network = build_network(plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]))
+    divisor = size_divisor(network, in_channels=channels)
+    patch = [int(n) for n in round_patch(plan["patch_size"], divisor)]
+    skeleton = network.to("meta").train()
+    for _ in range(GROWTHS):
+        try:
+            skeleton(torch.empty(2, channels, *patch, device="meta"))
+            break
+        except ValueError:  # torch's "Expected more than 1 spatial element when training"
+            axis = patch.index(min(patch))
+            patch[axis] += max(divisor[axis], 8)
+    plan["patch_size"] = patch
+
+
+PLAN_PREFIX = "plan::"
+OF_PLAN = ("network_def", "epochs", "steps_per_epoch", "batch_size")  # train.yaml takes these from the plan
+NEW_SECTIONS = ("finalize",)  # that nothing refers to
+
+
+def prepare_run(
+    dataset: Dataset,
+    split: Split,
+    run: Path,
+    *,
+    recipe: str | Path = "joint",
+    settings: Sequence[tuple[str, Any]] = (),
+    epochs: int | None = None,
+    seed: int = 0,
+    init: Path | None = None,
+    device: str | None = None,
+    minutes: float | None = None,
+    trust_scan_affine: bool = False,
+    plan: Mapping[str, Any] | None = None,
+    plan_settings: Sequence[tuple[str, Any]] = (),
+) -> dict[str, Any]:
+    """Write the bundle that would be trained, and measure how long that would take.
+
+    Args:
+        dataset: what was read.
+        split: training, validation and unlabelled cases.
+        run: folder to write; must not hold a run.
+        recipe: name or file of the overlay on ``train.yaml``.
+        settings: (key, value) overrides of ``train.yaml``, or of the plan: ``plan::key`` and ``network_def``.
+        epochs: length of training; by default as many as fit in ``minutes``.
+        seed: the run's seed.
+        init: an earlier run to fine-tune: its weights, and the parts of its plan that they depend on.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; by default a GPU where there is one.
+        minutes: time that training may take (default: 22 on a CPU, 60 on a GPU).
+        trust_scan_affine: label maps take their scan's affine (``--allow-affine-mismatch``).
+        plan: one that :func:`prepare_run` returned for the same cases: it is taken as it is, and neither the
+            data nor the time is measured again. Settings of the plan, ``epochs`` and ``init``'s part are in it.
+        plan_settings: (key, value) changes of that plan.
+
+    Returns:
+        the plan, as written.
+
+    Raises:
+        ConfigError: a setting, recipe or plan that cannot be.
+        RunError: the folder already holds a run, or what one would replace, or another command is at work in it.
+    """
+    refuse_others(run)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    recipe_plan, overlay = _sort_settings(list(read_recipe(recipe).items()))
+    of_plan, of_config = _sort_settings(settings)
+    if plan is not None:
+        made = copy.deepcopy(dict(plan))
+        for key, value in plan_settings:
+            set_key(made, key, value, "The plan (configs/plan.json)")
+        if plan_settings:
+            fit_patch(made)
+            validate_plan(made)
+    else:
+        cases = [*split.training, *split.unlabelled]
+        made = make_plan(fingerprint(dataset, cases), dataset, device=str(where))
+        if trust_scan_affine:
+            made["trust_scan_affine"] = True
+        if init is not None:
+            inherit(made, init)
+        for key, value in (*recipe_plan, *of_plan):
+            set_key(made, key, value, "The plan (configs/plan.json)")
+        chosen = dict([*recipe_plan, *of_plan])
+        epochs = epochs or chosen.get("epochs")
+        fit_patch(made)
+        validate_plan(made)
+    budget = minutes if minutes is not None else default_minutes(where)
+    with drafted(run) as draft:
+        write_plan(made, draft / "configs" / "plan.json")
+        write_datalist(split, draft / "configs" / "datalist.json", dataset.root)
+        _write_train_config(draft, dataset.root, recipe, dict(overlay), of_config, seed, init)
+        if plan is None:
+            with settings_at_fault():
+                timing = time_within_memory(draft, device, made, fixed="batch_size" in chosen)
+            made["epochs"] = epochs or epochs_within(budget, made, timing, len(split.validation))
+            made["expected"] = _expected(made, timing, len(split.validation))
+            write_plan(made, draft / "configs" / "plan.json")
+        _try_length(draft)
+        refresh_documents(draft)
+    return made
+
+
+def _try_length(draft: Path) -> None:
+    """A recipe in stages needs some epochs: said before there is a run that would have to be planned anew."""
+    config = ConfigParser()
+    config.read_config(str(draft / "configs" / "train.yaml"))
+    if "stage_epochs" in config:
+        config["bundle_root"] = literal(str(draft))
+        with settings_at_fault():
+            config.get_parsed_content("stage_epochs")
+
+
+def refresh_documents(run: Path) -> None:
+    """Write what follows from the rest of the run: the network in the configs, JSON twins, metadata, model card."""
+    write_network(run)
+    write_twins(run)
+    write_metadata(run)
+    write_model_card(run)
+
+
+def is_of_plan(key: str) -> bool:
+    """A setting that belongs to the plan, not to train.yaml."""
+    return key.startswith(PLAN_PREFIX) or key.split("::")[0] in OF_PLAN
+
+
+def _sort_settings(
+    settings: Sequence[tuple[str, Any]],
+) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+    of_plan, of_config = [], []
+    for key, value in settings:
+        if is_of_plan(key):
+            of_plan.append((key.removeprefix(PLAN_PREFIX), value))
+        else:
+            of_config.append((key, value))
+    return of_plan, of_config
+
+
+def _write_train_config(
+    run: Path,
+    dataset_dir: Path,
+    recipe: str | Path,
+    overlay: Mapping[str, Any],
+    settings: Sequence[tuple[str, Any]],
+    seed: int,
+    init: Path | None,
+) -> None:
+    tree = load_commented(shared_folder("bundles") / TEMPLATE / "configs" / "train.yaml")
+    tree["dataset_dir"] = literal(str(dataset_dir.resolve()))
+    tree["seed"] = seed
+    tree["recipe"] = Path(recipe).stem
+    if init is not None:
+        tree["init_weights"] = literal(str((init / "models" / "model.pt").resolve()))
+    known = set(tree)
+    merge(tree, overlay, "train.yaml")
+    _refuse_unknown(tree, known, recipe)
+    for key, value in settings:
+        set_key(tree, key, value, "train.yaml")
+    (run / "configs" / "train.yaml").write_text(dump_commented(tree))
+    evaluate = run / "configs" / "evaluate.yaml"
+    if evaluate.exists():
+        other = load_commented(evaluate)
+        other["dataset_dir"] = literal(str(dataset_dir.resolve()))
+        evaluate.write_text(dump_commented(other))
+
+
+def _refuse_unknown(tree: Mapping[str, Any], known: set[str], recipe: str | Path) -> None:
+    """A recipe may add sections, but one that nothing refers to is a slip of the pen."""
+    text = dump_commented(tree)
+    for key in tree:
+        if key not in known and key not in NEW_SECTIONS and not re.search(rf"@{re.escape(key)}\b", text):
+            near = get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"Recipe {recipe}: train.yaml has no key {key!r}, and nothing refers to it.{hint}"
+            )
+
+
+def _expected(plan: Mapping[str, Any], timing: Mapping[str, Any], validation_cases: int) -> dict[str, Any]:
+    seconds = plan["epochs"] * plan["steps_per_epoch"] * timing["seconds_per_step"]
+    seconds += 10 * validation_cases * timing["seconds_per_validation_case"]
+    return {
+        "minutes": round(seconds / 60, 1),
+        "seconds_per_step": round(timing["seconds_per_step"], 3),
+        "memory_gib": timing["memory_gib"],
+        "machine": timing["machine"],
+    }

@@ -1,0 +1,12 @@
+"""Two differently augmented views of one patch, and which voxel of one is which voxel of the other."""
+
+from medseg_supcon.views.correspondence import has_untracked, leaves, moves_voxels
+from medseg_supcon.views.patch import ForegroundIndexd
+from medseg_supcon.views.policies import (
+    crop_resize_view,
+    identity_view,
+    randaugment_view,
+    simclr_view,
+    standard_view,
+)
+from medseg_supcon.views.two_views import TwoViewsd
