@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,12 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from medseg_supcon.errors import MedsegError, RunError
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 PREFIX = ".medseg-"
+MOST_LEVELS = 100  # of JSON
+LARGEST = 2**63  # whole number that fits into 64 bits
+HALF_CHARACTER = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # not the bytes of a file name that is no text
 OLD = 24 * 3600.0  # seconds after which a file counts as left behind where there are no locks
 _held: set[int] = set()  # handles of the folders that this process is alone in
 
@@ -63,6 +71,74 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, stream.getvalue())
+
+
+def read_json(path: Path, error: type[MedsegError] = RunError) -> dict[str, Any]:
+    """The object in a JSON file, with nothing in it that other programs read differently or that cannot be written.
+
+    Args:
+        path: a file in UTF-8.
+        error: what to raise.
+
+    Raises:
+        MedsegError: the file is missing, empty, not UTF-8, not JSON or not an object, or holds a key twice, NaN,
+            a number beyond 64 bits, half a character, or more than 100 levels.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise error(f"{path}: holds the key {twice!r} twice in one object. Remove one of the two.")
+        return content
+
+    def refuse(word: str) -> None:
+        raise error(f"{path}: holds {word}, which is not a JSON value. Replace it by a number or null.")
+
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        content = json.loads(text, object_pairs_hook=unique, parse_constant=refuse) if text.strip() else None
+    except FileNotFoundError:
+        raise error(f"{path}: there is no such file. Check the path.") from None
+    except json.JSONDecodeError as fault:
+        raise error(
+            f"{path}: is not valid JSON ({fault.msg}, line {fault.lineno}). Correct that line: often a comma is "
+            "missing or one too many, or quotes are not double quotes."
+        ) from None
+    except UnicodeDecodeError:
+        raise error(f"{path}: is not text in UTF-8. Save it as UTF-8 (not UTF-16, not Latin-1).") from None
+    except RecursionError:
+        raise error(f"{path}: is nested more than {MOST_LEVELS} levels deep. Correct the file.") from None
+    except ValueError:  # int() of more than 4,300 digits
+        raise error(f"{path}: holds a whole number that is too long. Correct it.") from None
+    except OSError as fault:
+        raise error(f"{path}: cannot be read ({fault.strerror}). Check its permissions.") from None
+    if not isinstance(content, dict):
+        what = type(content).__name__ if text.strip() else "an empty file"
+        raise error(f"{path}: must hold a JSON object ({{...}}), found {what}.")
+    if (problem := _unwritable(content)) is not None:
+        raise error(f"{path}: {problem}. Correct the file.")
+    return content
+
+
+def _unwritable(content: dict[str, Any]) -> str | None:
+    stack: list[tuple[Any, int]] = [(content, 1)]
+    while stack:
+        value, level = stack.pop()
+        if level > MOST_LEVELS:
+            return f"is nested more than {MOST_LEVELS} levels deep"
+        if isinstance(value, dict):
+            stack += [(part, level + 1) for pair in value.items() for part in pair]
+        elif isinstance(value, list):
+            stack += [(part, level + 1) for part in value]
+        elif isinstance(value, str) and HALF_CHARACTER.search(value):
+            return f"holds half a character (a lone surrogate) in {ascii(value)[:60]}"
+        elif isinstance(value, int) and abs(value) > LARGEST:
+            return f"holds a whole number of {len(str(abs(value)))} digits"
+        elif isinstance(value, float) and not math.isfinite(value):
+            return "holds a number that is too large"
+    return None
 
 
 def remove_leftovers(folder: Path) -> None:

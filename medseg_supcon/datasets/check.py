@@ -1,20 +1,94 @@
-"""`check_dataset`: every case looked at, every file read once, and what the cases have in common."""
+"""`check_dataset`: every case and every file read once, and what the cases have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from medseg_supcon.datasets.check_case import Looked, look_at
-from medseg_supcon.datasets.dataset import Dataset
-from medseg_supcon.datasets.findings import Finding, Report
+from medseg_supcon.datasets.case_report import CaseReport, Finding, case_report
+from medseg_supcon.datasets.dataset import Dataset, normalisation
+from medseg_supcon.datasets.labels import value_text
 from medseg_supcon.datasets.split import patient_on_both_sides
 from medseg_supcon.scans import in_parallel
 
-OUTLIER = 2.5
+OUTLIER = 2.5  # factor from the median, of voxel size and field of view
 FEWEST_FOR_OUTLIERS = 4
+INTENSITY_OUTLIER = {"ct": 5.0, "nonorm": 5.0, "rgb_to_0_1": 5.0}  # factor from the median range
+MR_OUTLIER = 10_000.0  # of channels that are normalised per scan: MR scanners differ by factors of 500
+CT_SHIFT = 300.0  # HU by which both ends of a scan's range are off
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings on a data set.
+
+    Attributes:
+        name: of the data set.
+        root: its folder.
+        cases: number of cases that were read.
+        labelled: how many of them have a label map.
+        findings: errors first, then in the order of the cases.
+    """
+
+    name: str
+    root: Path
+    cases: int
+    labelled: int
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """Findings that prevent training."""
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """Findings that a person should look at."""
+        return tuple(finding for finding in self.findings if finding.severity == "warning")
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether training must refuse."""
+        return bool(self.errors)
+
+    def rows(self) -> list[dict[str, str]]:
+        """One row per finding for a table: "case", "severity", "code", "message"."""
+        return [
+            {"case": f.case or "(all)", "severity": f.severity, "code": f.code, "message": f.message}
+            for f in self.findings
+        ]
+
+    def summary(self) -> str:
+        """One closing sentence."""
+        rest = self.cases - self.labelled
+        cases = f"{self.name}: {_count(self.cases, 'case')} checked" + (
+            f", {rest} without label map" if rest else ""
+        )
+        if not self.findings:
+            return f"{cases}, no problems found."
+        return f"{cases}, {_count(len(self.errors), 'error')}, {_count(len(self.warnings), 'warning')}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "dataset": self.name,
+            "root": str(self.root),
+            "cases": self.cases,
+            "labelled": self.labelled,
+            "errors": len(self.errors),
+            "warnings": len(self.warnings),
+            "findings": [
+                {**asdict(f), "file": None if f.file is None else str(f.file)} for f in self.findings
+            ],
+        }
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def check_dataset(
@@ -26,19 +100,19 @@ def check_dataset(
 ) -> Report:
     """What is wrong with a data set, case by case. Never raises for a bad file: it is a finding.
 
-    Errors: missing or unreadable files, 2-D or 4-D where 3-D is expected, shapes or affines of scan and label
-    map that differ, NaN or Inf, a constant image, label values that are not declared, fractional or
-    overlapping labels, label maps that are all empty, differing channel counts, one image in two cases, an
-    affine that is no geometry or sheared, a header that gives metres or microns, or two voxel sizes (sform
-    against pixdim, by more than 1 %).
+    Errors: missing or unreadable files, 2-D or 4-D files instead of 3-D, shapes, axes or affines of scan and label
+    map that differ, NaN or Inf, a constant image, label values that are not declared, fractional or overlapping
+    labels, only empty label maps, differing channel counts, one image in two cases, an invalid or sheared affine, a
+    header in metres or microns, or with two voxel sizes (sform against pixdim, by more than 1 %).
 
-    Warnings: an empty label map, a class that nobody drew, a single slice, a qform that disagrees with the
-    sform, a header without orientation, outliers of spacing and size, a patient whom a data list both trains and
-    validates on (training refuses that where it validates).
+    Warnings: what reading the data set did not use, an empty label map, a class that nobody drew, that one case
+    alone or no training case shows, a single slice, a qform that disagrees with the sform, a header without
+    orientation, outliers of spacing, size and intensity, CT that is not in Hounsfield units, a patient who both
+    trains and validates (training refuses that if it validates).
 
     Args:
-        dataset: from `read_dataset`.
-        affine_tolerance: how far a corner of the label map's grid may lie from the scan's, in voxels.
+        dataset: from `read_dataset`; its `validation` are the cases that do not train.
+        affine_tolerance: how far a corner of the label map's grid may be from the scan's, in voxels.
         allow_affine_mismatch: report differing affines as warnings; the scan's is then the right one.
         jobs: threads; None for up to four.
 
@@ -51,86 +125,139 @@ def check_dataset(
     """
     if not affine_tolerance >= 0:
         raise ValueError(f"affine_tolerance must be at least 0 voxels, got {affine_tolerance}")
-    severity = "warning" if allow_affine_mismatch else "error"
-    looked = in_parallel(lambda case: look_at(case, dataset, affine_tolerance, severity), dataset.cases, jobs)
-    findings = [found for one in looked for found in one.findings]
-    findings += _duplicates(looked)
-    findings += _outliers(looked)
-    findings += _classes_nobody_drew(dataset, looked)
+    mismatch = "warning" if allow_affine_mismatch else "error"
+    reports = in_parallel(
+        lambda case: case_report(case, dataset, affine_tolerance, mismatch), dataset.cases, jobs
+    )
+    findings = [finding for report in reports for finding in report.findings]
+    findings += _duplicates(reports)
+    findings += _geometry_outliers(reports)
+    findings += _intensity_outliers(dataset, reports)
+    findings += _rare_classes(dataset, reports)
+    findings += [_of_all("data_list", warning) for warning in dataset.warnings]
     mixed = patient_on_both_sides(dataset)
-    if mixed is not None:
-        findings.append(Finding("", None, "warning", "patient_on_both_sides", mixed))
+    findings += [] if mixed is None else [_of_all("patient_on_both_sides", mixed)]
     order = {case.name: number for number, case in enumerate(dataset.cases)}
     findings.sort(key=lambda f: (f.severity != "error", order.get(f.case, len(order))))
     return Report(dataset.name, dataset.root, len(dataset.cases), len(dataset.labelled), tuple(findings))
 
 
-def _duplicates(looked: Sequence[Looked]) -> list[Finding]:
+def _of_all(code: str, message: str, severity: str = "warning") -> Finding:
+    return Finding("", None, severity, code, message)
+
+
+def _of_image(report: CaseReport, code: str, sentence: str) -> Finding:
+    file = report.case.images[0]
+    return Finding(report.case.name, file, "warning", code, f"{file}: {sentence}")
+
+
+def _duplicates(reports: Sequence[CaseReport]) -> list[Finding]:
     """Images whose voxels are those of an earlier one: an error between cases, a warning within one."""
     findings = []
     first: dict[bytes, tuple[str, Path]] = {}
-    for one in looked:
-        for path, content in one.contents:
+    for report in reports:
+        own = report.case.name
+        for path, content in report.contents:
             if content not in first:
-                first[content] = (one.case.name, path)
+                first[content] = (own, path)
                 continue
             name, earlier = first[content]
-            same_case = name == one.case.name
-            what = f"another channel of the case, {earlier}" if same_case else f"case {name}, {earlier}"
-            cure = "Give each channel its own file." if same_case else "Remove one of the two cases."
+            what = f"another channel of the case, {earlier}" if name == own else f"case {name}, {earlier}"
+            cure = "Give each channel its own file." if name == own else "Remove one of the two cases."
             message = f"{path}: holds the same voxels as {what}. {cure}"
-            findings.append(
-                Finding(one.case.name, path, "warning" if same_case else "error", "duplicate_image", message)
-            )
+            severity = "warning" if name == own else "error"
+            findings.append(Finding(own, path, severity, "duplicate_image", message))
     return findings
 
 
-def _outliers(looked: Sequence[Looked]) -> list[Finding]:
-    measured = [one for one in looked if one.spacing is not None and one.extent is not None]
+def _geometry_outliers(reports: Sequence[CaseReport]) -> list[Finding]:
+    measured = [report for report in reports if report.spacing is not None and report.extent is not None]
     if len(measured) < FEWEST_FOR_OUTLIERS:
         return []
     findings = []
-    for code, what, cure in (
-        ("spacing_outlier", "voxel size", "Check the header, or leave the case out."),
-        (
-            "size_outlier",
-            "field of view",
-            "Check that it shows the same part of the body, or leave the case out.",
-        ),
+    for code, what, values, cure in (
+        ("spacing_outlier", "voxel size", [r.spacing for r in measured], "Check the header"),
+        ("size_outlier", "field of view", [r.extent for r in measured], "Check the body part"),
     ):
-        values = np.array([one.spacing if code == "spacing_outlier" else one.extent for one in measured])
-        median = np.median(values, axis=0)
-        for one, value in zip(measured, values, strict=True):
-            ratio = value / median
-            if (ratio > OUTLIER).any() or (ratio < 1 / OUTLIER).any():
-                message = f"{one.case.images[0]}: its {what} is {_mm(value)}, usual is {_mm(median)}. {cure}"
-                findings.append(Finding(one.case.name, one.case.images[0], "warning", code, message))
+        median = np.median(np.array(values), axis=0)
+        lost = np.isclose(values, 1, atol=1e-4).all(axis=1)  # what programs write if they lose the voxel size
+        few = code == "spacing_outlier" and lost.sum() <= len(lost) // 4 and (abs(median - 1) > 0.2).any()
+        for report, value, is_one in zip(measured, values, lost, strict=True):
+            ratio = np.asarray(value) / median
+            if (ratio > OUTLIER).any() or (ratio < 1 / OUTLIER).any() or (few and is_one):
+                sentence = (
+                    f"its {what} is {_mm(value)}, usual is {_mm(median)}. {cure}, or leave the case out."
+                )
+                findings.append(_of_image(report, code, sentence))
     return findings
 
 
-def _mm(values: np.ndarray) -> str:
+def _mm(values: Any) -> str:
     return " x ".join(f"{value:.3g}" for value in values) + " mm (RAS)"
 
 
-def _classes_nobody_drew(dataset: Dataset, looked: Sequence[Looked]) -> list[Finding]:
-    seen = {name for one in looked for name in one.classes}
-    if not seen:
+def _intensity_outliers(dataset: Dataset, reports: Sequence[CaseReport]) -> list[Finding]:
+    """Scans whose range of intensities is far from the others', and CT that is not in Hounsfield units."""
+    measured = [report for report in reports if len(report.intensities) == len(dataset.channels)]
+    if not measured:
         return []
-    if seen == {next(iter(dataset.labels))}:
+    findings = []
+    for number, channel in enumerate(dataset.channels):
+        least, low, high = np.array([report.intensities[number] for report in measured]).T
+        kind = normalisation(channel)
+        factor = INTENSITY_OUTLIER.get(kind, MR_OUTLIER)
+        ratio = (high - low) / max(float(np.median(high - low)), 1e-30)
+        odd = (ratio > factor) | (ratio < 1 / factor)
+        cure = "Check its units, or leave the case out."
+        if kind == "ct":
+            ends = np.stack([low - np.median(low), high - np.median(high)])
+            odd |= (ends.min(axis=0) > CT_SHIFT) | (ends.max(axis=0) < -CT_SHIFT)
+            odd |= (least >= 0) & (least < -100).any()  # air is -1000 HU
+            cure = "CT must be in Hounsfield units (air -1000, water 0) in all cases: convert it."
+            if (least >= 0).all():
+                message = (
+                    f"{dataset.root}: no scan has a value below 0 in channel {channel!r}, so they are not in "
+                    f"Hounsfield units (air -1000, water 0). {cure}"
+                )
+                findings.append(_of_all("not_hounsfield", message))
+        if len(measured) < FEWEST_FOR_OUTLIERS and kind != "ct":
+            continue
+        usual = f"{np.median(low):.4g} to {np.median(high):.4g}"
+        for report, is_odd, a, b in zip(measured, odd, low, high, strict=True):
+            if is_odd:
+                sentence = f"channel {channel!r} ranges from {a:.4g} to {b:.4g}, usual is {usual}. {cure}"
+                findings.append(_of_image(report, "intensity_outlier", sentence))
+    return findings
+
+
+def _rare_classes(dataset: Dataset, reports: Sequence[CaseReport]) -> list[Finding]:
+    """Classes that no case shows, only one, or only cases that do not train."""
+    cases = {name: [r.case.name for r in reports if name in r.classes] for name in dataset.labels}
+    _, *classes = dataset.labels
+    if not any(cases.values()):
+        return []
+    if not any(cases[name] for name in classes):
         message = (
             f"{dataset.root}: none of the label maps shows a structure, so there is nothing to learn. Add a case "
             f"with one, or correct the declared values."
         )
-        return [Finding("", None, "error", "no_structure", message)]
-    return [
-        Finding(
-            "",
-            None,
-            "warning",
-            "absent_class",
-            f"{dataset.root}: no label map shows the class {name!r} (value {value:g}), so it is not learnt. "
-            f"Check the declared value, or remove the class.",
-        )
-        for name, value in list(dataset.labels.items())[1:]
-        if name not in seen
-    ]
+        return [_of_all("no_structure", message, "error")]
+    findings = []
+    for name in classes:
+        what = f"{dataset.root}: the class {name!r} (value {value_text(dataset.labels[name])}) is drawn in"
+        if not cases[name]:
+            message = (
+                f"{what} no label map, so it is not learnt. Check the declared value, or remove the class."
+            )
+            findings.append(_of_all("absent_class", message))
+        elif set(cases[name]) <= dataset.validation:
+            few = ", ".join(cases[name][:3]) + ", ..." * (len(cases[name]) > 3)
+            message = f"{what} validation cases only ({few}), so it is not learnt. Train on one of them."
+            findings.append(_of_all("class_not_trained", message))
+        elif len(cases[name]) == 1 and not dataset.validation and len(dataset.labelled) > 1:
+            message = (
+                f"{what} one case only ({cases[name][0]}): if that case validates, the class is not learnt. "
+                "Draw it in more cases."
+            )
+            findings.append(_of_all("class_in_one_case", message))
+    return findings

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import numpy.typing as npt
 
@@ -17,19 +18,43 @@ Labels = dict[str, "int | float"]
 
 # Values of float label files carry rounding of the scaling; a value this close to a declared one is that one.
 TOLERANCE = 1e-3
+LARGEST = 2**53  # beyond it float64 merges neighbouring whole numbers
 STRAY = np.iinfo(np.int16).min
 
 
-def plain(value: float) -> int | float:
-    """An int where the number is whole: it reads better in a file."""
-    return int(value) if float(value).is_integer() else float(value)
+def check_name(name: object, source: Path, key: str) -> str:
+    """The name of a class, channel or data set, without blanks around it.
+
+    Raises:
+        DataError: it is not a text, empty, or holds a character that cannot be printed, such as a line break.
+    """
+    text = name.strip() if isinstance(name, str) else ""
+    if not text or not text.isprintable():
+        raise DataError(f'{source}: {name!a} under "{key}" is not a printable name. Correct it.')
+    return text
+
+
+def whole_number(value: object) -> int | None:
+    """A whole number, also as a text; None for anything else."""
+    number = _number(value)
+    return int(number) if number is not None and number.is_integer() else None
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if np.isfinite(number) else None
 
 
 def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple[Labels, int | float | None]:
     """Class name -> value, background first and then by value, and the ignore label.
 
     Takes the decathlon's ``{"0": "background", "1": "tumour"}`` and nnU-Net's ``{"background": 0, "tumour":
-    1}``. A class called "ignore" is no class: its value means "not annotated".
+    1}``. "ignore" is not a class: its value means "not annotated".
 
     Raises:
         ConfigError: a label is a region, a list of values.
@@ -47,25 +72,23 @@ def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple
     for key, entry in declared.items():
         if isinstance(entry, list | tuple):
             raise ConfigError(
-                f"{source}: label {key!r} is a region, the values {list(entry)}. Regions are not supported: "
-                f"give every class one value of its own."
+                f"{source}: label {key!r} is a region, the values {list(entry)}. Overlapping regions are not "
+                f"supported yet: give every class one value of its own."
             )
-        name, value = (str(entry), _number(key)) if by_value else (str(key), _number(entry))
-        if value is None:
-            raise DataError(f"{source}: label {key!r} must have a number as its value, found {entry!r}.")
-        pairs.append((name.strip(), value))
+        name, value = (entry, _number(key)) if by_value else (key, _number(entry))
+        if value is None or abs(value) > LARGEST:
+            raise DataError(
+                f"{source}: label {key!r} must have a number up to 2^53 as its value, found {entry!r}."
+            )
+        pairs.append((check_name(name, source, "labels"), value))
     ignored = _number(ignore)
     if ignore is not None and ignored is None:
         raise DataError(f'{source}: "ignore_label" must be a number, found {ignore!r}.')
-    for name, value in pairs:
-        if name.lower() == "ignore":
-            ignored = value
+    ignored = next((value for name, value in pairs if name.lower() == "ignore"), ignored)
     pairs = [(name, value) for name, value in pairs if name.lower() != "ignore" and value != ignored]
-    for what in (0, 1):
-        seen = [pair[what] for pair in pairs]
-        twice = next((entry for entry in seen if seen.count(entry) > 1), None)
+    for kind, entries in (("name", [name for name, _ in pairs]), ("value", [value for _, value in pairs])):
+        twice = next((entry for entry in entries if entries.count(entry) > 1), None)
         if twice is not None:
-            kind = "name" if what == 0 else "value"
             raise DataError(
                 f'{source}: "labels" uses the {kind} {twice!r} twice. Give each class its own {kind}.'
             )
@@ -74,18 +97,19 @@ def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple
     rest = sorted((pair for pair in pairs if pair != ground), key=lambda pair: pair[1])
     if not rest:
         raise DataError(f'{source}: "labels" names no class besides the background. Declare at least one.')
-    labels = {name: plain(value) for name, value in [ground, *rest]}
-    return labels, None if ignored is None else plain(ignored)
+    return {name: _plain(value) for name, value in [ground, *rest]}, None if ignored is None else _plain(
+        ignored
+    )
 
 
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if np.isfinite(number) else None
+def value_text(value: float) -> str:
+    """A label value for people: all digits of a whole number, four of any other."""
+    return f"{value:.0f}" if value == round(value) else f"{value:.4g}"
+
+
+def _plain(value: float) -> int | float:
+    """An int if the number is whole: it reads better in a file."""
+    return int(value) if value.is_integer() else value
 
 
 def scan_labels(
@@ -99,20 +123,19 @@ def scan_labels(
         DataError: no file holds a value besides the background, or there are too many to be a label map.
     """
 
-    def values(path: Path) -> set[float]:
+    def read_values(path: Path) -> set[float]:
         try:
-            data = read_volume(path).data
+            return set(count_values(read_volume(path).data))
         except DataError:
             return set()
-        return set(count_values(data))
 
-    found = sorted(set().union(*in_parallel(values, files)))
-    if len(found) > 256 or any(value != int(value) for value in found):
+    values = sorted(set().union(*in_parallel(read_values, files)))
+    if len(values) > 256 or any(value != int(value) for value in values):
         raise DataError(
-            f'{source}: declares no "labels", and the label files hold {len(found)} different values, '
+            f'{source}: declares no "labels", and the label files hold {len(values)} different values, '
             f'perhaps fractions. Declare the classes: "labels": {{"background": 0, "tumour": 1}}.'
         )
-    declared = {f"label {int(value)}": value for value in found if value != 0}
+    declared = {f"label {int(value)}": value for value in values if value != 0}
     if not declared:
         raise DataError(
             f"{source}: the label files hold no value besides 0. At least one structure must be drawn."
@@ -123,8 +146,8 @@ def scan_labels(
 def label_mapping(plan: Mapping[str, Any]) -> tuple[list[int | float], list[int]]:
     """Values of the label files and the class index of each, as `MapLabelValued` takes them.
 
-    The ignore label becomes `losses.IGNORE_INDEX`. `MapLabelValued` lets any other value pass as it is; use
-    `class_indices` where values that nobody declared must be refused.
+    The ignore label becomes `losses.IGNORE_INDEX`. `MapLabelValued` keeps any other value as it is; use
+    `class_indices` if undeclared values must be refused.
 
     Example:
         >>> from medseg_supcon.datasets import label_mapping
@@ -140,7 +163,7 @@ def label_mapping(plan: Mapping[str, Any]) -> tuple[list[int | float], list[int]
 
 
 def label_type(values: Collection[float]) -> np.dtype[Any]:
-    """The smallest integer type that holds all values; float32 where one is no integer. inference.yaml says the same.
+    """The smallest integer type that holds all values; float32 if one is not an integer. inference.yaml says the same.
 
     Example:
         >>> from medseg_supcon.datasets import label_type
@@ -154,9 +177,9 @@ def label_type(values: Collection[float]) -> np.dtype[Any]:
 
 
 def snap_labels(label: npt.NDArray[Any], values: Iterable[float]) -> npt.NDArray[Any]:
-    """The label map with every value within 1e-3 of one of `values` set to that very one.
+    """The label map with every value within 1e-3 of one of `values` set to exactly that one.
 
-    Float label files and files with a scaling hold 0.9999999 where 1 is meant. Other values stay as they are.
+    Float label files and files with a scaling hold 0.9999999 instead of 1. Other values stay as they are.
 
     Example:
         >>> import numpy as np
@@ -167,10 +190,32 @@ def snap_labels(label: npt.NDArray[Any], values: Iterable[float]) -> npt.NDArray
     declared = list(values)
     if label.dtype.kind != "f" or set(count_values(label)) <= set(declared):
         return label
-    out = label.astype(np.float64)  # a declared 0.1 is no float32
+    out = label.astype(np.float64)  # float32 cannot hold a declared 0.1
     for value in declared:
         out[np.abs(label - value) <= TOLERANCE] = value
     return out
+
+
+def reorient(
+    data: npt.NDArray[Any], affine: npt.NDArray[np.float64], like: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    """A volume (X, Y, Z, ...) and its affine with the axes in the order and direction of another affine.
+
+    Every voxel stays at its place in space: axes are swapped and mirrored, nothing is interpolated.
+
+    Example:
+        >>> import numpy as np
+        >>> from medseg_supcon.datasets import reorient
+        >>> label, affine = reorient(np.zeros((2, 3, 4)), np.diag([-1.0, 1, 1, 1]), np.eye(4))
+        >>> label.shape, affine[0].tolist()
+        ((2, 3, 4), [1.0, 0.0, 0.0, -1.0])
+    """
+    axes, wanted = (nibabel.orientations.io_orientation(one) for one in (affine, like))
+    if np.isnan(axes).any() or np.isnan(wanted).any():
+        return data, affine
+    change = nibabel.orientations.ornt_transform(axes, wanted)
+    turned = nibabel.orientations.apply_orientation(data, change)
+    return turned, affine @ nibabel.orientations.inv_ornt_aff(change, data.shape[:3])
 
 
 def class_indices(
@@ -190,27 +235,25 @@ def class_indices(
     """
     values, indices = label_mapping(plan)
     out = np.empty_like(label, dtype=np.int16)
-    found: set[float] = set()
+    stray: set[float] = set()
     for part in slabs(label.shape[-1] if label.ndim else 0, label.size):
         out[..., part] = indexed = _indexed(label[..., part], values, indices)
-        stray = indexed == STRAY
-        if stray.any():
-            found |= {float(value) for value in np.unique(label[..., part][stray])}
-    if found:
-        few = ", ".join(f"{value:g}" for value in sorted(found)[:5])
+        stray |= {float(value) for value in np.unique(label[..., part][indexed == STRAY])}
+    if stray:
+        few, declared = (", ".join(map(value_text, part)) for part in (sorted(stray)[:5], values))
         raise DataError(
-            f"{source}: holds {few}, but the declared values are "
-            f"{', '.join(f'{value:g}' for value in values)}. Correct the label map or declare the value."
+            f"{source}: holds {few}, but the declared values are {declared}. Correct the label map or declare "
+            "the value."
         )
     return out
 
 
 def _indexed(label: npt.NDArray[Any], values: list[int | float], indices: list[int]) -> npt.NDArray[np.int16]:
-    """Class indices, `STRAY` where a value is none of `values`; by a table where all values are integers."""
+    """Class indices, `STRAY` for a value that is not one of `values`; by a table if all are small integers."""
     whole = as_whole(label)
     if whole is None:
         out = np.full(label.shape, STRAY, dtype=np.int16)
-        label = label.astype(np.float64)  # unsigned integers know no difference below 0
+        label = label.astype(np.float64)  # differences of unsigned integers are never below 0
         for value, index in zip(values, indices, strict=True):
             out[np.abs(label - value) <= TOLERANCE] = index
         return out

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.datasets.dataset import Case, Dataset
-from medseg_supcon.datasets.labels import parse_labels, scan_labels
-from medseg_supcon.datasets.lists import (
-    is_hidden,
+from medseg_supcon.datasets.data_list import (
+    CHANNEL_KEYS,
+    check_keys,
     list_cases,
-    read_json,
-    read_patients,
     validation_of_folds,
-    without_twins,
 )
+from medseg_supcon.datasets.dataset import Case, Dataset
+from medseg_supcon.datasets.labels import check_name, parse_labels, scan_labels, whole_number
 from medseg_supcon.errors import DataError
+from medseg_supcon.files import read_json
 from medseg_supcon.scans import NIFTI_ENDINGS, read_header, stem
 
 LAYOUTS = (
@@ -32,10 +31,11 @@ def read_dataset(path: str | Path) -> Dataset:
     """The data set in a folder or data list. Voxels are not read, unless no labels are declared.
 
     Layouts: the decathlon's folder (``dataset.json`` with a ``training`` list), nnU-Net v2's raw folder
-        (``imagesTr/case_0000.nii.gz``), a MONAI datalist JSON, or a folder with ``imagesTr`` and ``labelsTr``
-        (or ``images`` and ``labels``) alone. Items may carry a ``patient``; so may ``patients.json`` beside
-        the list. Items with a ``fold``: fold 0 is the validation, as in MONAI's Auto3DSeg. The ``test``
-        section is left out.
+        (``imagesTr/case_0000.nii.gz``, or the files that its ``dataset`` key names), a MONAI datalist JSON, or a
+        folder with ``imagesTr`` and ``labelsTr`` (or ``images`` and ``labels``) alone. A ``training`` list counts
+        wherever there is one. Items may have a ``patient``; so may ``patients.json`` beside the list. Items with a
+        ``fold``: fold 0 validates, as in MONAI's Auto3DSeg. The ``test`` section is not used. A key that is not
+        known is a warning of the data set, a misspelt one an error.
 
     Args:
         path: a folder or a JSON file. Relative paths of a list start from its folder and cannot leave it.
@@ -52,7 +52,7 @@ def read_dataset(path: str | Path) -> Dataset:
         (2, ('MRI',))
     """
     path = Path(path)
-    if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises where a name is too long
+    if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for long names
         raise DataError(f"{path}: there is no such file or folder. Give {LAYOUTS}.")
     path = _without_dots(path)
     source = path / "dataset.json" if path.is_dir() else path
@@ -61,45 +61,75 @@ def read_dataset(path: str | Path) -> Dataset:
     if source.is_file():
         if source.suffix.lower() != ".json":
             raise DataError(f"{path}: is not a data set. Give {LAYOUTS}.")
-        content = read_json(source)
+        content = read_json(source, DataError)
     elif not _image_folder(root):
         raise DataError(f"{path}: holds no dataset.json and no imagesTr. Give {LAYOUTS}.")
-
-    validation: frozenset[str] = frozenset()
-    if not path.is_dir() or ("training" in content and "file_ending" not in content):
-        if "training" not in content:
-            raise DataError(f'{source}: has no "training" list. Give {LAYOUTS}.')
-        cases = list_cases(content["training"], "training", root, source)
-        validation = validation_of_folds(content["training"], cases)
-        if content.get("validation"):
-            own = list_cases(content["validation"], "validation", root, source)
-            validation = frozenset(case.name for case in own)
-            cases += own
-        if content.get("unlabelled") or content.get("unlabeled"):
-            key = "unlabelled" if content.get("unlabelled") else "unlabeled"
-            cases += list_cases(content[key], key, root, source, labelled=False)
-    else:
-        cases = _folder_cases(root, source, content)
+    warnings = check_keys(content, source)
+    cases, validation = _cases(content, path, source, warnings)
     cases = [_with_channel_files(case) for case in cases]
     if not cases:
         raise DataError(f"{source}: names no training case. Add items to the list or scans to imagesTr.")
-    if not any(case.label for case in cases):
+    labelled = sum(case.label is not None for case in cases)
+    if not labelled:
         raise DataError(
             f"{source}: none of the {len(cases)} scans has a label map. Training needs at least one: put it "
             f"into labelsTr under the scan's name, or name it in the data list."
         )
-    patients = read_patients(root)
-    cases = [replace(case, patient=patients.get(case.name, case.patient)) for case in cases]
-    labels, ignore = _labels(content, cases, source)
+    expected = content.get("numTraining")
+    listed = content.get("training")
+    number = len(listed) if isinstance(listed, list) else labelled
+    if expected is not None and expected not in (number, labelled):
+        warnings.append(f'{source}: "numTraining" is {expected!r}, but there are {number} training cases.')
+    patients = read_json(root / "patients.json", DataError) if (root / "patients.json").is_file() else {}
+    cases = [
+        replace(case, patient=str(patients.get(case.name, case.patient or "")) or None) for case in cases
+    ]
     return Dataset(
         root=root,
-        name=str(content.get("name") or root.resolve().name),
+        name=check_name(content.get("name") or root.resolve().name, source, "name"),
         cases=without_twins(cases, source),
-        channels=_channels(content, cases),
-        labels=labels,
-        ignore_label=ignore,
+        channels=_channels(content, cases, source),
+        labels=(labels := _labels(content, cases, source))[0],
+        ignore_label=labels[1],
         validation=frozenset(case.name for case in cases if case.name in validation and case.label),
+        warnings=tuple(warnings),
     )
+
+
+def _cases(
+    content: Mapping[str, Any], path: Path, source: Path, warnings: list[str]
+) -> tuple[list[Case], frozenset[str]]:
+    """The cases of a data set in any layout, and the names of those that validate."""
+    root = source.parent
+    files = content.get("dataset")
+    if "training" not in content and isinstance(files, Mapping):
+        entries = [
+            {"name": name, "image": entry.get("images"), "label": entry.get("label")}
+            for name, entry in files.items()
+            if isinstance(entry, Mapping)
+        ]
+        listed, _ = list_cases(entries, "dataset", root, source)
+        return [case for case, _ in listed], frozenset()
+    if "training" not in content:
+        if not path.is_dir():
+            raise DataError(f'{source}: has no "training" list. Give {LAYOUTS}.')
+        return _folder_cases(root, source, content), frozenset()
+    if also := [f'"{key}"' for key in ("file_ending", "dataset") if key in content]:
+        warnings.append(f'{source}: has a "training" list and {" and ".join(also)}: only the list is used.')
+    listed, unused = list_cases(content["training"], "training", root, source)
+    warnings += unused
+    cases, validation = [case for case, _ in listed], validation_of_folds(listed, source)
+    for key in ("validation", "unlabelled", "unlabeled"):
+        if not content.get(key):
+            continue
+        more, unused = list_cases(content[key], key, root, source, labelled=key == "validation")
+        warnings += unused
+        cases += [case for case, _ in more]
+        if key == "validation":
+            if validation:
+                warnings.append(f'{source}: items have a "fold", but the "validation" list counts.')
+            validation = frozenset(case.name for case, _ in more)
+    return cases, validation
 
 
 def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:
@@ -118,8 +148,30 @@ def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:
     return tuple(cases)
 
 
+def without_twins(cases: Sequence[Case], source: Path) -> tuple[Case, ...]:
+    """The cases, if no two of them share a name and every name can be a file's.
+
+    Raises:
+        DataError: two cases have one name (their masks could not be told apart), or a name holds a slash.
+    """
+    seen: dict[str, Case] = {}
+    for case in cases:
+        if not re.fullmatch(r"[^./\\\0\n][^/\\\0\n]*", case.name):
+            raise DataError(
+                f"{source}: the case name {case.name!r} cannot be a file name. Use letters, digits, - and _."
+            )
+        if case.name in seen:
+            first = seen[case.name].images[0]
+            raise DataError(
+                f"{source}: two cases are called {case.name!r} ({first} and {case.images[0]}). "
+                f'Rename a file, remove the double item, or give the items a "name".'
+            )
+        seen[case.name] = case
+    return tuple(cases)
+
+
 def _without_dots(path: Path) -> Path:
-    """The path itself, or where it has a ``..``, the one that it stands for: what lies below it can be told by name."""
+    """The path itself, or if it has a ``..``, its target: then paths below it can be compared by name."""
     return path.resolve() if ".." in path.parts else path
 
 
@@ -138,10 +190,9 @@ def _image_folder(root: Path) -> Path | None:
 
 
 def _nifti_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    files = (file for file in folder.iterdir() if file.name.lower().endswith(NIFTI_ENDINGS))
-    return sorted(file for file in files if not is_hidden(file))
+    """The NIfTI files of a folder, without hidden ones such as the ``._`` twins that macOS makes."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sorted(f for f in files if f.name.lower().endswith(NIFTI_ENDINGS) and not f.name.startswith("."))
 
 
 def _scans(
@@ -149,18 +200,16 @@ def _scans(
 ) -> dict[str, tuple[Path, ...]]:
     """Case name -> its files; with suffixes, the files that the channels demand, existing or not."""
     files = _nifti_files(folder)
-    if suffixed is None:
-        endings = {
-            stem(file)[-5:] for file in files
-        }  # patient_0001, patient_0002 are no channels: none is _0000
+    if suffixed is None:  # patient_0001 and patient_0002 are not channels: none is _0000
+        endings = {stem(file)[-5:] for file in files}
         suffixed = "_0000" in endings and all(re.fullmatch(r"_\d{4}", ending) for ending in endings)
     if not suffixed:
         return {stem(file): (file,) for file in files}
-    found: dict[str, list[Path]] = {}
+    by_name: dict[str, list[Path]] = {}
     for file in files:
-        found.setdefault(re.sub(r"_\d{4}$", "", stem(file)), []).append(file)
+        by_name.setdefault(re.sub(r"_\d{4}$", "", stem(file)), []).append(file)
     scans = {}
-    for name, own in found.items():
+    for name, own in by_name.items():
         ending = own[0].name[len(stem(own[0])) :]
         expected = [folder / f"{name}_{number:04d}{ending}" for number in range(channels or 1)]
         scans[name] = tuple(sorted({*own, *expected}))
@@ -177,13 +226,14 @@ def _folder_cases(root: Path, source: Path, content: Mapping[str, Any]) -> list[
     if images is None:
         raise DataError(f'{source}: has no "training" list, and {root} holds no imagesTr. Give {LAYOUTS}.')
     labels = {stem(file): file for file in _nifti_files(root / images.name.replace("images", "labels"))}
-    if not _nifti_files(images):
+    stems = {stem(file) for file in _nifti_files(images)}
+    if not stems:
         raise DataError(f"{images}: holds no NIfTI scan (.nii or .nii.gz). Put the training scans there.")
-    channels = content.get("channel_names", content.get("modality"))
-    number = len(channels) if isinstance(channels, Mapping | list) else None
+    declared = next((content[key] for key in CHANNEL_KEYS if key in content), None)
+    number = len(declared) if isinstance(declared, Mapping | list) else None
     suffixed = True if "file_ending" in content else None
-    if labels and set(labels) <= {stem(file) for file in _nifti_files(images)}:
-        suffixed = False  # every label map has a scan of its very name: the digits belong to the name
+    if labels and set(labels) <= stems:  # every label map has a scan of its very name
+        suffixed = False
     scans = _scans(images, number, suffixed=suffixed)
     if suffixed is not False and labels and not set(labels) & set(scans):
         raise DataError(
@@ -192,11 +242,9 @@ def _folder_cases(root: Path, source: Path, content: Mapping[str, Any]) -> list[
         )
     cases = [Case(name, files, labels.get(name)) for name, files in scans.items()]
     with_suffix = any(stem(files[0]) != name for name, files in scans.items())
-    for name in sorted(set(labels) - set(scans)):  # a label map whose scan is gone: the check reports it
-        expected = (
-            [f"{name}_{n:04d}{ending}" for n in range(number or 1)] if with_suffix else [f"{name}{ending}"]
-        )
-        cases.append(Case(name, tuple(images / file for file in expected), labels[name]))
+    suffixes = [f"_{n:04d}" for n in range(number or 1)] if with_suffix else [""]
+    for name in sorted(set(labels) - set(scans)):  # a label map without its scan: the check reports it
+        cases.append(Case(name, tuple(images / f"{name}{s}{ending}" for s in suffixes), labels[name]))
     return sorted(cases, key=lambda case: case.name)
 
 
@@ -209,18 +257,27 @@ def _labels(
     return scan_labels([case.label for case in cases if case.label], source, ignore)
 
 
-def _channels(content: Mapping[str, Any], cases: list[Case]) -> tuple[str, ...]:
-    declared = content.get("channel_names", content.get("modality"))
-    if isinstance(declared, str):  # one name for all: a data list's "modality": "MRI"
-        number = _channel_count(cases[0])
-        return (declared,) if number == 1 else tuple(f"{declared} {index}" for index in range(number))
-    if isinstance(declared, list) and declared:
-        return tuple(str(name) for name in declared)
-    if isinstance(declared, Mapping) and declared:
-        ordered = sorted(declared.items(), key=lambda pair: (len(str(pair[0])), str(pair[0])))
-        return tuple(str(name) for _, name in ordered)
-    number = _channel_count(cases[0])
-    return ("scan",) if number == 1 else tuple(f"channel {index}" for index in range(number))
+def _channels(content: Mapping[str, Any], cases: list[Case], source: Path) -> tuple[str, ...]:
+    key = next((key for key in CHANNEL_KEYS if content.get(key)), None)
+    if key is None or isinstance(content[key], str):  # one name for all: a data list's "modality": "MRI"
+        number, name = _channel_count(cases[0]), content[key] if key else "scan"
+        names = [name] if number == 1 else [f"{name if key else 'channel'} {n}" for n in range(number)]
+        return tuple(check_name(name, source, key or "") for name in names)
+    declared = content[key]
+    if isinstance(declared, Mapping):
+        pairs = list(declared.items())
+        if not all(whole_number(number) is not None for number, _ in pairs):  # {"CT": 0}
+            pairs = [(number, name) for name, number in pairs]
+        numbers = [whole_number(number) for number, _ in pairs]
+        if None in numbers or len(set(numbers)) < len(numbers):
+            raise DataError(
+                f'{source}: "{key}" must map the numbers of the channels to their names, such as '
+                f'{{"0": "T1", "1": "FLAIR"}}; found {declared!r}.'
+            )
+        declared = [pair[1] for pair in sorted(pairs, key=lambda pair: whole_number(pair[0]) or 0)]
+    if not isinstance(declared, list):
+        raise DataError(f'{source}: "{key}" must map numbers to names, found {type(declared).__name__}.')
+    return tuple(check_name(name, source, key) for name in declared)
 
 
 def _channel_count(case: Case) -> int:

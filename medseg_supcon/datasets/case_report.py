@@ -1,0 +1,314 @@
+"""The faults of one case: its images, and whether label map and images fit each other."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import numpy.typing as npt
+
+from medseg_supcon.datasets.dataset import Case, Dataset
+from medseg_supcon.datasets.labels import TOLERANCE, reorient, value_text
+from medseg_supcon.errors import DataError
+from medseg_supcon.scans import (
+    MAX_SHEAR_DEGREES,
+    Volume,
+    count_values,
+    farthest_corner,
+    read_volume,
+    shear_degrees,
+)
+
+MOST_VALUES = 64  # undeclared values above which a label map looks like a scan
+SAMPLE = 100_000  # voxels that give the usual intensities of a scan
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault or doubt.
+
+    Attributes:
+        case: name of the case; empty if it is about the whole data set.
+        file: the file at fault; None if it is not a single file.
+        severity: "error" (training refuses) or "warning".
+        code: short name of the kind of fault, for machines, e.g. "affine_mismatch".
+        message: a sentence: the file, what was expected, what was found, how to fix it.
+    """
+
+    case: str
+    file: Path | None
+    severity: str
+    code: str
+    message: str
+
+
+@dataclass
+class CaseReport:
+    """What reading one case showed.
+
+    Attributes:
+        case: the case.
+        findings: its faults.
+        contents: (file, hash of the voxels) per channel.
+        intensities: (lowest, 0.5th percentile, 99.5th percentile) per channel.
+        spacing: (3,) mm in RAS order; None without a readable image.
+        extent: (3,) mm in RAS order.
+        classes: names of the classes that its label map shows.
+    """
+
+    case: Case
+    findings: list[Finding] = field(default_factory=list)
+    contents: list[tuple[Path, bytes]] = field(default_factory=list)
+    intensities: list[tuple[float, float, float]] = field(default_factory=list)
+    spacing: Floats | None = None
+    extent: Floats | None = None
+    classes: set[str] = field(default_factory=set)
+
+    def add_finding(self, file: Path, code: str, sentence: str, severity: str = "error") -> None:
+        """Add a finding on a file; the sentence follows the file's name."""
+        self.findings.append(Finding(self.case.name, file, severity, code, f"{file}: {sentence}"))
+
+    def read(self, file: Path) -> Volume | None:
+        """The file's voxels; None, and a finding, if it cannot be read."""
+        try:
+            return read_volume(file)
+        except DataError as error:
+            missing = "no such file" in str(error) or "does not exist" in str(error)
+            code = "missing" if missing else "unreadable"
+            self.findings.append(Finding(self.case.name, file, "error", code, str(error)))
+            return None
+
+
+def case_report(case: Case, dataset: Dataset, tolerance: float, mismatch: str) -> CaseReport:
+    """Read a case once and list its faults; `mismatch` is the severity of differing affines."""
+    report = CaseReport(case)
+    images = [(path, volume) for path in case.images if (volume := report.read(path)) is not None]
+    complete = len(images) == len(case.images)
+    images = [(path, volume) for path, volume in images if _is_scan(report, path, volume, dataset)]
+    if complete and len(images) == len(case.images):
+        _check_channels(report, images, dataset)
+    for path, volume in images:
+        _check_intensities(report, path, volume.data)
+    usable = [(path, volume) for path, volume in images if _check_geometry(report, path, volume)]
+    for path, volume in usable[1:]:
+        _check_grid(report, path, volume, *usable[0], tolerance, mismatch)
+    if case.label is not None:
+        _check_label(report, case.label, dataset, usable[0] if usable else None, tolerance, mismatch)
+    return report
+
+
+def _is_scan(report: CaseReport, path: Path, volume: Volume, dataset: Dataset) -> bool:
+    shape = volume.data.shape
+    one_channel = len(report.case.images) > 1 or len(dataset.channels) == 1
+    if 0 in shape:
+        report.add_finding(path, "empty_image", f"has no voxels (shape {shape}). Export it again.")
+    elif len(shape) < 3:
+        report.add_finding(
+            path, "not_3d", f"is {len(shape)}-D (shape {shape}), expected a 3-D scan. Leave it out."
+        )
+    elif len(shape) > 4 or (len(shape) == 4 and one_channel):
+        report.add_finding(
+            path,
+            "not_3d",
+            f"is {len(shape)}-D (shape {shape}), expected one 3-D scan. Save one volume of the series, or "
+            f"declare its channels in dataset.json.",
+        )
+    else:
+        return True
+    return False
+
+
+def _channels_of(data: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    return list(np.moveaxis(data, -1, 0)) if data.ndim == 4 else [data]
+
+
+def _check_channels(report: CaseReport, images: list[tuple[Path, Volume]], dataset: Dataset) -> None:
+    number = sum(len(_channels_of(volume.data)) for _, volume in images)
+    if number != len(dataset.channels):
+        report.add_finding(
+            images[0][0],
+            "channels",
+            f"the case has {number} channel{'s' * (number != 1)}, the data set {len(dataset.channels)} "
+            f"({', '.join(dataset.channels)}). Add or remove channels, or correct the declaration.",
+        )
+
+
+def _check_intensities(report: CaseReport, path: Path, data: npt.NDArray[Any]) -> None:
+    channels = _channels_of(data)
+    for number, channel in enumerate(channels):
+        where = f"channel {number} " if len(channels) > 1 else ""
+        if channel.dtype.kind == "f" and not (finite := np.isfinite(channel)).all():
+            bad = int(channel.size - np.count_nonzero(finite))
+            report.add_finding(
+                path, "not_finite", f"{where}holds {bad} voxels that are NaN or Inf. Repair or leave it out."
+            )
+            continue
+        low, high = float(channel.min()), float(channel.max())
+        if low == high:
+            sentence = f"{where}has the value {low:g} everywhere: an empty scan. Leave it out."
+            report.add_finding(path, "constant_image", sentence)
+            continue
+        voxels = np.ascontiguousarray(channel.T, dtype=np.float32)  # NIfTI is stored in Fortran order
+        flat = voxels.ravel()
+        usual = np.percentile(flat[:: max(1, flat.size // SAMPLE)], [0.5, 99.5]).astype(np.float64)
+        report.intensities.append((low, float(usual[0]), float(usual[1])))
+        content = hashlib.blake2b(voxels.data, digest_size=16, person=b"voxels")
+        content.update(repr(voxels.shape).encode())
+        report.contents.append((path, content.digest()))
+
+
+def _check_geometry(report: CaseReport, path: Path, volume: Volume) -> bool:
+    shape, axes = volume.data.shape[:3], volume.affine[:3, :3]
+    if not np.isfinite(volume.affine).all() or abs(np.linalg.det(axes)) < 1e-12:
+        report.add_finding(
+            path, "bad_affine", "its affine is not valid (zero or not finite). Export it again."
+        )
+        return False
+    if volume.unit != "mm":
+        report.add_finding(
+            path, "unit", f"gives lengths in {volume.unit}, expected mm. Correct its header, or convert it."
+        )
+    if (degrees := shear_degrees(volume.affine)) > MAX_SHEAR_DEGREES:
+        report.add_finding(
+            path,
+            "sheared",
+            f"its axes are {degrees:.1f} degrees off a right angle, at most {MAX_SHEAR_DEGREES:g} are accepted; a "
+            "tilted gantry does this. Resample it, and its label map, onto a grid with perpendicular axes.",
+        )
+    for doubt in volume.doubts:
+        report.add_finding(path, doubt.code, doubt.sentence, doubt.severity)
+    spacing = np.linalg.norm(axes, axis=0)
+    order = np.argsort(nibabel.orientations.io_orientation(volume.affine)[:, 0])
+    if report.spacing is None:
+        report.spacing, report.extent = spacing[order], (spacing * shape)[order]
+        if 1 in shape:
+            sentence = f"is a single slice (shape {shape}). Training is in 3-D."
+            report.add_finding(path, "single_slice", sentence, "warning")
+    return True
+
+
+def _check_grid(
+    report: CaseReport,
+    path: Path,
+    volume: Volume,
+    scan: Path,
+    reference: Volume,
+    tolerance: float,
+    mismatch: str,
+) -> None:
+    """Whether a label map, or a further channel, is on the grid of the scan."""
+    own, expected = volume.data.shape[:3], reference.data.shape[:3]
+    near = tolerance * float(np.linalg.norm(reference.affine[:3, :3], axis=0).min())
+    farthest = farthest_corner(own, volume.affine, reference.affine)
+    if own == expected and farthest <= near:
+        return
+    turned, affine = reorient(volume.data, volume.affine, reference.affine)
+    if turned.shape[:3] == expected and farthest_corner(expected, affine, reference.affine) <= near:
+        codes = ["".join(nibabel.aff2axcodes(one.affine)) for one in (volume, reference)]
+        report.add_finding(
+            path,
+            "turned",
+            f"is at the place of its scan {scan}, but its axes run along {codes[0]}, those of the scan along "
+            f"{codes[1]}. Save it with the axes of the scan (nibabel's as_reoriented does).",
+        )
+    elif own != expected:
+        report.add_finding(
+            path,
+            "shape_mismatch",
+            f"has {own} voxels, its scan {scan} has {expected}. Export it on the scan's grid.",
+        )
+    else:
+        report.add_finding(
+            path,
+            "affine_mismatch",
+            f"is up to {farthest:.3g} mm away from its scan {scan}: their affines differ. Export it on the scan's "
+            f"grid, or give --allow-affine-mismatch if the voxels do match.",
+            mismatch,
+        )
+
+
+def _check_label(
+    report: CaseReport,
+    path: Path,
+    dataset: Dataset,
+    scan: tuple[Path, Volume] | None,
+    tolerance: float,
+    mismatch: str,
+) -> None:
+    """List the faults of the label map at `path`; `scan` is its case's first usable image."""
+    if path in report.case.images:
+        report.add_finding(
+            path, "label_is_image", "is named as scan and as label map. Correct the data list."
+        )
+        return
+    volume = report.read(path)
+    if volume is None:
+        return
+    data = volume.data
+    if data.ndim == 4:
+        overlap = int(np.count_nonzero(np.count_nonzero(data, axis=3) > 1))
+        what = f"its one-hot labels overlap in {overlap} voxels" if overlap else "it is one-hot"
+        code = "overlapping_labels" if overlap else "one_hot_label"
+        sentence = f"is 4-D (shape {data.shape}): {what}. Save one 3-D map with one value per class."
+        report.add_finding(path, code, sentence)
+        return
+    if data.ndim != 3 or data.size == 0:
+        sentence = f"is {data.ndim}-D (shape {data.shape}), expected a 3-D label map."
+        report.add_finding(path, "not_3d", sentence)
+        return
+    for doubt in volume.doubts:
+        if doubt.code != "no_orientation":  # its scan has the same fault, or another grid
+            report.add_finding(path, doubt.code, doubt.sentence, doubt.severity)
+    if scan is not None:
+        _check_grid(report, path, volume, *scan, tolerance, mismatch)
+    if data.dtype.kind == "f" and not np.isfinite(data).all():
+        sentence = "holds NaN or Inf. Set these voxels to the background or the ignore label."
+        report.add_finding(path, "not_finite", sentence)
+    _check_values(report, path, data, dataset)
+
+
+def _check_values(report: CaseReport, path: Path, data: npt.NDArray[Any], dataset: Dataset) -> None:
+    counts = count_values(data)
+    declared = list(dataset.labels.values())
+    declared += [] if dataset.ignore_label is None else [dataset.ignore_label]
+    stray = [v for v in counts if not any(abs(v - known) <= TOLERANCE for known in declared)]
+    known = ", ".join(map(value_text, declared[:20])) + ", ..." * (len(declared) > 20)
+    if stray:
+        fractional = [value for value in stray if value != round(value)]
+        few = ", ".join(f"{value_text(value)} ({counts[value]} voxels)" for value in (fractional or stray)[:5])
+        report.add_finding(
+            path,
+            "fractional_label" if fractional else "undeclared_label",
+            f"holds {few}, declared are {known}. {_why_stray(path, stray, bool(fractional))}",
+        )
+    shown = {
+        name for name, value in dataset.labels.items() if any(abs(v - value) <= TOLERANCE for v in counts)
+    }
+    report.classes |= shown
+    if not stray and not shown - {next(iter(dataset.labels))}:
+        sentence = "no structure is drawn in it. Leave the case out if that is not intended."
+        report.add_finding(path, "empty_label", sentence, "warning")
+
+
+def _why_stray(path: Path, stray: list[float], fractional: bool) -> str:
+    """Why a label map may hold undeclared values, and how to fix it."""
+    stored = nibabel.load(path).dataobj
+    if len(stray) > MOST_VALUES:
+        return (
+            f"With {len(stray)} such values it looks like a scan (are scan and label map swapped in the list?) or was "
+            "resampled with interpolation (use nearest neighbour)."
+        )
+    if (stored.slope, stored.inter) != (1, 0):
+        return (
+            f"Its header scales the stored values (scl_slope {stored.slope:.6g}, scl_inter {stored.inter:g}). Save "
+            "the class values as whole numbers, without scaling."
+        )
+    if fractional:
+        return "If it was resampled, use nearest neighbour; if these are probabilities, save class values."
+    return 'Correct the label map, or declare the value under "labels" in dataset.json.'
