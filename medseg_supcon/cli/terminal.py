@@ -83,6 +83,8 @@ def print_metrics(path: Path) -> dict[str, Any]:
         scores = [number(row[m], d) for m, d in (("dice", 4), ("hd95_mm", 2), ("surface_dice", 4))]
         table.add_row(name, *scores, str(row["n"]) if name in summary["classes"] else "")
     out.print(table)
+    for warning in report.get("warnings", ()):
+        say(err, "warning", "yellow", warning)
     for problem in report["problems"]:
         say(err, "not scored", "yellow", f"{problem['case']}: {problem['problem']}")
     return report

@@ -281,7 +281,9 @@ def _check_values(report: CaseReport, path: Path, data: npt.NDArray[Any], datase
     known = ", ".join(map(value_text, declared[:20])) + ", ..." * (len(declared) > 20)
     if stray:
         fractional = [value for value in stray if value != round(value)]
-        few = ", ".join(f"{value_text(value)} ({counts[value]} voxels)" for value in (fractional or stray)[:5])
+        few = ", ".join(
+            f"{value_text(value)} ({counts[value]} voxels)" for value in (fractional or stray)[:5]
+        )
         report.add_finding(
             path,
             "fractional_label" if fractional else "undeclared_label",

@@ -21,6 +21,12 @@ INTENSITY_OUTLIER = {"ct": 5.0, "nonorm": 5.0, "rgb_to_0_1": 5.0}  # factor from
 MR_OUTLIER = 10_000.0  # of channels that are normalised per scan: MR scanners differ by factors of 500
 CT_SHIFT = 300.0  # HU by which both ends of a scan's range are off
 
+RARE = {
+    "absent_class": "no label map shows the class {}, so it is not learnt. Check the declared value, or remove the class.",
+    "class_not_trained": "only validation cases show the class {}, so it is not learnt. Train on one of these cases.",
+    "class_in_one_case": "a single case shows the class {}: if that case validates, the class is not learnt.",
+}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -216,8 +222,8 @@ def _intensity_outliers(dataset: Dataset, reports: Sequence[CaseReport]) -> list
             cure = "CT must be in Hounsfield units (air -1000, water 0) in all cases: convert it."
             if (least >= 0).all():
                 message = (
-                    f"{dataset.root}: no scan has a value below 0 in channel {channel!r}, so they are not in "
-                    f"Hounsfield units (air -1000, water 0). {cure}"
+                    f"{dataset.root}: no scan has a value below 0 in channel {channel!r}, so the values are not in "
+                    "Hounsfield units (air -1000, water 0). Convert the scans, or rename the channel if it is not CT."
                 )
                 findings.append(_of_all("not_hounsfield", message))
         if len(measured) < FEWEST_FOR_OUTLIERS and kind != "ct":
@@ -242,22 +248,18 @@ def _rare_classes(dataset: Dataset, reports: Sequence[CaseReport]) -> list[Findi
             f"with one, or correct the declared values."
         )
         return [_of_all("no_structure", message, "error")]
-    findings = []
+    kinds: dict[str, list[str]] = {"absent_class": [], "class_not_trained": [], "class_in_one_case": []}
     for name in classes:
-        what = f"{dataset.root}: the class {name!r} (value {value_text(dataset.labels[name])}) is drawn in"
+        text = f"{name!r} (value {value_text(dataset.labels[name])}"
+        few = ", ".join(cases[name][:3]) + ", ..." * (len(cases[name]) > 3)
         if not cases[name]:
-            message = (
-                f"{what} no label map, so it is not learnt. Check the declared value, or remove the class."
-            )
-            findings.append(_of_all("absent_class", message))
+            kinds["absent_class"].append(f"{text})")
         elif set(cases[name]) <= dataset.validation:
-            few = ", ".join(cases[name][:3]) + ", ..." * (len(cases[name]) > 3)
-            message = f"{what} validation cases only ({few}), so it is not learnt. Train on one of them."
-            findings.append(_of_all("class_not_trained", message))
+            kinds["class_not_trained"].append(f"{text}, drawn in {few})")
         elif len(cases[name]) == 1 and not dataset.validation and len(dataset.labelled) > 1:
-            message = (
-                f"{what} one case only ({cases[name][0]}): if that case validates, the class is not learnt. "
-                "Draw it in more cases."
-            )
-            findings.append(_of_all("class_in_one_case", message))
-    return findings
+            kinds["class_in_one_case"].append(f"{text}, drawn in {few})")
+    return [
+        _of_all(code, f"{dataset.root}: {RARE[code].format(', '.join(names))}")
+        for code, names in kinds.items()
+        if names
+    ]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from medseg_supcon.datasets import snap_labels
+from medseg_supcon.datasets import reorient, value_text
 from medseg_supcon.errors import DataError
 from medseg_supcon.evaluation.metrics import Row
 from medseg_supcon.evaluation.summary import metrics_report, score_case, write_report
 from medseg_supcon.scans import NIFTI_ENDINGS, farthest_corner, one_place, read_volume
 
-MOST_VALUES = 256
+MOST_VALUES = 2000  # more than any atlas has
+ROUNDING = 1e-3  # of whole values that a header scales
 SUFFIX = "_0000"  # nnU-Net gives it to scans of a single channel, and a mask has its scan's name
 
 
@@ -29,10 +31,12 @@ def evaluate_folders(
 ) -> dict[str, Any]:
     """Scores the masks of one folder against the label maps of equal name in another.
 
-    A mask may carry nnU-Net's suffix of a single channel: ``x_0000.nii.gz`` is scored against ``x.nii.gz``.
-    A label map without a mask, a mask on another grid and a damaged file are ``problems`` of the report,
-    and the other cases go on; masks without a label map are listed in ``without_reference``. Lengths are mm
-    whatever unit a header names: a mask in metres may be scored against a label map in mm.
+    A mask may have nnU-Net's suffix of a single channel: ``x_0000.nii.gz`` is scored against ``x.nii.gz``. Its axes
+    may run in another order or direction than those of the label map, if both are at the same place.
+    A label map without a mask, a mask on another grid, fractional values and a damaged file are ``problems`` of
+    the report, and the other cases are scored. Values that only masks or only label maps have are ``warnings``;
+    masks without a label map are listed in ``without_reference``. Lengths are mm whatever unit a header names: a
+    mask in metres may be scored against a label map in mm.
 
     Args:
         predictions: folder of NIfTI masks.
@@ -43,7 +47,7 @@ def evaluate_folders(
         ignore_label: value of the label maps that means "not annotated".
 
     Returns:
-        what ``metrics.json`` holds: ``summary``, ``rows``, ``problems``, ``without_reference``.
+        what ``metrics.json`` holds: ``summary``, ``rows``, ``problems``, ``warnings``, ``without_reference``.
 
     Raises:
         DataError: a folder is missing or holds no NIfTI file, or no case at all could be scored.
@@ -51,47 +55,64 @@ def evaluate_folders(
     masks, maps = _files(Path(predictions)), _files(Path(references))
     masks = _without_suffix(masks, maps)
     problems: list[dict[str, str]] = []
+    pairs = [name for name in maps if name in masks]
+    in_masks, in_maps = (_values_in([files[name] for name in pairs]) for files in (masks, maps))
+    in_maps -= {ignore_label}
     if labels is None:
-        labels = _values_in([*maps.values(), *masks.values()], ignore_label)
+        values = sorted((in_masks | in_maps) - {0, ignore_label})
+        labels = {"background": 0, **{value_text(value): value for value in values}}
     rows: list[Row] = []
     for name, reference in maps.items():
         try:
             if name not in masks:
                 raise DataError(f"{reference}: there is no mask of this name in {predictions}. Predict it.")
             mask, label, spacing = _pair(masks[name], reference)
-            mask = snap_labels(mask, labels.values())
             unknown = sorted(set(np.unique(mask).tolist()) - set(labels.values()))
             if unknown:
                 raise DataError(
-                    f"{masks[name]} holds the values {unknown[:5]}, expected {list(labels.values())}."
+                    f"{masks[name]}: holds {', '.join(map(value_text, unknown[:5]))}, expected "
+                    f"{', '.join(map(value_text, labels.values()))}. Save the class values of the label maps."
                 )
             rows += score_case(name, mask, label, spacing, labels, ignore_label, tolerance_mm)
         except DataError as error:
             problems.append({"case": name, "problem": str(error)})
     if not rows:
         raise DataError(f"no case could be scored. {problems[0]['problem'] if problems else ''}".strip())
-    report = metrics_report(rows, problems) | {"without_reference": sorted(set(masks) - set(maps))}
+    report = metrics_report(rows, problems)
+    report["warnings"] = _differences(in_masks - {0}, in_maps - {0}, Path(predictions), Path(references))
+    report["without_reference"] = sorted(set(masks) - set(maps))
     if out is not None:
         write_report(report, out)
     return report
 
 
+def _differences(in_masks: set[float], in_maps: set[float], masks: Path, maps: Path) -> list[str]:
+    """A warning if the values of the masks are not those of the label maps."""
+    if in_masks == in_maps:
+        return []
+    shown = [", ".join(map(value_text, sorted(values))) or "no structure" for values in (in_masks, in_maps)]
+    return [
+        f"{masks}: the masks hold {shown[0]}, the label maps in {maps} hold {shown[1]}. A class that only one side "
+        "has gets a Dice of 0: if the same structure has two values, convert one side."
+    ]
+
+
 def _files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder. Give the folder that holds the NIfTI files.")
-    found: dict[str, Path] = {}
+        raise DataError(f"{folder} is not a folder. Give the folder that holds the NIfTI files.")
+    files: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
         ending = next((e for e in NIFTI_ENDINGS if file.name.lower().endswith(e)), None)
         if ending and not file.name.startswith("."):
             name = file.name[: -len(ending)]
-            if name in found:
+            if name in files:
                 raise DataError(
-                    f"{folder}: there are {found[name].name} and {file.name}. Keep the one that counts."
+                    f"{folder}: there are {files[name].name} and {file.name}. Keep the one that counts."
                 )
-            found[name] = file
-    if not found:
+            files[name] = file
+    if not files:
         raise DataError(f"{folder} holds no NIfTI file (.nii, .nii.gz).")
-    return found
+    return files
 
 
 def _without_suffix(masks: Mapping[str, Path], maps: Mapping[str, Path]) -> dict[str, Path]:
@@ -100,17 +121,13 @@ def _without_suffix(masks: Mapping[str, Path], maps: Mapping[str, Path]) -> dict
     return {name if name in maps else names.get(name, name): file for name, file in masks.items()}
 
 
-def _values_in(files: Sequence[Path], ignore_label: float | None) -> dict[str, float]:
-    values: set[float] = {0}
+def _values_in(files: Sequence[Path]) -> set[float]:
+    """The whole values in files that can be read; what is wrong with the others is reported with their case."""
+    values: set[float] = set()
     for file in files:
-        try:
-            found = np.unique(_read(file)[0])
-            if len(found) <= MOST_VALUES:  # more make no label map: its case will say so
-                values |= set(snap_labels(found, {round(v) for v in found}).tolist())
-        except DataError:
-            continue  # reported with its case
-    named = sorted(values - {0} - ({ignore_label} if ignore_label is not None else set()))
-    return {"background": 0, **{f"{value:.12g}": value for value in named}}
+        with suppress(DataError):
+            values |= set(np.unique(_read(file)[0]).tolist())
+    return values
 
 
 def _pair(
@@ -118,15 +135,16 @@ def _pair(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.float64]]:
     mask, mask_affine = _read(mask_file)
     reference, affine = _read(reference_file)
+    mask, mask_affine = reorient(mask, mask_affine, affine)
     if mask.shape != reference.shape:
         raise DataError(
-            f"{mask_file} has shape {mask.shape} and {reference_file} {reference.shape}. They must share one "
-            "grid; check that they belong together."
+            f"{mask_file}: has shape {mask.shape} and {reference_file} {reference.shape}. They must share one grid; "
+            "check that they belong together."
         )
     if not one_place(mask.shape, affine, mask_affine):
         farthest = farthest_corner(mask.shape, affine, mask_affine)
         raise DataError(
-            f"{mask_file} lies up to {farthest:.3g} mm from {reference_file}: their affines differ. Resample "
+            f"{mask_file}: is up to {farthest:.3g} mm away from {reference_file}: their affines differ. Resample "
             "the mask onto the grid of the label map."
         )
     return mask, reference, np.linalg.norm(affine[:3, :3], axis=0)
@@ -140,9 +158,18 @@ def _read(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
         )
     if volume.data.dtype.kind == "f" and not np.isfinite(volume.data).all():
         raise DataError(f"{file}: holds NaN or Inf, expected label values. Save it again.")
+    data = volume.data
+    if data.dtype.kind == "f":
+        data = np.round(volume.data)
+        fractions = np.unique(volume.data[np.abs(volume.data - data) > ROUNDING])
+        if fractions.size:
+            raise DataError(
+                f"{file}: holds fractions ({', '.join(f'{value:.4g}' for value in fractions[:3])}), expected whole class "
+                "values. Save classes instead of probabilities, and resample with nearest neighbour."
+            )
+    if (number := len(np.unique(data))) > MOST_VALUES:
+        raise DataError(f"{file}: holds {number} different values, expected a label map, not a scan.")
     affine = volume.affine_mm
     if not np.isfinite(affine).all() or not (np.linalg.norm(affine[:3, :3], axis=0) > 0).all():
-        raise DataError(
-            f"{file}: its affine is no geometry (zero or not finite). Save it in its scan's grid."
-        )
-    return volume.data, affine
+        raise DataError(f"{file}: its affine is not valid (zero or not finite). Save it on its scan's grid.")
+    return data, affine

@@ -284,7 +284,7 @@ def test_a_mask_is_scored_where_it_lies(tmp_path: Path, place: str) -> None:
         return
     with pytest.raises(DataError, match="affines differ") as told:
         evaluate_folders(tmp_path / "m", tmp_path / "r")
-    said = float(str(told.value).split("lies up to ")[1].split(" mm")[0])
+    said = float(str(told.value).split("is up to ")[1].split(" mm")[0])
     assert apart * 0.99 <= said <= apart * 1.1  # to the edge of the voxel, half a voxel beyond its centre
 
 
