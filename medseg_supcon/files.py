@@ -100,7 +100,7 @@ def read_json(path: Path, error: type[MedsegError] = RunError) -> dict[str, Any]
         text = path.read_bytes().decode("utf-8-sig")
         content = json.loads(text, object_pairs_hook=unique, parse_constant=refuse) if text.strip() else None
     except FileNotFoundError:
-        raise error(f"{path}: there is no such file. Check the path.") from None
+        raise error(f"{path} does not exist. Check the path.") from None
     except json.JSONDecodeError as fault:
         raise error(
             f"{path}: is not valid JSON ({fault.msg}, line {fault.lineno}). Correct that line: often a comma is "

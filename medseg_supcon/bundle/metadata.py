@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +11,8 @@ from monai.bundle import ConfigParser
 
 from medseg_supcon import __version__
 from medseg_supcon.datasets import label_type
-from medseg_supcon.errors import ConfigError, RunError
+from medseg_supcon.errors import ConfigError
+from medseg_supcon.files import read_json
 from medseg_supcon.networks import size_divisor
 
 SCHEMA = (
@@ -202,16 +202,6 @@ def _version(package: str) -> str:
         return version(package).split("+")[0]
     except PackageNotFoundError:
         return ""
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of a run; a RunError sentence where it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{path} does not exist: is {path.parents[1]} a run?") from None
-    except json.JSONDecodeError as error:
-        raise RunError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}.") from None
 
 
 def read_config(path: Path) -> Any:

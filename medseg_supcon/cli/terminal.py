@@ -47,6 +47,8 @@ def print_report(report: Any, console: Console) -> None:
 
 def print_plan(plan: dict[str, Any], split: Any, run: Path) -> None:
     """The plan in six lines."""
+    from medseg_supcon.plan import plan_warnings
+
     expected = plan["expected"]
     cases = f"{len(split.training)} to train on, {len(split.validation)} to validate, {len(split.unlabelled)} unlabelled"
     rows = [
@@ -63,7 +65,7 @@ def print_plan(plan: dict[str, Any], split: Any, run: Path) -> None:
     err.print(f"Plan: {run / 'configs' / 'plan.json'}")
     for name, text in rows:
         err.print(f"  {name:<9} {text}")
-    for warning in split.warnings:
+    for warning in (*split.warnings, *plan_warnings(plan)):
         say(err, "warning", "yellow", warning)
 
 

@@ -201,7 +201,9 @@ def _prepare(path: Path, run: Path, request: Request, device: str | None) -> Non
         split = replace(split, unlabelled=(*split.unlabelled, *more))
     # a scan that trains and validates is looked at once
     chosen = tuple(dict.fromkeys((*split.training, *split.validation, *split.unlabelled)))
-    _refuse_errors(replace(dataset, cases=chosen), path, request.allow_affine_mismatch, request.unlabelled)
+    held_out = frozenset(c.name for c in split.validation) - {c.name for c in split.training}
+    chosen_only = replace(dataset, cases=chosen, validation=held_out)
+    _refuse_errors(chosen_only, path, request.allow_affine_mismatch, request.unlabelled)
     result = prepare_run(
         dataset,
         split,

@@ -177,20 +177,23 @@ def _duplicates(reports: Sequence[CaseReport]) -> list[Finding]:
 
 
 def _geometry_outliers(reports: Sequence[CaseReport]) -> list[Finding]:
-    measured = [report for report in reports if report.spacing is not None and report.extent is not None]
+    measured = [report for report in reports if report.spacing is not None]
     if len(measured) < FEWEST_FOR_OUTLIERS:
         return []
     findings = []
-    for code, what, values, cure in (
-        ("spacing_outlier", "voxel size", [r.spacing for r in measured], "Check the header"),
-        ("size_outlier", "field of view", [r.extent for r in measured], "Check the body part"),
+    spacings, extents = (np.array([getattr(r, what) for r in measured]) for what in ("spacing", "extent"))
+    lost = (abs(spacings - 1) < 1e-4).all(axis=1)  # 1 x 1 x 1 mm is what programs write if they lose the size
+    if lost.sum() > len(lost) // 4 or (abs(np.median(spacings, axis=0) - 1) < 0.2).all():
+        lost[:] = False
+    for code, what, values, odd, cure in (
+        ("spacing_outlier", "voxel size", spacings, lost, "Check the header"),
+        ("size_outlier", "field of view", extents, np.zeros_like(lost), "Check the body part"),
     ):
-        median = np.median(np.array(values), axis=0)
-        lost = np.isclose(values, 1, atol=1e-4).all(axis=1)  # what programs write if they lose the voxel size
-        few = code == "spacing_outlier" and lost.sum() <= len(lost) // 4 and (abs(median - 1) > 0.2).any()
-        for report, value, is_one in zip(measured, values, lost, strict=True):
-            ratio = np.asarray(value) / median
-            if (ratio > OUTLIER).any() or (ratio < 1 / OUTLIER).any() or (few and is_one):
+        median = np.median(values, axis=0)
+        ratio = values / median
+        odd = odd | (ratio > OUTLIER).any(axis=1) | (ratio < 1 / OUTLIER).any(axis=1)
+        for report, value, is_odd in zip(measured, values, odd, strict=True):
+            if is_odd:
                 sentence = (
                     f"its {what} is {_mm(value)}, usual is {_mm(median)}. {cure}, or leave the case out."
                 )

@@ -86,7 +86,8 @@ def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple
         raise DataError(f'{source}: "ignore_label" must be a number, found {ignore!r}.')
     ignored = next((value for name, value in pairs if name.lower() == "ignore"), ignored)
     pairs = [(name, value) for name, value in pairs if name.lower() != "ignore" and value != ignored]
-    for kind, entries in (("name", [name for name, _ in pairs]), ("value", [value for _, value in pairs])):
+    for kind, which in (("name", 0), ("value", 1)):
+        entries: list[str | float] = [pair[which] for pair in pairs]
         twice = next((entry for entry in entries if entries.count(entry) > 1), None)
         if twice is not None:
             raise DataError(

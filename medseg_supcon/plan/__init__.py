@@ -2,5 +2,5 @@
 
 from medseg_supcon.plan.fingerprint import CaseFingerprint, Fingerprint, fingerprint
 from medseg_supcon.plan.make_plan import make_plan
-from medseg_supcon.plan.plan_file import read_plan, validate_plan, write_plan
+from medseg_supcon.plan.plan_file import plan_warnings, read_plan, validate_plan, write_plan
 from medseg_supcon.plan.preprocessing import LabelPreprocessingd, literal, read_preprocessing

@@ -52,7 +52,7 @@ class Fingerprint:
     """All cases of a data set, and what they have in common.
 
     Attributes:
-        cases: one entry a case.
+        cases: one entry per case.
         channels: names, in order.
         classes: names, background first.
     """
@@ -94,30 +94,31 @@ class Fingerprint:
 
     def summary(self) -> dict[str, Any]:
         """The fingerprint as `plan.json` shows it: a few rounded figures."""
-        volumes = {
-            name: _spread(
-                np.array(
-                    [
-                        case.class_voxels[c] * case.voxel_ml
-                        for case in self.cases
-                        if case.class_voxels is not None
-                    ]
-                )
-            )
-            for c, name in enumerate(self.classes)
-            if c > 0
-        }
+        labelled = [case for case in self.cases if case.class_voxels is not None]
+        volumes, smallest = {}, {}
+        for c, name in enumerate(self.classes[1:], 1):
+            voxels = np.array([case.class_voxels[c] for case in labelled if case.class_voxels is not None])
+            ml = voxels * np.array([case.voxel_ml for case in labelled])
+            volumes[name] = _spread(ml)
+            if voxels.any():
+                i = int(np.where(voxels > 0, ml, np.inf).argmin())
+                smallest[name] = {
+                    "case": labelled[i].name,
+                    "voxels": int(voxels[i]),
+                    "mm3": readable(1000 * ml[i]),
+                }
         return {
             "cases": len(self.cases),
-            "labelled": sum(case.class_voxels is not None for case in self.cases),
+            "labelled": len(labelled),
             "orientations": dict(Counter(case.orientation for case in self.cases).most_common()),
             "shape": _spread(self.shapes),
             "spacing": _spread(self.spacings),
             "foreground_intensity": {
                 name: {key: readable(value) for key, value in self.foreground(channel).items()}
-                for channel, name in enumerate(_told_apart(self.channels))
+                for channel, name in enumerate(_unique_names(self.channels))
             },
             "volume_ml": volumes,
+            "smallest": smallest,
         }
 
 
@@ -126,7 +127,7 @@ def readable(value: float, digits: int = 4) -> float:
     return float(f"{float(value):.{digits}g}")
 
 
-def _told_apart(names: Sequence[str]) -> list[str]:
+def _unique_names(names: Sequence[str]) -> list[str]:
     """The names, a repeated one with its number: ``"CT"``, ``"CT (2)"``."""
     unique: list[str] = []
     for name in names:
@@ -139,13 +140,13 @@ def _told_apart(names: Sequence[str]) -> list[str]:
 
 
 def _spread(values: Floats) -> dict[str, Any]:
-    def told(row: Any) -> Any:
+    def rounded(row: Any) -> Any:
         return [readable(entry) for entry in row] if np.ndim(row) else readable(float(row))
 
     return {
-        "min": told(values.min(axis=0)),
-        "median": told(np.median(values, axis=0)),
-        "max": told(values.max(axis=0)),
+        "min": rounded(values.min(axis=0)),
+        "median": rounded(np.median(values, axis=0)),
+        "max": rounded(values.max(axis=0)),
     }
 
 
@@ -156,12 +157,12 @@ def fingerprint(
 
     Args:
         dataset: says what channels and label values mean.
-        cases: the cases to look at, usually those that train; None for all.
+        cases: the cases to read, usually those that train; None for all.
         jobs: threads; None for up to four.
 
     Raises:
-        DataError: no case, a file that cannot be read, a grid of the label that is not the scan's, or a label
-            value that is not declared (`check_dataset` lists all such faults at once).
+        DataError: no case, a file that cannot be read, a label map of another shape than its scan's, or a
+            label value that is not declared (`check_dataset` lists all such faults at once).
 
     Example:
         >>> import tempfile
@@ -173,8 +174,8 @@ def fingerprint(
     chosen = tuple(dataset.cases if cases is None else cases)
     if not chosen:
         raise DataError(f"{dataset.root}: no case to take a fingerprint of.")
-    found = in_parallel(lambda case: _of_case(case, dataset), chosen, jobs)
-    return Fingerprint(tuple(found), dataset.channels, tuple(dataset.labels))
+    prints = in_parallel(lambda case: _of_case(case, dataset), chosen, jobs)
+    return Fingerprint(tuple(prints), dataset.channels, tuple(dataset.labels))
 
 
 def channel_arrays(volumes: Sequence[Volume]) -> list[npt.NDArray[Any]]:
@@ -207,12 +208,10 @@ def _of_case(case: Case, dataset: Dataset) -> CaseFingerprint:
             )
     plan = {"labels": dataset.labels, "ignore_label": dataset.ignore_label}
     indices = class_indices(label, plan, case.label)
-    found = count_values(indices)
-    counts = tuple(found.get(float(c), 0) for c in range(len(dataset.labels)))
-    inside = np.flatnonzero(indices.ravel(order="F") > 0)  # NIfTI lies in Fortran order: no copy
-    inside = inside[
-        :: max(1, len(inside) // SAMPLES_PER_CASE)
-    ]  # evenly spread, no draw: the plan is reproducible
+    voxels = count_values(indices)
+    counts = tuple(voxels.get(float(c), 0) for c in range(len(dataset.labels)))
+    inside = np.flatnonzero(indices.ravel(order="F") > 0)  # NIfTI is stored in Fortran order: no copy
+    inside = inside[:: max(1, len(inside) // SAMPLES_PER_CASE)]  # evenly spread: the plan is reproducible
     values = np.stack([array.ravel(order="F")[inside].astype(np.float32) for array in channels])
     values = values[:, np.isfinite(values).all(axis=0)]
     geometry = _geometry(case.images[0], channels[0].shape, volumes[0].affine)

@@ -1,21 +1,86 @@
-"""`plan.json` on disk, and what a plan edited by hand must keep to."""
+"""`plan.json` on disk, and the rules that a plan edited by hand must keep."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.errors import ConfigError, RunError
+from medseg_supcon.errors import ConfigError, RunError, nearest
+from medseg_supcon.files import LARGEST, read_json
 
-REQUIRED = (
-    "name", "channels", "labels", "ignore_label", "orientation", "spacing", "intensity", "patch_size",
-    "flip_axes", "batch_size", "steps_per_epoch", "epochs", "class_frequencies", "class_weights",
-    "network_def", "inference", "keep_largest", "expected", "fingerprint",
-)  # fmt: skip
+AXES = ({"L", "R"}, {"P", "A"}, {"I", "S"})
+
+
+def _is_number(value: object, kind: type = float) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= LARGEST and (kind is float or isinstance(value, int))  # NaN compares as False
+
+
+def _is_whole(value: object, most: int) -> bool:
+    return _is_number(value, int) and 0 < value <= most  # type: ignore[operator]
+
+
+def _list_of(value: object, kind: type, length: int | None = None) -> bool:
+    if not isinstance(value, list | tuple) or (length is not None and len(value) != length):
+        return False
+    return all(isinstance(v, str) if kind is str else _is_number(v, kind) for v in value)
+
+
+def _is_orientation(value: object) -> bool:
+    codes = value if isinstance(value, str) and len(value) == 3 else ""
+    return all(sum(code in pair for code in codes) == 1 for pair in AXES)
+
+
+def _are_labels(value: object) -> bool:
+    values = list(value.values()) if isinstance(value, Mapping) else []
+    return len(values) >= 2 and all(map(_is_number, values)) and len(set(values)) == len(values)
+
+
+def _is_network(value: object) -> bool:
+    return "_target_" in value if isinstance(value, Mapping) else str(value).startswith("$")
+
+
+def _is_window(value: object) -> bool:
+    window: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
+    overlap = window.get("overlap", -1)
+    return _is_number(overlap) and 0 <= overlap < 1 and _is_whole(window.get("sw_batch_size"), 1024)
+
+
+Rule = tuple[str, Callable[[Any], bool]]  # what the value must be, and whether it is
+RULES: dict[str, Rule] = {
+    "name": ("a text", lambda v: isinstance(v, str)),
+    "channels": ("a list of channel names", lambda v: _list_of(v, str) and len(v) > 0),
+    "labels": ("a mapping of at least two class names to different values, background first", _are_labels),
+    "ignore_label": ("null or a value of no class", lambda v: v is None or _is_number(v)),
+    "orientation": ('three axis codes such as "RAS"', _is_orientation),
+    "spacing": (
+        "three lengths in mm from 0.0001 to 100",
+        lambda v: _list_of(v, float, 3) and all(1e-4 <= mm <= 100 for mm in v),
+    ),
+    "intensity": (
+        'a list of transform configs, each with a "_target_"',
+        lambda v: isinstance(v, list) and all(isinstance(t, Mapping) and "_target_" in t for t in v),
+    ),
+    "patch_size": (
+        "three whole numbers from 1 to 1024",
+        lambda v: _list_of(v, int, 3) and all(_is_whole(n, 1024) for n in v),
+    ),
+    "flip_axes": ("a list of axes among 0, 1 and 2", lambda v: _list_of(v, int) and set(v) <= {0, 1, 2}),
+    "batch_size": ("a whole number from 1 to 1024", lambda v: _is_whole(v, 1024)),
+    "steps_per_epoch": ("a whole number from 1 to 1,000,000", lambda v: _is_whole(v, 10**6)),
+    "epochs": ("a whole number from 1 to 1,000,000", lambda v: _is_whole(v, 10**6)),
+    "class_frequencies": ("a list of numbers of at least 0", lambda v: _list_of(v, float)),
+    "class_weights": ("a list of numbers of at least 0", lambda v: _list_of(v, float)),
+    "network_def": ('a mapping with a "_target_" or an expression that starts with "$"', _is_network),
+    "inference": ('an "overlap" from 0 to below 1 and a "sw_batch_size" from 1 to 1024', _is_window),
+    "keep_largest": ("a list of class names", lambda v: _list_of(v, str)),
+    "expected": ("a mapping", lambda v: isinstance(v, Mapping)),
+    "fingerprint": ("a mapping", lambda v: isinstance(v, Mapping)),
+}
 OPTIONAL = ("trust_scan_affine",)
 
 
@@ -27,24 +92,15 @@ def read_plan(path: str | Path) -> dict[str, Any]:
         ConfigError: it is not JSON, or `validate_plan` finds a fault.
     """
     file = Path(path)
-    try:
-        plan = json.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise RunError(
-            f"{file}: there is no such plan. Make one with: medseg plan DATASET --out RUN"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{file}: is not valid JSON ({error.msg}, line {error.lineno}). Correct it."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}).") from None
+    if not file.exists():
+        raise RunError(f"{file}: there is no such plan. Make one with: medseg plan DATASET --out RUN")
+    plan = read_json(file, ConfigError)
     validate_plan(plan, source=file)
-    return dict(plan)
+    return plan
 
 
 def write_plan(plan: Mapping[str, Any], path: str | Path) -> None:
-    """Write a plan as JSON that a person can read: one line for a list of numbers or a short mapping."""
+    """Write a plan as JSON that a person can read: a list of numbers or a short mapping takes one line."""
     Path(path).write_text(_pretty(plan, 0) + "\n", encoding="utf-8")
 
 
@@ -75,7 +131,7 @@ def validate_plan(
 
     Args:
         plan: the content of `plan.json`.
-        divisor: what the network's patch sizes must divide by, for all axes or per axis; None: not looked at.
+        divisor: what the network's patch sizes must divide by, for all axes or per axis; None: not checked.
         source: named in the message.
 
     Raises:
@@ -83,108 +139,49 @@ def validate_plan(
     """
     if not isinstance(plan, Mapping):
         raise ConfigError(f"{source}: must hold a JSON object, found {type(plan).__name__}.")
-    missing = [key for key in REQUIRED if key not in plan]
     for key in plan:
-        if key not in REQUIRED + OPTIONAL:
-            near = difflib.get_close_matches(str(key), REQUIRED, n=1)
-            raise ConfigError(
-                f"{source}: knows no key {key!r}."
-                + (f" Did you mean {near[0]!r}?" if near else " Remove it.")
-            )
+        if key not in RULES and key not in OPTIONAL:
+            near = nearest(key, RULES)
+            hint = f"Did you mean {near!r}?" if near else "Remove it."
+            raise ConfigError(f"{source}: the key {key!r} is not known. {hint}")
+    missing = [key for key in RULES if key not in plan]
     if missing:
-        raise ConfigError(f"{source}: the key {missing[0]!r} is missing. Add it, or make the plan anew.")
+        raise ConfigError(f"{source}: the key {missing[0]!r} is missing. Add it, or make a new plan.")
 
     def need(key: str, fits: bool, what: str) -> None:
         if not fits:
-            raise ConfigError(
-                f'{source}: "{key}" must be {what}, found {json.dumps(plan[key], default=str)[:80]}.'
-            )
+            found = json.dumps(plan[key], default=str)[:80]
+            raise ConfigError(f'{source}: "{key}" must be {what}, found {found}.')
 
-    channels, labels = plan["channels"], plan["labels"]
-    need("name", isinstance(plan["name"], str), "a text")
-    need("channels", _list_of(channels, str) and len(channels) > 0, "a list of channel names")
-    values = list(labels.values()) if isinstance(labels, Mapping) else []
-    need(
-        "labels",
-        len(values) >= 2 and all(_is_number(value) for value in values) and len(set(values)) == len(values),
-        "a mapping of at least two class names to different values, background first",
-    )
-    ignore = plan["ignore_label"]
-    need(
-        "ignore_label",
-        ignore is None or (_is_number(ignore) and ignore not in values),
-        "null or a value of no class",
-    )
-    need("orientation", _is_orientation(plan["orientation"]), 'three axis codes such as "RAS"')
-    need(
-        "spacing",
-        _list_of(plan["spacing"], float, 3) and min(plan["spacing"]) > 0,
-        "three lengths in mm above 0",
-    )
-    intensity = plan["intensity"]
-    need(
-        "intensity",
-        isinstance(intensity, list) and all(isinstance(t, Mapping) and "_target_" in t for t in intensity),
-        'a list of transform configs, each with a "_target_"',
-    )
-    patch = plan["patch_size"]
-    need("patch_size", _list_of(patch, int, 3) and min(patch) > 0, "three whole numbers above 0")
+    for key, (what, fits) in RULES.items():
+        need(key, fits(plan[key]), what)
+    labels, patch = plan["labels"], plan["patch_size"]
+    need("ignore_label", plan["ignore_label"] not in labels.values(), RULES["ignore_label"][0])
+    for key in ("class_frequencies", "class_weights"):
+        fits_classes = len(plan[key]) == len(labels) and min(plan[key]) >= 0
+        need(key, fits_classes, f"{len(labels)} numbers of at least 0, one for each class")
+    kept = set(plan["keep_largest"])
+    need("keep_largest", kept <= set(labels), f"a list of classes among {list(labels)}")
     if divisor is not None:
         by = [divisor] * 3 if isinstance(divisor, int) else [int(n) for n in divisor]
         rounded = [math.ceil(n / d) * d for n, d in zip(patch, by, strict=True)]
-        need(
-            "patch_size",
-            rounded == patch,
-            f"divisible by {by} for this network (such as {rounded})",
-        )
-    axes = plan["flip_axes"]
-    need("flip_axes", _list_of(axes, int) and set(axes) <= {0, 1, 2}, "a list of axes among 0, 1 and 2")
-    for key in ("batch_size", "steps_per_epoch", "epochs"):
-        need(key, _is_number(plan[key], int) and plan[key] > 0, "a whole number above 0")
-    for key in ("class_frequencies", "class_weights"):
-        fits = _list_of(plan[key], float, len(values)) and min(plan[key]) >= 0
-        need(key, fits, f"{len(values)} numbers of at least 0, one for each class")
-    definition = plan["network_def"]
-    need(
-        "network_def",
-        (isinstance(definition, Mapping) and "_target_" in definition)
-        or (isinstance(definition, str) and definition.startswith("$")),
-        'a mapping with a "_target_" or an expression that starts with "$"',
-    )
-    window = plan["inference"]
-    need("inference", isinstance(window, Mapping), "a mapping")
-    overlap, batch = window.get("overlap"), window.get("sw_batch_size")
-    need(
-        "inference", _is_number(overlap) and 0 <= overlap < 1, 'given an "overlap" of at least 0 and below 1'
-    )
-    need("inference", _is_number(batch, int) and batch > 0, 'given a whole "sw_batch_size" above 0')
-    keep = plan["keep_largest"]
-    need(
-        "keep_largest",
-        _list_of(keep, str) and set(keep) <= set(labels),
-        f"a list of classes among {list(labels)}",
-    )
-    for key in ("expected", "fingerprint"):
-        need(key, isinstance(plan[key], Mapping), "a mapping")
+        need("patch_size", rounded == list(patch), f"divisible by {by} for this network (such as {rounded})")
 
 
-def _is_number(value: object, kind: type = float) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value) and (kind is float or isinstance(value, int))
+def plan_warnings(plan: Mapping[str, Any]) -> list[str]:
+    """Warnings on structures of the training cases that are lost at the plan's spacing.
 
-
-def _list_of(value: object, kind: type, length: int | None = None) -> bool:
-    if not isinstance(value, list | tuple) or (length is not None and len(value) != length):
-        return False
-    return all(isinstance(v, str) if kind is str else _is_number(v, kind) for v in value)
-
-
-def _is_orientation(value: object) -> bool:
-    pairs = ("LR", "PA", "IS")
-    return (
-        isinstance(value, str)
-        and len(value) == 3
-        and sorted(next((i for i, pair in enumerate(pairs) if code in pair), 9) for code in value)
-        == [0, 1, 2]
-    )
+    A label map is resampled by nearest neighbour, so a structure keeps its volume on average: one that is smaller
+    than two voxels of the plan may vanish.
+    """
+    warnings = []
+    voxel = math.prod(plan["spacing"])
+    for name, least in plan["fingerprint"].get("smallest", {}).items():
+        left = least["mm3"] / voxel
+        if left < 2 and left < 0.99 * least["voxels"]:
+            warnings.append(
+                f"the smallest {name!r} (case {least['case']}: {least['voxels']} voxel{'s' * (least['voxels'] > 1)}, {least['mm3']:.3g} mm3) has about "
+                f"{left:.2g} voxels at the plan's spacing of {' x '.join(f'{mm:.3g}' for mm in plan['spacing'])} mm and may "
+                "vanish. Plan with a finer spacing: --set plan::spacing=[X,Y,Z]."
+            )
+    return warnings

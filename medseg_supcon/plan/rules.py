@@ -1,4 +1,4 @@
-"""How a plan normalises intensities: stock MONAI transforms only, as config dicts."""
+"""The rules of a plan: spacing, strides, patch size, and how intensities are normalised."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medseg_supcon.datasets import normalisation
 from medseg_supcon.plan.fingerprint import readable
 
 ANISOTROPIC = 3.0
@@ -21,7 +22,7 @@ def target_spacing(spacings: Floats) -> Floats:
     """The median spacing (3,) of (n, 3); for anisotropic data the coarse axis takes its 10th percentile.
 
     nnU-Net's rule (Isensee et al., Nature Methods 2021): interpolating a little along a coarse axis costs
-    less than throwing away the slices of the better scans. Data count as anisotropic above a ratio of 3.
+    less than dropping slices of the better scans. Data count as anisotropic above a ratio of 3.
     """
     target = np.median(spacings, axis=0)
     coarse = int(np.argmax(target))
@@ -33,8 +34,8 @@ def target_spacing(spacings: Floats) -> Floats:
 def coarsened(spacing: Floats, extent: Floats, budget: int, most: int = MOST_PATCHES_ON_CPU) -> Floats:
     """Spacing at which a scan of `extent` mm holds at most `most` patches of `budget` voxels.
 
-    The finest axes are coarsened first, so that anisotropic data become more isotropic on the way. A patch of
-    a very large scan would otherwise see too little of it, and a CPU could not get through it.
+    The finest axes are coarsened first, so that anisotropic data become more isotropic on the way. Otherwise a patch
+    would see too little of a very large scan, and a CPU would take too long.
     """
 
     def patches(floor: float) -> float:
@@ -68,7 +69,7 @@ def strides(spacing: Floats, shape: Floats, levels: int) -> list[tuple[int, int,
 
 
 def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[int]) -> list[int]:
-    """Voxels per axis: as isotropic in mm as can be, within `budget` voxels, no larger than the scan demands.
+    """Voxels per axis: as isotropic in mm as can be, within `budget` voxels, no larger than the scan needs.
 
     Starts from the smallest patch that the network takes and lengthens the axis that is shortest in mm, one
     divisor at a time, until each axis covers the median `shape` or the budget is spent.
@@ -91,32 +92,43 @@ def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[in
 def intensity_transforms(
     channels: Sequence[str], foreground: Sequence[Mapping[str, float]]
 ) -> list[dict[str, Any]]:
-    """Transform configs for key ``image`` that bring a scan to about zero mean and unit variance.
+    """Transform configs for key ``image`` that normalise a scan, usually to about zero mean and unit variance.
 
-    CT is in absolute units: clipped to the 0.5 and 99.5 percentiles of the structures' intensities, then
-    shifted and scaled by their mean and standard deviation (nnU-Net's rule). Any other channel has no common
-    scale and is normalised per scan. Where both kinds occur, the channels are taken apart, treated each in
-    its way, and stacked again.
+    CT is in absolute units: clipped to the 0.5 and 99.5 percentiles of the structures' intensities, then shifted and
+    scaled by their mean and standard deviation (nnU-Net's rule). Channels called "noNorm", "rescale_to_0_1" or
+    "rgb_to_0_1" are treated as nnU-Net does. Any other channel has no common scale and is normalised per scan.
+    Channels of several kinds are split, treated each in its way, and stacked again.
 
     Args:
-        channels: names in order, of which several may be equal; "CT" in any case is CT.
+        channels: names in order, of which several may be equal; `datasets.normalisation` says what each means.
         foreground: per channel "mean", "std", "percentile_00_5", "percentile_99_5" inside the structures.
     """
-    is_ct = [name.strip().lower() == "ct" for name in channels]
-    if not any(is_ct):
-        return [{"_target_": "NormalizeIntensityd", "keys": "image", "channel_wise": True}]
-    if len(channels) == 1:
-        return [_window("image", foreground[0])]
+    kinds = [normalisation(name) for name in channels]
+    if len(set(kinds)) == 1 and (kinds[0] != "ct" or len(kinds) == 1):
+        return _normalise("image", kinds[0], foreground[0])
     postfixes = [str(index) for index in range(len(channels))]
     keys = [f"image_{postfix}" for postfix in postfixes]
     steps: list[dict[str, Any]] = [
         {"_target_": "SplitDimd", "keys": "image", "output_postfixes": postfixes, "dim": 0, "keepdim": True}
     ]
-    for key, stats, ct in zip(keys, foreground, is_ct, strict=True):
-        steps.append(_window(key, stats) if ct else {"_target_": "NormalizeIntensityd", "keys": key})
+    for key, kind, stats in zip(keys, kinds, foreground, strict=True):
+        steps += _normalise(key, kind, stats)
     steps.append({"_target_": "ConcatItemsd", "keys": keys, "name": "image", "dim": 0})
     steps.append({"_target_": "DeleteItemsd", "keys": keys})
     return steps
+
+
+def _normalise(key: str, kind: str, stats: Mapping[str, float]) -> list[dict[str, Any]]:
+    if kind == "nonorm":
+        return []
+    if kind == "ct":
+        return [_window(key, stats)]
+    if kind == "rgb_to_0_1":
+        limits = {"a_min": 0, "a_max": 255, "b_min": 0, "b_max": 1}
+        return [{"_target_": "ScaleIntensityRanged", "keys": key, **limits}]
+    if kind == "rescale_to_0_1":
+        return [{"_target_": "ScaleIntensityd", "keys": key, "minv": 0, "maxv": 1, "channel_wise": True}]
+    return [{"_target_": "NormalizeIntensityd", "keys": key, "channel_wise": True}]
 
 
 def _window(key: str, stats: Mapping[str, float]) -> dict[str, Any]:
