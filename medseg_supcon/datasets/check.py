@@ -182,7 +182,9 @@ def _geometry_outliers(reports: Sequence[CaseReport]) -> list[Finding]:
         return []
     findings = []
     spacings, extents = (np.array([getattr(r, what) for r in measured]) for what in ("spacing", "extent"))
-    lost = (abs(spacings - 1) < 1e-4).all(axis=1)  # 1 x 1 x 1 mm is what programs write if they lose the size
+    lost: Any = (abs(spacings - 1) < 1e-4).all(
+        axis=1
+    )  # 1 x 1 x 1 mm is what programs write if they lose the size
     if lost.sum() > len(lost) // 4 or (abs(np.median(spacings, axis=0) - 1) < 0.2).all():
         lost[:] = False
     for code, what, values, odd, cure in (

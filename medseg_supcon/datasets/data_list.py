@@ -118,8 +118,9 @@ def list_cases(
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         raise DataError(f'{source}: "{key}" must be a list of items {{"image": path, "label": path}}.')
     items = [entry if isinstance(entry, Mapping) else {"image": entry} for entry in entries]
-    used = dict.fromkeys(str(one) for item in items for one in item)
-    warnings = _unknown(used, ITEM_KEYS, f'an item of "{key}"', source)
+    kinds = dict.fromkeys(tuple(map(str, item)) for item in items)
+    where = f'an item of "{key}"'
+    warnings = list(dict.fromkeys(w for keys in kinds for w in _unknown(keys, ITEM_KEYS, where, source)))
     listed: Listed = []
     for number, item in enumerate(items, 1):
         image = item.get("image")

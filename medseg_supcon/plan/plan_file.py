@@ -179,9 +179,11 @@ def plan_warnings(plan: Mapping[str, Any]) -> list[str]:
     for name, least in plan["fingerprint"].get("smallest", {}).items():
         left = least["mm3"] / voxel
         if left < 2 and left < 0.99 * least["voxels"]:
+            plural = "s" if least["voxels"] > 1 else ""
+            spacing = " x ".join(f"{mm:.3g}" for mm in plan["spacing"])
             warnings.append(
-                f"the smallest {name!r} (case {least['case']}: {least['voxels']} voxel{'s' * (least['voxels'] > 1)}, {least['mm3']:.3g} mm3) has about "
-                f"{left:.2g} voxels at the plan's spacing of {' x '.join(f'{mm:.3g}' for mm in plan['spacing'])} mm and may "
-                "vanish. Plan with a finer spacing: --set plan::spacing=[X,Y,Z]."
+                f"the smallest {name!r} (case {least['case']}: {least['voxels']} voxel{plural}, {least['mm3']:.3g} mm3) has "
+                f"about {left:.2g} voxels at the plan's spacing of {spacing} mm and may vanish. Plan with a finer "
+                "spacing: --set plan::spacing=[X,Y,Z]."
             )
     return warnings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -134,7 +135,7 @@ def test_every_fault_is_found_and_named(tmp_path, disk, fault):
 
 
 def test_nothing_to_learn_is_an_error(tmp_path, disk):
-    """`medseg train` refuses it: a check that is content would send a person round in circles."""
+    """`medseg train` refuses it, so the check must name it."""
     root = disk.decathlon(tmp_path, cases=3)
     for path in (root / "labelsTr").iterdir():
         disk.nifti(path, np.zeros(nibabel.load(path).shape, np.uint8))
@@ -360,3 +361,128 @@ def test_a_patient_whom_the_data_list_trains_and_validates_on(tmp_path):
     (found,) = check_dataset(read_dataset(tmp_path / "list.json")).findings
     assert (found.severity, found.code) == ("warning", "patient_on_both_sides")
     assert "'ann'" in found.message
+
+
+def codes(dataset):
+    return [(f.case, f.severity, f.code) for f in check_dataset(dataset, jobs=1).findings]
+
+
+def ct_scan(number, change):
+    """Air, soft tissue and a bright structure in Hounsfield units, changed as a converter would."""
+    rng = np.random.default_rng(number)
+    scan = np.full((12, 10, 8), -1000.0)
+    scan[2:10, 2:8, 1:7], scan[2:5, 2:5, 2:6] = 40, 160
+    return change(scan + rng.normal(0, 12, scan.shape)).astype(np.float32)
+
+
+CT = {  # how some scans differ -> which are reported
+    "not at all": (lambda x: x, [], []),
+    "stored from 0 in one": (lambda x: x + 1024, [2], ["intensity_outlier"]),
+    "stored from 0 in most": (lambda x: np.maximum(x + 1024, 0), [0, 1, 2, 3], ["intensity_outlier"] * 4),
+    "stored from 0 in all": (lambda x: np.maximum(x + 1024, 0), range(6), ["not_hounsfield"]),
+    "0 to 1 in one": (lambda x: np.clip((x + 160) / 400, 0, 1), [4], ["intensity_outlier"]),
+    "tenths in two": (lambda x: x * 10, [0, 3], ["intensity_outlier"] * 2),
+    "shifted down": (lambda x: x - 1024, [5], ["intensity_outlier"]),
+    "padding": (lambda x: np.where(np.arange(8) < 2, -3024, x), [1], []),
+    "metal": (lambda x: np.where(x > 190, 3000, x), [1], []),
+}
+
+
+@pytest.mark.parametrize("change", CT)
+@pytest.mark.parametrize("channel", ["CT", "CTA"])
+def test_ct_that_is_not_in_hounsfield_units(tmp_path, disk, change, channel):
+    convert, cases, expected = CT[change]
+    root = disk.decathlon(tmp_path, cases=6, modality={"0": channel})
+    for number in range(6):
+        scan = ct_scan(number, convert if number in cases else lambda x: x)
+        disk.nifti(root / f"imagesTr/case_{number}.nii.gz", scan)
+    found = codes(read_dataset(root))
+    assert {code for _, _, code in found} == set(expected)
+    if "not_hounsfield" not in expected:
+        odd = set(cases) if expected else set()
+        if change == "stored from 0 in most":  # those that are right are the outliers, or those that are not
+            assert {f"case_{n}" for n in cases} <= {case for case, _, _ in found}
+        else:
+            assert {case for case, _, _ in found} == {f"case_{n}" for n in odd}
+
+
+@pytest.mark.parametrize(
+    ("factor", "reported"), [(1, False), (500, False), (1e-2, False), (1e6, True), (1e-6, True)]
+)
+def test_only_extreme_scales_of_mr_are_reported(tmp_path, disk, factor, reported):
+    root = disk.decathlon(tmp_path, cases=5)
+    disk.nifti(root / "imagesTr/case_3.nii.gz", disk.scan_and_label(3)[0] * np.float32(factor))
+    expected = [("case_3", "warning", "intensity_outlier")] if reported else []
+    assert codes(read_dataset(root)) == expected
+
+
+def draw(root, disk, class_of):
+    """Give class 2 to those cases alone for which `class_of` says so."""
+    for number in range(4):
+        label = disk.scan_and_label(number)[1]
+        disk.nifti(
+            root / f"labelsTr/case_{number}.nii.gz", np.where((label == 2) & (not class_of(number)), 0, label)
+        )
+
+
+def test_classes_that_training_cannot_learn(tmp_path, disk):
+    root = disk.decathlon(tmp_path)
+    draw(root, disk, lambda number: number == 3)
+    dataset = read_dataset(root)
+    (alone,) = check_dataset(dataset).findings
+    assert alone.code == "class_in_one_case" and "'vessel' (value 2, drawn in case_3)" in alone.message
+    (never,) = check_dataset(replace(dataset, validation=frozenset(["case_3", "case_1"]))).findings
+    assert never.code == "class_not_trained" and "'vessel' (value 2, drawn in case_3)" in never.message
+    assert codes(replace(dataset, validation=frozenset(["case_1"]))) == []
+    draw(root, disk, lambda number: number > 1)
+    assert codes(replace(dataset, validation=frozenset(["case_2", "case_3"]))) == [
+        ("", "warning", "class_not_trained")
+    ]
+    assert codes(dataset) == []
+
+
+@pytest.mark.parametrize("axes", ["LPS", "PSR", "AIL"])
+def test_a_label_map_with_other_axes_at_the_same_place_is_called_turned(tmp_path, disk, axes):
+    root = disk.decathlon(tmp_path)
+    path = root / "labelsTr/case_1.nii.gz"
+    image = nibabel.load(path)
+    change = nibabel.orientations.ornt_transform(
+        nibabel.io_orientation(image.affine), nibabel.orientations.axcodes2ornt(axes)
+    )
+    nibabel.save(image.as_reoriented(change), path)
+    (found,) = check_dataset(read_dataset(root)).findings
+    assert (found.code, found.severity) == ("turned", "error")
+    assert (
+        f"axes run along {axes}, those of the scan along RAS" in found.message and "mm" not in found.message
+    )
+
+
+@pytest.mark.parametrize("slope", [12 / 255, 0.5, 3.0])
+def test_labels_that_the_header_scales(tmp_path, disk, slope):
+    root = disk.decathlon(tmp_path)
+    path = root / "labelsTr/case_1.nii.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[112:120] = struct.pack("<2f", slope, 0)
+    path.write_bytes(gzip.compress(bytes(content)))
+    (found,) = check_dataset(read_dataset(root)).findings
+    assert found.code == ("undeclared_label" if slope == 3 else "fractional_label")
+    assert f"scl_slope {slope:.6g}" in found.message and "nearest neighbour" not in found.message
+
+
+def test_scan_and_label_map_swapped(tmp_path, disk):
+    root = disk.decathlon(tmp_path)
+    items = json.loads((root / "dataset.json").read_text())
+    items["training"][2] = {"image": "labelsTr/case_2.nii.gz", "label": "imagesTr/case_2.nii.gz"}
+    disk.json(root / "dataset.json", items)
+    (found,) = check_dataset(read_dataset(root)).errors
+    assert found.case == "case_2" and "swapped" in found.message
+
+
+@pytest.mark.parametrize("spacing", [(0.5, 0.5, 2.5), (0.7, 0.7, 1.2), (1, 1, 2)])
+def test_a_voxel_size_that_got_lost(tmp_path, disk, spacing):
+    root = disk.decathlon(tmp_path, cases=5)
+    for number in range(1, 5):
+        for folder, data in zip(("imagesTr", "labelsTr"), disk.scan_and_label(number), strict=True):
+            disk.nifti(root / folder / f"case_{number}.nii.gz", data, np.diag([*spacing, 1]))
+    found = [f for f in check_dataset(read_dataset(root)).findings if f.code == "spacing_outlier"]
+    assert [f.case for f in found] == ["case_0"]

@@ -21,6 +21,7 @@ from medseg_supcon.plan import (
     Fingerprint,
     fingerprint,
     make_plan,
+    plan_warnings,
     read_plan,
     validate_plan,
     write_plan,
@@ -229,19 +230,42 @@ def test_plans_survive_the_disk_and_stay_short(tmp_path, phantoms):
 
 
 BROKEN = {
-    "patch_size": [[40, 56], [40, 56, 0], [40.5, 56, 40], "40", None, [True, 8, 8]],
-    "spacing": [[1, 1], [1, 1, 0], [1, 1, "1"], [1, 1, float("nan")]],
+    "patch_size": [
+        [40, 2000, 40],
+        [10**400, 8, 8],
+        [40, 56],
+        [40, 56, 0],
+        [40.5, 56, 40],
+        "40",
+        None,
+        [True, 8, 8],
+    ],
+    "spacing": [
+        [1e9, 1, 1],
+        [1e-9, 1, 1],
+        [1, 1, float("inf")],
+        [1, 1],
+        [1, 1, 0],
+        [1, 1, "1"],
+        [1, 1, float("nan")],
+    ],
     "orientation": ["RAR", "XYZ", 3, "ras"],
     "labels": [{}, {"background": 0}, {"a": 0, "b": 0}, ["a", "b"], {"a": 0, "b": "1"}],
     "ignore_label": ["none", 1],
     "channels": [[], "MRI", [3]],
     "intensity": [{}, ["NormalizeIntensityd"], None],
     "flip_axes": [[3], 0, ["x"]],
-    "batch_size": [0, 1.5, "2"],
+    "batch_size": [0, 1.5, "2", 1_000_000, True],
+    "steps_per_epoch": [0, 10**9],
     "epochs": [-1, None],
     "class_weights": [[1, 2], [1, 1, -1], None],
     "network_def": ["UNet", None, {"spatial_dims": 3}],
-    "inference": [{"overlap": 1, "sw_batch_size": 4}, {"overlap": 0.5}, []],
+    "inference": [
+        {"overlap": 1, "sw_batch_size": 4},
+        {"overlap": 0.5},
+        [],
+        {"overlap": None, "sw_batch_size": 4},
+    ],
     "keep_largest": [["liver"], "tumour"],
     "name": [7],
 }
@@ -277,3 +301,26 @@ def test_missing_and_misspelt_keys(tmp_path):
     (tmp_path / "plan.json").write_text("[]")
     with pytest.raises(ConfigError, match="object"):
         read_plan(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("voxels", "spacing", "lost"), [(1, 1, True), (40, 1, True), (80, 1, False), (1, 3, False)]
+)
+def test_structures_that_the_spacing_makes_vanish(voxels, spacing, lost):
+    """Most cases have voxels of 3 mm; one has a structure of few voxels of `spacing` mm."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(50, 10, (1, 500)).astype("f4")
+    cases = [
+        CaseFingerprint(f"c{i}", (40, 40, 40), (3, 3, 3), "RAS", (900, 300, 100), values) for i in range(4)
+    ]
+    small = CaseFingerprint("small", (90, 90, 90), (spacing,) * 3, "RAS", (900, voxels, 0), values)
+    found = Fingerprint((*cases, small), ("MRI",), tuple(LABELS))
+    plan = make_plan(found, Dataset(None, "toy", (), ("MRI",), dict(LABELS)))
+    assert plan["spacing"] == [3, 3, 3]
+    warnings = plan_warnings(plan)
+    assert len(warnings) == lost
+    if lost:
+        assert "'tumour' (case small: " in warnings[0] and "3 x 3 x 3 mm" in warnings[0]
+    assert plan_warnings({**plan, "spacing": [spacing] * 3}) == [], (
+        "the plan's spacing decides, however it was set"
+    )

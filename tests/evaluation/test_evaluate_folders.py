@@ -311,3 +311,101 @@ def test_lengths_are_mm_whatever_the_unit_of_a_header(tmp_path: Path, units: str
     assert found["surface_dice"] == 1.0
     (strict,) = evaluate_folders(tmp_path / "m", tmp_path / "r", tolerance_mm=1.0)["rows"]
     assert strict["surface_dice"] < 1.0
+
+
+def save_as(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([1, 1.5, 2, 1.0]) if affine is None else affine), path)
+
+
+@pytest.mark.parametrize("axes", ["LPS", "RSA", "IPL"])
+def test_a_mask_whose_axes_run_otherwise_is_scored_at_its_place(tmp_path: Path, axes: str) -> None:
+    expected = evaluate_folders_of(
+        tmp_path / "same", labels_of(1).astype(np.uint8), labels_of(2).astype(np.uint8)
+    )
+    image = nib.Nifti1Image(labels_of(1).astype(np.uint8), np.diag([1, 1.5, 2, 1.0]))
+    change = nib.orientations.ornt_transform(
+        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes)
+    )
+    folder = tmp_path / "turned"
+    (folder / "m").mkdir(parents=True)
+    nib.save(image.as_reoriented(change), folder / "m" / "a.nii.gz")
+    save_as(folder / "r" / "a.nii.gz", labels_of(2).astype(np.uint8))
+    assert evaluate_folders(folder / "m", folder / "r")["rows"] == expected["rows"]
+
+
+def evaluate_folders_of(folder: Path, mask: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
+    save_as(folder / "m" / "a.nii.gz", mask)
+    save_as(folder / "r" / "a.nii.gz", reference)
+    return evaluate_folders(folder / "m", folder / "r", out=folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("masks", "maps", "words"),
+    [
+        ([0, 1, 3], [0, 1, 4], ["hold 1, 3,", "hold 1, 4."]),
+        ([0, 255, 0], [0, 1, 0], ["hold 255,", "hold 1."]),
+        ([0, 1, 0], [0, 1, 2], ["hold 1,", "hold 1, 2."]),
+        ([0, 0, 0], [0, 1, 2], ["no structure", "hold 1, 2."]),
+        ([0, 1, 2], [0, 1, 2], []),
+    ],
+)
+def test_values_of_one_side_only_are_named(
+    tmp_path: Path, masks: list[int], maps: list[int], words: list[str]
+) -> None:
+    report = evaluate_folders_of(tmp_path, *(np.array(v, np.uint8)[labels_of(1)] for v in (masks, maps)))
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["warnings"] == report["warnings"]
+    assert len(report["warnings"]) == bool(words)
+    assert all(word in report["warnings"][0] for word in words)
+    folders = ["--predictions", str(tmp_path / "m"), "--references", str(tmp_path / "r")]
+    result = CliRunner().invoke(
+        app, ["evaluate", *folders, "--out", str(tmp_path / "cli")], catch_exceptions=False
+    )
+    assert result.exit_code == 0 and all(word in result.output for word in words)
+
+
+def test_the_ignore_label_is_not_a_value_of_one_side(tmp_path: Path) -> None:
+    save_as(tmp_path / "m" / "a.nii.gz", labels_of(1).astype(np.uint8))
+    save_as(tmp_path / "r" / "a.nii.gz", np.where(labels_of(3) == 0, 9, labels_of(1)).astype(np.uint8))
+    assert evaluate_folders(tmp_path / "m", tmp_path / "r", ignore_label=9)["warnings"] == []
+
+
+@pytest.mark.parametrize("values", [[0, 0.1, 0.9], [0, 0.5, 1], [0, 1.002, 2], [0, 1e-2, 3e-2]])
+@pytest.mark.parametrize("side", ["m", "r"])
+def test_fractions_are_refused(tmp_path: Path, values: list[float], side: str) -> None:
+    for name in "ab":
+        for folder in "mr":
+            save_as(tmp_path / folder / f"{name}.nii.gz", labels_of(1).astype(np.uint8))
+    save_as(tmp_path / side / "b.nii.gz", np.array(values, np.float32)[labels_of(1)])
+    report = evaluate_folders(tmp_path / "m", tmp_path / "r")
+    (problem,) = report["problems"]
+    assert (
+        problem["case"] == "b"
+        and f"{values[1]:.4g}" in problem["problem"]
+        and "fractions" in problem["problem"]
+    )
+    assert list(report["summary"]["classes"]) == ["1", "2"]
+
+
+def test_a_scan_in_place_of_a_mask(tmp_path: Path) -> None:
+    scan = np.arange(20**3).reshape(20, 20, 20).astype(np.int32)
+    for name in "ab":
+        for folder in "mr":
+            save_as(tmp_path / folder / f"{name}.nii.gz", (scan % 3).astype(np.uint8))
+    save_as(tmp_path / "m" / "b.nii.gz", scan)
+    (problem,) = evaluate_folders(tmp_path / "m", tmp_path / "r")["problems"]
+    assert "8000 different values" in problem["problem"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.int64, np.float64])
+def test_neighbouring_values_of_many_digits(tmp_path: Path, dtype: type) -> None:
+    reference = np.array([0, 614454276, 614454277], dtype)[labels_of(1)]
+    mask = np.array([0, 614454277, 614454276], dtype)[labels_of(1)]
+    report = evaluate_folders_of(tmp_path, mask, reference)
+    assert list(report["summary"]["classes"]) == ["614454276", "614454277"]
+    assert report["summary"]["mean"]["dice"] == 0
+    report = MetricsReport(tmp_path, {"background": 0, "a": 614454276, "b": 614454277})
+    item = MetaTensor(torch.from_numpy(reference.astype(np.float64))[None], affine=torch.eye(4))
+    report.update([{"name": "case", "pred": item, "label": item}])
+    assert report.compute() == 1.0
+    assert all(row["reference_volume_ml"] > 0 for row in report.rows)
