@@ -38,10 +38,9 @@ def memory_ran_out(error: Exception) -> str:
 
 def print_report(report: Any, console: Console) -> None:
     """The findings of a data set's check, a table, and a closing sentence."""
-    rows = report.rows()
-    for row in rows:
-        color = "red" if row["severity"] == "error" else "yellow"
-        say(console, row["severity"], color, f"{row['case']}: {row['message']}")
+    for finding in report.findings:
+        color = "red" if finding.severity == "error" else "yellow"
+        say(console, finding.severity, color, f"{finding.case or '(all)'}: {finding.message}")
     console.print(report.summary())
 
 

@@ -5,7 +5,6 @@ from medseg_supcon.datasets.data_list import items, load_items, trained_on, writ
 from medseg_supcon.datasets.dataset import Case, Dataset, normalisation, read_case_names
 from medseg_supcon.datasets.labels import (
     class_indices,
-    label_mapping,
     label_type,
     reorient,
     snap_labels,

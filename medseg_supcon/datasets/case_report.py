@@ -106,21 +106,16 @@ def case_report(case: Case, dataset: Dataset, tolerance: float, mismatch: str) -
 def _is_scan(report: CaseReport, path: Path, volume: Volume, dataset: Dataset) -> bool:
     shape = volume.data.shape
     one_channel = len(report.case.images) > 1 or len(dataset.channels) == 1
+    code, what = "not_3d", f"is {len(shape)}-D (shape {shape}), expected"
     if 0 in shape:
-        report.add_finding(path, "empty_image", f"has no voxels (shape {shape}). Export it again.")
+        code, what = "empty_image", f"has no voxels (shape {shape}). Export it again."
     elif len(shape) < 3:
-        report.add_finding(
-            path, "not_3d", f"is {len(shape)}-D (shape {shape}), expected a 3-D scan. Leave it out."
-        )
+        what += " a 3-D scan. Leave it out."
     elif len(shape) > 4 or (len(shape) == 4 and one_channel):
-        report.add_finding(
-            path,
-            "not_3d",
-            f"is {len(shape)}-D (shape {shape}), expected one 3-D scan. Save one volume of the series, or "
-            f"declare its channels in dataset.json.",
-        )
+        what += " one 3-D scan. Save one volume of the series, or declare its channels in dataset.json."
     else:
         return True
+    report.add_finding(path, code, what)
     return False
 
 
@@ -143,20 +138,18 @@ def _check_intensities(report: CaseReport, path: Path, data: npt.NDArray[Any]) -
     channels = _channels_of(data)
     for number, channel in enumerate(channels):
         where = f"channel {number} " if len(channels) > 1 else ""
-        if channel.dtype.kind == "f" and not (finite := np.isfinite(channel)).all():
-            bad = int(channel.size - np.count_nonzero(finite))
-            report.add_finding(
-                path, "not_finite", f"{where}holds {bad} voxels that are NaN or Inf. Repair or leave it out."
-            )
+        if channel.dtype.kind == "f" and (bad := int(np.count_nonzero(~np.isfinite(channel)))):
+            sentence = f"{where}holds {bad} voxels that are NaN or Inf. Repair or leave it out."
+            report.add_finding(path, "not_finite", sentence)
             continue
-        low, high = float(channel.min()), float(channel.max())
-        if low == high:
+        low = float(channel.min())
+        if low == float(channel.max()):
             sentence = f"{where}has the value {low:g} everywhere: an empty scan. Leave it out."
             report.add_finding(path, "constant_image", sentence)
             continue
         voxels = np.ascontiguousarray(channel.T, dtype=np.float32)  # NIfTI is stored in Fortran order
-        flat = voxels.ravel()
-        usual = np.percentile(flat[:: max(1, flat.size // SAMPLE)], [0.5, 99.5]).astype(np.float64)
+        sample = voxels.ravel()[:: max(1, voxels.size // SAMPLE)]
+        usual = np.percentile(sample, [0.5, 99.5]).astype(np.float64)
         report.intensities.append((low, float(usual[0]), float(usual[1])))
         content = hashlib.blake2b(voxels.data, digest_size=16, person=b"voxels")
         content.update(repr(voxels.shape).encode())
@@ -166,14 +159,12 @@ def _check_intensities(report: CaseReport, path: Path, data: npt.NDArray[Any]) -
 def _check_geometry(report: CaseReport, path: Path, volume: Volume) -> bool:
     shape, axes = volume.data.shape[:3], volume.affine[:3, :3]
     if not np.isfinite(volume.affine).all() or abs(np.linalg.det(axes)) < 1e-12:
-        report.add_finding(
-            path, "bad_affine", "its affine is not valid (zero or not finite). Export it again."
-        )
+        sentence = "its affine is not valid (zero or not finite). Export it again."
+        report.add_finding(path, "bad_affine", sentence)
         return False
     if volume.unit != "mm":
-        report.add_finding(
-            path, "unit", f"gives lengths in {volume.unit}, expected mm. Correct its header, or convert it."
-        )
+        sentence = f"gives lengths in {volume.unit}, expected mm. Correct its header, or convert it."
+        report.add_finding(path, "unit", sentence)
     if (degrees := shear_degrees(volume.affine)) > MAX_SHEAR_DEGREES:
         report.add_finding(
             path,
@@ -243,9 +234,8 @@ def _check_label(
 ) -> None:
     """List the faults of the label map at `path`; `scan` is its case's first usable image."""
     if path in report.case.images:
-        report.add_finding(
-            path, "label_is_image", "is named as scan and as label map. Correct the data list."
-        )
+        sentence = "is named as scan and as label map. Correct the data list."
+        report.add_finding(path, "label_is_image", sentence)
         return
     volume = report.read(path)
     if volume is None:
@@ -289,9 +279,8 @@ def _check_values(report: CaseReport, path: Path, data: npt.NDArray[Any], datase
             "fractional_label" if fractional else "undeclared_label",
             f"holds {few}, declared are {known}. {_why_stray(path, stray, bool(fractional))}",
         )
-    shown = {
-        name for name, value in dataset.labels.items() if any(abs(v - value) <= TOLERANCE for v in counts)
-    }
+    classes = dataset.labels.items()
+    shown = {name for name, value in classes if any(abs(v - value) <= TOLERANCE for v in counts)}
     report.classes |= shown
     if not stray and not shown - {next(iter(dataset.labels))}:
         sentence = "no structure is drawn in it. Leave the case out if that is not intended."

@@ -61,13 +61,6 @@ class Report:
         """Whether training must refuse."""
         return bool(self.errors)
 
-    def rows(self) -> list[dict[str, str]]:
-        """One row per finding for a table: "case", "severity", "code", "message"."""
-        return [
-            {"case": f.case or "(all)", "severity": f.severity, "code": f.code, "message": f.message}
-            for f in self.findings
-        ]
-
     def summary(self) -> str:
         """One closing sentence."""
         rest = self.cases - self.labelled

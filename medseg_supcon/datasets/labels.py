@@ -98,9 +98,8 @@ def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple
     rest = sorted((pair for pair in pairs if pair != ground), key=lambda pair: pair[1])
     if not rest:
         raise DataError(f'{source}: "labels" names no class besides the background. Declare at least one.')
-    return {name: _plain(value) for name, value in [ground, *rest]}, None if ignored is None else _plain(
-        ignored
-    )
+    labels = {name: _plain(value) for name, value in [ground, *rest]}
+    return labels, None if ignored is None else _plain(ignored)
 
 
 def value_text(value: float) -> str:
@@ -142,25 +141,6 @@ def scan_labels(
             f"{source}: the label files hold no value besides 0. At least one structure must be drawn."
         )
     return parse_labels({"background": 0, **declared}, source, ignore)
-
-
-def label_mapping(plan: Mapping[str, Any]) -> tuple[list[int | float], list[int]]:
-    """Values of the label files and the class index of each, as `MapLabelValued` takes them.
-
-    The ignore label becomes `losses.IGNORE_INDEX`. `MapLabelValued` keeps any other value as it is; use
-    `class_indices` if undeclared values must be refused.
-
-    Example:
-        >>> from medseg_supcon.datasets import label_mapping
-        >>> label_mapping({"labels": {"background": 0, "tumour": 4}, "ignore_label": 255})
-        ([0, 4, 255], [0, 1, -1])
-    """
-    values = list(plan["labels"].values())
-    indices = list(range(len(values)))
-    if plan.get("ignore_label") is not None:
-        values.append(plan["ignore_label"])
-        indices.append(IGNORE_INDEX)
-    return values, indices
 
 
 def label_type(values: Collection[float]) -> np.dtype[Any]:
@@ -234,7 +214,9 @@ def class_indices(
         >>> class_indices(np.array([0.0, 4.0, 255.0]), plan).tolist()
         [0, 1, -1]
     """
-    values, indices = label_mapping(plan)
+    values, indices = list(plan["labels"].values()), list(range(len(plan["labels"])))
+    if plan.get("ignore_label") is not None:
+        values, indices = [*values, plan["ignore_label"]], [*indices, IGNORE_INDEX]
     out = np.empty_like(label, dtype=np.int16)
     stray: set[float] = set()
     for part in slabs(label.shape[-1] if label.ndim else 0, label.size):

@@ -46,15 +46,15 @@ def make_phantoms(
 
     Each scan shows a body with a capsule round a core, a horn whose anterior and posterior halves are two
     classes, and a nodule (about 0.1 % of the voxels) on top of the capsule. Capsule and horns are equally
-    bright, the core is as grey as the body, and bright spots like the nodule lie elsewhere: what a voxel is
-    follows from its place, not from its intensity. Shapes are deformed smoothly; bias field, noise, intensity
+    bright, the core is as grey as the body, and there are other bright spots like the nodule: intensity alone cannot
+    separate the classes. Shapes are deformed smoothly; bias field, noise, intensity
     scale, voxel size (0.8 to 2 mm), axis order and tilt vary from scan to scan.
 
     Args:
         folder: a new or empty folder.
         cases: labelled scans, in imagesTr and labelsTr.
-        unseen: scans for afterwards, in imagesTs and labelsTs; ``dataset.json`` names the scans under "test".
-        seed: of all draws; a case depends on the seed and its own number alone.
+        unseen: scans to predict later, in imagesTs and labelsTs; ``dataset.json`` names the scans under "test".
+        seed: of all draws; a case depends only on the seed and its own number.
         size: edge of the scanned cube in mm; every structure scales with it.
 
     Returns:
@@ -134,7 +134,7 @@ def _phantom(number: int, seed: int, size: float) -> tuple[Any, Any]:
     affine[:3, 3] = rng.uniform(-80, 80, 3) - affine[:3, :3] @ (np.array(shape) - 1) / 2
 
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), axis=-1).astype(np.float64)
-    # Anatomy lies in a frame of its own: roughly in the middle of the scan, roughly along the scanner's axes.
+    # The anatomy has its own frame: roughly in the middle of the scan and along the scanner's axes.
     centred = (grid - (np.array(shape) - 1) / 2) @ affine[:3, :3].T + rng.uniform(-0.04, 0.04, 3) * size
     turn = Rotation.from_euler("xyz", rng.uniform(-10, 10, 3), degrees=True).as_matrix()
     points = centred @ turn.T * rng.uniform(0.92, 1.1)
@@ -176,7 +176,7 @@ def _anatomy(p: Floats, rng: np.random.Generator) -> tuple[npt.NDArray[np.uint8]
     nodule &= label == 0
     label[nodule], intensity[nodule] = 5, 1.15 * BRIGHT
 
-    for _ in range(3):  # spots that only their place tells from the nodule
+    for _ in range(3):  # spots that differ from the nodule only by their place
         side, height = rng.choice([-1, 1]), rng.uniform(-0.2, 0.12)
         spot = (
             ball((side * rng.uniform(0.3, 0.34), rng.uniform(-0.15, 0.15), height), rng.uniform(0.04, 0.06))

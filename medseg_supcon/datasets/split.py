@@ -21,7 +21,7 @@ class Split:
         training: labelled cases to learn from, in the seeded order.
         validation: labelled cases to choose the best weights on.
         unlabelled: all other cases, without their label maps.
-        warnings: sentences for the person who trains, for instance that the validation is no held-out one.
+        warnings: sentences for the person who trains, for instance that no case is held out for validation.
     """
 
     training: tuple[Case, ...]
@@ -35,12 +35,12 @@ def split_cases(
 ) -> Split:
     """Split a data set by patients, for a budget of `labels` labelled cases, validation included.
 
-    The labelled cases are put into an order that depends on the seed and on names alone; a budget of N takes
-    the first N. Whether a case trains or validates is decided along that order, so the training cases of a
-    smaller budget are among those of a larger one, and likewise for validation. About ``max(1, min(20,
-    round(validation_fraction * N)))`` cases validate (more where one patient has many scans). A data list's
-    own validation cases alone validate where it names some; without a budget all of them do. With
-    `validation_fraction` 0 all labelled cases of the budget train, and the first 20 of them validate, too.
+    The labelled cases get an order that depends on the seed and their names only; a budget of N takes the first N.
+    Whether a case trains or validates is decided along that order, so the training cases of a smaller budget are
+    among those of a larger one, and likewise for validation. About ``max(1, min(20, round(validation_fraction *
+    N)))`` cases validate (more if one patient has many scans). If the data list names validation cases, only these
+    validate; without a budget all of them do. With `validation_fraction` 0 all labelled cases of the budget train,
+    and the first 20 of them also validate.
 
     Args:
         dataset: the cases; those without a label map are unlabelled.
@@ -63,7 +63,7 @@ def split_cases(
         (3, 1, 6)
     """
     if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction must lie in 0 .. 1, 1 left out, got {validation_fraction}")
+        raise ValueError(f"validation_fraction must be at least 0 and below 1, got {validation_fraction}")
     labelled = dataset.labelled
     total = len(labelled) if labels is None else labels
     if not labelled:
@@ -75,47 +75,36 @@ def split_cases(
             f"{dataset.root}: {total} labelled cases were asked for, but it has {len(labelled)}. "
             f"Ask for at most {len(labelled)}, or label more scans."
         )
-    held_out = [case for case in labelled if case.name in dataset.validation]
-    training: list[Case]
+    ordered = _ordered(labelled, seed)
+    held_out = sum(case.name in dataset.validation for case in labelled)
+    training = ordered[:total]
     validation: list[Case] = []
-    if validation_fraction == 0:
-        training = _ordered(labelled, seed)[:total]
-    elif held_out and len(held_out) < len(labelled):
-        training, validation = _along_own_split(
-            dataset, labelled, total, seed, validation_fraction, labels is None
-        )
-    else:
-        training, validation = _along_order(_ordered(labelled, seed), total, validation_fraction)
-    notes = []
+    if validation_fraction > 0 and 0 < held_out < len(labelled):
+        training, validation = _along_own_split(dataset, ordered, total, validation_fraction, labels is None)
+    elif validation_fraction > 0:
+        training, validation = _along_order(ordered, total, validation_fraction)
+    warnings = []
     if not validation or not training:
         training = training or validation
         validation = training if validation_fraction > 0 else training[:MOST_VALIDATION]
-        why = (
-            "there is no other labelled patient to validate on"
-            if validation_fraction > 0
-            else "all of them train"
-        )
-        notes.append(
-            f"Validation uses the training cases themselves ({_listed(training)}): {why}. Its figures say "
-            "nothing about new scans."
+        why = "no other labelled patient can validate" if validation_fraction > 0 else "all of them train"
+        names = ", ".join(case.name for case in training[:3])
+        names += f" and {len(training) - 3} more" if len(training) > 3 else ""
+        warnings.append(
+            f"Validation uses the training cases themselves ({names}): {why}. Its scores say nothing about new scans."
         )
     used = {case.name for case in (*training, *validation)}
     rest = tuple(replace(case, label=None) for case in dataset.cases if case.name not in used)
-    return Split(tuple(training), tuple(validation), rest, tuple(notes))
-
-
-def _draw(seed: int, text: str) -> bytes:
-    return hashlib.sha256(f"{seed}\0{text}".encode()).digest()
+    return Split(tuple(training), tuple(validation), rest, tuple(warnings))
 
 
 def _ordered(cases: Iterable[Case], seed: int) -> list[Case]:
     """Patients in an order of their own, each patient's cases together."""
 
-    def key(case: Case) -> tuple[bytes, str, bytes]:
-        group = _group(case)
-        return _draw(seed, group), group, _draw(seed, f"case {case.name}")
+    def draw(text: str) -> bytes:
+        return hashlib.sha256(f"{seed}\0{text}".encode()).digest()
 
-    return sorted(cases, key=key)
+    return sorted(cases, key=lambda case: (draw(g := _group(case)), g, draw(f"case {case.name}")))
 
 
 def _group(case: Case) -> str:
@@ -141,25 +130,24 @@ def _along_order(ordered: list[Case], total: int, fraction: float) -> tuple[list
 
 
 def patient_on_both_sides(dataset: Dataset) -> str | None:
-    """A sentence on a patient whose labelled scans the data list both trains and validates on; None: there is none."""
-    sides: dict[bool, set[str]] = {True: set(), False: set()}
+    """A sentence on a patient whose labelled scans both train and validate in the data list; None if none does."""
+    sides: tuple[set[str], set[str]] = (set(), set())
     for case in dataset.labelled:
         sides[case.name in dataset.validation].add(_group(case))
-    both = sides[True] & sides[False]
+    both = sides[0] & sides[1]
     if not both:
         return None
-    patient = min(both).removeprefix("patient ")
     return (
-        f"{dataset.root}: patient {patient!r} has scans both in the training and in the validation part "
-        f"of the data list. Keep a patient's scans on one side."
+        f"{dataset.root}: patient {min(both).removeprefix('patient ')!r} has scans both in the training and in the "
+        "validation part of the data list. Keep a patient's scans on one side."
     )
 
 
 def _along_own_split(
-    dataset: Dataset, labelled: tuple[Case, ...], total: int, seed: int, fraction: float, everything: bool
+    dataset: Dataset, ordered: list[Case], total: int, fraction: float, everything: bool
 ) -> tuple[list[Case], list[Case]]:
-    to_train = _ordered((case for case in labelled if case.name not in dataset.validation), seed)
-    to_validate = _ordered((case for case in labelled if case.name in dataset.validation), seed)
+    to_train = [case for case in ordered if case.name not in dataset.validation]
+    to_validate = [case for case in ordered if case.name in dataset.validation]
     mixed = patient_on_both_sides(dataset)
     if mixed is not None:
         raise DataError(mixed)
@@ -168,8 +156,3 @@ def _along_own_split(
     number = 0 if total == 1 else min(_wanted(total, fraction), len(to_validate))
     number = max(number, total - len(to_train))
     return to_train[: total - number], to_validate[:number]
-
-
-def _listed(cases: list[Case]) -> str:
-    names = [case.name for case in cases[:3]]
-    return ", ".join(names) + (f" and {len(cases) - 3} more" if len(cases) > 3 else "")

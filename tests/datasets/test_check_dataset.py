@@ -226,8 +226,8 @@ def test_several_faults_at_once_reach_json_and_table(tmp_path, disk):
     report = check_dataset(read_dataset(root))
     content = json.loads(json.dumps(report.to_dict()))
     assert (content["cases"], content["errors"], content["warnings"]) == (4, 2, 1)
-    assert [row["case"] for row in report.rows()] == ["case_0", "case_1", "case_2"]
-    assert [row["severity"] for row in report.rows()] == ["error", "error", "warning"]
+    assert [f.case for f in report.findings] == ["case_0", "case_1", "case_2"]
+    assert [f.severity for f in report.findings] == ["error", "error", "warning"]
     assert "2 errors, 1 warning" in report.summary()
 
 

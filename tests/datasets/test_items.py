@@ -10,13 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.bundle import ConfigParser
-from monai.transforms import MapLabelValued
 
 from medseg_supcon.datasets import (
     Case,
     class_indices,
     items,
-    label_mapping,
     label_type,
     load_items,
     read_dataset,
@@ -88,13 +86,6 @@ def test_a_single_file_in_a_list_is_a_text(tmp_path):
 def test_broken_items(tmp_path, entries, word):
     with pytest.raises(DataError, match=word):
         load_items(entries, tmp_path)
-
-
-def test_label_mapping_fits_stock_monai():
-    values, indices = label_mapping(PLAN)
-    label = np.array([[[0, 4], [0.5, 255]]], dtype=np.float32)
-    mapped = MapLabelValued("label", values, indices)({"label": label})["label"]
-    assert mapped.tolist() == [[[0, 1], [2, -1]]]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -315,7 +315,8 @@ def test_lengths_are_mm_whatever_the_unit_of_a_header(tmp_path: Path, units: str
 
 def save_as(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(array, np.diag([1, 1.5, 2, 1.0]) if affine is None else affine), path)
+    affine = np.diag([1, 1.5, 2, 1.0]) if affine is None else affine
+    nib.save(nib.Nifti1Image(array, affine, dtype=array.dtype), path)
 
 
 @pytest.mark.parametrize("axes", ["LPS", "RSA", "IPL"])
