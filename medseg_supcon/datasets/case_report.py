@@ -23,6 +23,7 @@ from medseg_supcon.scans import (
     shear_degrees,
 )
 
+NEAR = 0.01  # voxels by which a corner of a label map's grid may be off its scan's
 MOST_VALUES = 64  # undeclared values above which a label map looks like a scan
 SAMPLE = 100_000  # voxels that give the usual intensities of a scan
 
@@ -85,7 +86,7 @@ class CaseReport:
             return None
 
 
-def case_report(case: Case, dataset: Dataset, tolerance: float, mismatch: str) -> CaseReport:
+def case_report(case: Case, dataset: Dataset, mismatch: str) -> CaseReport:
     """Read a case once and list its faults; `mismatch` is the severity of differing affines."""
     report = CaseReport(case)
     images = [(path, volume) for path in case.images if (volume := report.read(path)) is not None]
@@ -97,9 +98,9 @@ def case_report(case: Case, dataset: Dataset, tolerance: float, mismatch: str) -
         _check_intensities(report, path, volume.data)
     usable = [(path, volume) for path, volume in images if _check_geometry(report, path, volume)]
     for path, volume in usable[1:]:
-        _check_grid(report, path, volume, *usable[0], tolerance, mismatch)
+        _check_grid(report, path, volume, usable[0], mismatch)
     if case.label is not None:
-        _check_label(report, case.label, dataset, usable[0] if usable else None, tolerance, mismatch)
+        _check_label(report, case.label, dataset, usable[0] if usable else None, mismatch)
     return report
 
 
@@ -126,12 +127,11 @@ def _channels_of(data: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
 def _check_channels(report: CaseReport, images: list[tuple[Path, Volume]], dataset: Dataset) -> None:
     number = sum(len(_channels_of(volume.data)) for _, volume in images)
     if number != len(dataset.channels):
-        report.add_finding(
-            images[0][0],
-            "channels",
+        sentence = (
             f"the case has {number} channel{'s' * (number != 1)}, the data set {len(dataset.channels)} "
-            f"({', '.join(dataset.channels)}). Add or remove channels, or correct the declaration.",
+            f"({', '.join(dataset.channels)}). Add or remove channels, or correct the declaration."
         )
+        report.add_finding(images[0][0], "channels", sentence)
 
 
 def _check_intensities(report: CaseReport, path: Path, data: npt.NDArray[Any]) -> None:
@@ -166,12 +166,11 @@ def _check_geometry(report: CaseReport, path: Path, volume: Volume) -> bool:
         sentence = f"gives lengths in {volume.unit}, expected mm. Correct its header, or convert it."
         report.add_finding(path, "unit", sentence)
     if (degrees := shear_degrees(volume.affine)) > MAX_SHEAR_DEGREES:
-        report.add_finding(
-            path,
-            "sheared",
+        sentence = (
             f"its axes are {degrees:.1f} degrees off a right angle, at most {MAX_SHEAR_DEGREES:g} are accepted; a "
-            "tilted gantry does this. Resample it, and its label map, onto a grid with perpendicular axes.",
+            "tilted gantry does this. Resample it, and its label map, onto a grid with perpendicular axes."
         )
+        report.add_finding(path, "sheared", sentence)
     for doubt in volume.doubts:
         report.add_finding(path, doubt.code, doubt.sentence, doubt.severity)
     spacing = np.linalg.norm(axes, axis=0)
@@ -185,52 +184,36 @@ def _check_geometry(report: CaseReport, path: Path, volume: Volume) -> bool:
 
 
 def _check_grid(
-    report: CaseReport,
-    path: Path,
-    volume: Volume,
-    scan: Path,
-    reference: Volume,
-    tolerance: float,
-    mismatch: str,
+    report: CaseReport, path: Path, volume: Volume, scan: tuple[Path, Volume], mismatch: str
 ) -> None:
     """Whether a label map, or a further channel, is on the grid of the scan."""
+    file, reference = scan
     own, expected = volume.data.shape[:3], reference.data.shape[:3]
-    near = tolerance * float(np.linalg.norm(reference.affine[:3, :3], axis=0).min())
+    near = NEAR * float(np.linalg.norm(reference.affine[:3, :3], axis=0).min())
     farthest = farthest_corner(own, volume.affine, reference.affine)
     if own == expected and farthest <= near:
         return
     turned, affine = reorient(volume.data, volume.affine, reference.affine)
     if turned.shape[:3] == expected and farthest_corner(expected, affine, reference.affine) <= near:
-        codes = ["".join(nibabel.aff2axcodes(one.affine)) for one in (volume, reference)]
-        report.add_finding(
-            path,
-            "turned",
-            f"is at the place of its scan {scan}, but its axes run along {codes[0]}, those of the scan along "
-            f"{codes[1]}. Save it with the axes of the scan (nibabel's as_reoriented does).",
+        axes = ["".join(nibabel.aff2axcodes(one.affine)) for one in (volume, reference)]
+        sentence = (
+            f"is at the place of its scan {file}, but its axes run along {axes[0]}, those of the scan along {axes[1]}. "
+            "Save it with the axes of the scan (nibabel's as_reoriented does)."
         )
+        report.add_finding(path, "turned", sentence)
     elif own != expected:
-        report.add_finding(
-            path,
-            "shape_mismatch",
-            f"has {own} voxels, its scan {scan} has {expected}. Export it on the scan's grid.",
-        )
+        sentence = f"has {own} voxels, its scan {file} has {expected}. Export it on the scan's grid."
+        report.add_finding(path, "shape_mismatch", sentence)
     else:
-        report.add_finding(
-            path,
-            "affine_mismatch",
-            f"is up to {farthest:.3g} mm away from its scan {scan}: their affines differ. Export it on the scan's "
-            f"grid, or give --allow-affine-mismatch if the voxels do match.",
-            mismatch,
+        sentence = (
+            f"is up to {farthest:.3g} mm away from its scan {file}: their affines differ. Export it on the scan's "
+            "grid, or give --allow-affine-mismatch if the voxels do match."
         )
+        report.add_finding(path, "affine_mismatch", sentence, mismatch)
 
 
 def _check_label(
-    report: CaseReport,
-    path: Path,
-    dataset: Dataset,
-    scan: tuple[Path, Volume] | None,
-    tolerance: float,
-    mismatch: str,
+    report: CaseReport, path: Path, dataset: Dataset, scan: tuple[Path, Volume] | None, mismatch: str
 ) -> None:
     """List the faults of the label map at `path`; `scan` is its case's first usable image."""
     if path in report.case.images:
@@ -256,7 +239,7 @@ def _check_label(
         if doubt.code != "no_orientation":  # its scan has the same fault, or another grid
             report.add_finding(path, doubt.code, doubt.sentence, doubt.severity)
     if scan is not None:
-        _check_grid(report, path, volume, *scan, tolerance, mismatch)
+        _check_grid(report, path, volume, scan, mismatch)
     if data.dtype.kind == "f" and not np.isfinite(data).all():
         sentence = "holds NaN or Inf. Set these voxels to the background or the ignore label."
         report.add_finding(path, "not_finite", sentence)

@@ -63,40 +63,25 @@ class Report:
 
     def summary(self) -> str:
         """One closing sentence."""
-        rest = self.cases - self.labelled
-        cases = f"{self.name}: {_count(self.cases, 'case')} checked" + (
-            f", {rest} without label map" if rest else ""
-        )
-        if not self.findings:
-            return f"{cases}, no problems found."
-        return f"{cases}, {_count(len(self.errors), 'error')}, {_count(len(self.warnings), 'warning')}."
+        parts = [f"{self.name}: {_count(self.cases, 'case')} checked"]
+        if rest := self.cases - self.labelled:
+            parts.append(f"{rest} without label map")
+        counts = _count(len(self.errors), "error"), _count(len(self.warnings), "warning")
+        return ", ".join([*parts, *(counts if self.findings else ["no problems found"])]) + "."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {
-            "dataset": self.name,
-            "root": str(self.root),
-            "cases": self.cases,
-            "labelled": self.labelled,
-            "errors": len(self.errors),
-            "warnings": len(self.warnings),
-            "findings": [
-                {**asdict(f), "file": None if f.file is None else str(f.file)} for f in self.findings
-            ],
-        }
+        counts = {"cases": self.cases, "labelled": self.labelled}
+        counts |= {"errors": len(self.errors), "warnings": len(self.warnings)}
+        findings = [{**asdict(f), "file": None if f.file is None else str(f.file)} for f in self.findings]
+        return {"dataset": self.name, "root": str(self.root), **counts, "findings": findings}
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def check_dataset(
-    dataset: Dataset,
-    *,
-    affine_tolerance: float = 0.01,
-    allow_affine_mismatch: bool = False,
-    jobs: int | None = None,
-) -> Report:
+def check_dataset(dataset: Dataset, *, allow_affine_mismatch: bool = False) -> Report:
     """What is wrong with a data set, case by case. Never raises for a bad file: it is a finding.
 
     Errors: missing or unreadable files, 2-D or 4-D files instead of 3-D, shapes, axes or affines of scan and label
@@ -111,9 +96,7 @@ def check_dataset(
 
     Args:
         dataset: from `read_dataset`; its `validation` are the cases that do not train.
-        affine_tolerance: how far a corner of the label map's grid may be from the scan's, in voxels.
         allow_affine_mismatch: report differing affines as warnings; the scan's is then the right one.
-        jobs: threads; None for up to four.
 
     Example:
         >>> import tempfile
@@ -122,12 +105,8 @@ def check_dataset(
         >>> report.has_errors
         False
     """
-    if not affine_tolerance >= 0:
-        raise ValueError(f"affine_tolerance must be at least 0 voxels, got {affine_tolerance}")
     mismatch = "warning" if allow_affine_mismatch else "error"
-    reports = in_parallel(
-        lambda case: case_report(case, dataset, affine_tolerance, mismatch), dataset.cases, jobs
-    )
+    reports = in_parallel(lambda case: case_report(case, dataset, mismatch), dataset.cases)
     findings = [finding for report in reports for finding in report.findings]
     findings += _duplicates(reports)
     findings += _geometry_outliers(reports)

@@ -182,7 +182,8 @@ def reorient(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     """A volume (X, Y, Z, ...) and its affine with the axes in the order and direction of another affine.
 
-    Every voxel stays at its place in space: axes are swapped and mirrored, nothing is interpolated.
+    Every voxel stays at its place in space: axes are swapped and mirrored, nothing is interpolated. An affine
+    that is not valid stays as it is.
 
     Example:
         >>> import numpy as np
@@ -191,8 +192,10 @@ def reorient(
         >>> label.shape, affine[0].tolist()
         ((2, 3, 4), [1.0, 0.0, 0.0, -1.0])
     """
+    if not np.isfinite(affine).all():
+        return data, affine
     axes, wanted = (nibabel.orientations.io_orientation(one) for one in (affine, like))
-    if np.isnan(axes).any() or np.isnan(wanted).any():
+    if np.isnan(axes).any() or np.isnan(wanted).any():  # an axis of length zero
         return data, affine
     change = nibabel.orientations.ornt_transform(axes, wanted)
     turned = nibabel.orientations.apply_orientation(data, change)

@@ -150,15 +150,12 @@ def _spread(values: Floats) -> dict[str, Any]:
     }
 
 
-def fingerprint(
-    dataset: Dataset, cases: Sequence[Case] | None = None, *, jobs: int | None = None
-) -> Fingerprint:
+def fingerprint(dataset: Dataset, cases: Sequence[Case] | None = None) -> Fingerprint:
     """The fingerprint of a data set or of some of its cases; labelled ones are read once, others not at all.
 
     Args:
         dataset: says what channels and label values mean.
         cases: the cases to read, usually those that train; None for all.
-        jobs: threads; None for up to four.
 
     Raises:
         DataError: no case, a file that cannot be read, a label map of another shape than its scan's, or a
@@ -174,7 +171,7 @@ def fingerprint(
     chosen = tuple(dataset.cases if cases is None else cases)
     if not chosen:
         raise DataError(f"{dataset.root}: no case to take a fingerprint of.")
-    prints = in_parallel(lambda case: _of_case(case, dataset), chosen, jobs)
+    prints = in_parallel(lambda case: _of_case(case, dataset), chosen)
     return Fingerprint(tuple(prints), dataset.channels, tuple(dataset.labels))
 
 

@@ -28,7 +28,7 @@ def test_geometry_agrees_with_simpleitk(phantoms):
 
 def test_voxels_per_class_and_volumes(phantoms):
     dataset = read_dataset(phantoms)
-    found = fingerprint(dataset, jobs=2)
+    found = fingerprint(dataset)
     expected = np.zeros(6)
     volumes = []
     for case in dataset.cases:
