@@ -234,15 +234,16 @@ def _refuse_errors(dataset: Any, path: Path, allow_affine_mismatch: bool, unlabe
 
 
 def _planned_cases(run: Path, dataset: Any) -> Any:
-    """The data set with the cases that a run's data list names, wherever they lie."""
-    from medseg_supcon.bundle import read_config
-    from medseg_supcon.datasets import Case, load_items
+    """The data set with the cases that a run's data list names, wherever they are."""
+    from medseg_supcon.datasets import Case, load_items, read_datalist
 
-    lists = read_config(run / "configs" / "datalist.json")
-    found = []
-    for entries in filter(None, lists.values()):
-        for item in load_items(entries, dataset.root):
+    cases: dict[str, list[Case]] = {}
+    for section, entries in read_datalist(run / "configs" / "datalist.json").items():
+        for item in load_items(entries, dataset.root) if entries else []:
             images = [item["image"]] if isinstance(item["image"], str) else item["image"]
             label = Path(item["label"]) if item.get("label") else None
-            found.append(Case(str(item.get("name", images[0])), tuple(map(Path, images)), label))
-    return replace(dataset, cases=tuple(dict.fromkeys(found)))
+            case = Case(str(item.get("name", images[0])), tuple(map(Path, images)), label)
+            cases.setdefault(section, []).append(case)
+    held_out = {c.name for c in cases.get("validation", ())} - {c.name for c in cases.get("training", ())}
+    chosen = tuple(dict.fromkeys(case for section in cases.values() for case in section))
+    return replace(dataset, cases=chosen, validation=frozenset(held_out))

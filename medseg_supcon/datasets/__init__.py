@@ -1,7 +1,7 @@
 """Data sets: layouts, cases, labels, splits, checks and phantoms."""
 
 from medseg_supcon.datasets.check import check_dataset
-from medseg_supcon.datasets.data_list import items, load_items, trained_on, write_datalist
+from medseg_supcon.datasets.data_list import items, load_items, read_datalist, trained_on, write_datalist
 from medseg_supcon.datasets.dataset import Case, Dataset, normalisation, read_case_names
 from medseg_supcon.datasets.labels import (
     class_indices,

@@ -209,6 +209,23 @@ def items(cases: Iterable[Case], dataset_dir: str | Path) -> list[Item]:
     return entries
 
 
+def read_datalist(path: Path) -> dict[str, list[Item]]:
+    """The sections "training", "validation" and "unlabelled" of a run's `datalist.json`, paths as they are.
+
+    Raises:
+        DataError: the file cannot be read, or a section is missing or not a list of items.
+    """
+    content, sections = read_json(path, DataError), ("training", "validation", "unlabelled")
+    for section in sections:
+        entries = content.get(section)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise DataError(
+                f'{path}: "{section}" must be a list of items {{"name": text, "image": path, "label": path}}, found '
+                f"{'nothing' if entries is None else type(entries).__name__}."
+            )
+    return {section: content[section] for section in sections}
+
+
 def load_items(entries: Iterable[Mapping[str, Any]], dataset_dir: str | Path) -> list[Item]:
     """Items with the absolute paths that MONAI's loaders need; other keys stay as they are.
 
@@ -253,6 +270,5 @@ def trained_on(datalist: Path, cases: Iterable[Case]) -> frozenset[str]:
     def key(name: object, image: Any) -> tuple[object, ...]:
         return (name, *(Path(text).name for text in _texts(image)))
 
-    training = read_json(datalist).get("training", [])
-    known = {key(item.get("name"), item.get("image", ())) for item in training}
+    known = {key(item.get("name"), item.get("image", ())) for item in read_datalist(datalist)["training"]}
     return frozenset(case.name for case in cases if key(case.name, case.images) in known)

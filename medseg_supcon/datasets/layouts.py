@@ -17,7 +17,7 @@ from medseg_supcon.datasets.data_list import (
 )
 from medseg_supcon.datasets.dataset import Case, Dataset
 from medseg_supcon.datasets.labels import check_name, parse_labels, scan_labels, whole_number
-from medseg_supcon.errors import DataError
+from medseg_supcon.errors import DataError, nearest
 from medseg_supcon.files import read_json
 from medseg_supcon.scans import NIFTI_ENDINGS, read_header, stem
 
@@ -75,18 +75,13 @@ def read_dataset(path: str | Path) -> Dataset:
             f"{source}: none of the {len(cases)} scans has a label map. Training needs at least one: put it "
             f"into labelsTr under the scan's name, or name it in the data list."
         )
-    expected = content.get("numTraining")
-    listed = content.get("training")
-    number = len(listed) if isinstance(listed, list) else labelled
-    if expected is not None and expected not in (number, labelled):
+    expected, number = content.get("numTraining"), len(content.get("training", ())) or labelled
+    if expected is not None and whole_number(expected) not in (number, labelled):
         warnings.append(f'{source}: "numTraining" is {expected!r}, but there are {number} training cases.')
-    patients = read_json(root / "patients.json", DataError) if (root / "patients.json").is_file() else {}
-    cases = [
-        replace(case, patient=str(patients.get(case.name, case.patient or "")) or None) for case in cases
-    ]
+    cases = _with_patients(cases, root, warnings)
     return Dataset(
         root=root,
-        name=check_name(content.get("name") or root.resolve().name, source, "name"),
+        name=check_name(content.get("name") or root.resolve().name or "data", source, "name"),
         cases=without_twins(cases, source),
         channels=_channels(content, cases, source),
         labels=(labels := _labels(content, cases, source))[0],
@@ -103,12 +98,14 @@ def _cases(
     root = source.parent
     files = content.get("dataset")
     if "training" not in content and isinstance(files, Mapping):
+        if odd := [name for name, entry in files.items() if not isinstance(entry, Mapping)]:
+            raise DataError(f'{source}: {odd[0]!r} under "dataset" must hold "images" and "label".')
         entries = [
-            {"name": name, "image": entry.get("images"), "label": entry.get("label")}
+            {("image" if key == "images" else key): value for key, value in entry.items()} | {"name": name}
             for name, entry in files.items()
-            if isinstance(entry, Mapping)
         ]
-        listed, _ = list_cases(entries, "dataset", root, source)
+        listed, unused = list_cases(entries, "dataset", root, source)
+        warnings += unused
         return [case for case, _ in listed], frozenset()
     if "training" not in content:
         if not path.is_dir():
@@ -130,6 +127,19 @@ def _cases(
                 warnings.append(f'{source}: items have a "fold", but the "validation" list counts.')
             validation = frozenset(case.name for case, _ in more)
     return cases, validation
+
+
+def _with_patients(cases: list[Case], root: Path, warnings: list[str]) -> list[Case]:
+    """The cases with the patients that ``patients.json`` beside the list names."""
+    file = root / "patients.json"
+    patients = read_json(file, DataError) if file.is_file() else {}
+    names = [case.name for case in cases]
+    if unknown := [name for name in patients if name not in names]:
+        warnings.append(
+            f"{file}: {len(unknown)} names are not cases of the data set, such as {unknown[0]!r} (the nearest case is "
+            f"{nearest(unknown[0], names, 0)!r})."
+        )
+    return [replace(case, patient=str(patients.get(case.name, case.patient or "")) or None) for case in cases]
 
 
 def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:
@@ -258,7 +268,10 @@ def _labels(
 
 
 def _channels(content: Mapping[str, Any], cases: list[Case], source: Path) -> tuple[str, ...]:
-    key = next((key for key in CHANNEL_KEYS if content.get(key)), None)
+    keys = [key for key in CHANNEL_KEYS if content.get(key)]
+    if len(keys) == 2 and content[keys[0]] != content[keys[1]]:
+        raise DataError(f'{source}: "channel_names" and "modality" differ. Remove the one that is wrong.')
+    key = keys[0] if keys else None
     if key is None or isinstance(content[key], str):  # one name for all: a data list's "modality": "MRI"
         number, name = _channel_count(cases[0]), content[key] if key else "scan"
         names = [name] if number == 1 else [f"{name if key else 'channel'} {n}" for n in range(number)]

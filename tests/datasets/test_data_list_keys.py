@@ -246,3 +246,26 @@ def test_many_digits_stay_apart_and_no_more_than_float64_can_tell(tmp_path, disk
     assert (fingerprint(dataset).class_voxels > 0).all()
     with pytest.raises(DataError, match=r"up to 2\^53"):
         read_dataset(changed(root, disk, labels={"background": 0, "a": 2**60, "b": 2**60 + 1}))
+
+
+def test_keys_of_two_kinds_that_contradict_each_other(tmp_path, disk):
+    root = disk.nnunet(tmp_path, channels=("CT",), modality={"0": "MRI"})
+    with pytest.raises(DataError, match='"channel_names" and "modality" differ'):
+        read_dataset(root)
+    assert read_dataset(changed(root, disk, modality={"0": "CT"})).channels == ("CT",)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"image": ["a.nii.gz"], "labels": "b.nii.gz"}, "a.nii.gz", {"label": "b.nii.gz"}]
+)
+def test_broken_entries_of_nnunets_dataset_key(tmp_path, disk, entry):
+    root = changed(disk.nnunet(tmp_path), disk, dataset={"p0": entry})
+    with pytest.raises(DataError, match=r"'label'|\"images\"|\"image\""):
+        read_dataset(root)
+
+
+def test_patients_of_cases_that_do_not_exist(tmp_path, disk):
+    root = disk.decathlon(tmp_path)
+    disk.json(root / "patients.json", {"case_0": "anna", "Case-1": "anna"})
+    (warning,) = read_dataset(root).warnings
+    assert "'Case-1'" in warning and "'case_1'" in warning

@@ -17,6 +17,7 @@ from medseg_supcon.datasets import (
     items,
     label_type,
     load_items,
+    read_datalist,
     read_dataset,
     split_cases,
     write_datalist,
@@ -45,6 +46,20 @@ def test_items_survive_the_disk(tmp_path, disk, layout):
         assert item["label"] == str(case.label)
         several = layout == "nnunet"
         assert item["image"] == ([str(p) for p in case.images] if several else str(case.images[0]))
+
+
+@pytest.mark.parametrize(
+    "change", [{"training": None}, {"validation": "a"}, {"unlabelled": [["a"]]}, {"training": {"image": "a"}}]
+)
+def test_a_datalist_edited_wrongly(tmp_path, disk, change):
+    root = disk.decathlon(tmp_path / "set")
+    path = tmp_path / "datalist.json"
+    write_datalist(split_cases(read_dataset(root)), path, root)
+    content = json.loads(path.read_text())
+    assert read_datalist(path) == content
+    disk.json(path, {key: value for key, value in {**content, **change}.items() if value is not None})
+    with pytest.raises(DataError, match=f'datalist.json: "{next(iter(change))}" must be a list of items'):
+        read_datalist(path)
 
 
 def test_paths_inside_are_relative_and_others_absolute(tmp_path):
