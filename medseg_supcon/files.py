@@ -26,7 +26,7 @@ except ImportError:  # Windows
 PREFIX = ".medseg-"
 MOST_LEVELS = 100  # of JSON
 LARGEST = 2**63  # whole number that fits into 64 bits
-HALF_CHARACTER = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # not the bytes of a file name that is no text
+HALF_CHARACTER = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # not the bytes of a file name that is not text
 OLD = 24 * 3600.0  # seconds after which a file counts as left behind where there are no locks
 _held: set[int] = set()  # handles of the folders that this process is alone in
 
@@ -103,7 +103,7 @@ def read_json(path: Path, error: type[MedsegError] = RunError) -> dict[str, Any]
         raise error(f"{path} does not exist. Check the path.") from None
     except json.JSONDecodeError as fault:
         raise error(
-            f"{path}: is not valid JSON ({fault.msg}, line {fault.lineno}). Correct that line: often a comma is "
+            f"{path} is not valid JSON ({fault.msg}, line {fault.lineno}). Correct that line: often a comma is "
             "missing or one too many, or quotes are not double quotes."
         ) from None
     except UnicodeDecodeError:

@@ -58,7 +58,7 @@ def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple
 
     Raises:
         ConfigError: a label is a region, a list of values.
-        DataError: the labels are not a mapping, ambiguous, or hold no class besides the background.
+        DataError: the labels are not a mapping, ambiguous, or hold no class other than the background.
     """
     if not isinstance(declared, Mapping):
         raise DataError(
@@ -97,7 +97,7 @@ def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple
     ground = ground or next((pair for pair in pairs if pair[1] == 0), None) or ("background", 0.0)
     rest = sorted((pair for pair in pairs if pair != ground), key=lambda pair: pair[1])
     if not rest:
-        raise DataError(f'{source}: "labels" names no class besides the background. Declare at least one.')
+        raise DataError(f'{source}: "labels" names no class other than the background. Declare at least one.')
     labels = {name: _plain(value) for name, value in [ground, *rest]}
     return labels, None if ignored is None else _plain(ignored)
 
@@ -138,7 +138,7 @@ def scan_labels(
     declared = {f"label {int(value)}": value for value in values if value != 0}
     if not declared:
         raise DataError(
-            f"{source}: the label files hold no value besides 0. At least one structure must be drawn."
+            f"{source}: the label files hold no value other than 0. At least one structure must be drawn."
         )
     return parse_labels({"background": 0, **declared}, source, ignore)
 

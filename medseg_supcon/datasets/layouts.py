@@ -162,7 +162,7 @@ def without_twins(cases: Sequence[Case], source: Path) -> tuple[Case, ...]:
     """The cases, if no two of them share a name and every name can be a file's.
 
     Raises:
-        DataError: two cases have one name (their masks could not be told apart), or a name holds a slash.
+        DataError: two cases have one name (so would their masks), or a name holds a slash.
     """
     seen: dict[str, Case] = {}
     for case in cases:

@@ -16,24 +16,11 @@ from scipy.spatial.transform import Rotation
 
 from medseg_supcon.errors import DataError
 
-PHANTOM_LABELS = {
-    "background": 0,
-    "capsule": 1,
-    "core": 2,
-    "anterior horn": 3,
-    "posterior horn": 4,
-    "nodule": 5,
-}
+CLASSES = ("background", "capsule", "core", "anterior horn", "posterior horn", "nodule")
+PHANTOM_LABELS = {name: value for value, name in enumerate(CLASSES)}
 
 ORIENTATIONS = ("RAS", "LPS", "PIR", "LAS", "ASL", "SRP", "RSA", "IPL")
-SPACINGS = (
-    (1.0, 1.0, 1.0),
-    (0.8, 0.8, 0.8),
-    (1.0, 1.0, 2.0),
-    (1.2, 1.0, 0.9),
-    (1.5, 1.2, 1.2),
-    (0.9, 0.9, 1.5),
-)
+SPACINGS = ((1, 1, 1), (0.8, 0.8, 0.8), (1, 1, 2), (1.2, 1, 0.9), (1.5, 1.2, 1.2), (0.9, 0.9, 1.5))  # mm
 AIR, TISSUE, BRIGHT = 0.05, 0.5, 0.85
 
 Floats = npt.NDArray[np.float64]
@@ -46,9 +33,9 @@ def make_phantoms(
 
     Each scan shows a body with a capsule round a core, a horn whose anterior and posterior halves are two
     classes, and a nodule (about 0.1 % of the voxels) on top of the capsule. Capsule and horns are equally
-    bright, the core is as grey as the body, and there are other bright spots like the nodule: intensity alone cannot
-    separate the classes. Shapes are deformed smoothly; bias field, noise, intensity
-    scale, voxel size (0.8 to 2 mm), axis order and tilt vary from scan to scan.
+    bright, the core is as grey as the body, and there are other bright spots like the nodule: intensity alone
+    cannot separate the classes. Shapes are deformed smoothly; bias field, noise, intensity scale, voxel size (0.8
+    to 2 mm), axis order and tilt vary from scan to scan.
 
     Args:
         folder: a new or empty folder.
@@ -178,10 +165,8 @@ def _anatomy(p: Floats, rng: np.random.Generator) -> tuple[npt.NDArray[np.uint8]
 
     for _ in range(3):  # spots that differ from the nodule only by their place
         side, height = rng.choice([-1, 1]), rng.uniform(-0.2, 0.12)
-        spot = (
-            ball((side * rng.uniform(0.3, 0.34), rng.uniform(-0.15, 0.15), height), rng.uniform(0.04, 0.06))
-            < 1
-        )
+        centre = (side * rng.uniform(0.3, 0.34), rng.uniform(-0.15, 0.15), height)
+        spot = ball(centre, rng.uniform(0.04, 0.06)) < 1
         intensity[spot & (label == 0)] = 1.15 * BRIGHT
     return label, intensity
 

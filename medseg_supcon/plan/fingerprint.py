@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from medseg_supcon.datasets import Case, Dataset, class_indices
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans import Volume, count_values, in_parallel, read_header, read_volume
+from medseg_supcon.scans import count_values, in_parallel, read_header, read_volume
 
 SAMPLES_PER_CASE = 10_000
 
@@ -75,8 +75,7 @@ class Fingerprint:
     def class_voxels(self) -> Floats:
         """(C,) voxels per class over the labelled cases."""
         counts = [case.class_voxels for case in self.cases if case.class_voxels is not None]
-        total: Floats = np.array(counts, dtype=np.float64).reshape(-1, len(self.classes)).sum(axis=0)
-        return total
+        return np.asarray(np.array(counts, np.float64).reshape(-1, len(self.classes)).sum(axis=0))
 
     def foreground(self, channel: int) -> dict[str, float]:
         """Intensities of one channel inside the structures, every case counted alike."""
@@ -129,24 +128,14 @@ def readable(value: float, digits: int = 4) -> float:
 
 def _unique_names(names: Sequence[str]) -> list[str]:
     """The names, a repeated one with its number: ``"CT"``, ``"CT (2)"``."""
-    unique: list[str] = []
-    for name in names:
-        number, candidate = 1, name
-        while candidate in unique:
-            number += 1
-            candidate = f"{name} ({number})"
-        unique.append(candidate)
-    return unique
+    counts = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{name} ({n + 1})" if n else name for name, n in zip(names, counts, strict=True)]
 
 
 def _spread(values: Floats) -> dict[str, Any]:
-    def rounded(row: Any) -> Any:
-        return [readable(entry) for entry in row] if np.ndim(row) else readable(float(row))
-
+    rows = {"min": values.min(axis=0), "median": np.median(values, axis=0), "max": values.max(axis=0)}
     return {
-        "min": rounded(values.min(axis=0)),
-        "median": rounded(np.median(values, axis=0)),
-        "max": rounded(values.max(axis=0)),
+        key: [readable(v) for v in row] if np.ndim(row) else readable(float(row)) for key, row in rows.items()
     }
 
 
@@ -175,22 +164,14 @@ def fingerprint(dataset: Dataset, cases: Sequence[Case] | None = None) -> Finger
     return Fingerprint(tuple(prints), dataset.channels, tuple(dataset.labels))
 
 
-def channel_arrays(volumes: Sequence[Volume]) -> list[npt.NDArray[Any]]:
-    """The channels (X, Y, Z) of a case, whether they come in one 4-D file or in one file each."""
-    arrays: list[npt.NDArray[Any]] = []
-    for volume in volumes:
-        data = volume.data
-        arrays += [data[..., c] for c in range(data.shape[3])] if data.ndim == 4 else [data]
-    return arrays
-
-
 def _of_case(case: Case, dataset: Dataset) -> CaseFingerprint:
     nothing = np.zeros((len(dataset.channels), 0), dtype=np.float32)
     if case.label is None:
         shape, affine = read_header(case.images[0])
         return CaseFingerprint(case.name, *_geometry(case.images[0], shape, affine), None, nothing)
     volumes = [read_volume(path) for path in case.images]
-    channels = channel_arrays(volumes)
+    arrays = [volume.data if volume.data.ndim == 4 else volume.data[..., None] for volume in volumes]
+    channels = [array[..., c] for array in arrays for c in range(array.shape[3])]
     if len(channels) != len(dataset.channels):
         raise DataError(
             f"{case.images[0]}: case {case.name} has {len(channels)} channels, the data set declares "

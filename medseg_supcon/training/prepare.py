@@ -133,6 +133,7 @@ def prepare_run(
         for key, value in plan_settings:
             set_key(made, key, value, "The plan (configs/plan.json)")
         if plan_settings:
+            validate_plan(made)
             fit_patch(made)
             validate_plan(made)
     else:
@@ -146,6 +147,7 @@ def prepare_run(
             set_key(made, key, value, "The plan (configs/plan.json)")
         chosen = dict([*recipe_plan, *of_plan])
         epochs = epochs or chosen.get("epochs")
+        validate_plan(made)
         fit_patch(made)
         validate_plan(made)
     budget = minutes if minutes is not None else default_minutes(where)

@@ -258,7 +258,7 @@ BROKEN = {  # what dataset.json holds instead -> a word of the sentence
     "twins": ({"training": [ITEM, ITEM]}, "two cases are called 'case_0'"),
     "name with a slash": ({"training": [{**ITEM, "name": "../a"}]}, "cannot be a file name"),
     "labels are a list": ({"labels": ["background", "tumour"]}, "labels"),
-    "only background": ({"labels": {"0": "background"}}, "besides the background"),
+    "only background": ({"labels": {"0": "background"}}, "other than the background"),
     "value twice": ({"labels": {"background": 0, "a": 1, "b": 1}}, "twice"),
     "name twice": ({"labels": {"0": "background", "1": "a", "2": "a"}}, "twice"),
     "value is text": ({"labels": {"background": 0, "a": "one"}}, "number"),
