@@ -88,7 +88,7 @@ def batch_share(batch_size: int) -> int:
     Raises:
         ConfigError: ``batch_size`` is not a multiple of the number of ranks.
     """
-    ranks = idist.get_world_size()
+    ranks: int = idist.get_world_size()
     if batch_size % ranks:
         raise ConfigError(
             f"batch_size = {batch_size} scans per step cannot be shared out evenly among {ranks} processes. "
@@ -119,8 +119,8 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     """
     if idist.get_world_size() == 1:
         return x
-    total: Any = idist.all_reduce(x.detach().clone())
-    return torch.as_tensor(total) + idist.get_world_size() * (x - x.detach())
+    total = torch.as_tensor(idist.all_reduce(x.detach().clone()))
+    return total + int(idist.get_world_size()) * (x - x.detach())
 
 
 def on_any_rank(flag: bool) -> bool:
