@@ -64,7 +64,8 @@ def begin_training(run: str | Path, resume: bool = False, overwrite: bool = Fals
     for file in stale:
         file.unlink()
     if stale:
-        refresh_documents(run)
+        with torch.random.fork_rng(devices=[]):  # the card builds a network; the run's own is drawn after this
+            refresh_documents(run)
 
 
 def evaluate_and_document(run: str | Path, device: str | torch.device | None = None) -> None:
