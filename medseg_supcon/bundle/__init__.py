@@ -17,22 +17,10 @@ from medseg_supcon.bundle.settings import (
     set_key,
 )
 from medseg_supcon.bundle.tensors import load_tensors
-from medseg_supcon.bundle.trust import check_configs_trusted, check_network_trusted, record_run
-
-# ---- kept
-"""A run as a bundle: what of a run from elsewhere is data, and what is code that needs trust."""
-
-from medseg_supcon.bundle.trust import check_plan_trusted, is_plain_run
-
-__all__ = [
-    "check_configs_trusted",
-    "check_network_trusted",
-    "check_plan_trusted",
-    "is_code",
-    "is_plain_run",
-    "leaves",
-    "load_tensors",
-    "plain_text",
-    "read_plain",
-    "record_run",
-]
+from medseg_supcon.bundle.trust import (
+    check_configs_trusted,
+    check_network_trusted,
+    check_plan_trusted,
+    is_plain_run,
+    record_run,
+)

@@ -27,7 +27,7 @@ Done = Callable[[Path, str], None]  # job file, what went wrong ("": nothing)
 INTERRUPTED = (130, -2)
 # As `python -m medseg_supcon.comparison`, which would import modules from the working folder before Python's own.
 WITHOUT_WORKING_FOLDER = (
-    "import sys; sys.path = [p for p in sys.path if p]; from medseg_supcon.comparison import main; "
+    "import sys; sys.path = [p for p in sys.path if p]; from medseg_supcon.comparison.__main__ import main; "
     "sys.exit(main())"
 )
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")

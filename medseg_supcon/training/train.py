@@ -64,7 +64,9 @@ def begin_training(run: str | Path, resume: bool = False, overwrite: bool = Fals
     for file in stale:
         file.unlink()
     if stale:
-        with torch.random.fork_rng(devices=[]):  # the card builds a network; the run's own is drawn after this
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the card builds a network; the run's own is drawn after this
             refresh_documents(run)
 
 
