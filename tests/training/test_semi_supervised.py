@@ -16,6 +16,7 @@ from monai.bundle import ConfigWorkflow
 from tiny_run import TINY
 from torch import nn
 
+from medseg_supcon.bundle import load_tensors
 from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.training import (
@@ -23,7 +24,6 @@ from medseg_supcon.training import (
     PseudoLabels,
     SemiSupervisedLoss,
     Teacher,
-    load_tensors,
     prepare_run,
     run_config,
 )

@@ -17,13 +17,13 @@ from monai.bundle import ConfigWorkflow
 from monai.optimizers import WarmupCosineSchedule
 from tiny_run import TINY
 
+from medseg_supcon.bundle import load_tensors
 from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.training import (
     EpochSampler,
     MixedSampler,
     StagedLoss,
-    load_tensors,
     prepare_run,
     run_config,
     stage_at,
