@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from medseg_supcon.losses._checks import check_ids, check_integers, check_matrix, check_number
+from medseg_supcon.losses.checks import check_ids, check_integers, check_matrix, check_number
 
 
 class MemoryBank(nn.Module):
     """A ring buffer of detached embeddings for each class: keys and positives of later steps.
 
     Every class has room for `size` embeddings and its own write position, so a frequent class never
-    pushes out a rare one. All state lies in buffers: it moves with `.to()`, and a checkpoint carries it.
+    pushes out a rare one. All state is in buffers: it moves with `.to()`, and checkpoints contain it.
 
     Args:
         num_classes: C.
@@ -21,7 +21,7 @@ class MemoryBank(nn.Module):
 
     Raises:
         ValueError: an argument below 1.
-        TypeError: an argument that is no integer.
+        TypeError: an argument that is not an integer.
 
     Example:
         >>> bank = MemoryBank(num_classes=2, dim=3, size=4)
@@ -45,14 +45,10 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Write embeddings over the oldest of their class.
+        """Write embeddings (N, D) of classes (N,) over the oldest of their class; the last `size` stay.
 
-        Of more than `size` embeddings of a class, the last `size` stay. One that is not finite is not
-        stored: a single overflow would make every later step's loss NaN.
-
-        Args:
-            embeddings: (N, D).
-            labels: (N,) integers; negative: not stored.
+        Labels below 0 are not stored, nor embeddings that are not finite: a single overflow would make every
+        later loss NaN.
 
         Raises:
             ValueError: shapes that do not fit the bank, or a label >= C.
@@ -67,16 +63,12 @@ class MemoryBank(nn.Module):
             )
         rows = embeddings.detach().to(self.embeddings.dtype)
         stored = (labels >= 0) & rows.isfinite().all(1)
-        classes, rows = labels[stored].long(), rows[stored]
-        if len(classes) == 0:
-            return
-        if int(classes.max()) >= self.num_classes:
-            raise ValueError(f"labels must be below num_classes={self.num_classes}, got {int(classes.max())}")
-        order = torch.argsort(classes, stable=True)
-        classes, rows = classes[order], rows[order]
+        classes, order = labels[stored].long().sort(stable=True)
+        rows = rows[stored][order]
+        if len(classes) and int(classes[-1]) >= self.num_classes:
+            raise ValueError(f"labels must be below num_classes={self.num_classes}, got {int(classes[-1])}")
         counts = torch.bincount(classes, minlength=self.num_classes)
-        first = counts.cumsum(0) - counts
-        rank = torch.arange(len(classes), device=classes.device) - first[classes]
+        rank = torch.arange(len(classes), device=classes.device) - (counts.cumsum(0) - counts)[classes]
         newest = rank >= (counts - self.size)[classes]
         slot = (self.position[classes] + rank) % self.size
         self.embeddings[classes[newest], slot[newest]] = rows[newest]
@@ -86,8 +78,7 @@ class MemoryBank(nn.Module):
     def entries(self) -> tuple[Tensor, Tensor]:
         """The embeddings held, (M, D), and their classes, (M,) int64, as copies."""
         held = torch.arange(self.size, device=self.filled.device) < self.filled[:, None]
-        classes = torch.arange(self.num_classes, device=self.filled.device)[:, None].expand_as(held)
-        return self.embeddings[held], classes[held]
+        return self.embeddings[held], held.nonzero()[:, 0]
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, dim={self.dim}, size={self.size}"
@@ -101,17 +92,16 @@ def bank_entries(bank: Bank | None, embeddings: Tensor) -> tuple[Tensor, Tensor]
     if bank is None:
         return embeddings[:0].detach(), torch.zeros(0, dtype=torch.long, device=embeddings.device)
     if isinstance(bank, MemoryBank):
-        stored, labels = bank.entries()
-    elif isinstance(bank, (tuple, list)) and len(bank) == 2:
-        stored, labels = bank
-    else:
+        bank = bank.entries()
+    if not isinstance(bank, (tuple, list)) or len(bank) != 2:
         raise TypeError(
             f"bank must be a MemoryBank or a pair (embeddings, labels), got {type(bank).__name__}"
         )
+    stored, labels = bank
     check_matrix("bank embeddings", stored)
     dim, device = embeddings.shape[1], embeddings.device
     if stored.shape[1] != dim or stored.device != device:
         raise ValueError(
             f"bank embeddings must be (M, {dim}) on {device}, got {tuple(stored.shape)} on {stored.device}"
         )
-    return stored, check_ids("bank labels", labels, stored, "a bank")
+    return stored.detach(), check_ids("bank labels", labels, stored, "a bank")

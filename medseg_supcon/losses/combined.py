@@ -1,4 +1,4 @@
-"""Dice and contrast together, each term to be logged."""
+"""Dice and contrast together, with each term kept for logging."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from medseg_supcon.losses._checks import check_number
+from medseg_supcon.losses.checks import check_number
 
 
 class DiceSupConLoss(nn.Module):
     """segmentation_loss + w(step) * contrastive_loss, with a linear warm-up of w.
 
     Step t = 1, 2, ... (one for each forward pass in training mode) has w = weight * min(1, t / warmup_steps).
-    The first is above 0, so every parameter has a gradient from the start, as DDP wants.
+    The first is above 0, so every parameter has a gradient from the start, as DDP needs.
 
     Args:
         segmentation_loss: called with (logits, labels): MONAI's DiceCELoss, say.
@@ -25,11 +25,11 @@ class DiceSupConLoss(nn.Module):
 
     Attributes:
         terms: the last call's detached scalars: "loss", "segmentation", "contrastive", "contrast_weight".
-        step: steps so far, a buffer that checkpoints carry.
+        step: steps so far, a buffer, so checkpoints contain it.
 
     Raises:
         ValueError: weight or warmup_steps below 0, or infinite.
-        TypeError: a weight that is no number, or warmup_steps that is no integer.
+        TypeError: a weight that is not a number, or warmup_steps that is not an integer.
 
     Example:
         >>> dice, contrast = (lambda logits, labels: logits.mean()), (lambda f, labels, **ids: f.sum())
@@ -50,10 +50,8 @@ class DiceSupConLoss(nn.Module):
         super().__init__()
         check_number("weight", weight, 0)
         check_number("warmup_steps", warmup_steps, 0, integer=True)
-        self.segmentation_loss = segmentation_loss
-        self.contrastive_loss = contrastive_loss
-        self.weight = float(weight)
-        self.warmup_steps = warmup_steps
+        self.segmentation_loss, self.contrastive_loss = segmentation_loss, contrastive_loss
+        self.weight, self.warmup_steps = float(weight), warmup_steps
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.terms: dict[str, Tensor] = {}
 
@@ -67,7 +65,7 @@ class DiceSupConLoss(nn.Module):
         view_ids: Tensor | None = None,
         scan_ids: Tensor | None = None,
     ) -> Tensor:
-        """The weighted sum.
+        """The weighted sum, a scalar.
 
         Args:
             logits: (B, C, *spatial).
@@ -75,39 +73,25 @@ class DiceSupConLoss(nn.Module):
             features: (B, F, *spatial); may be None where weight is 0.
             pair_ids, view_ids, scan_ids: as for `VoxelSupConLoss`.
 
-        Returns:
-            Scalar.
-
         Raises:
             ValueError: features missing though weight > 0.
         """
-        segmentation = self.segmentation_loss(logits, labels)
+        loss = segmentation = self.segmentation_loss(logits, labels)
         dtype = torch.promote_types(segmentation.dtype, torch.float32)
         weight = torch.full((), self.weight, device=segmentation.device, dtype=dtype)
-        if self.weight > 0 and self.warmup_steps > 0:
+        if self.warmup_steps > 0:
             weight = weight * ((self.step + 1) / self.warmup_steps).clamp(max=1.0).to(weight)
-        contrastive = torch.zeros((), device=segmentation.device)
-        loss = segmentation
+        contrastive = torch.zeros_like(weight)
         if self.weight > 0:
             if features is None:
                 raise ValueError(f"features must be given where weight > 0 (weight={self.weight}), got None")
-            contrastive = self.contrastive_loss(
-                features,
-                labels,
-                pair_ids=pair_ids,
-                view_ids=view_ids,
-                scan_ids=scan_ids,
-                logits=logits.detach(),
-            )
+            ids = {"pair_ids": pair_ids, "view_ids": view_ids, "scan_ids": scan_ids}
+            contrastive = self.contrastive_loss(features, labels, **ids, logits=logits.detach())
             loss = segmentation + weight * contrastive
         if self.training:
             self.step += 1
-        self.terms = {
-            "loss": loss.detach(),
-            "segmentation": segmentation.detach(),
-            "contrastive": contrastive.detach(),
-            "contrast_weight": weight,
-        }
+        terms = {"loss": loss, "segmentation": segmentation, "contrastive": contrastive}
+        self.terms = {name: term.detach() for name, term in terms.items()} | {"contrast_weight": weight}
         return loss
 
     def extra_repr(self) -> str:

@@ -54,37 +54,16 @@ def check_ids(name: str, ids: Tensor | None, embeddings: Tensor, needed_for: str
     return ids.long()
 
 
-def class_vector(name: str, values: Tensor | Sequence[float] | None) -> tuple[float, ...] | None:
-    """One number >= 0 for each class, in double precision whatever dtype it came in."""
-    if values is None:
-        return None
-    vector = number_vector(name, values)
-    if not bool(torch.isfinite(vector).all()) or bool((vector < 0).any()):
-        raise ValueError(f"{name} must be finite and >= 0, got {vector.tolist()}")
-    return tuple(vector.tolist())
-
-
 def number_vector(name: str, values: Tensor | Sequence[float]) -> Tensor:
-    """(C,) float64, C >= 1."""
+    """(C,) finite numbers >= 0, C >= 1, as float64 on the CPU."""
     try:
         if isinstance(values, Tensor) and values.is_complex():
             raise TypeError
-        vector = torch.as_tensor(values, dtype=torch.float64)
+        vector = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be real numbers, one for each class, got {values!r}") from None
     if vector.ndim != 1 or vector.numel() == 0:
         raise ValueError(f"{name} must be (C,) with C >= 1, got shape {tuple(vector.shape)}")
+    if not bool((vector.isfinite() & (vector >= 0)).all()):
+        raise ValueError(f"{name} must be finite and >= 0, got {vector.tolist()}")
     return vector
-
-
-def check_in_range(name: str, classes: Tensor, *weights: tuple[float, ...] | None) -> None:
-    """Every class has an entry in every vector of weights."""
-    for vector in weights:
-        if vector is None or len(classes) == 0:
-            continue
-        low, high = int(classes.min()), int(classes.max())
-        if low < 0 or high >= len(vector):
-            wrong = low if low < 0 else high
-            raise ValueError(
-                f"{name} must lie in 0 .. {len(vector) - 1} (there are {len(vector)} weights), got {wrong}"
-            )

@@ -20,33 +20,29 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather_rows(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, slice]:
-    """Embeddings and ids of every rank, in the order of the ranks.
+def gather_rows(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings (S, D) and ids (S, K) of every rank, in the order of the ranks, and which rows are ours (bool).
 
-    Every rank must call it, and its result must enter every rank's loss: backward communicates, too.
-
-    Args:
-        rows: (S, D); S may differ between ranks and be 0.
-        ids: (S, K) int64.
-
-    Returns:
-        (sum of S, D) with gradient to the rank that each row came from, (sum of S, K), and where this
-        rank's rows lie.
+    S may differ between ranks and be 0. Every rank must call it, and its result must enter every rank's loss:
+    backward communicates, too.
     """
     counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
     dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
     sizes = [int(c) for c in counts]
-    start = sum(sizes[: dist.get_rank()])
     gathered: Tensor = _Gather.apply(rows, sizes)  # type: ignore[no-untyped-call]
-    return gathered, _all_gather(ids, sizes), slice(start, start + len(rows))
+    mine = torch.zeros(sum(sizes), dtype=torch.bool, device=rows.device)
+    mine[_slice_of_rank(sizes)] = True
+    return gathered, _all_gather(ids, sizes), mine
 
 
-def mean_over_ranks(total: Tensor, weight: Tensor) -> Tensor:
+def mean_over_ranks(total: Tensor, weight: Tensor, ranks: int) -> Tensor:
     """sum over ranks of total / sum over ranks of weight, with this rank's share of the gradient times R."""
+    if ranks == 1:
+        return total / torch.where(weight > 0, weight, 1.0)
     sums = torch.stack((total.detach(), weight.detach()))
     dist.all_reduce(sums)
-    weight = torch.where(sums[1] > 0, sums[1], torch.ones_like(sums[1]))
-    share = world_size() * (total / weight)
+    weight = torch.where(sums[1] > 0, sums[1], 1.0)
+    share = ranks * (total / weight)
     return sums[0] / weight + (share - share.detach())
 
 
@@ -61,8 +57,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
-        start = sum(ctx.sizes[: dist.get_rank()])
-        return grad[start : start + ctx.sizes[dist.get_rank()]], None
+        return grad[_slice_of_rank(ctx.sizes)], None
 
 
 def _all_gather(rows: Tensor, sizes: list[int]) -> Tensor:
@@ -72,3 +67,8 @@ def _all_gather(rows: Tensor, sizes: list[int]) -> Tensor:
     received = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(received, padded)
     return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
+
+
+def _slice_of_rank(sizes: list[int]) -> slice:
+    start = sum(sizes[: dist.get_rank()])
+    return slice(start, start + sizes[dist.get_rank()])

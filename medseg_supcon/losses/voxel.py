@@ -5,25 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from medseg_supcon.losses._bank import MemoryBank
-from medseg_supcon.losses._checks import check_number
-from medseg_supcon.losses._gather import gather_rows, mean_over_ranks, world_size
-from medseg_supcon.losses._labels import IGNORE_INDEX, class_indices
-from medseg_supcon.losses._sampler import VoxelSampler
-from medseg_supcon.losses._supcon import SupConLoss
+from medseg_supcon.losses.bank import MemoryBank
+from medseg_supcon.losses.checks import check_number
+from medseg_supcon.losses.distributed import gather_rows, mean_over_ranks, world_size
+from medseg_supcon.losses.labels import IGNORE_INDEX, class_indices
+from medseg_supcon.losses.sampler import VoxelSampler
+from medseg_supcon.losses.supcon import SupConLoss
+
+MAX_PAIR_ID = 1 << 40  # the scans' and the ranks' numbers are stored above it
 
 
 class VoxelSupConLoss(nn.Module):
     """`SupConLoss` on voxels sampled from dense features.
 
-    Voxels are gathered from the feature map, cast to float32 (with a projection, to the dtype of its
-    parameters), and only those are projected. Unlabelled
-    voxels (`IGNORE_INDEX`, and the loss's own `ignore_index`) are never sampled.
+    Only the sampled voxels are projected, in float32 or the dtype of the projection's parameters. Unlabelled
+    voxels (`IGNORE_INDEX`, and the loss's own `ignore_index`) are never sampled. The loss's
+    `class_weights="balanced"` counts the sampled anchors of all ranks (with `within_scan`, of each scan).
 
     Under torch.distributed with several ranks the keys of all ranks are gathered, with gradient. Every
     rank returns the loss of the concatenated batch, and after DistributedDataParallel's averaging the
-    gradients are those of one process; a rank without a labelled voxel takes part. One scan's views must
-    lie on one rank.
+    gradients are those of one process; a rank without a labelled voxel takes part. All views of a
+    scan must be on one rank.
 
     Args:
         loss: the loss of the sampled voxels.
@@ -60,13 +62,8 @@ class VoxelSupConLoss(nn.Module):
         if bank is not None and within_scan:
             raise ValueError("bank must be None with within_scan=True: its entries belong to other scans")
         check_number("enqueue_per_class", enqueue_per_class, 1, integer=True)
-        self.loss = loss
-        self.sampler = sampler
-        self.projection = projection
-        self.bank = bank
-        self.within_scan = within_scan
-        self.gather = gather
-        self.enqueue_per_class = enqueue_per_class
+        self.loss, self.sampler, self.projection, self.bank = loss, sampler, projection, bank
+        self.within_scan, self.gather, self.enqueue_per_class = within_scan, gather, enqueue_per_class
 
     def forward(
         self,
@@ -86,8 +83,8 @@ class VoxelSupConLoss(nn.Module):
             pair_ids: (B, 1, *spatial) int64; voxels of one scan with equal ids are one physical voxel,
                 negative: no partner. Needed for `positives="same_voxel"`, else ignored.
             view_ids: (B,) integers, the view that each batch element is. Needed for `keys="other_view"`.
-            scan_ids: (B,) integers; elements with equal ids are views of one scan. None: pair_ids are
-                unique over the batch. Needed for within_scan.
+            scan_ids: (B,) integers; elements with equal ids are views of one scan, and pair_ids count within
+                it, below 2^40. None: pair_ids are unique over the batch. Needed for within_scan.
             logits: (B, C, *spatial), for a sampler that looks for voxels where the network is unsure.
 
         Returns:
@@ -100,55 +97,48 @@ class VoxelSupConLoss(nn.Module):
         scan_ids = self._per_element("scan_ids", scan_ids, y, self.within_scan)
         view_ids = self._per_element("view_ids", view_ids, y, self.loss.keys == "other_view")
         paired = self.loss.positives == "same_voxel"
-        ids = self._global_ids(pair_ids, scan_ids, y) if paired else None
+        ids = self._unique_ids(pair_ids, scan_ids, y) if paired else None
 
         sample = self.sampler(y, pair_ids=ids, logits=logits.detach() if logits is not None else None)
         where = torch.unravel_index(sample.indices, y.shape)
+        element, label, zeros = where[0], y[where], torch.zeros_like(where[0])
         with torch.autocast(features.device.type, enabled=False):
-            index: tuple[Tensor | slice, ...] = (where[0], slice(None), *where[1:])
-            rows = features[index]
-            rows = rows.to(self._dtype(rows))
-            z = self.projection(rows) if self.projection is not None else rows
-        element, zeros = where[0], torch.zeros_like(where[0])
-        label = y[where]
+            index: tuple[Tensor | slice, ...] = (element, slice(None), *where[1:])
+            z = self._project(features[index])
         pair = zeros
         if ids is not None:
             # Voxels without a partner (the sampler `all` takes them, too) must not find each other.
-            pair = ids[where]
-            pair = torch.where(pair >= 0, pair, -1 - torch.arange(len(pair), device=pair.device))
+            pair = torch.where(ids[where] >= 0, ids[where], -1 - torch.arange(len(zeros), device=y.device))
         view = view_ids[element] if view_ids is not None else zeros
 
-        if self.within_scan and scan_ids is not None:
+        if scan_ids is not None and self.within_scan:
             total, weight = self._by_scan(z, label, pair, view, sample.anchors, scan_ids[element])
-            return mean_over_ranks(total, weight) if self._spread else total / weight.clamp_min(1.0)
-        anchors = sample.anchors
-        if self._spread:
+            return mean_over_ranks(total, weight, self._ranks)
+        anchors, share = sample.anchors, None
+        if self._ranks > 1:
             # Ids count within a rank; those of different ranks must not meet.
             pair = torch.unique(pair, return_inverse=True)[1] + (torch.distributed.get_rank() << 40)
-            z, columns, mine = gather_rows(z, torch.stack((label, pair, view), 1))
-            label, pair, view = columns.unbind(1)
-            anchors = torch.zeros_like(label, dtype=torch.bool)
-            anchors[mine] = sample.anchors
+            z, columns, share = gather_rows(z, torch.stack((label, pair, view, anchors.long()), 1))
+            label, pair, view, anchors = columns.unbind(1)
+            anchors = anchors.bool()
         total, weight = self.loss.terms(
-            z, label, pair_ids=pair, view_ids=view, bank=self.bank, anchors=anchors
-        )
-        loss = (
-            mean_over_ranks(total, weight) if self._spread else total / torch.where(weight > 0, weight, 1.0)
+            z, label, pair_ids=pair, view_ids=view, bank=self.bank, anchors=anchors, share=share
         )
         if self.bank is not None and self.training:
             few = _evenly(label, self.enqueue_per_class)
             self.bank.enqueue(z[few], label[few])
-        return loss
+        return mean_over_ranks(total, weight, self._ranks)
 
     @property
-    def _spread(self) -> bool:
-        return self.gather and world_size() > 1
+    def _ranks(self) -> int:
+        return world_size() if self.gather else 1
 
-    def _dtype(self, rows: Tensor) -> torch.dtype:
-        """What the projection computes in; without one, at least float32."""
+    def _project(self, rows: Tensor) -> Tensor:
+        """Embeddings of the rows, in the dtype of the projection; without one, at least in float32."""
         parameters = self.projection.parameters() if self.projection is not None else ()
-        own = next((p.dtype for p in parameters if p.is_floating_point()), None)
-        return own or torch.promote_types(rows.dtype, torch.float32)
+        dtype = next((p.dtype for p in parameters if p.is_floating_point()), None)
+        rows = rows.to(dtype or torch.promote_types(rows.dtype, torch.float32))
+        return self.projection(rows) if self.projection is not None else rows
 
     def _by_scan(
         self, z: Tensor, label: Tensor, pair: Tensor, view: Tensor, anchors: Tensor, scan: Tensor
@@ -166,20 +156,18 @@ class VoxelSupConLoss(nn.Module):
         return total, number
 
     def _labels(self, features: Tensor, labels: Tensor) -> Tensor:
+        shape = tuple(features.shape)
         if features.ndim < 3 or not features.is_floating_point():
             raise ValueError(
-                f"features must be (B, F, *spatial) floating point, "
-                f"got {tuple(features.shape)} {features.dtype}"
+                f"features must be (B, F, *spatial) floating point, got {shape} {features.dtype}"
             )
         if labels.shape[:1] != features.shape[:1] or labels.shape[2:] != features.shape[2:]:
             raise ValueError(
-                f"labels must be (B, 1 or C, *spatial) like features {tuple(features.shape)}, "
-                f"got {tuple(labels.shape)}"
+                f"labels must be (B, 1 or C, *spatial) like features {shape}, got {tuple(labels.shape)}"
             )
         y = class_indices(labels)
-        if self.loss.ignore_index is not None and self.loss.ignore_index != IGNORE_INDEX:
-            y = y.masked_fill(y == self.loss.ignore_index, IGNORE_INDEX)
-        return y
+        ignored = self.loss.ignore_index
+        return y if ignored is None else y.masked_fill(y == ignored, IGNORE_INDEX)
 
     @staticmethod
     def _per_element(name: str, ids: Tensor | None, y: Tensor, needed: bool) -> Tensor | None:
@@ -192,20 +180,17 @@ class VoxelSupConLoss(nn.Module):
         return ids.to(y.device).long()
 
     @staticmethod
-    def _global_ids(pair_ids: Tensor | None, scan_ids: Tensor | None, y: Tensor) -> Tensor:
+    def _unique_ids(pair_ids: Tensor | None, scan_ids: Tensor | None, y: Tensor) -> Tensor:
         """(B, *spatial) ids that are unique over the batch, not only within a scan."""
-        if pair_ids is None:
-            raise ValueError(
-                "pair_ids must be given, (B, 1, *spatial) int64, for positives='same_voxel'; got None"
-            )
-        if pair_ids.shape != (len(y), 1, *y.shape[1:]) or pair_ids.dtype != torch.int64:
-            raise ValueError(
-                f"pair_ids must be {(len(y), 1, *y.shape[1:])} int64, "
-                f"got {tuple(pair_ids.shape)} {pair_ids.dtype}"
-            )
+        shape = (len(y), 1, *y.shape[1:])
+        if pair_ids is None or pair_ids.shape != shape or pair_ids.dtype != torch.int64:
+            got = None if pair_ids is None else f"{tuple(pair_ids.shape)} {pair_ids.dtype}"
+            raise ValueError(f"pair_ids must be {shape} int64 for positives='same_voxel', got {got}")
         ids = pair_ids[:, 0]
-        if scan_ids is None:
+        if scan_ids is None or ids.numel() == 0:
             return ids
+        if int(ids.max()) >= MAX_PAIR_ID:
+            raise ValueError(f"pair_ids must be below 2**40 for ids of several scans, got {int(ids.max())}")
         number = torch.unique(scan_ids, return_inverse=True)[1].view(-1, *[1] * (y.ndim - 1))
         return torch.where(ids >= 0, ids + number * (ids.max() + 1), -1)
 
@@ -214,9 +199,7 @@ def _evenly(labels: Tensor, per_class: int) -> Tensor:
     """Indices of at most `per_class` voxels of each class, evenly over the batch."""
     order = torch.argsort(labels, stable=True)
     _, place, counts = torch.unique(labels[order], return_inverse=True, return_counts=True)
-    first = counts.cumsum(0) - counts
-    rank = torch.arange(len(order), device=labels.device) - first[place]
-    n = counts[place]
-    taken = torch.div(rank * per_class, n, rounding_mode="floor")
-    before = torch.div((rank - 1) * per_class, n, rounding_mode="floor")
-    return order[(taken != before) | (n <= per_class)]
+    n, first = counts[place], (counts.cumsum(0) - counts)[place]
+    rank = (torch.arange(len(order), device=labels.device) - first) * per_class
+    # whole steps of n that are passed on the way from one voxel to the next
+    return order[(rank // n != (rank - per_class) // n) | (n <= per_class)]
