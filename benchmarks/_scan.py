@@ -12,9 +12,9 @@ import nibabel
 import numpy as np
 import torch
 
-from medseg_supcon.datasets import Case, Dataset, Split
+from medseg_supcon.datasets import Case, CaseFingerprint, Dataset, Fingerprint, Split
 from medseg_supcon.networks import build_network
-from medseg_supcon.plan import CaseFingerprint, Fingerprint, make_plan
+from medseg_supcon.plan import make_plan
 from medseg_supcon.training import prepare_run
 
 AIR, TISSUE, NOISE = -1000, 40, 20  # HU

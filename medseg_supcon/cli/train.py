@@ -205,7 +205,9 @@ def _prepare(path: Path, run: Path, request: Request, device: str | None, trust:
         split = replace(split, unlabelled=(*split.unlabelled, *more))
     # a scan that trains and validates is looked at once
     chosen = tuple(dict.fromkeys((*split.training, *split.validation, *split.unlabelled)))
-    _refuse_errors(replace(dataset, cases=chosen), path, request.allow_affine_mismatch, request.unlabelled)
+    report = _refuse_errors(
+        replace(dataset, cases=chosen), path, request.allow_affine_mismatch, request.unlabelled
+    )
     result = prepare_run(
         dataset,
         split,
@@ -218,12 +220,13 @@ def _prepare(path: Path, run: Path, request: Request, device: str | None, trust:
         device=device,
         trust_scan_affine=request.allow_affine_mismatch,
         trust=trust,
+        report=report,
     )
     print_plan(result, split, run)
 
 
-def _refuse_errors(dataset: Any, path: Path, allow_affine_mismatch: bool, unlabelled: Path | None) -> None:
-    """Show what a check finds; errors end the command."""
+def _refuse_errors(dataset: Any, path: Path, allow_affine_mismatch: bool, unlabelled: Path | None) -> Any:
+    """Show what a check finds, and return its report; errors end the command."""
     from medseg_supcon.datasets import check_dataset
 
     report = check_dataset(dataset, allow_affine_mismatch=allow_affine_mismatch)
@@ -234,6 +237,7 @@ def _refuse_errors(dataset: Any, path: Path, allow_affine_mismatch: bool, unlabe
         raise MedsegError(
             f"The data set has errors (above): mend them and run 'medseg check {path}' until it is content{also}."
         )
+    return report
 
 
 def _planned_cases(run: Path, dataset: Any) -> Any:

@@ -62,7 +62,10 @@ def check_dataset(
         findings.append(Finding("", None, "warning", "patient_on_both_sides", mixed))
     order = {case.name: number for number, case in enumerate(dataset.cases)}
     findings.sort(key=lambda f: (f.severity != "error", order.get(f.case, len(order))))
-    return Report(dataset.name, dataset.root, len(dataset.cases), len(dataset.labelled), tuple(findings))
+    measured = {one.case: one.fingerprint for one in looked if one.fingerprint is not None}
+    return Report(
+        dataset.name, dataset.root, len(dataset.cases), len(dataset.labelled), tuple(findings), measured
+    )
 
 
 def _duplicates(looked: Sequence[Looked]) -> list[Finding]:

@@ -13,16 +13,10 @@ import numpy.typing as npt
 
 from medseg_supcon.datasets.dataset import Case, Dataset
 from medseg_supcon.datasets.findings import Finding
+from medseg_supcon.datasets.fingerprint import CaseFingerprint, measure_case
 from medseg_supcon.datasets.labels import TOLERANCE
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans import (
-    MAX_SHEAR_DEGREES,
-    Volume,
-    count_values,
-    farthest_corner,
-    read_volume,
-    shear_degrees,
-)
+from medseg_supcon.scans import Volume, affine_issue, count_values, farthest_corner, read_nifti
 
 Floats = npt.NDArray[np.float64]
 
@@ -38,6 +32,7 @@ class Looked:
         spacing: (3,) mm in RAS order; None without a readable image.
         extent: (3,) mm in RAS order.
         classes: names of the classes that its label map shows.
+        fingerprint: what planning needs, of a labelled case without an error.
     """
 
     case: Case
@@ -46,6 +41,7 @@ class Looked:
     spacing: Floats | None = None
     extent: Floats | None = None
     classes: set[str] = field(default_factory=set)
+    fingerprint: CaseFingerprint | None = None
 
     def tell(self, file: Path, code: str, sentence: str, severity: str = "error") -> None:
         """Add a finding on a file; the sentence follows the file's name."""
@@ -54,7 +50,7 @@ class Looked:
     def read(self, file: Path) -> Volume | None:
         """The file's voxels; None, and a finding, if there is no reading it."""
         try:
-            return read_volume(file)
+            return read_nifti(file)
         except DataError as error:
             missing = "no such file" in str(error) or "does not exist" in str(error)
             code = "missing" if missing else "unreadable"
@@ -93,14 +89,14 @@ def look_at_label(
     scan: tuple[Path, Volume] | None,
     tolerance: float,
     mismatch: str,
-) -> None:
-    """List the faults of the label map at `path`; `scan` is its case's first usable image."""
+) -> Volume | None:
+    """List the faults of the label map at `path`, and return it; `scan` is its case's first usable image."""
     if path in looked.case.images:
         looked.tell(path, "label_is_image", "is named as scan and as label map. Correct the data list.")
-        return
+        return None
     volume = looked.read(path)
     if volume is None:
-        return
+        return None
     data = volume.data
     if data.ndim == 4:
         overlap = int(np.count_nonzero(np.count_nonzero(data, axis=3) > 1))
@@ -109,13 +105,13 @@ def look_at_label(
         looked.tell(
             path, code, f"is 4-D (shape {data.shape}): {what}. Save one 3-D map with one value per class."
         )
-        return
+        return None
     if data.ndim != 3 or data.size == 0:
         looked.tell(path, "not_3d", f"is {data.ndim}-D (shape {data.shape}), expected a 3-D label map.")
-        return
-    for doubt in volume.doubts:
-        if doubt.code != "no_orientation":  # its scan has the same fault, or another grid
-            looked.tell(path, doubt.code, doubt.sentence, doubt.severity)
+        return None
+    for issue in volume.issues:
+        if issue.code != "no_orientation":  # its scan has the same fault, or another grid
+            looked.tell(path, issue.code, issue.sentence, issue.severity)
     if scan is not None:
         same_grid(looked, path, volume, *scan, tolerance, mismatch)
     if data.dtype.kind == "f" and not np.isfinite(data).all():
@@ -123,6 +119,7 @@ def look_at_label(
             path, "not_finite", "holds NaN or Inf. Set these voxels to the background or the ignore label."
         )
     _values(looked, path, data, dataset)
+    return volume
 
 
 def _values(looked: Looked, path: Path, data: npt.NDArray[Any], dataset: Dataset) -> None:
@@ -163,7 +160,7 @@ def _values(looked: Looked, path: Path, data: npt.NDArray[Any], dataset: Dataset
 
 
 def look_at(case: Case, dataset: Dataset, tolerance: float, mismatch: str) -> Looked:
-    """Read a case once and list its faults; `mismatch` is the severity of differing affines."""
+    """Read a case once, list its faults, measure it if it is sound; `mismatch`: severity of differing affines."""
     looked = Looked(case)
     images = [(path, volume) for path in case.images if (volume := looked.read(path)) is not None]
     complete = len(images) == len(case.images)
@@ -171,12 +168,14 @@ def look_at(case: Case, dataset: Dataset, tolerance: float, mismatch: str) -> Lo
     if complete and len(images) == len(case.images):
         _channels(looked, images, dataset)
     for path, volume in images:
-        _intensities(looked, path, volume.data)
+        _intensities(looked, path, volume)
     usable = [(path, volume) for path, volume in images if _geometry(looked, path, volume)]
     for path, volume in usable[1:]:
         same_grid(looked, path, volume, *usable[0], tolerance, mismatch)
     if case.label is not None:
-        look_at_label(looked, case.label, dataset, usable[0] if usable else None, tolerance, mismatch)
+        label = look_at_label(looked, case.label, dataset, usable[0] if usable else None, tolerance, mismatch)
+        if label is not None and all(finding.severity != "error" for finding in looked.findings):
+            looked.fingerprint = measure_case(case, dataset, [volume for _, volume in images], label)
     return looked
 
 
@@ -209,8 +208,8 @@ def _channels(looked: Looked, images: list[tuple[Path, Volume]], dataset: Datase
         )
 
 
-def _intensities(looked: Looked, path: Path, data: npt.NDArray[Any]) -> None:
-    channels = [data[..., c] for c in range(data.shape[3])] if data.ndim == 4 else [data]
+def _intensities(looked: Looked, path: Path, volume: Volume) -> None:
+    channels = list(volume.channels_first)
     for number, channel in enumerate(channels):
         where = f"channel {number} " if len(channels) > 1 else ""
         if channel.dtype.kind == "f" and not (finite := np.isfinite(channel)).all():
@@ -235,22 +234,12 @@ def _intensities(looked: Looked, path: Path, data: npt.NDArray[Any]) -> None:
 
 def _geometry(looked: Looked, path: Path, volume: Volume) -> bool:
     shape, axes = volume.data.shape[:3], volume.affine[:3, :3]
-    if not np.isfinite(volume.affine).all() or abs(np.linalg.det(axes)) < 1e-12:
-        looked.tell(path, "bad_affine", "its affine is no geometry (zero or not finite). Export it again.")
+    issue = affine_issue(volume.affine)
+    issues = [*volume.issues, *([issue] if issue else [])]
+    for one in issues:
+        looked.tell(path, one.code, one.sentence, one.severity)
+    if any(one.code in ("bad_affine", "unit") for one in issues):
         return False
-    if volume.unit != "mm":
-        looked.tell(
-            path, "unit", f"gives lengths in {volume.unit}, expected mm. Correct its header, or convert it."
-        )
-    if (degrees := shear_degrees(volume.affine)) > MAX_SHEAR_DEGREES:
-        looked.tell(
-            path,
-            "sheared",
-            f"its axes are {degrees:.1f} degrees off a right angle, at most {MAX_SHEAR_DEGREES:g} are taken; a "
-            "tilted gantry does this. Resample it, and its label map, onto a grid with perpendicular axes.",
-        )
-    for doubt in volume.doubts:
-        looked.tell(path, doubt.code, doubt.sentence, doubt.severity)
     spacing = np.linalg.norm(axes, axis=0)
     order = np.argsort(nibabel.orientations.io_orientation(volume.affine)[:, 0])
     if looked.spacing is None:

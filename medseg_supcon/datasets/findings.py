@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from medseg_supcon.datasets.dataset import Case
+from medseg_supcon.datasets.fingerprint import CaseFingerprint
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Report:
         cases: number of cases that were looked at.
         labelled: how many of them have a label map.
         findings: errors first, then in the order of the cases.
+        fingerprints: of the labelled cases without an error, for `fingerprint`: each file is read once.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Report:
     cases: int
     labelled: int
     findings: tuple[Finding, ...] = ()
+    fingerprints: Mapping[Case, CaseFingerprint] = field(default_factory=dict)
 
     @property
     def errors(self) -> tuple[Finding, ...]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from medseg_supcon.errors import ConfigError, DataError
 from medseg_supcon.losses import IGNORE_INDEX
-from medseg_supcon.scans import as_whole, count_values, in_parallel, read_volume, slabs
+from medseg_supcon.scans import as_whole, count_values, in_parallel, read_nifti, slabs
 
 Labels = dict[str, "int | float"]
 
@@ -101,7 +101,7 @@ def scan_labels(
 
     def values(path: Path) -> set[float]:
         try:
-            data = read_volume(path).data
+            data = read_nifti(path).data
         except DataError:
             return set()
         return set(count_values(data))

@@ -13,7 +13,7 @@ from medseg_supcon.datasets import snap_labels
 from medseg_supcon.errors import DataError
 from medseg_supcon.evaluation.metrics import Row
 from medseg_supcon.evaluation.summary import metrics_report, score_case, write_report
-from medseg_supcon.scans import NIFTI_ENDINGS, farthest_corner, one_place, read_volume
+from medseg_supcon.scans import NIFTI_ENDINGS, farthest_corner, read_nifti, same_grid
 
 MOST_VALUES = 256
 SUFFIX = "_0000"  # nnU-Net gives it to scans of a single channel, and a mask has its scan's name
@@ -123,7 +123,7 @@ def _pair(
             f"{mask_file} has shape {mask.shape} and {reference_file} {reference.shape}. They must share one "
             "grid; check that they belong together."
         )
-    if not one_place(mask.shape, affine, mask_affine):
+    if not same_grid(mask.shape, affine, mask_affine):
         farthest = farthest_corner(mask.shape, affine, mask_affine)
         raise DataError(
             f"{mask_file} lies up to {farthest:.3g} mm from {reference_file}: their affines differ. Resample "
@@ -133,14 +133,14 @@ def _pair(
 
 
 def _read(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-    volume = read_volume(file)
+    volume = read_nifti(file)
     if volume.data.ndim != 3 or volume.data.size == 0:
         raise DataError(
             f"{file}: expected a 3-D label map, found shape {volume.data.shape}. Save one volume."
         )
     if volume.data.dtype.kind == "f" and not np.isfinite(volume.data).all():
         raise DataError(f"{file}: holds NaN or Inf, expected label values. Save it again.")
-    affine = volume.affine_mm
+    affine = volume.affine
     if not np.isfinite(affine).all() or not (np.linalg.norm(affine[:3, :3], axis=0) > 0).all():
         raise DataError(
             f"{file}: its affine is no geometry (zero or not finite). Save it in its scan's grid."

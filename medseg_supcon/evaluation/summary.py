@@ -16,7 +16,7 @@ from medseg_supcon.datasets import snap_labels
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation.metrics import METRICS, Row, case_metrics
 from medseg_supcon.files import write_csv, write_text
-from medseg_supcon.scans import one_place, read_volume
+from medseg_supcon.scans import read_nifti, same_grid
 
 EMPTY_RULE = (
     "A class that neither the prediction nor the reference holds has no score and is in no mean "
@@ -228,8 +228,8 @@ def score_mask(
     Raises:
         DataError: the label map cannot be read, has another shape or place, or an undeclared value.
     """
-    label = read_volume(label_file)
-    theirs = None if trust_scan_affine else label.affine_mm
+    label = read_nifti(label_file)
+    theirs = None if trust_scan_affine else label.affine
     _check_grids(name, mask.shape, affine, label.data.shape, theirs)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     return score_case(name, mask, label.data, spacing, labels, ignore_label, tolerance_mm)
@@ -242,7 +242,7 @@ def _check_grids(name: str, shape: Any, affine: Any, label_shape: Any, label_aff
             f"{name}: the label map is {tuple(label_shape)} and the scan {tuple(shape)} voxels. They must share one "
             "grid; check that they belong together."
         )
-    if label_affine is not None and not one_place(shape, affine, label_affine):
+    if label_affine is not None and not same_grid(shape, affine, label_affine):
         raise DataError(
             f"{name}: the label map lies elsewhere in space than its scan (their affines differ). Correct the header "
             "of the one that is wrong."

@@ -14,11 +14,10 @@ from medseg_supcon.datasets import Dataset, check_dataset, items, load_items
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation import Row, add_problems, score_mask, write_metrics
 from medseg_supcon.files import read_json
-from medseg_supcon.inference.find_scans import Scan
 from medseg_supcon.inference.folder import make_writable, read_ahead
 from medseg_supcon.inference.predictor import Prediction, Predictor
 from medseg_supcon.plan import read_plan
-from medseg_supcon.scans import write_nifti
+from medseg_supcon.scans import Scan, write_nifti
 
 ONLY_OF_TRAINING = ("duplicate_image", "no_structure")  # errors that do not keep a case from being scored
 TOLERANCE_MM = 1.0

@@ -16,11 +16,10 @@ import numpy as np
 
 from medseg_supcon.errors import MedsegError, RunError
 from medseg_supcon.files import remove_leftovers, temporary_name
-from medseg_supcon.inference.find_scans import Scan, keep_names
+from medseg_supcon.inference.find_scans import keep_names
 from medseg_supcon.inference.manifest import Manifest, describe, entry_of
 from medseg_supcon.inference.memory import is_out_of_memory
-from medseg_supcon.inference.read import is_mask_of
-from medseg_supcon.scans import is_whole, write_nifti
+from medseg_supcon.scans import Scan, is_mask_of, is_whole, write_nifti
 
 if TYPE_CHECKING:
     from medseg_supcon.inference.predictor import Prediction, Predictor, Prepared

@@ -25,7 +25,7 @@ STATUSES = ("done", "skipped", "failed")
 JOURNAL = ".medseg-manifest.jsonl"  # entries that are not in the manifest yet, a line each
 PAUSE = 5.0  # seconds between two writings of the whole manifest
 logger = logging.getLogger(__name__)
-PACKAGES = ("torch", "monai", "numpy", "nibabel", "SimpleITK", "scipy")
+PACKAGES = ("torch", "monai", "numpy", "nibabel", "pydicom", "SimpleITK", "scipy")
 # What of a plan decides a mask. How many windows go together does not.
 DECISIVE = ("channels", "orientation", "spacing", "intensity", "patch_size", "network_def", "keep_largest")
 

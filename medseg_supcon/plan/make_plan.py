@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from medseg_supcon.datasets import Dataset
+from medseg_supcon.datasets import Dataset, Fingerprint, readable
 from medseg_supcon.errors import DataError
 from medseg_supcon.losses import balanced_class_weights
 from medseg_supcon.networks import chain
-from medseg_supcon.plan.fingerprint import Fingerprint, readable
 from medseg_supcon.plan.rules import coarsened, intensity_transforms, patch_size, strides, target_spacing
 
 CPU_PATCH_VOXELS = 90_000
@@ -81,8 +80,8 @@ def make_plan(
 
     Example:
         >>> import tempfile
-        >>> from medseg_supcon.datasets import make_phantoms, read_dataset
-        >>> from medseg_supcon.plan import fingerprint, make_plan
+        >>> from medseg_supcon.datasets import fingerprint, make_phantoms, read_dataset
+        >>> from medseg_supcon.plan import make_plan
         >>> dataset = read_dataset(make_phantoms(tempfile.mkdtemp() + "/phantoms", cases=2, unseen=0))
         >>> make_plan(fingerprint(dataset), dataset)["orientation"]
         'RAS'

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from medseg_supcon.bundle import innermost
 from medseg_supcon.errors import DataError, MedsegError
-from medseg_supcon.scans import read_header, read_volume
+from medseg_supcon.scans import read_header, read_nifti
 from medseg_supcon.training.progress import CountDisplay
 from medseg_supcon.training.ranks import ranks_here
 
@@ -140,7 +140,7 @@ def _prepare(transform: Any, item: Mapping[str, Any]) -> Any:
         if isinstance(cause, MedsegError | MemoryError | torch.OutOfMemoryError):
             raise cause from None
         for file in _files(item, "image", "label"):
-            read_volume(file)  # which says what is wrong with it
+            read_nifti(file)  # which says what is wrong with it
         reason = " ".join(str(cause).split())[:200]
         raise DataError(
             f"{item.get('name', item.get('image', 'A case'))}: cannot be prepared ({type(cause).__name__}: {reason}). "

@@ -30,10 +30,10 @@ from medseg_supcon.bundle import (
     write_network,
     write_twins,
 )
-from medseg_supcon.datasets import Dataset, Split, write_datalist
+from medseg_supcon.datasets import Dataset, Report, Split, fingerprint, write_datalist
 from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.networks import build_network, round_patch, size_divisor
-from medseg_supcon.plan import fingerprint, literal, make_plan, read_plan, validate_plan, write_plan
+from medseg_supcon.plan import literal, make_plan, read_plan, validate_plan, write_plan
 from medseg_supcon.training.timing import default_minutes, epochs_within, time_within_memory
 
 FROM_INIT = ("channels", "orientation", "spacing", "intensity", "patch_size", "network_def")
@@ -104,6 +104,7 @@ def prepare_run(
     plan: Mapping[str, Any] | None = None,
     plan_settings: Sequence[tuple[str, Any]] = (),
     trust: bool = False,
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """Write the bundle that would be trained, and measure how long that would take.
 
@@ -123,6 +124,7 @@ def prepare_run(
             data nor the time is measured again. Settings of the plan, ``epochs`` and ``init``'s part are in it.
         plan_settings: (key, value) changes of that plan.
         trust: take a network from ``init`` that is code.
+        report: of `check_dataset` on these cases: what it has read is not read again.
 
     Returns:
         the plan, as written.
@@ -145,7 +147,11 @@ def prepare_run(
             validate_plan(made)
     else:
         cases = [*split.training, *split.unlabelled]
-        made = make_plan(fingerprint(dataset, cases), dataset, device=str(where))
+        made = make_plan(
+            fingerprint(dataset, cases, known=report.fingerprints if report else None),
+            dataset,
+            device=str(where),
+        )
         if trust_scan_affine:
             made["trust_scan_affine"] = True
         if init is not None:

@@ -15,18 +15,10 @@ from monai.data import MetaTensor
 from monai.networks.nets import UNet
 from monai.transforms import Compose, Invertd, Spacingd
 
-from medseg_supcon.datasets import Dataset, read_dataset
+from medseg_supcon.datasets import CaseFingerprint, Dataset, Fingerprint, fingerprint, read_dataset
 from medseg_supcon.errors import ConfigError, DataError, RunError
 from medseg_supcon.networks import build_network, definition_problem
-from medseg_supcon.plan import (
-    CaseFingerprint,
-    Fingerprint,
-    fingerprint,
-    make_plan,
-    read_plan,
-    validate_plan,
-    write_plan,
-)
+from medseg_supcon.plan import make_plan, read_plan, validate_plan, write_plan
 
 LABELS = {"background": 0, "tumour": 1, "vessel": 2}
 

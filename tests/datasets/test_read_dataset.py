@@ -7,9 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from medseg_supcon.datasets import check_dataset, read_case_names, read_dataset, read_unlabelled
+from medseg_supcon.datasets import check_dataset, fingerprint, read_case_names, read_dataset, read_unlabelled
 from medseg_supcon.errors import ConfigError, DataError, MedsegError
-from medseg_supcon.plan import fingerprint
 
 
 def test_decathlon(tmp_path, disk):

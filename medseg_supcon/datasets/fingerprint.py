@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 
-from medseg_supcon.datasets import Case, Dataset, class_indices
+from medseg_supcon.datasets.dataset import Case, Dataset
+from medseg_supcon.datasets.labels import class_indices
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans import Volume, count_values, in_parallel, read_header, read_volume
+from medseg_supcon.scans import Volume, count_values, in_parallel, read_header, read_nifti
 
 SAMPLES_PER_CASE = 10_000
 
@@ -150,13 +151,18 @@ def _spread(values: Floats) -> dict[str, Any]:
 
 
 def fingerprint(
-    dataset: Dataset, cases: Sequence[Case] | None = None, *, jobs: int | None = None
+    dataset: Dataset,
+    cases: Sequence[Case] | None = None,
+    *,
+    known: Mapping[Case, CaseFingerprint] | None = None,
+    jobs: int | None = None,
 ) -> Fingerprint:
     """The fingerprint of a data set or of some of its cases; labelled ones are read once, others not at all.
 
     Args:
         dataset: says what channels and label values mean.
         cases: the cases to look at, usually those that train; None for all.
+        known: fingerprints of cases that need not be read again: `Report.fingerprints` of `check_dataset`.
         jobs: threads; None for up to four.
 
     Raises:
@@ -165,7 +171,7 @@ def fingerprint(
 
     Example:
         >>> import tempfile
-        >>> from medseg_supcon.plan import fingerprint; from medseg_supcon.datasets import make_phantoms, read_dataset
+        >>> from medseg_supcon.datasets import fingerprint, make_phantoms, read_dataset
         >>> dataset = read_dataset(make_phantoms(tempfile.mkdtemp() + "/phantoms", cases=2, unseen=0))
         >>> fingerprint(dataset).class_voxels.shape
         (6,)
@@ -173,42 +179,37 @@ def fingerprint(
     chosen = tuple(dataset.cases if cases is None else cases)
     if not chosen:
         raise DataError(f"{dataset.root}: no case to take a fingerprint of.")
-    found = in_parallel(lambda case: _of_case(case, dataset), chosen, jobs)
-    return Fingerprint(tuple(found), dataset.channels, tuple(dataset.labels))
-
-
-def channel_arrays(volumes: Sequence[Volume]) -> list[npt.NDArray[Any]]:
-    """The channels (X, Y, Z) of a case, whether they come in one 4-D file or in one file each."""
-    arrays: list[npt.NDArray[Any]] = []
-    for volume in volumes:
-        data = volume.data
-        arrays += [data[..., c] for c in range(data.shape[3])] if data.ndim == 4 else [data]
-    return arrays
+    known = known or {}
+    measured = in_parallel(lambda case: known.get(case) or _of_case(case, dataset), chosen, jobs)
+    return Fingerprint(tuple(measured), dataset.channels, tuple(dataset.labels))
 
 
 def _of_case(case: Case, dataset: Dataset) -> CaseFingerprint:
-    nothing = np.zeros((len(dataset.channels), 0), dtype=np.float32)
     if case.label is None:
         shape, affine = read_header(case.images[0])
+        nothing = np.zeros((len(dataset.channels), 0), dtype=np.float32)
         return CaseFingerprint(case.name, *_geometry(case.images[0], shape, affine), None, nothing)
-    volumes = [read_volume(path) for path in case.images]
-    channels = channel_arrays(volumes)
+    return measure_case(case, dataset, [read_nifti(path) for path in case.images], read_nifti(case.label))
+
+
+def measure_case(case: Case, dataset: Dataset, volumes: Sequence[Volume], label: Volume) -> CaseFingerprint:
+    """The fingerprint of a labelled case whose images and label map have been read."""
+    channels = [channel for volume in volumes for channel in volume.channels_first]
     if len(channels) != len(dataset.channels):
         raise DataError(
             f"{case.images[0]}: case {case.name} has {len(channels)} channels, the data set declares "
             f"{len(dataset.channels)} ({', '.join(dataset.channels)}). Correct the data list or the file."
         )
-    label = read_volume(case.label).data
     for path, array in zip(case.images * len(channels), channels, strict=False):
-        if array.shape != label.shape:
+        if array.shape != label.data.shape:
             raise DataError(
-                f"{case.label}: the label map has {label.shape} voxels, its scan {path} has {array.shape}. "
+                f"{case.label}: the label map has {label.data.shape} voxels, its scan {path} has {array.shape}. "
                 f"Export the label map on the grid of the scan."
             )
     plan = {"labels": dataset.labels, "ignore_label": dataset.ignore_label}
-    indices = class_indices(label, plan, case.label)
-    found = count_values(indices)
-    counts = tuple(found.get(float(c), 0) for c in range(len(dataset.labels)))
+    indices = class_indices(label.data, plan, case.label or "label map")
+    numbers = count_values(indices)
+    counts = tuple(numbers.get(float(c), 0) for c in range(len(dataset.labels)))
     inside = np.flatnonzero(indices.ravel(order="F") > 0)  # NIfTI lies in Fortran order: no copy
     inside = inside[
         :: max(1, len(inside) // SAMPLES_PER_CASE)
