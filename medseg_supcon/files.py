@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import secrets
 import time
@@ -12,6 +13,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
+
+from medseg_supcon.errors import RunError
 
 try:
     import fcntl
@@ -63,6 +66,22 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, stream.getvalue())
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a run.
+
+    Raises:
+        RunError: it is missing, cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} does not exist: is {path.parents[1]} a run?") from None
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}.") from None
+    except (OSError, ValueError, RecursionError) as error:  # no text, numbers of 5,000 digits, 10,000 levels
+        raise RunError(f"{path} cannot be read ({error}).") from None
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -290,13 +290,6 @@ def test_a_config_edited_wrongly_is_a_sentence(medseg, phantoms, planned, name, 
     assert code == 2 and f"{path} is {says}" in error and "line" in error
 
 
-def test_an_evaluation_edited_wrongly_is_a_sentence(medseg, phantoms, trained_run, tmp_path):
-    run = shutil.copytree(trained_run, tmp_path / "run")
-    (run / "configs" / "evaluate.yaml").write_text("a: [\n")
-    code, _, error = medseg("evaluate", run, phantoms, "--out", tmp_path / "out", "--device", "cpu")
-    assert code == 2 and "evaluate.yaml is not valid YAML" in error
-
-
 @pytest.mark.parametrize(
     ("edit", "says"),
     [

@@ -15,6 +15,7 @@ from medseg_supcon.cli.options import (
     MismatchOption,
     RunArg,
     SettingsOption,
+    TrustOption,
     ValidationOption,
 )
 from medseg_supcon.cli.terminal import err, out, print_report
@@ -87,6 +88,7 @@ def compare(
     ] = None,
     settings: SettingsOption = None,
     allow_affine_mismatch: MismatchOption = False,
+    trust: TrustOption = False,
 ) -> None:
     """Which recipe is better on your data, by how much, how sure: recipes x seeds x budgets of labels, tested alike.
 
@@ -142,6 +144,7 @@ def compare(
         robustness=robustness or (said.robustness is not False and not no_robustness),
         training_score=said.training_score,
         trust_scan_affine=allow_affine_mismatch,
+        trust=trust,
         say=err.print,
     )
     for sentence in [*found["answers"], *(f"Note: {text}" for text in found["caveats"])]:
@@ -161,6 +164,7 @@ def embed(
     ] = 1500,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sample and of t-SNE.")] = 0,
     device: DeviceOption = None,
+    trust: TrustOption = False,
 ) -> None:
     """What the network's features look like, before and after training: pictures, class separation."""
     from medseg_supcon.datasets import read_case_names, read_dataset
@@ -170,7 +174,14 @@ def embed(
     check_device(device)
     names = None if cases is None else read_case_names(cases)
     found = embed_run(
-        run, read_dataset(dataset), out_dir, cases=names, voxels=voxels, seed=seed, device=device
+        run,
+        read_dataset(dataset),
+        out_dir,
+        cases=names,
+        voxels=voxels,
+        seed=seed,
+        device=device,
+        trust=trust,
     )
     for sentence in found["sentences"]:
         out.print(sentence)

@@ -15,6 +15,7 @@ from medseg_supcon.cli.options import (
     DeviceOption,
     MismatchOption,
     SettingsOption,
+    TrustOption,
     ValidationOption,
 )
 from medseg_supcon.cli.terminal import err, out, print_metrics, print_plan, print_report, say
@@ -85,12 +86,13 @@ def plan(
     device: DeviceOption = None,
     settings: SettingsOption = None,
     allow_affine_mismatch: MismatchOption = False,
+    trust: TrustOption = False,
 ) -> None:
     """The bundle that would be trained, with its expected time and memory. 'medseg train' goes on from it."""
     request = Request(
         recipe, epochs, cases, labels, validation, unlabelled, init, seed, settings, allow_affine_mismatch
     )
-    _prepare(dataset, run, request, device)
+    _prepare(dataset, run, request, device, trust)
     out.print(
         f"\nEdit {run / 'configs' / 'plan.json'} if you like, then: "
         f"medseg train {quote(str(dataset))} --out {quote(str(run))}"
@@ -112,6 +114,7 @@ def train(
     settings: SettingsOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
     allow_affine_mismatch: MismatchOption = False,
+    trust: TrustOption = False,
 ) -> None:
     """Train a segmentation network on a data set; the run is a MONAI bundle."""
     from medseg_supcon.bundle import is_planned, is_started
@@ -129,10 +132,10 @@ def train(
         out.print(f"{run} is finished: nothing to resume.")
         return
     if is_planned(run):
-        _go_on(dataset, run, request, resume)
+        _go_on(dataset, run, request, resume, trust)
     else:
-        _prepare(dataset, run, request, device)
-    train_run(run, device=device, resume=resume)
+        _prepare(dataset, run, request, device, trust)
+    train_run(run, device=device, resume=resume, trust=trust)
     print_metrics(run / "eval" / "metrics.json")
     out.print(
         f"\nThe run is in {run} (a MONAI bundle; {run / 'docs' / 'README.md'} describes it).\n"
@@ -148,14 +151,15 @@ def read_selected(path: Path, cases: Path | None) -> Any:
     return dataset if cases is None else dataset.select(read_case_names(cases))
 
 
-def _go_on(dataset: Path, run: Path, request: Request, resume: bool) -> None:
+def _go_on(dataset: Path, run: Path, request: Request, resume: bool, trust: bool) -> None:
     """A planned folder is trained as it is: say so where something else was asked for."""
-    from monai.bundle import ConfigParser
+    from medseg_supcon.bundle import check_configs_trusted, plain_text, read_plain
 
-    from medseg_supcon.bundle import read_config
-
-    config = ConfigParser(dict(read_config(run / "configs" / "train.yaml")))
-    planned = Path(config.get_parsed_content("dataset_dir"))  # an expression where it holds a #, say
+    check_configs_trusted(run, trust)
+    folder = plain_text(read_plain(run / "configs" / "train.yaml").get("dataset_dir"))
+    if folder is None:
+        raise RunError(f"{run / 'configs' / 'train.yaml'}: dataset_dir must be the path of a folder.")
+    planned = Path(folder)
     data = read_selected(dataset, None)
     root = data.root.resolve()
     if root != planned.resolve():
@@ -180,7 +184,7 @@ def _trusts_scan_affine(run: Path) -> bool:
     return bool(read_plan(run / "configs" / "plan.json").get("trust_scan_affine", False))
 
 
-def _prepare(path: Path, run: Path, request: Request, device: str | None) -> None:
+def _prepare(path: Path, run: Path, request: Request, device: str | None, trust: bool) -> None:
     from medseg_supcon.bundle import is_planned, parse_setting, read_recipe
     from medseg_supcon.datasets import VALIDATION, read_unlabelled, split_cases
     from medseg_supcon.training import check_device, prepare_run
@@ -213,6 +217,7 @@ def _prepare(path: Path, run: Path, request: Request, device: str | None) -> Non
         init=request.init,
         device=device,
         trust_scan_affine=request.allow_affine_mismatch,
+        trust=trust,
     )
     print_plan(result, split, run)
 

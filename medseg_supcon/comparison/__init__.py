@@ -5,7 +5,7 @@ from medseg_supcon.comparison.config import ComparisonConfig, read_comparison
 from medseg_supcon.comparison.corruptions import CORRUPTIONS, corrupt_cases
 from medseg_supcon.comparison.design import Cell, design_comparison, make_variants
 from medseg_supcon.comparison.grid import grid_table, means_of_tests
-from medseg_supcon.comparison.jobs import compare, devices, run_jobs
+from medseg_supcon.comparison.jobs import WITHOUT_WORKING_FOLDER, compare, devices, run_jobs
 from medseg_supcon.comparison.render import settings_and_wiring
 from medseg_supcon.comparison.report import answer, caveats, cost_sentence, on_worse_scans, write_comparison
 from medseg_supcon.comparison.runs import unequal_recipes

@@ -12,15 +12,17 @@ import torch
 import yaml
 
 from medseg_supcon.bundle import is_planned
+from medseg_supcon.datasets import load_items
 from medseg_supcon.files import write_text
-from medseg_supcon.training import is_complete, machine_name, peak_memory_gib, run_config, train_run
+from medseg_supcon.inference import Predictor, evaluate_items
+from medseg_supcon.training import is_complete, machine_name, peak_memory_gib, train_run
 
 CLEAN, TRAINING = "clean", "training scans"
 Job = Mapping[str, Any]
 
 
 def run_cell(job: Job, device: str | None = None, quiet: bool = False, sharing: int = 1) -> None:
-    """Do what is left to do of one run.
+    """Do what is left to do of one run, whose configs `compare` found to be trusted.
 
     Args:
         job: ``run`` (a planned run), ``tests`` (folder), ``dataset_dir`` and ``conditions``: name -> items.
@@ -31,22 +33,15 @@ def run_cell(job: Job, device: str | None = None, quiet: bool = False, sharing: 
     run, tests = Path(job["run"]), Path(job["tests"])
     if not is_complete(run):
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        train_run(run, device=device, resume=True, quiet=quiet, **_memory_share(run, sharing))
+        train_run(run, device=device, resume=True, quiet=quiet, trust=True, **_memory_share(run, sharing))
         _write_cost(tests / "cost.json", where)
     for condition, items in job["conditions"].items():
         folder = scores_folder(tests, condition)
         if is_tested(run, folder, items):
             continue
         (folder / "metrics.json").unlink(missing_ok=True)
-        run_config(
-            run,
-            "evaluate",
-            "infer",
-            device=device,
-            datalist=list(items),
-            dataset_dir=job["dataset_dir"],
-            output_dir=str(folder.resolve()),
-        )
+        entries = load_items(items, job["dataset_dir"])
+        evaluate_items(Predictor(run, device=device, trust=True), entries, folder)
         if condition != CLEAN:
             shutil.rmtree(folder / "predictions", ignore_errors=True)
 

@@ -19,12 +19,17 @@ import torch
 from medseg_supcon.comparison.cell import is_done, run_cell
 from medseg_supcon.comparison.design import Cell, Design
 from medseg_supcon.comparison.results import write_findings
-from medseg_supcon.comparison.runs import conditions_of, make_plans, prepare_cells
+from medseg_supcon.comparison.runs import conditions_of, make_plans, prepare_cells, refuse_untrusted
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import alone, write_text
 
 Done = Callable[[Path, str], None]  # job file, what went wrong ("": nothing)
 INTERRUPTED = (130, -2)
+# As `python -m medseg_supcon.comparison`, which would import modules from the working folder before Python's own.
+WITHOUT_WORKING_FOLDER = (
+    "import sys; sys.path = [p for p in sys.path if p]; from medseg_supcon.comparison.__main__ import main; "
+    "sys.exit(main())"
+)
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -88,7 +93,7 @@ class _Pool:
     def run(self, job: Path, device: str, log: Path | None) -> str:
         """One job to its end: what went wrong, or an empty string."""
         environment, name = self._environment(device)
-        command = [sys.executable, "-W", "ignore", "-m", "medseg_supcon.comparison", str(job)]
+        command = [sys.executable, "-W", "ignore", "-c", WITHOUT_WORKING_FOLDER, str(job)]
         command += ["--device", name, "--beside", str(len(self.where) - 1), "--parent", str(os.getpid())]
         if log is None:
             code, told = self._wait(command, environment, None), "see above"
@@ -151,6 +156,7 @@ def compare(
     robustness: bool = True,
     training_score: bool = False,
     trust_scan_affine: bool = False,
+    trust: bool = False,
     say: Say = print,
     processes: bool = True,
 ) -> dict[str, Any]:
@@ -169,6 +175,7 @@ def compare(
         robustness: test on corrupted scans, too.
         training_score: Dice on the scans trained on, too.
         trust_scan_affine: as ``medseg train --allow-affine-mismatch``.
+        trust: run code in the folder's runs that medseg did not write on this computer.
         say: told what is going on, in lines.
         processes: False: run everything in this process, quietly.
 
@@ -177,7 +184,7 @@ def compare(
 
     Raises:
         RunError: the folder holds something else, another call is at work in it, an earlier run was made
-            otherwise, or a run failed.
+            otherwise, a run failed, or one needs trust.
     """
     if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
         raise RunError(f"{out} is not empty and holds no comparison. Choose another --out.")
@@ -189,6 +196,7 @@ def compare(
             raise RunError(
                 f"Another medseg compare is at work in {out}. Wait for it, or choose another --out."
             )
+        refuse_untrusted(out, trust)
         plans = make_plans(
             design, out, settings=settings, epochs=epochs, device=device, trust_scan_affine=trust_scan_affine, say=say
         )  # fmt: skip

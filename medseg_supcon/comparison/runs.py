@@ -8,19 +8,39 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.bundle import is_planned, read_config, read_recipe, shared_folder
+from medseg_supcon.bundle import (
+    check_configs_trusted,
+    check_network_trusted,
+    is_planned,
+    read_config,
+    read_recipe,
+    shared_folder,
+)
 from medseg_supcon.comparison.cell import CLEAN, TRAINING
 from medseg_supcon.comparison.corruptions import CORRUPTIONS, corrupt_cases
 from medseg_supcon.comparison.design import Cell, Design
 from medseg_supcon.datasets import items
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import write_text
-from medseg_supcon.plan import write_plan
+from medseg_supcon.plan import read_plan, write_plan
 from medseg_supcon.training import is_of_plan, prepare_run
 
 Settings = Sequence[tuple[str, Any]]
 LENGTH = "epochs"  # the comparison's, whatever a recipe says
 EQUAL = ("steps_per_epoch", "batch_size")  # who sets one of these is given another budget
+
+
+def refuse_untrusted(out: Path, trust: bool) -> None:
+    """Passes where the plans and runs that a comparison's folder already holds may be evaluated.
+
+    Raises:
+        RunError: one holds code that medseg did not write on this computer, and they are not trusted.
+    """
+    for path in sorted((out / "plans").glob("*.json")):
+        check_network_trusted(path, read_plan(path), trust)
+    for run in sorted((out / "runs").glob("*")):
+        if is_planned(run):
+            check_configs_trusted(run, trust)
 
 
 def make_plans(
@@ -56,7 +76,7 @@ def make_plans(
             write_text(made_of, json.dumps({"definition": definition}, indent=1) + "\n")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_plan(plan, path)
-        plans[labels] = json.loads(path.read_text())
+        plans[labels] = read_plan(path)
         epochs = epochs or plans[labels]["epochs"]
         if plans[labels]["epochs"] != epochs:
             raise RunError(

@@ -3,4 +3,10 @@
 from medseg_supcon.plan.fingerprint import CaseFingerprint, Fingerprint, fingerprint
 from medseg_supcon.plan.make_plan import make_plan
 from medseg_supcon.plan.plan_file import read_plan, validate_plan, write_plan
-from medseg_supcon.plan.preprocessing import LabelPreprocessingd, literal, read_preprocessing
+from medseg_supcon.plan.preprocessing import (
+    LabelPreprocessingd,
+    intensity_problem,
+    literal,
+    plan_preprocessing,
+    read_preprocessing,
+)

@@ -1,7 +1,7 @@
 """Training a planned run, and everything that its ``train.yaml`` names."""
 
 from medseg_supcon.training.cache import CachedDataset, cached_dataset
-from medseg_supcon.training.checkpoint import Checkpoint, load_initial, load_tensors, save_atomically
+from medseg_supcon.training.checkpoint import Checkpoint, load_initial, save_atomically
 from medseg_supcon.training.copy_paste import CopyPaste
 from medseg_supcon.training.data import EpochSampler, SeededDataset, item_seed, two_view_dataset
 from medseg_supcon.training.handlers import EarlyStop, GradientClip, LateValidation, StepSeed, StopOnNaN

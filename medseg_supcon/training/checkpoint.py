@@ -10,6 +10,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from medseg_supcon.bundle import load_tensors
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import remove_leftovers, write_whole
 from medseg_supcon.training.ranks import rank
@@ -23,23 +24,6 @@ def save_atomically(value: Any, path: Path) -> None:
     buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
     torch.save(value, buffer)
     write_whole(path, lambda file: file.write(buffer.getbuffer()))
-
-
-def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
-    """Load a file of tensors and primitives (``weights_only=True``).
-
-    Raises:
-        RunError: the file is missing, damaged, or holds anything but tensors and primitives.
-    """
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise RunError(
-            f"{path} does not exist. Train the run first: medseg train DATASET --out RUN."
-        ) from None
-    except Exception as error:  # torch raises many kinds for a damaged or unsafe file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"{path} cannot be loaded as a file of weights: {reason}") from error
 
 
 def load_initial(network: nn.Module, path: str | Path | None) -> nn.Module:
@@ -60,7 +44,9 @@ def load_initial(network: nn.Module, path: str | Path | None) -> nn.Module:
             "configs/train.yaml (--init wrote it), or set it to null."
         )
     weights, own = load_tensors(Path(path)), network.state_dict()
-    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    if not isinstance(weights, dict):
+        raise RunError(f"{path} holds a {type(weights).__name__}, not the weights of a network.")
+    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == getattr(v, "shape", None)}
     if not fitting:
         raise RunError(f"No weight in {path} fits this run's network. Is network_def the same in both plans?")
     network.load_state_dict({**own, **fitting})

@@ -14,11 +14,13 @@ from monai.bundle import ConfigParser
 
 from medseg_supcon.bundle import (
     TEMPLATE,
+    check_network_trusted,
     drafted,
     dump_commented,
     load_commented,
     merge,
     read_recipe,
+    record_run,
     refuse_others,
     set_key,
     settings_at_fault,
@@ -38,13 +40,14 @@ FROM_INIT = ("channels", "orientation", "spacing", "intensity", "patch_size", "n
 GROWTHS = 8  # of a patch that is too small for the network
 
 
-def inherit(plan: dict[str, Any], init: Path) -> None:
-    """Take from an earlier run what its weights depend on."""
+def inherit(plan: dict[str, Any], init: Path, trust: bool = False) -> None:
+    """Take from an earlier run what its weights depend on; a network or intensities that are code need trust."""
     if not all((init / name).is_file() for name in ("configs/plan.json", "models/model.pt")):
         raise RunError(
             f"--init {init}: not a trained run (configs/plan.json and models/model.pt are needed)."
         )
     earlier = read_plan(init / "configs" / "plan.json")
+    check_network_trusted(init / "configs" / "plan.json", earlier, trust)
     if len(earlier["channels"]) != len(plan["channels"]):
         raise ConfigError(
             f"--init {init} was trained on {len(earlier['channels'])} channel(s) per scan, this data set has "
@@ -64,7 +67,9 @@ def fit_patch(plan: dict[str, Any]) -> None:
     A norm has nothing to normalise where the deepest level is a single voxel; the shortest axis grows then.
     """
     channels = len(plan["channels"])
-    network = build_network(plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]))
+    network = build_network(
+        plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]), trust=True
+    )  # of --set or a recipe, or of a run that passed the gate
     divisor = size_divisor(network, in_channels=channels)
     patch = [int(n) for n in round_patch(plan["patch_size"], divisor)]
     skeleton = network.to("meta").train()
@@ -98,6 +103,7 @@ def prepare_run(
     trust_scan_affine: bool = False,
     plan: Mapping[str, Any] | None = None,
     plan_settings: Sequence[tuple[str, Any]] = (),
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Write the bundle that would be trained, and measure how long that would take.
 
@@ -116,13 +122,15 @@ def prepare_run(
         plan: one that :func:`prepare_run` returned for the same cases: it is taken as it is, and neither the
             data nor the time is measured again. Settings of the plan, ``epochs`` and ``init``'s part are in it.
         plan_settings: (key, value) changes of that plan.
+        trust: take a network from ``init`` that is code.
 
     Returns:
         the plan, as written.
 
     Raises:
         ConfigError: a setting, recipe or plan that cannot be.
-        RunError: the folder already holds a run, or what one would replace, or another command is at work in it.
+        RunError: the folder already holds a run, or what one would replace, or another command is at work in it; or
+            ``init`` needs trust.
     """
     refuse_others(run)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -141,7 +149,7 @@ def prepare_run(
         if trust_scan_affine:
             made["trust_scan_affine"] = True
         if init is not None:
-            inherit(made, init)
+            inherit(made, init, trust)
         for key, value in (*recipe_plan, *of_plan):
             set_key(made, key, value, "The plan (configs/plan.json)")
         chosen = dict([*recipe_plan, *of_plan])
@@ -153,6 +161,7 @@ def prepare_run(
         write_plan(made, draft / "configs" / "plan.json")
         write_datalist(split, draft / "configs" / "datalist.json", dataset.root)
         _write_train_config(draft, dataset.root, recipe, dict(overlay), of_config, seed, init)
+        write_network(draft)
         if plan is None:
             with settings_at_fault():
                 timing = time_within_memory(draft, device, made, fixed="batch_size" in chosen)
@@ -161,6 +170,7 @@ def prepare_run(
             write_plan(made, draft / "configs" / "plan.json")
         _try_length(draft)
         refresh_documents(draft)
+        record_run(draft)
     return made
 
 

@@ -15,19 +15,22 @@ from monai.utils import ensure_tuple
 
 from medseg_supcon.bundle import (
     at_work_in,
+    check_configs_trusted,
     innermost,
     is_planned,
+    load_tensors,
     read_config,
-    read_json,
+    record_run,
     settings_at_fault,
     write_network,
     write_twins,
 )
 from medseg_supcon.errors import ConfigError, DataError, MedsegError, RunError
+from medseg_supcon.files import read_json
+from medseg_supcon.inference import evaluate_validation
 from medseg_supcon.networks import build_network, size_divisor
 from medseg_supcon.plan import literal, read_plan, validate_plan
 from medseg_supcon.scans import read_header
-from medseg_supcon.training.checkpoint import load_tensors
 from medseg_supcon.training.prepare import refresh_documents
 from medseg_supcon.training.ranks import meet, on_any_rank, rank, rank_device
 from medseg_supcon.training.throughput import free_memory
@@ -96,13 +99,7 @@ def _evaluate(run: Path) -> None:
     workflow.run()
 
 
-# what comes after it, the way back to the scan's own grid, stays where the scan's logits are
-STITCHED_ON_THE_CPU = (
-    "$(lambda inferer: (setattr(inferer, 'device', torch.device('cpu')), inferer)[1])"
-    "(@inference.get_parsed_content('inferer'))"
-)
 WRITTEN_LAST = ("eval/metrics.json", "docs/curves.png")
-OF_FILES = ("datalist", "dataset_dir", "output_dir")  # overrides that name files
 
 
 def is_finished(run: Path) -> bool:
@@ -111,7 +108,12 @@ def is_finished(run: Path) -> bool:
     if not path.exists():
         return False
     saved = load_tensors(path)
-    return bool(saved["finished"]) and saved["max_epochs"] >= _epochs(run)
+    try:
+        return bool(saved["finished"]) and saved["max_epochs"] >= _epochs(run)
+    except (KeyError, TypeError, IndexError):
+        raise RunError(
+            f"{path} is not a checkpoint that medseg wrote. Copy it again, or delete it."
+        ) from None
 
 
 def is_complete(run: Path) -> bool:
@@ -142,38 +144,39 @@ def check_device(device: str | None) -> str | None:
     return device
 
 
-def run_config(run: Path, name: str, workflow_type: str, **overrides: Any) -> ConfigWorkflow:
+class _Workflow(ConfigWorkflow):  # type: ignore[misc]
+    """Runs without the bundle's folder on Python's path: a file there, json.py say, would be imported in place of ours."""
+
+    def run(self) -> Any:
+        return self._run_expr(id=self.run_id)
+
+
+def run_config(
+    run: Path, name: str, workflow_type: str, trust: bool = False, **overrides: Any
+) -> ConfigWorkflow:
     """Run one of the bundle's configs, as ``python -m monai.bundle run`` does, and return its workflow.
 
     Args:
         run: the bundle's folder.
         name: ``train``, ``evaluate`` or ``inference``.
         workflow_type: ``"train"`` or ``"infer"``.
+        trust: run code that medseg did not write on this computer.
         overrides: config keys and values.
 
-    An evaluation for which the GPU is too small is done again, with all but the network's work on the CPU.
+    Raises:
+        RunError: not a run, or one that needs trust.
     """
-    try:
-        return _run_config(run, name, workflow_type, dict(overrides))
-    except torch.OutOfMemoryError:
-        if name != "evaluate" or "inferer" in overrides:
-            raise
-    free_memory()  # not before: the error holds what was on the GPU
-    return _run_config(run, name, workflow_type, {**overrides, "inferer": STITCHED_ON_THE_CPU})
-
-
-def _run_config(run: Path, name: str, workflow_type: str, overrides: dict[str, Any]) -> ConfigWorkflow:
     if not is_planned(run):
         raise RunError(
             f"{run} is not a run: it has no configs/plan.json. Make one with medseg plan or medseg train."
         )
+    check_configs_trusted(run, trust)
     device = overrides.pop("device", None)
     if device is not None:
         overrides["device"] = f"$torch.device('{check_device(device)}')"
-    overrides |= {key: literal(overrides[key]) for key in OF_FILES if key in overrides}
     file = run / "configs" / f"{name}.yaml"
     read_config(file)  # what is wrong with it, in a sentence
-    workflow = ConfigWorkflow(
+    workflow = _Workflow(
         config_file=str(file),
         workflow_type=workflow_type,
         bundle_root=literal(str(run.resolve())),
@@ -212,12 +215,19 @@ def _check_plan(run: Path) -> None:
     path = run / "configs" / "plan.json"
     plan = read_plan(path)
     channels = len(plan["channels"])
-    network = build_network(plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]))
+    network = build_network(
+        plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]), trust=True
+    )
     validate_plan(plan, divisor=size_divisor(network, in_channels=channels), source=path)
 
 
 def train_run(
-    run: Path, device: str | None = None, resume: bool = False, quiet: bool = False, **overrides: Any
+    run: Path,
+    device: str | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    trust: bool = False,
+    **overrides: Any,
 ) -> None:
     """Train a planned run to its end, evaluate it on its validation cases and write its documents.
 
@@ -226,16 +236,19 @@ def train_run(
         device: overrides the config's.
         resume: go on from ``models/checkpoint.pt`` (afresh where there is none).
         quiet: no progress display.
+        trust: run code in its configs that medseg did not write on this computer.
         overrides: of train.yaml's keys, for this call alone.
 
     Raises:
-        RunError: another command is at work in the folder.
+        RunError: another command is at work in the folder, or the run needs trust.
     """
     with at_work_in(run):
+        check_configs_trusted(run, trust)
         if not (resume and is_finished(run)):
             _check_plan(run)
             write_network(run)  # the plan may have been edited
             write_twins(run)
+            record_run(run)
             for name in WRITTEN_LAST:  # of earlier weights
                 (run / name).unlink(missing_ok=True)
             overrides["resume"] = resume
@@ -243,6 +256,7 @@ def train_run(
                 overrides["init_weights"] = None  # the earlier run may be gone by now
             if quiet:
                 overrides["quiet"] = True
-            run_config(run, "train", "train", device=device, **overrides)
-        run_config(run, "evaluate", "infer", device=device)
+            run_config(run, "train", "train", trust=True, device=device, **overrides)
+            free_memory()
+        evaluate_validation(run, device=device, trust=True)
         write_documents(run)

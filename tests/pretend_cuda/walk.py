@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from tiny_run import TINY
 
+from medseg_supcon.bundle import load_tensors
 from medseg_supcon.datasets import make_phantoms, read_dataset, split_cases
 from medseg_supcon.inference import Predictor
-from medseg_supcon.training import load_tensors, prepare_run, run_config
+from medseg_supcon.training import prepare_run, run_config
 
 
 def trained(
