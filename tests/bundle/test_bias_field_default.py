@@ -1,4 +1,4 @@
-"""Bias fields belong to MR: which patches the default views give one."""
+"""Bias fields are for MR only: which patches get one in the default views."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class LabelApp:
         self.shown = self.parser.get_parsed_content("displayable_configs", instantiate=True)
 
     def change(self, **options: Any) -> None:
-        """What a person sets in the viewer; every option comes with every request."""
+        """What the user sets in the viewer; every request carries every option."""
         self.parser["displayable_configs"].update({**self.shown, **options})
         self.parser.parse()
 

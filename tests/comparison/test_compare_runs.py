@@ -1,4 +1,4 @@
-"""A small comparison on phantoms: equal budgets, resuming, and figures that can be had again from its tables."""
+"""A small comparison on phantoms: equal budgets, resuming, and scores that can be recomputed from its tables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NOISE_ONLY = {"noise": _corruptions.CORRUPTIONS["noise"]}
 
 
 def quiet(_):
-    """Say nothing."""
+    """Print nothing."""
 
 
 def again(design, out, **more):

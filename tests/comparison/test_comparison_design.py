@@ -1,4 +1,4 @@
-"""Who trains, validates and tests in a comparison."""
+"""Which cases train, validate and test in a comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A grid of settings as one file: read, trained on phantoms, and its table had again from results.csv."""
+"""A grid of settings as one file: read, trained on phantoms, and its table recomputed from results.csv."""
 
 from __future__ import annotations
 

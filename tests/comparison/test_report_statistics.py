@@ -1,4 +1,4 @@
-"""Every figure of a comparison's tables, had again from its rows with numpy and scipy alone."""
+"""Every number in a comparison's tables, recomputed from its rows with numpy and scipy only."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_nothing_is_clear_from_a_handful(seeds, cases, says):
 
 
 def test_scans_without_structures_that_only_noise_fills():
-    """No recipe is scored on the scans as they are (all are rightly left empty); under noise each finds something."""
+    """No recipe has a score on the clean scans (all are correctly left empty); under noise each one finds something."""
     row = {"labels": 1, "recipe": "b", "baseline": "a", "low": 0.0, "high": 0.0, "p": 1.0, "seeds": 1}
     none, zero = ({"dice": d, "baseline_dice": d, "difference": d} for d in (None, 0.0))
     clean, noise = row | none | {"condition": "clean"}, row | zero | {"condition": "noise", "cases": 1}

@@ -135,7 +135,7 @@ def test_every_fault_is_found_and_named(tmp_path, disk, fault):
 
 
 def test_nothing_to_learn_is_an_error(tmp_path, disk):
-    """`medseg train` refuses it: a check that is content would send a person round in circles."""
+    """`medseg train` refuses such data, so `medseg check` must report it."""
     root = disk.decathlon(tmp_path, cases=3)
     for path in (root / "labelsTr").iterdir():
         disk.nifti(path, np.zeros(nibabel.load(path).shape, np.uint8))

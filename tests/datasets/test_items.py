@@ -142,7 +142,7 @@ def test_class_indices_agree_with_a_loop(data):
     ],
 )
 def test_a_mask_takes_the_smallest_type_that_holds_its_labels(values, kind):
-    """In Python, and by the very expression of the bundle."""
+    """In Python, and with the bundle's own expression."""
     assert label_type(values) == np.dtype(kind)
     config = Path(__file__).parents[2] / "bundles" / "segmentation" / "configs" / "inference.yaml"
     expressions = [

@@ -1,4 +1,4 @@
-"""Reading, checking and planning on real data sets, where the environment names a folder of them."""
+"""Reading, checking and planning on real data sets, if MEDSEG_DATA names their folder."""
 
 from __future__ import annotations
 

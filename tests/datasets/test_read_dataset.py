@@ -1,4 +1,4 @@
-"""Every layout that people have is read; every broken one gives a sentence."""
+"""Every supported layout is read; every broken one gives an error sentence."""
 
 from __future__ import annotations
 

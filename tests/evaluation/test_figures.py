@@ -50,7 +50,7 @@ def test_overlay(tmp_path: Path, with_reference: bool) -> None:
 
 
 def test_a_label_map_with_a_scaling_is_drawn(tmp_path: Path) -> None:
-    """Values within 1e-3 of a declared one are that one, as in training and in the scores."""
+    """Values within 1e-3 of a declared one count as that value, as in training and in the scores."""
     scan = np.random.default_rng(0).normal(size=(12, 12, 6)).astype(np.float32)
     mask = np.zeros(scan.shape, np.uint8)
     mask[3:9, 3:9, 1:5] = 3

@@ -86,7 +86,7 @@ def test_cache_holds_what_memory_allows(budget, held, threads, monkeypatch):
 
 @pytest.mark.parametrize("fault", [ValueError("a broken scan"), KeyboardInterrupt()])
 def test_a_fault_in_one_scan_leaves_no_thread_at_work(fault):
-    """Such a thread makes the program abort if it is still in a C++ library when the program ends."""
+    """Such a thread aborts the program if it is still in a C++ library when the program ends."""
     there, begun = threading.active_count(), []
 
     def load(item):

@@ -1,4 +1,4 @@
-"""Options that make a GPU faster, held on the CPU to what they must not change: results, names, checkpoints."""
+"""Options that make a GPU faster, tested on the CPU for what they must not change: results, names, checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a step takes: what a GPU's loader workers do beside it, and what is left behind."""
+"""How long a step takes: what the loader workers do while a GPU works, and what is left behind."""
 
 from __future__ import annotations
 
