@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -15,12 +16,14 @@ import numpy.typing as npt
 
 from medseg_supcon.errors import DataError
 from medseg_supcon.scans.dicom_header import (
+    HEADER_BYTES,
     NOT_SCANS,
     PICTURES_OF_SCANS,
     Frame,
     Header,
     Numbers,
     looks_like_dicom,
+    open_dicom,
     pydicom,
     read_dicom_header,
 )
@@ -305,7 +308,8 @@ def _stored(header: Header) -> npt.NDArray[Any]:
     library = pydicom()
     columns, rows, frames = header.size
     try:
-        dataset = library.dcmread(header.file, force=True, specific_tags=list(PIXEL_TAGS))
+        with open_dicom(header.file, HEADER_BYTES + 8 * math.prod(header.size)) as stream:
+            dataset = library.dcmread(stream, force=True, specific_tags=list(PIXEL_TAGS))
         if int(dataset.get("HighBit", 0)) != int(dataset.get("BitsStored", 1)) - 1:
             raise DataError(f"{header.file}: its HighBit and BitsStored disagree. Export the series again.")
         if dataset.file_meta.get("TransferSyntaxUID") is None:

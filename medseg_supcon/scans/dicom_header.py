@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,8 @@ INDEX = "1.2.840.10008.1.3.10"  # Media Storage Directory: a DICOMDIR, whatever 
 # Files of a study that hold no scan (documents, drawings, plans), and pictures made of a scan.
 NOT_SCANS = ("SR", "PR", "KO", "DOC", "REG", "FID", "AU", "ECG", "HD", "RTSTRUCT", "RTPLAN", "RTRECORD")
 PICTURES_OF_SCANS = ("SEG", "RTDOSE", "RTIMAGE")
+DEFLATED = b"1.2.840.10008.1.2.1.99"
+HEADER_BYTES = 2**24  # before the voxels, of a deflated file
 GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 TAGS = (
     *("SOPClassUID", "SeriesInstanceUID", "SeriesNumber", "Modality", "ImageType", "Rows", "Columns"),
@@ -116,9 +120,11 @@ def read_dicom_header(file: Path) -> Header | None:
     if not file.is_file():
         return None
     try:
-        with file.open("rb") as stream:
+        with open_dicom(file, HEADER_BYTES) as stream:
             dataset = pydicom().dcmread(stream, force=True, stop_before_pixels=True, specific_tags=list(TAGS))
-            pixels = os.fstat(stream.fileno()).st_size - stream.tell()
+            # of what was deflated only a part is here
+            start = -math.inf if isinstance(stream, io.BytesIO) else stream.tell()
+            pixels = stream.seek(0, os.SEEK_END) - start
         return _header(file, dataset, pixels)
     except DataError:
         raise
@@ -126,7 +132,22 @@ def read_dicom_header(file: Path) -> Header | None:
         return None
 
 
-def _header(file: Path, dataset: Any, pixels: int) -> Header | None:
+def open_dicom(file: Path, most: int) -> IO[bytes]:
+    """The file; a deflated one inflated, but to no more than `most` bytes: pydicom would inflate whatever comes."""
+    stream = file.open("rb")
+    start = stream.read(1024)
+    if start[128:132] != b"DICM" or DEFLATED not in start:
+        stream.seek(0)
+        return stream
+    with stream:
+        end = 144 + int.from_bytes(start[140:144], "little")  # of the file's meta information
+        stream.seek(0)
+        meta, packed = stream.read(end), stream.read()
+    plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, most)
+    return io.BytesIO(meta.replace(DEFLATED, DEFLATED[:-3] + b"\0\0\0") + plain)
+
+
+def _header(file: Path, dataset: Any, pixels: float) -> Header | None:
     document = str(dataset.get("Modality", "")) in NOT_SCANS or INDEX in (
         dataset.get("SOPClassUID"),
         dataset.file_meta.get("MediaStorageSOPClassUID"),
@@ -136,8 +157,8 @@ def _header(file: Path, dataset: Any, pixels: int) -> Header | None:
     voxels = math.prod(size) * int(dataset.get("SamplesPerPixel") or 1)
     syntax = dataset.file_meta.get("TransferSyntaxUID")
     bytes_ = voxels * int(dataset.get("BitsAllocated") or 0) // 8
-    if syntax is not None and (syntax.is_deflated or syntax.is_encapsulated):
-        bytes_ = -1  # how many there must be shows when they are decompressed
+    if syntax is not None and syntax.is_encapsulated:
+        bytes_ = 0  # how many there must be shows when they are decompressed
     if not document and (voxels == 0 or pixels <= bytes_):
         return None
     number = str(dataset.get("SeriesNumber", ""))
