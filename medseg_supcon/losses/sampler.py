@@ -118,16 +118,15 @@ class VoxelSampler:
         drawable = labels.reshape(-1)
         if self.background == "exclude":
             drawable = drawable.masked_fill(drawable == 0, -1)
+        if pair_ids is not None and self.strategy != "all":
+            drawable = drawable.masked_fill(pair_ids.reshape(-1) < 0, -1)
+        draw = _Draw(labels, drawable, logits, generator or self.generator)
         if self.strategy == "all":
             indices = (drawable >= 0).nonzero()[:, 0]
         elif pair_ids is None:
-            draw = _Draw(labels, drawable, logits, generator or self.generator)
             indices, _ = self._voxels(draw, self.max_samples)
         else:
-            drawable = drawable.masked_fill(pair_ids.reshape(-1) < 0, -1)
-            draw = _Draw(labels, drawable, logits, generator or self.generator)
-            half, rank = self._voxels(draw, (self.max_samples + 1) // 2)
-            indices = self._with_partners(draw, half, rank, pair_ids.reshape(-1))
+            indices = self._with_partners(draw, pair_ids.reshape(-1))
         anchors = torch.ones_like(indices, dtype=torch.bool)
         if self.background == "negatives_only":
             anchors = labels.reshape(-1)[indices] != 0
@@ -167,8 +166,9 @@ class VoxelSampler:
         rest = rest[draw.permutation(len(rest))[: quota - hard]]
         return candidates[torch.cat((hardest[:hard], rest))]
 
-    def _with_partners(self, draw: _Draw, seeds: Tensor, rank: Tensor, pair_ids: Tensor) -> Tensor:
-        """Every drawable voxel of the seeds' ids; whole ids of the last ranks go until `max_samples` is kept."""
+    def _with_partners(self, draw: _Draw, pair_ids: Tensor) -> Tensor:
+        """Half by the strategy and their partners; whole ids of the last ranks go until `max_samples` is kept."""
+        seeds, rank = self._voxels(draw, (self.max_samples + 1) // 2)
         wanted, place = torch.unique(pair_ids[seeds], return_inverse=True)
         if len(wanted) == 0:
             return seeds
