@@ -105,7 +105,7 @@ class DiceCrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         logits, labels = logits.float(), labels.long()
-        known, target = labels != self.ignore_index, labels.clamp_min(0)
+        known, target = (labels != self.ignore_index).to(logits.dtype), labels.clamp_min(0)
         weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights
         total = F.cross_entropy(
             logits, labels[:, 0], weights, ignore_index=self.ignore_index, reduction="sum"
@@ -118,8 +118,9 @@ class DiceCrossEntropy(nn.Module):
         p = logits.softmax(1)[:, 1:] * known
         y = torch.zeros_like(logits).scatter_(1, target, 1.0)[:, 1:] * known
         axes = [0, *range(2, p.ndim)]
-        overlap, size = sum_over_ranks(torch.stack(((p * y).sum(axes), (p + y).sum(axes))))
-        dice: Tensor = 1 - ((2 * overlap + SMOOTH) / (size + SMOOTH)).mean()
+        tp, p_sum, y_sum = sum_over_ranks(torch.stack([x.sum(axes) for x in (p * y, p, y)]))
+        fp, fn = p_sum - tp, y_sum - tp
+        dice: Tensor = (1 - (2 * tp + SMOOTH) / (2 * (tp + 0.5 * fp + 0.5 * fn) + SMOOTH)).mean()
         return self.dice_weight * dice + self.ce_weight * ce
 
 
