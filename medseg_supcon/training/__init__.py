@@ -4,7 +4,6 @@ from medseg_supcon.training.checkpoint import Checkpoint, load_initial, read_che
 from medseg_supcon.training.data import (
     CachedDataset,
     EpochSampler,
-    MixedSampler,
     SeededDataset,
     cached_dataset,
     item_seed,

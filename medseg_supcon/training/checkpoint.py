@@ -33,12 +33,9 @@ def save_atomically(value: Any, path: Path) -> None:
 
 
 def load_initial(network: nn.Module, path: str | Path | None, channels_last: bool = False) -> nn.Module:
-    """Start from an earlier run's weights; a tensor of another shape (the classifier's) stays as it is.
+    """The network, changed in place: with the weights of ``path`` (a ``model.pt``) that have the shapes of its own.
 
-    Args:
-        network: the stock network, changed in place and returned.
-        path: a ``model.pt`` (bare state dict); ``None``: the network keeps its own weights.
-        channels_last: store the weights channels last.
+    The classifier of another data set does not fit, and stays as it is.
 
     Raises:
         RunError: the file does not exist, or not one tensor fits.
@@ -88,13 +85,12 @@ class Checkpoint:
 
     Args:
         folder: ``RUN/models``, on a drive that all machines see.
-        network: the stock network (what ``network_def`` builds).
+        network: the stock network.
         state: name -> object with ``state_dict`` and ``load_state_dict``.
         sampler: the training sampler, whose ``epoch`` is set.
         resume: load ``checkpoint.pt`` if it exists.
-        keep: ``"best"`` or ``"last"``: which weights become ``model.pt``.
-        validator: evaluator whose key metric decides what is best; ``None``: the last weights are.
-        config: plain values that must agree with the checkpoint's to resume (patch size, seed, ...).
+        keep: which weights become ``model.pt``: ``"last"``, or the ``"best"`` by ``validator``'s key metric.
+        config: plain values that must be the checkpoint's to resume (patch size, seed, ...).
     """
 
     def __init__(

@@ -174,17 +174,28 @@ class EpochSampler(Sampler[Key]):
     global batch, so K ranks with ``batch_size`` scans each see what one process with K times as many sees.
 
     Args:
-        cases: number of cases to draw from.
+        cases: number of labelled scans, the first of the data set.
         steps_per_epoch: optimiser steps in an epoch.
         batch_size: scans per step on this rank.
         seed: the run's seed.
         rank, world_size: this process among ``world_size``.
+        unlabelled: number of unlabelled scans, those after the labelled ones.
+        share: share of every batch that is unlabelled, above 0 and below 1, at least one scan of each kind;
+            ``None``: every scan counts alike.
+        first_epoch, last_epoch: only labelled scans are drawn before and after these; ``None``: no last one.
+        required: unlabelled scans must exist.
 
     Attributes:
         epoch: where iteration starts; set it before the first batch to resume.
 
     Raises:
         DataError: ``cases`` is 0.
+        ConfigError: ``share`` is out of range; or, when iterated: no unlabelled scan though ``required``, or batches
+            too small to hold both kinds.
+
+    Example:
+        >>> EpochSampler(2, steps_per_epoch=1, batch_size=4, unlabelled=3, share=0.5).order(1)
+        [1, 0, 2, 4]
     """
 
     def __init__(
@@ -195,72 +206,41 @@ class EpochSampler(Sampler[Key]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-    ) -> None:
-        if cases < 1:
-            raise DataError("There is no case to train on: the training list is empty.")
-        self.cases, self.steps, self.batch_size = cases, steps_per_epoch, batch_size
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.epoch = 1
-
-    def order(self, epoch: int) -> list[int]:
-        """The case of every slot of an epoch, over all ranks."""
-        slots = self.steps * self.batch_size * self.world_size
-        return _rounds(np.random.default_rng((self.seed, epoch)), self.cases, slots).tolist()
-
-    def __iter__(self) -> Iterator[Key]:
-        epoch = self.epoch
-        while True:
-            order = self.order(epoch)
-            for step in range(self.steps):
-                first = (step * self.world_size + self.rank) * self.batch_size
-                for slot in range(first, first + self.batch_size):
-                    yield epoch, slot, order[slot]
-            epoch += 1
-
-
-class MixedSampler(EpochSampler):
-    """An :class:`EpochSampler` over labelled scans (0 .. labelled - 1) and unlabelled ones (those after them).
-
-    Args:
-        labelled, unlabelled: numbers of scans.
-        steps_per_epoch, batch_size, seed, rank, world_size: as of :class:`EpochSampler`.
-        share: share of every batch that is unlabelled, above 0 and below 1, at least one scan of each kind;
-            ``None``: every scan counts alike.
-        first_epoch, last_epoch: only labelled scans are drawn before and after these; ``None``: no last one.
-        required: raise an error if there is no unlabelled scan.
-
-    Raises:
-        ConfigError: ``share`` is out of range; or, when iterated: no unlabelled scan though ``required``, or batches
-            too small to hold both kinds.
-
-    Example:
-        >>> MixedSampler(2, 3, steps_per_epoch=1, batch_size=4, share=0.5).order(1)
-        [1, 0, 2, 4]
-    """
-
-    def __init__(
-        self,
-        labelled: int,
-        unlabelled: int,
-        steps_per_epoch: int,
-        batch_size: int,
-        seed: int = 0,
         *,
+        unlabelled: int = 0,
         share: float | None = None,
         first_epoch: int = 1,
         last_epoch: int | None = None,
         required: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
-        super().__init__(labelled, steps_per_epoch, batch_size, seed, rank, world_size)
+        if cases < 1:
+            raise DataError("There is no case to train on: the training list is empty.")
         if share is not None and not 0 < share < 1:
             raise ConfigError(f"unlabelled_share must be above 0 and below 1, got {share}.")
+        self.cases, self.steps, self.batch_size = cases, steps_per_epoch, batch_size
+        self.seed, self.rank, self.world_size = seed, rank, world_size
         self.unlabelled, self.share, self.required = unlabelled, share, required
         self.first_epoch, self.last_epoch = first_epoch, last_epoch
+        self.epoch = 1
+
+    def order(self, epoch: int) -> list[int]:
+        """The scan of every slot of an epoch, over all ranks; in a batch the labelled ones come first."""
+        batches = self.steps * self.world_size
+        over = self.last_epoch is not None and epoch > self.last_epoch
+        if self.unlabelled == 0 or epoch < self.first_epoch or over:
+            rng = np.random.default_rng((self.seed, epoch))
+            return _rounds(rng, self.cases, batches * self.batch_size).tolist()
+        rng = np.random.default_rng((self.seed, epoch, 1))  # not the stream of labelled scans alone
+        if self.share is None:
+            return _rounds(rng, self.cases + self.unlabelled, batches * self.batch_size).tolist()
+        number = min(max(1, round(self.share * self.batch_size)), self.batch_size - 1)
+        known = _rounds(rng, self.cases, batches * (self.batch_size - number))
+        others = self.cases + _rounds(rng, self.unlabelled, batches * number)
+        mixed = np.concatenate([known.reshape(batches, -1), others.reshape(batches, -1)], axis=1)
+        return [int(case) for case in mixed.reshape(-1)]
 
     def __iter__(self) -> Iterator[Key]:
-        # not in __init__, because MONAI would wrap the sentence in errors of its own
+        # checked here, because MONAI would wrap an error of __init__ in its own
         if self.required and self.unlabelled == 0:
             raise ConfigError(
                 "This recipe also learns from unlabelled scans, and the run has none (configs/datalist.json). "
@@ -272,22 +252,17 @@ class MixedSampler(EpochSampler):
                 f"A batch must hold a labelled and an unlabelled scan, but it has {self.batch_size} scan. "
                 "Plan the run with --set plan::batch_size=2."
             )
-        return super().__iter__()
+        return self._keys()
 
-    def order(self, epoch: int) -> list[int]:
-        """The scan of every slot of an epoch, over all ranks; in a batch the labelled ones come first."""
-        over = self.last_epoch is not None and epoch > self.last_epoch
-        if self.unlabelled == 0 or epoch < self.first_epoch or over:
-            return super().order(epoch)
-        batches = self.steps * self.world_size
-        rng = np.random.default_rng((self.seed, epoch, 1))  # not the stream of labelled scans alone
-        if self.share is None:
-            return _rounds(rng, self.cases + self.unlabelled, batches * self.batch_size).tolist()
-        number = min(max(1, round(self.share * self.batch_size)), self.batch_size - 1)
-        known = _rounds(rng, self.cases, batches * (self.batch_size - number))
-        others = self.cases + _rounds(rng, self.unlabelled, batches * number)
-        mixed = np.concatenate([known.reshape(batches, -1), others.reshape(batches, -1)], axis=1)
-        return [int(case) for case in mixed.reshape(-1)]
+    def _keys(self) -> Iterator[Key]:
+        epoch = self.epoch  # read with the first key, after a checkpoint was loaded
+        while True:
+            order = self.order(epoch)
+            for step in range(self.steps):
+                first = (step * self.world_size + self.rank) * self.batch_size
+                for slot in range(first, first + self.batch_size):
+                    yield epoch, slot, order[slot]
+            epoch += 1
 
 
 def _rounds(rng: np.random.Generator, cases: int, slots: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

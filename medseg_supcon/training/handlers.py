@@ -20,13 +20,10 @@ from medseg_supcon.training.ranks import on_any_rank
 
 
 class LossScale:
-    """Scales the loss if small gradients would vanish in float16; bfloat16 needs no scale and gets none.
+    """Scales the loss for float16 mixed precision, where small gradients would vanish; bfloat16 needs no scale.
 
     MONAI's trainer begins every run with a new scaler; this handler replaces it, so it must be listed before
     ``Checkpoint``, which saves and restores its state.
-
-    Args:
-        dtype: of mixed precision.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -47,9 +44,6 @@ class StepSeed:
 
     Other draws in between (a data loader's start, a validation) then do not change the training. Each rank has its
     own stream (rank 0 that of a single process), so dropout differs between ranks.
-
-    Args:
-        seed: the run's seed.
     """
 
     def __init__(self, seed: int) -> None:
@@ -63,11 +57,7 @@ class StepSeed:
 
 
 class GradientClip:
-    """Clips the gradient's global norm before the optimiser's step, after the loss scale is taken out.
-
-    Args:
-        parameters: what the optimiser moves.
-        max_norm: largest norm, above 0; ``None`` does not clip.
+    """Clips the gradient's global norm to ``max_norm`` before the optimiser's step; ``None`` does not clip.
 
     Raises:
         ConfigError: ``max_norm`` is not above 0.
@@ -89,19 +79,18 @@ class GradientClip:
 
 
 class StopOnNaN:
-    """Ends the run with a sentence when the loss is NaN or infinite. Of several ranks all stop.
+    """Ends the run with a sentence when the loss is NaN or infinite on any rank.
 
-    Checked every ``interval`` steps, because looking at the loss makes a GPU wait, and at the end of an epoch, before
-    its weights are saved.
+    Checked every ``interval`` steps, because looking at the loss makes a GPU wait, and before an epoch's weights are
+    saved.
     """
 
     def __init__(self, interval: int = 25) -> None:
         self.interval = interval
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(
-            Events.ITERATION_COMPLETED(every=self.interval) | Events.EPOCH_COMPLETED, self
-        )
+        events = Events.ITERATION_COMPLETED(every=self.interval) | Events.EPOCH_COMPLETED
+        engine.add_event_handler(events, self)
 
     def __call__(self, engine: Engine) -> None:
         loss = engine.state.output["loss"]
@@ -113,11 +102,7 @@ class StopOnNaN:
 
 
 class StopWithoutFolder:
-    """Ends the run with a sentence at the end of an epoch if its folder was deleted or moved.
-
-    Args:
-        run: the run's folder.
-    """
+    """Ends the run with a sentence at the end of an epoch if its folder was deleted or moved."""
 
     def __init__(self, run: str | Path) -> None:
         self.run = Path(run)
@@ -139,10 +124,6 @@ class LateValidation(ValidationHandler):  # type: ignore[misc]
     Args:
         interval: epochs between validations, at least 1.
         first: the first epoch that may be validated. While nothing trains the classifier, Dice means nothing.
-        args, kwargs: of ``ValidationHandler``.
-
-    Raises:
-        ConfigError: ``interval`` is below 1.
     """
 
     def __init__(self, interval: int, *args: Any, first: int = 1, **kwargs: Any) -> None:
@@ -160,11 +141,9 @@ class LateValidation(ValidationHandler):  # type: ignore[misc]
 
 
 class EarlyStop:
-    """Ends training after ``patience`` validations without a better key metric; its count survives a resume.
+    """Ends training after ``patience`` validations without a better key metric; ``None``: never.
 
-    Args:
-        validator: evaluator whose key metric is watched.
-        patience: validations to wait; ``None`` never stops.
+    Its count is part of the checkpoint.
     """
 
     def __init__(self, validator: Any, patience: int | None = None) -> None:
@@ -184,9 +163,7 @@ class EarlyStop:
             engine.terminate()
 
     def state_dict(self) -> dict[str, float]:
-        """The best value so far and the validations since."""
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue where :meth:`state_dict` was taken."""
         self.best, self.waited = state["best"], int(state["waited"])

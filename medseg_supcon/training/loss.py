@@ -45,12 +45,8 @@ def prepare_views(
 class TwoViewLoss(nn.Module):
     """Calls ``DiceSupConLoss`` as a MONAI trainer calls a loss: ``loss(prediction, target)``.
 
-    Args:
-        loss: the joint loss.
-
-    Shape:
-        prediction: logits (2B, C, *patch) and features (2B, F, *patch), as ``ContrastiveNetwork`` gives them;
-        target: what :func:`prepare_views` returns.
+    The prediction is ``ContrastiveNetwork``'s, logits (2B, C, *patch) and features (2B, F, *patch); the target is that
+    of :func:`prepare_views`.
     """
 
     def __init__(self, loss: DiceSupConLoss) -> None:
@@ -59,7 +55,6 @@ class TwoViewLoss(nn.Module):
 
     @property
     def terms(self) -> dict[str, Tensor]:
-        """The terms of the last call, detached."""
         return self.loss.terms
 
     def forward(self, prediction: tuple[Tensor, Tensor], target: Target) -> Tensor:
@@ -125,9 +120,6 @@ class DiceCrossEntropy(nn.Module):
 
 
 def label_pairs(output: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
-    """``ignite`` output transform: predicted and reference class indices of an evaluator's output, (1, X, Y, Z) each.
-
-    Ignored voxels (-1) stay as they are, for the metric to leave out.
-    """
+    """``ignite`` output transform: predicted and reference class indices, (1, X, Y, Z) each; -1 stays for the metric."""
     predictions = [torch.as_tensor(o["pred"]).argmax(0, keepdim=True) for o in output]
     return predictions, [torch.as_tensor(o["label"]) for o in output]

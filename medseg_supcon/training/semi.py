@@ -24,11 +24,8 @@ class Teacher:
     first, random weights are soon forgotten.
 
     Args:
-        network: the student, a stock network.
+        network: the student, a stock network. The attribute ``network`` is the teacher, in evaluation mode.
         decay: d in the long run, 0 to below 1: about the last 1 / (1 - decay) steps count.
-
-    Attributes:
-        network: the teacher, in evaluation mode; same weight names as the student's.
 
     Source:
         Tarvainen and Valpola 2017, Mean teachers are better role models.
@@ -73,11 +70,9 @@ class Teacher:
         return probabilities
 
     def state_dict(self) -> dict[str, Any]:
-        """The average and how many steps it has seen."""
         return dict(self.average.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken."""
         self.average.load_state_dict(dict(state))
 
 
@@ -103,13 +98,12 @@ class PseudoLabels:
     Args:
         teacher: the teacher.
         confidence: least probability of the winning class, 0 to 1; below it the voxel stays unlabelled.
-        amp: run the teacher in mixed precision.
-        dtype: of mixed precision.
+        amp, dtype: whether the teacher runs in mixed precision, and which.
 
     Returns:
-        (on call) image and target of :func:`prepare_views`. The target has two more entries: ``pseudo_label``
-        (2B, 1, *patch), class indices, -1 for voxels with a label, outside the scan, without a partner, or below
-        ``confidence``; and ``asked``, the number of voxels that could have had one.
+        (on call) image and target of :func:`prepare_views`, the target with ``pseudo_label`` (2B, 1, *patch), class
+        indices, -1 for voxels with a label, outside the scan, without a partner, or below ``confidence``; and
+        ``asked``, the number of voxels that could have had one.
     """
 
     def __init__(
@@ -165,8 +159,7 @@ def with_unknown(labels: Tensor, pair_ids: Tensor | None, unknown: int | None) -
     Such positives need no label, but the sampler draws labelled voxels only.
 
     Args:
-        labels: (B, 1, *spatial) class indices, -1 unlabelled or outside the scan.
-        pair_ids: (B, 1, *spatial), -1 outside the scan or (view 2) outside view 1.
+        labels, pair_ids: (B, 1, *spatial), as in the target of :func:`prepare_views`.
         unknown: index of that class, C of 0 .. C-1; ``None``: the labels as they are.
     """
     if unknown is None or pair_ids is None:
@@ -180,27 +173,19 @@ class SemiSupervisedLoss(nn.Module):
     u(t) = pseudo_weight * exp(-5 (1 - min(1, t / pseudo_warmup))^2), and w(t) = contrast_weight *
     min(1, t / contrast_warmup).
 
+    Called with logits (2B, C, *patch) and features (2B, F, *patch), and the target of :class:`PseudoLabels`.
+
     Args:
         segmentation_loss: called with (logits, labels); leaves voxels of label -1 out.
         contrastive_loss: a ``VoxelSupConLoss``, projection head included.
-        contrast_weight: final w; at 0 the contrast is not computed.
-        contrast_warmup: steps over which w rises; 0: none.
-        pseudo_weight: final u; at 0 the segmentation does not learn from pseudo-labels.
-        pseudo_warmup: steps over which u rises; 0: none.
+        contrast_weight, pseudo_weight: final w and u; at 0 the term has no effect.
+        contrast_warmup, pseudo_warmup: steps over which w and u rise; 0: none.
         pseudo_contrast: the contrast uses pseudo-labelled voxels too.
-        unknown: class index, in the contrast, of voxels without label or pseudo-label; for
-            ``positives="same_voxel"``, which needs none. ``None``: they are left out.
-
-    Shape:
-        prediction: logits (2B, C, *patch) and features (2B, F, *patch); target: what ``PseudoLabels`` gives.
+        unknown: class index, in the contrast, of voxels without label or pseudo-label; see :func:`with_unknown`.
 
     Attributes:
         terms: the last call's detached scalars, the columns of ``history.csv``; ``confident`` is the share of the
             voxels without a label that have a pseudo-label.
-        step: steps so far, a buffer that checkpoints hold.
-
-    Raises:
-        ConfigError: a weight or a number of steps is below 0.
 
     Source:
         Laine and Aila 2017, Temporal ensembling (the rise of u).
@@ -234,7 +219,6 @@ class SemiSupervisedLoss(nn.Module):
         self.terms: dict[str, Tensor] = {}
 
     def forward(self, prediction: tuple[Tensor, Tensor], target: Target) -> Tensor:
-        """The sum, a scalar."""
         logits, features = prediction
         labels, pseudo = target["label"], target["pseudo_label"]
         t = (self.step + 1).to(torch.float32)  # stays on its device: reading it would make a GPU wait

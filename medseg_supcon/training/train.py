@@ -10,8 +10,7 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow
-from monai.utils import ensure_tuple
+from monai.bundle import ConfigWorkflow
 
 from medseg_supcon.bundle import (
     at_work_in,
@@ -25,15 +24,14 @@ from medseg_supcon.bundle import (
     write_network,
     write_twins,
 )
-from medseg_supcon.errors import DataError, MedsegError, RunError
+from medseg_supcon.errors import MedsegError, RunError
 from medseg_supcon.files import read_json
 from medseg_supcon.inference import evaluate_validation
 from medseg_supcon.networks import build_network, size_divisor
 from medseg_supcon.plan import literal, read_plan, validate_plan, write_plan
-from medseg_supcon.scans import read_header
 from medseg_supcon.training.checkpoint import read_checkpoint
 from medseg_supcon.training.prepare import refresh_documents
-from medseg_supcon.training.ranks import meet, on_any_rank
+from medseg_supcon.training.ranks import PATIENCE, meet
 from medseg_supcon.training.speed import check_device, free_memory
 
 WRITTEN_LAST = ("eval/metrics.json", "docs/curves.png")
@@ -73,65 +71,28 @@ def begin_training(run: str | Path, resume: bool = False, overwrite: bool = Fals
 def evaluate_and_document(run: str | Path, device: str | torch.device | None = None) -> None:
     """Score a trained run on its validation cases, then write curves, metadata and model card; every rank calls it.
 
-    Of several ranks each evaluates its share. Ranks that cannot read the cases cause a warning instead of an error,
-    because the others would wait for their scores.
+    Of several ranks, rank 0 does it while the others wait; cases that it cannot read are then a warning.
 
     Args:
-        run: the run's folder, which all machines see.
-        device: where the network runs in a single process; by default a GPU if there is one.
+        run: the run's folder.
+        device: where the network runs; by default a GPU if there is one.
     """
     from medseg_supcon.evaluation import curves_figure  # matplotlib: loaded only to draw
 
     run, alone = Path(run).resolve(), idist.get_world_size() == 1
     free_memory()  # the training's
-    try:
-        if alone:
+    if idist.get_rank() == 0:
+        try:
             evaluate_validation(run, device=device if device is None else str(device), trust=True)
-        else:
-            meet()  # rank 0's model.pt is there
-            problem = _evaluate_share(run)
-            if problem is not None:
-                logging.getLogger(__name__).warning("The run is trained, but not evaluated: %s", problem)
-    finally:  # also without scores, the documents describe the new weights
-        if idist.get_rank() == 0:
+        except MedsegError as error:
+            if alone:
+                raise
+            logging.getLogger(__name__).warning("The run is trained, but not evaluated: %s", error)
+        finally:  # also without scores, the documents describe the new weights
             curves_figure(run / "logs" / "history.csv", run / "docs" / "curves.png")
             refresh_documents(run)
     if not alone:
-        meet()
-
-
-def _evaluate_share(run: Path) -> str | None:
-    """Evaluate as ``torchrun`` does with the two configs; what keeps this rank from it."""
-    problem = _unreadable(run)
-    if not on_any_rank(problem is not None):
-        try:
-            workflow = ConfigWorkflow(
-                [str(run / "configs" / name) for name in ("evaluate.yaml", "multi_gpu_evaluate.yaml")],
-                workflow_type="infer",
-                logging_file=False,
-                bundle_root=literal(str(run.resolve())),
-            )
-            workflow.initialize()
-            workflow.run()
-        except Exception as error:
-            if not isinstance(innermost(error), MedsegError):
-                raise
-            problem = str(innermost(error))
-    return problem
-
-
-def _unreadable(run: Path) -> str | None:
-    """What is wrong with a validation case, according to the headers."""
-    config = ConfigParser()
-    config.read_config(str(run / "configs" / "evaluate.yaml"))
-    config["bundle_root"] = literal(str(run.resolve()))
-    try:
-        for case in config.get_parsed_content("cases"):
-            for file in (*ensure_tuple(case["image"]), case["label"]):
-                read_header(Path(file))
-    except DataError as error:
-        return str(error)
-    return None
+        meet(PATIENCE)
 
 
 def is_finished(run: Path) -> bool:

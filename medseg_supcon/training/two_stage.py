@@ -21,11 +21,7 @@ STAGES = ("contrast", "classifier", "fine_tune")
 
 
 def stage_epochs(shares: Mapping[str, float], epochs: int) -> dict[str, int]:
-    """How many epochs each stage gets: its share of the whole, at least one if the share is above 0.
-
-    Args:
-        shares: stage -> share, of ``contrast``, ``classifier`` and ``fine_tune``; 0 or absent leaves one out.
-        epochs: of the whole training.
+    """How many of the epochs each stage gets: its share, at least one if the share is above 0.
 
     Raises:
         ConfigError: unknown stages, shares below 0, no stage that trains the classifier, too few epochs.
@@ -85,7 +81,7 @@ def staged_schedule(
         epochs: what :func:`stage_epochs` gives.
         steps_per_epoch: optimiser steps in an epoch.
         factors: stage -> factor of the learning rate (default 1).
-        decay: ``False`` keeps the rate after the warm-up (a tenth of the stage, 100 steps at most).
+        decay: ``False``: constant after the warm-up (a tenth of the stage, at most 100 steps).
 
     Example:
         >>> weights = [torch.nn.Parameter(torch.zeros(1))]
@@ -112,13 +108,7 @@ def staged_schedule(
 class StagedNetwork(ContrastiveNetwork):
     """A ``ContrastiveNetwork`` whose layers, while ``frozen``, stay in evaluation mode during training.
 
-    Norm statistics then stay as they are and normalise, and nothing is dropped out.
-
-    Args:
-        network: the stock network.
-
-    Attributes:
-        frozen: set by :class:`Stages`; not part of the state dict.
+    Norm statistics then stay as they are and normalise, and nothing is dropped out. :class:`Stages` sets ``frozen``.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.BatchNorm3d(1), torch.nn.Conv3d(1, 2, 1))
@@ -144,17 +134,14 @@ class StagedLoss(nn.Module):
     """The loss of the stage that training is in; has the interface of ``DiceSupConLoss``.
 
     Args:
-        contrastive_loss: of stage ``contrast``, called as ``DiceSupConLoss`` calls it but without logits, because
-            the classifier is not trained yet.
-        classifier_loss: of stage ``classifier``, called with (logits, labels): cross-entropy.
-        fine_tune_loss: of stage ``fine_tune``, called with (logits, labels), such as Dice and cross-entropy.
-        unknown: class index that stage ``contrast`` gives unlabelled voxels, so that they take part; for
-            ``positives="same_voxel"`` only. ``None``: they are left out.
+        contrastive_loss: of stage ``contrast``, called without logits, because the classifier is not trained yet.
+        classifier_loss: of stage ``classifier``, called with (logits, labels).
+        fine_tune_loss: of stage ``fine_tune``, called with (logits, labels).
+        unknown: class index that stage ``contrast`` gives unlabelled voxels; see ``with_unknown``.
 
     Attributes:
-        stage: ``contrast``, ``classifier`` or ``fine_tune``; set by :class:`Stages`.
-        terms: the last call's detached scalars: ``loss``, ``stage`` (1, 2, 3), ``contrast_weight`` (1 or 0) and
-            ``contrastive`` or ``segmentation``.
+        stage: set by :class:`Stages`.
+        terms: the last call's detached scalars; ``stage`` is 1, 2 or 3.
 
     Example:
         >>> cross_entropy, dice = (lambda logits, labels: logits.sum()), (lambda logits, labels: logits.mean())
@@ -204,12 +191,6 @@ class Stages:
     - ``fine_tune``: the whole network learns; the projection head is not used.
 
     At a stage's first epoch the optimiser forgets its moments, because they belong to another loss.
-
-    Args:
-        epochs: what :func:`stage_epochs` gives.
-        network: the network in training.
-        loss: the loss whose stage is set.
-        optimizer: over all parameters of both.
     """
 
     def __init__(
@@ -225,12 +206,12 @@ class Stages:
         classifier = {id(p) for p in self.network.classifier.parameters()}
         head = {id(p) for p in self.loss.parameters()}
         for parameter in chain(self.network.parameters(), self.loss.parameters()):
-            if stage == "contrast":
-                learns = id(parameter) not in classifier
-            elif stage == "classifier":
-                learns = id(parameter) in classifier
-            else:
-                learns = id(parameter) not in head
+            in_classifier = id(parameter) in classifier
+            learns = {
+                "contrast": not in_classifier,
+                "classifier": in_classifier,
+                "fine_tune": id(parameter) not in head,
+            }[stage]
             parameter.requires_grad_(learns)
             if not learns:
                 parameter.grad = None  # a gradient of zeros would still be a step for the optimiser

@@ -10,11 +10,7 @@ from monai.transforms import Compose, InvertibleTransform, RandAffined
 
 NO_PAIR = -1
 # MONAI's packages of transforms that move voxels; its other transforms leave them where they are
-SPATIAL_PACKAGES = (
-    "monai.transforms.spatial",
-    "monai.transforms.croppad",
-    "monai.transforms.smooth_field",
-)
+SPATIAL_PACKAGES = ("monai.transforms.spatial", "monai.transforms.croppad", "monai.transforms.smooth_field")
 
 
 def leaves(policy: Any) -> Iterator[Any]:

@@ -20,7 +20,7 @@ from medseg_supcon.bundle import load_tensors
 from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.training import (
-    MixedSampler,
+    EpochSampler,
     PseudoLabels,
     SemiSupervisedLoss,
     Teacher,
@@ -212,4 +212,4 @@ def test_without_unlabelled_scans_a_sentence_says_how_to_give_some(phantoms, tmp
 
 def test_a_batch_of_one_scan_is_a_sentence():
     with pytest.raises(ConfigError, match="plan::batch_size=2"):
-        iter(MixedSampler(2, 3, 4, 1, share=0.5))
+        iter(EpochSampler(2, 4, 1, unlabelled=3, share=0.5))
