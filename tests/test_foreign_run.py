@@ -261,7 +261,7 @@ def test_a_shipped_recipe_needs_neither_trust_nor_record(
     phantoms: Path, tmp_path: Path, no_record: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset, run = read_dataset(phantoms), tmp_path / "run #1"
-    given = [*TINY, ("learning_rate", 0.01), ("plan::steps_per_epoch", 1), ("view_1::elastic", 0.1)]
+    given = [*TINY, ("learning_rate", 0.01), ("plan::steps_per_epoch", 1), ("view_1::rotation_degrees", 10.0)]
     prepare_run(
         dataset, split_cases(dataset, labels=4), run, recipe=recipe, epochs=3, settings=given, device="cpu"
     )

@@ -118,7 +118,7 @@ def train(
 ) -> None:
     """Train a segmentation network on a data set; the run is a MONAI bundle."""
     from medseg_supcon.bundle import is_planned, is_started
-    from medseg_supcon.training import check_device, is_complete, train_run
+    from medseg_supcon.training import check_device, extend_training, is_complete, train_run
 
     check_device(device)
     request = Request(
@@ -128,6 +128,9 @@ def train(
         raise RunError(
             f"{run} already holds a trained run. Choose another --out, or go on with it: --resume."
         )
+    if resume and epochs is not None and is_planned(run):
+        extend_training(run, epochs)
+        request = replace(request, epochs=None)
     if resume and is_complete(run):
         out.print(f"{run} is finished: nothing to resume.")
         return

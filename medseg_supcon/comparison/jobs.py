@@ -21,7 +21,7 @@ from medseg_supcon.comparison.design import Cell, Design
 from medseg_supcon.comparison.results import write_findings
 from medseg_supcon.comparison.runs import conditions_of, make_plans, prepare_cells, refuse_untrusted
 from medseg_supcon.errors import RunError
-from medseg_supcon.files import alone, write_text
+from medseg_supcon.files import folder_lock, write_text
 
 Done = Callable[[Path, str], None]  # job file, what went wrong ("": nothing)
 INTERRUPTED = (130, -2)
@@ -191,7 +191,7 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MARKER).exists():
         write_text(out / MARKER, "{}\n")
-    with alone(out, wait=False) as free:
+    with folder_lock(out, wait=False) as free:
         if not free:
             raise RunError(
                 f"Another medseg compare is at work in {out}. Wait for it, or choose another --out."

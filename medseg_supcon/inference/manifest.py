@@ -16,7 +16,7 @@ import numpy as np
 
 from medseg_supcon import __version__
 from medseg_supcon.errors import RunError
-from medseg_supcon.files import alone, write_whole
+from medseg_supcon.files import folder_lock, write_whole
 
 if TYPE_CHECKING:
     from medseg_supcon.inference.predictor import Prediction, Predictor
@@ -113,7 +113,7 @@ class Manifest:
             self.write()
             return
         try:
-            with alone(self.path.parent), self.journal.open("a", encoding="utf-8") as stream:
+            with folder_lock(self.path.parent), self.journal.open("a", encoding="utf-8") as stream:
                 # begun with a new line: the one before may be a killed process's half
                 stream.write("\n" + json.dumps(entry, allow_nan=False))
         except OSError as error:
@@ -128,7 +128,7 @@ class Manifest:
         tried = {entry["name"] for entry in self.entries}
         made = {entry["name"] for entry in self.entries if entry["status"] != "failed"}
         try:
-            with alone(self.path.parent):
+            with folder_lock(self.path.parent):
                 self.earlier, _ = _read(self.path)
                 # The mask of an earlier call is there still where this one failed.
                 kept = [

@@ -17,6 +17,7 @@ REQUIRED = (
     "network_def", "inference", "keep_largest", "expected", "fingerprint",
 )  # fmt: skip
 OPTIONAL = ("trust_scan_affine",)
+LARGEST = 1_000_000  # batch_size, steps_per_epoch, epochs
 
 
 def read_plan(path: str | Path) -> dict[str, Any]:
@@ -118,8 +119,8 @@ def validate_plan(
     need("orientation", _is_orientation(plan["orientation"]), 'three axis codes such as "RAS"')
     need(
         "spacing",
-        _list_of(plan["spacing"], float, 3) and min(plan["spacing"]) > 0,
-        "three lengths in mm above 0",
+        _list_of(plan["spacing"], float, 3) and min(plan["spacing"]) > 0 and max(plan["spacing"]) <= 100,
+        "three lengths in mm, above 0 and at most 100",
     )
     intensity = plan["intensity"]
     need(
@@ -140,7 +141,8 @@ def validate_plan(
     axes = plan["flip_axes"]
     need("flip_axes", _list_of(axes, int) and set(axes) <= {0, 1, 2}, "a list of axes among 0, 1 and 2")
     for key in ("batch_size", "steps_per_epoch", "epochs"):
-        need(key, _is_number(plan[key], int) and plan[key] > 0, "a whole number above 0")
+        fits = _is_number(plan[key], int) and 0 < plan[key] <= LARGEST
+        need(key, fits, f"a whole number from 1 to {LARGEST}")
     for key in ("class_frequencies", "class_weights"):
         fits = _list_of(plan[key], float, len(values)) and min(plan[key]) >= 0
         need(key, fits, f"{len(values)} numbers of at least 0, one for each class")

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from monai.bundle import ConfigParser
 
@@ -34,7 +35,13 @@ from medseg_supcon.datasets import Dataset, Report, Split, fingerprint, write_da
 from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.networks import build_network, round_patch, size_divisor
 from medseg_supcon.plan import literal, make_plan, read_plan, validate_plan, write_plan
-from medseg_supcon.training.timing import default_minutes, epochs_within, time_within_memory
+from medseg_supcon.training.speed import (
+    batch_bytes,
+    check_device,
+    default_minutes,
+    epochs_within,
+    time_within_memory,
+)
 
 FROM_INIT = ("channels", "orientation", "spacing", "intensity", "patch_size", "network_def")
 GROWTHS = 8  # of a patch that is too small for the network
@@ -61,11 +68,15 @@ def inherit(plan: dict[str, Any], init: Path, trust: bool = False) -> None:
     plan.update({key: earlier[key] for key in FROM_INIT})
 
 
-def fit_patch(plan: dict[str, Any]) -> None:
-    """Round the patch to what the network divides by, and enlarge it until the network can train on it.
+def adapt_plan(plan: dict[str, Any]) -> None:
+    """Adapt a plan's patch to its network: round it to what the network divides by, and enlarge one that is too small.
 
-    A norm has nothing to normalise where the deepest level is a single voxel; the shortest axis grows then.
+    At the network's deepest level a norm needs more than one voxel; otherwise the shortest axis grows.
+
+    Raises:
+        ConfigError: the plan is invalid, or one step's scans do not fit into this machine's memory.
     """
+    validate_plan(plan)
     channels = len(plan["channels"])
     network = build_network(
         plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]), trust=True
@@ -81,6 +92,14 @@ def fit_patch(plan: dict[str, Any]) -> None:
             axis = patch.index(min(patch))
             patch[axis] += max(divisor[axis], 8)
     plan["patch_size"] = patch
+    size, free = (
+        n / 2**30 for n in (batch_bytes(plan["batch_size"], plan), psutil.virtual_memory().available)
+    )
+    if size > free:
+        raise ConfigError(
+            f"A step of batch_size = {plan['batch_size']} scans with patch_size = {patch} takes {size:.1f} GiB for its "
+            f"views alone, and this machine has {free:.1f} GiB free. Choose a smaller batch_size or patch_size."
+        )
 
 
 PLAN_PREFIX = "plan::"
@@ -143,8 +162,7 @@ def prepare_run(
         for key, value in plan_settings:
             set_key(made, key, value, "The plan (configs/plan.json)")
         if plan_settings:
-            fit_patch(made)
-            validate_plan(made)
+            adapt_plan(made)
     else:
         cases = [*split.training, *split.unlabelled]
         made = make_plan(
@@ -160,8 +178,7 @@ def prepare_run(
             set_key(made, key, value, "The plan (configs/plan.json)")
         chosen = dict([*recipe_plan, *of_plan])
         epochs = epochs or chosen.get("epochs")
-        fit_patch(made)
-        validate_plan(made)
+        adapt_plan(made)
     budget = minutes if minutes is not None else default_minutes(where)
     with drafted(run) as draft:
         write_plan(made, draft / "configs" / "plan.json")
@@ -234,7 +251,11 @@ def _write_train_config(
     merge(tree, overlay, "train.yaml")
     _refuse_unknown(tree, known, recipe)
     for key, value in settings:
+        if key == "bundle_root":
+            raise ConfigError("bundle_root is the run's own folder and cannot be set. Choose it with --out.")
         set_key(tree, key, value, "train.yaml")
+    if not str(tree["device"]).startswith("$"):
+        check_device(str(tree["device"]))
     (run / "configs" / "train.yaml").write_text(dump_commented(tree))
     evaluate = run / "configs" / "evaluate.yaml"
     if evaluate.exists():

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
-import torch.distributed as dist
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import ensure_tuple
 
@@ -18,63 +18,110 @@ from medseg_supcon.bundle import (
     check_configs_trusted,
     innermost,
     is_planned,
-    load_tensors,
+    is_started,
     read_config,
     record_run,
     settings_at_fault,
     write_network,
     write_twins,
 )
-from medseg_supcon.errors import ConfigError, DataError, MedsegError, RunError
+from medseg_supcon.errors import DataError, MedsegError, RunError
 from medseg_supcon.files import read_json
 from medseg_supcon.inference import evaluate_validation
 from medseg_supcon.networks import build_network, size_divisor
-from medseg_supcon.plan import literal, read_plan, validate_plan
+from medseg_supcon.plan import literal, read_plan, validate_plan, write_plan
 from medseg_supcon.scans import read_header
+from medseg_supcon.training.checkpoint import read_checkpoint
 from medseg_supcon.training.prepare import refresh_documents
-from medseg_supcon.training.ranks import meet, on_any_rank, rank, rank_device
-from medseg_supcon.training.throughput import free_memory
+from medseg_supcon.training.ranks import meet, on_any_rank
+from medseg_supcon.training.speed import check_device, free_memory
+
+WRITTEN_LAST = ("eval/metrics.json", "docs/curves.png")
+OF_EARLIER_WEIGHTS = ("eval/metrics.csv", *WRITTEN_LAST)
 
 
-def finish_ranks(run: str | Path) -> None:
-    """Evaluate a run that several processes trained, and write its documents; every rank calls it.
+def begin_training(run: str | Path, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuse to train over a trained run, and remove the scores of its earlier weights; every rank calls it.
 
-    Every rank evaluates its share of the validation cases, rank 0 writes. Cases that cannot be read (a run whose
-    data lie elsewhere by now) are a warning: its weights are as good without.
+    Args:
+        run: the run's folder.
+        resume: training goes on from ``models/checkpoint.pt``.
+        overwrite: train over what the folder holds.
+
+    Raises:
+        RunError: the folder holds a trained run, and neither ``resume`` nor ``overwrite`` is set.
+    """
+    run = Path(run).resolve()
+    if is_started(run) and not (resume or overwrite):
+        raise RunError(
+            f"{run} already holds a trained run. Go on with it (--resume true), train over it (--overwrite true), or "
+            "choose another folder."
+        )
+    if idist.get_rank() > 0 or (resume and is_finished(run)):
+        return
+    names = OF_EARLIER_WEIGHTS if resume else (*OF_EARLIER_WEIGHTS, "logs/history.csv")
+    stale = [run / name for name in names if (run / name).exists()]
+    for file in stale:
+        file.unlink()
+    if stale:
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the card builds a network; the run's own is drawn after this
+            refresh_documents(run)
+
+
+def evaluate_and_document(run: str | Path, device: str | torch.device | None = None) -> None:
+    """Score a trained run on its validation cases, then write curves, metadata and model card; every rank calls it.
+
+    Of several ranks each evaluates its share. Ranks that cannot read the cases cause a warning instead of an error,
+    because the others would wait for their scores.
 
     Args:
         run: the run's folder, which all machines see.
+        device: where the network runs in a single process; by default a GPU if there is one.
     """
-    run = Path(run)
+    from medseg_supcon.evaluation import curves_figure  # matplotlib: loaded only to draw
+
+    run, alone = Path(run).resolve(), idist.get_world_size() == 1
+    free_memory()  # the training's
+    try:
+        if alone:
+            evaluate_validation(run, device=device if device is None else str(device), trust=True)
+        else:
+            meet()  # rank 0's model.pt is there
+            problem = _evaluate_share(run)
+            if problem is not None:
+                logging.getLogger(__name__).warning("The run is trained, but not evaluated: %s", problem)
+    finally:  # also without scores, the documents describe the new weights
+        if idist.get_rank() == 0:
+            curves_figure(run / "logs" / "history.csv", run / "docs" / "curves.png")
+            refresh_documents(run)
+    if not alone:
+        meet()
+
+
+def _evaluate_share(run: Path) -> str | None:
+    """Evaluate as ``torchrun`` does with the two configs; what keeps this rank from it."""
     problem = _unreadable(run)
-    meet()  # rank 0's model.pt is there
-    nccl = dist.get_backend() == "nccl"
-    if not on_any_rank(
-        problem is not None, rank_device() if nccl else None
-    ):  # else one would wait for the other's scores
+    if not on_any_rank(problem is not None):
         try:
-            _evaluate(run)
+            workflow = ConfigWorkflow(
+                [str(run / "configs" / name) for name in ("evaluate.yaml", "multi_gpu_evaluate.yaml")],
+                workflow_type="infer",
+                logging_file=False,
+                bundle_root=literal(str(run.resolve())),
+            )
+            workflow.initialize()
+            workflow.run()
         except Exception as error:
             if not isinstance(innermost(error), MedsegError):
                 raise
             problem = str(innermost(error))
-    if problem is not None:
-        logging.getLogger(__name__).warning("The run is trained, but not evaluated: %s", problem)
-    if rank() == 0:
-        write_documents(run)
-    meet()
-
-
-def write_documents(run: Path) -> None:
-    """The curves of ``logs/history.csv``, then everything that follows from the rest of the run."""
-    from medseg_supcon.evaluation import curves_figure
-
-    curves_figure(run / "logs" / "history.csv", run / "docs" / "curves.png")
-    refresh_documents(run)
+    return problem
 
 
 def _unreadable(run: Path) -> str | None:
-    """What is wrong with a validation case, as far as headers tell."""
+    """What is wrong with a validation case, according to the headers."""
     config = ConfigParser()
     config.read_config(str(run / "configs" / "evaluate.yaml"))
     config["bundle_root"] = literal(str(run.resolve()))
@@ -87,33 +134,13 @@ def _unreadable(run: Path) -> str | None:
     return None
 
 
-def _evaluate(run: Path) -> None:
-    """As ``torchrun`` does with the two files, in the group of processes that there is."""
-    workflow = ConfigWorkflow(
-        [str(run / "configs" / name) for name in ("evaluate.yaml", "multi_gpu_evaluate.yaml")],
-        workflow_type="infer",
-        logging_file=False,
-        bundle_root=literal(str(run.resolve())),
-    )
-    workflow.initialize()
-    workflow.run()
-
-
-WRITTEN_LAST = ("eval/metrics.json", "docs/curves.png")
-
-
 def is_finished(run: Path) -> bool:
-    """The run was trained to its planned end (or to its early stop)."""
+    """The run was trained to its planned end, or to its early stop."""
     path = run / "models" / "checkpoint.pt"
     if not path.exists():
         return False
-    saved = load_tensors(path)
-    try:
-        return bool(saved["finished"]) and saved["max_epochs"] >= _epochs(run)
-    except (KeyError, TypeError, IndexError):
-        raise RunError(
-            f"{path} is not a checkpoint that medseg wrote. Copy it again, or delete it."
-        ) from None
+    saved = read_checkpoint(path)
+    return bool(saved["finished"]) and saved["max_epochs"] >= _epochs(run)
 
 
 def is_complete(run: Path) -> bool:
@@ -125,27 +152,29 @@ def _epochs(run: Path) -> int:
     return int(read_json(run / "configs" / "plan.json")["epochs"])
 
 
-def check_device(device: str | None) -> str | None:
-    """A device name that this machine has, else a sentence."""
-    if device is None:
-        return None
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(
-            f"--device {device!r} is no device. Use cpu, cuda, or cuda:0, cuda:1, ..."
-        ) from None
-    if found.type == "cuda" and not (
-        torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()
-    ):
-        raise ConfigError(
-            f"--device {device}: torch finds {torch.cuda.device_count()} CUDA device(s) here. Use --device cpu."
-        )
-    return device
+def extend_training(run: Path, epochs: int) -> None:
+    """Give a run a longer training: the next ``--resume`` goes on to this epoch.
+
+    From there on the learning rate follows the schedule of the longer training.
+
+    Raises:
+        RunError: ``epochs`` is less than the run's plan says, or another command is at work in the folder.
+    """
+    with at_work_in(run):
+        path = run / "configs" / "plan.json"
+        plan = read_plan(path)
+        if epochs < plan["epochs"]:
+            raise RunError(
+                f"{run} is planned for {plan['epochs']} epochs; a resumed training cannot end earlier, at --epochs "
+                f"{epochs}. Leave --epochs out, or choose another --out."
+            )
+        if epochs > plan["epochs"]:
+            plan["epochs"] = epochs
+            write_plan(plan, path)
 
 
 class _Workflow(ConfigWorkflow):  # type: ignore[misc]
-    """Runs without the bundle's folder on Python's path: a file there, json.py say, would be imported in place of ours."""
+    """Does not put the bundle's folder on Python's path: a file there, such as json.py, would replace a module."""
 
     def run(self) -> Any:
         return self._run_expr(id=self.run_id)
@@ -175,7 +204,7 @@ def run_config(
     if device is not None:
         overrides["device"] = f"$torch.device('{check_device(device)}')"
     file = run / "configs" / f"{name}.yaml"
-    read_config(file)  # what is wrong with it, in a sentence
+    read_config(file)  # raises a sentence if it is not YAML
     workflow = _Workflow(
         config_file=str(file),
         workflow_type=workflow_type,
@@ -194,7 +223,7 @@ def run_config(
 
 @contextlib.contextmanager
 def _own_errors(run: Path) -> Iterator[None]:
-    """MONAI wraps errors raised while a config runs: bring ours back out, and those of disk and memory."""
+    """MONAI wraps errors raised while a config runs: unwrap ours, and those of disk and memory."""
     try:
         yield
     except Exception as error:
@@ -234,29 +263,27 @@ def train_run(
     Args:
         run: the run's folder.
         device: overrides the config's.
-        resume: go on from ``models/checkpoint.pt`` (afresh where there is none).
+        resume: go on from ``models/checkpoint.pt``, or start if there is none.
         quiet: no progress display.
         trust: run code in its configs that medseg did not write on this computer.
         overrides: of train.yaml's keys, for this call alone.
 
     Raises:
-        RunError: another command is at work in the folder, or the run needs trust.
+        RunError: another command is at work in the folder, it holds a trained run and ``resume`` is False, or the run
+            needs trust.
     """
     with at_work_in(run):
         check_configs_trusted(run, trust)
-        if not (resume and is_finished(run)):
-            _check_plan(run)
-            write_network(run)  # the plan may have been edited
-            write_twins(run)
-            record_run(run)
-            for name in WRITTEN_LAST:  # of earlier weights
-                (run / name).unlink(missing_ok=True)
-            overrides["resume"] = resume
-            if resume and (run / "models" / "checkpoint.pt").exists():
-                overrides["init_weights"] = None  # the earlier run may be gone by now
-            if quiet:
-                overrides["quiet"] = True
-            run_config(run, "train", "train", trust=True, device=device, **overrides)
-            free_memory()
-        evaluate_validation(run, device=device, trust=True)
-        write_documents(run)
+        if resume and is_finished(run):
+            evaluate_and_document(run, device)
+            return
+        _check_plan(run)
+        write_network(run)  # the plan may have been edited
+        write_twins(run)
+        record_run(run)
+        overrides["resume"] = resume
+        if resume and (run / "models" / "checkpoint.pt").exists():
+            overrides["init_weights"] = None  # the earlier run may be gone by now
+        if quiet:
+            overrides["quiet"] = True
+        run_config(run, "train", "train", trust=True, device=device, **overrides)

@@ -29,7 +29,7 @@ from medseg_supcon.comparison import jobs as _workers
 from medseg_supcon.comparison import runs as _runs
 from medseg_supcon.datasets import read_dataset
 from medseg_supcon.errors import RunError
-from medseg_supcon.files import alone
+from medseg_supcon.files import folder_lock
 from medseg_supcon.training import checkpoint as _checkpoint
 from medseg_supcon.training import is_finished
 
@@ -233,7 +233,8 @@ def test_a_strange_folder_is_refused(design, tmp_path):
 
 
 def test_one_comparison_at_a_time(design, tmp_path):
-    with alone(tmp_path), pytest.raises(RunError, match="Another medseg compare is at work"):
+    (tmp_path / "comparison.json").write_text("{}\n")
+    with folder_lock(tmp_path), pytest.raises(RunError, match="Another medseg compare is at work"):
         again(design, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["comparison.json"]
 

@@ -59,7 +59,7 @@ def main(folder: Path) -> dict[str, Any]:
     found["joint, second GPU"] = trained(
         folder, "joint", "cuda:1", [("amp_dtype", "float16"), ("channels_last", True)]
     )
-    found["semi"] = trained(folder, "semi", "cuda", [("unlabelled_from", 0.0), ("copy_paste", 1.0)])
+    found["semi"] = trained(folder, "semi", "cuda", [("unlabelled_from", 0.0)])
     article = [
         ("positives", "same_voxel"),
         ("denominator", "same_class"),
