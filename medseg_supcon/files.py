@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import secrets
 import time
@@ -12,6 +13,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
+
+from medseg_supcon.errors import RunError
 
 try:
     import fcntl
@@ -57,12 +60,41 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """A table that appears whole or not at all. None is an empty field; what no column asks for is left out."""
+    """A table that appears whole or not at all. None is an empty field; keys that are not columns are left out.
+
+    A text that a spreadsheet would run as a formula (``=cmd``) gets an apostrophe in front; numbers stay numbers.
+    """
     stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, columns, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(stream)
+    writer.writerow(_csv_cell(column) for column in columns)
+    writer.writerows([_csv_cell(row.get(column)) for column in columns] for row in rows)
     write_text(path, stream.getvalue())
+
+
+def _csv_cell(value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a run.
+
+    Raises:
+        RunError: it is missing, cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} does not exist: is {path.parents[1]} a run?") from None
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}.") from None
+    except (OSError, ValueError, RecursionError) as error:  # no text, numbers of 5,000 digits, 10,000 levels
+        raise RunError(f"{path} cannot be read ({error}).") from None
 
 
 def remove_leftovers(folder: Path) -> None:

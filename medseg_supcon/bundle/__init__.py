@@ -13,5 +13,6 @@ from medseg_supcon.bundle.settings import (
     merge,
     parse_setting,
     read_yaml,
+    read_yaml_file,
     set_key,
 )
