@@ -22,13 +22,9 @@ Job = Mapping[str, Any]
 
 
 def run_cell(job: Job, device: str | None = None, quiet: bool = False, sharing: int = 1) -> None:
-    """Do what is left to do of one run.
+    """Do what is left to do of one run; ``sharing`` runs at the same time share the memory for cached scans.
 
-    Args:
-        job: ``run`` (a planned run), ``tests`` (folder), ``dataset_dir``, ``classes`` and ``conditions``: name -> items.
-        device: where; by default a GPU if there is one.
-        quiet: no progress display.
-        sharing: runs at the same time on this machine, which share its memory for cached scans.
+    A job has ``run`` (a planned run), ``tests`` (a folder), ``dataset_dir``, ``classes`` and ``conditions``: name -> items.
     """
     run, tests = Path(job["run"]), Path(job["tests"])
     if not is_complete(run):

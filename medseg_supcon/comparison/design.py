@@ -89,31 +89,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Design:
-    """A comparison before it is run.
-
-    Attributes:
-        dataset: all cases.
-        recipes: names, the baseline first; the baseline may be compared with itself.
-        files: recipe name -> what ``read_recipe`` takes.
-        seeds: of training; the split has its own.
-        splits: labelled cases of a budget -> its split, the same for all recipes and seeds.
-        test: labelled cases that no run trains or validates on.
-        tested_on: how they were chosen, in words.
-        own: recipe name -> settings of that recipe alone, laid over it.
-        axes: axis -> level -> settings; empty without a grid.
-        variants: made of the axes; every recipe is trained under each.
-    """
+    """A comparison before it is run."""
 
     dataset: Dataset
-    recipes: tuple[str, ...]
-    files: dict[str, str | Path]
-    seeds: tuple[int, ...]
-    splits: dict[int, Split]
-    test: tuple[Case, ...]
-    tested_on: str
-    own: Mapping[str, Mapping[str, Any]]
-    axes: Axes
-    variants: tuple[Variant, ...]
+    recipes: tuple[str, ...]  # the baseline first; it may be compared with itself
+    files: dict[str, str | Path]  # recipe name -> what `read_recipe` takes
+    seeds: tuple[int, ...]  # of training; the split has its own
+    splits: dict[int, Split]  # by the number of labelled cases, the same for all recipes and seeds
+    test: tuple[Case, ...]  # labelled cases that no run trains or validates on
+    tested_on: str  # how they were chosen, in words
+    own: Mapping[str, Mapping[str, Any]]  # recipe name -> settings of that recipe alone, laid over it
+    axes: Axes  # empty without a grid
+    variants: tuple[Variant, ...]  # made of the axes; every recipe is trained under each
 
     @property
     def cells(self) -> list[Cell]:
@@ -151,12 +138,10 @@ def design_comparison(
         recipes: names or files, or (name, name or file), the baseline first; at least two.
         seeds: of training.
         labels: budgets: labelled scans, validation included; None: all of the pool.
-        cases: names of the pool.
-        test_cases: names of the cases to test on.
+        cases, test_cases: names of the cases of the pool, and of those to test on.
         split_seed: of the one order from which all budgets are taken.
         validation: share of every budget that validates, below 1; 0: all labelled scans train.
-        own: name -> settings of that recipe alone, laid over it.
-        axes: axis -> level -> settings: a grid.
+        own, axes: see `Design`.
 
     Raises:
         ConfigError: fewer than two recipes, a recipe that does not exist, or a value given twice.
@@ -185,11 +170,9 @@ def design_comparison(
         used = {c.name for s in splits.values() for c in (*s.training, *s.validation)}
         patients = {c.patient for c in pool.cases if c.name in used and c.patient is not None}
         test = tuple(c for c in pool.labelled if c.name not in used and c.patient not in patients)
-        names = {c.name for c in test}
-        splits = {
-            n: replace(s, unlabelled=tuple(c for c in s.unlabelled if c.name not in names))
-            for n, s in splits.items()
-        }
+        tested = {case.name for case in test}
+        for n, split in splits.items():
+            splits[n] = replace(split, unlabelled=tuple(c for c in split.unlabelled if c.name not in tested))
         tested_on = (
             "the labelled cases that no run trains or validates on; no run gets them as unlabelled scans either "
             "(--test-cases chooses others)"
@@ -200,18 +183,9 @@ def design_comparison(
             "smaller budgets with --labels."
         )
     _refuse_missing_scans(files, splits)
-    return Design(
-        dataset,
-        tuple(name for name, _ in named),
-        files,
-        tuple(seeds),
-        dict(sorted(splits.items())),
-        test,
-        tested_on,
-        own or {},
-        axes or {},
-        make_variants(axes or {}),
-    )
+    names, splits, axes = tuple(name for name, _ in named), dict(sorted(splits.items())), axes or {}
+    variants = make_variants(axes)
+    return Design(dataset, names, files, tuple(seeds), splits, test, tested_on, own or {}, axes, variants)
 
 
 def _refuse_repeated(option: str, values: Sequence[object]) -> None:

@@ -178,14 +178,7 @@ def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> Non
 def grid_curves_figure(
     histories: Sequence[Row], variants: Sequence[Row], recipes: Sequence[str], path: Path
 ) -> None:
-    """Contrastive loss and validation Dice by epoch: a column per level of the first axis, a colour per variant.
-
-    Args:
-        histories: a row per run: ``variant``, ``recipe``, ``labels``, ``history`` (rows of ``history.csv``).
-        variants: ``name`` and ``levels`` of each.
-        recipes: names, the baseline first: solid lines; the others are dashed.
-        path: the PNG.
-    """
+    """Contrastive loss and validation Dice by epoch: a column per level of the first axis, a colour per variant."""
     from matplotlib.lines import Line2D
 
     runs = _of_largest_budget(histories)

@@ -31,12 +31,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def devices(device: str | None, workers: int | None = None) -> list[str]:
-    """A device for each worker.
-
-    Args:
-        device: of all workers; None: every GPU, or the CPU.
-        workers: how many runs at the same time; None: one for each device. Several may share one.
-    """
+    """A device for each of the workers (None: one for each device); without ``device`` every GPU, or the CPU."""
     every = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     known = every if device is None else [device]
     return [known[i % len(known)] for i in range(workers or len(known))]
@@ -48,16 +43,10 @@ def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Done) -> None:
     One worker shows its progress. Several are silent, write ``JOB.log``, and share the machine: those on the CPU
     divide the threads that torch would use, and all divide the memory for cached scans.
 
-    Args:
-        jobs: files that ``python -m medseg_supcon.comparison`` takes.
-        where: a device for each worker.
-        done: called in this process after each.
+    ``jobs`` are files that ``python -m medseg_supcon.comparison`` takes, ``where`` has a device for each worker, and
+    ``done`` is called in this process after each job.
     """
     pool = _Pool(where)
-    if len(where) == 1:
-        for job in jobs:
-            done(job, pool.run(job, where[0], log=None))
-        return
     free: SimpleQueue[str] = SimpleQueue()
     for device in where:
         free.put(device)
@@ -65,7 +54,7 @@ def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Done) -> None:
     def task(job: Path) -> str:
         device = free.get()
         try:
-            return pool.run(job, device, log=job.with_suffix(".log"))
+            return pool.run(job, device, log=job.with_suffix(".log") if len(where) > 1 else None)
         finally:
             free.put(device)
 
@@ -159,11 +148,10 @@ def compare(
     Args:
         design: of `design_comparison`.
         out: folder of the comparison; new, or of an earlier call.
-        epochs: of every run; by default what fits the planned time of the first plan.
+        epochs: of every run; by default the first plan's.
         settings: (key, value) overrides for all runs, as of ``medseg train --set``.
-        device: of all runs; by default every GPU, or the CPU.
-        workers: runs at the same time; by default one on each device. On a CPU they divide its threads: a run's scores
-            depend on its seed and its number of threads, not on what runs beside it.
+        device, workers: see `devices`. On a CPU workers divide its threads: a run's scores depend on its seed and its
+            number of threads, not on what runs beside it.
         robustness: also test on degraded scans.
         training_score: also measure Dice on the scans trained on.
         trust_scan_affine: as ``medseg train --allow-affine-mismatch``.

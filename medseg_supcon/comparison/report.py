@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -88,9 +89,9 @@ def write_comparison(out: Path, results: Results) -> Row:
         figures.learning_figure(results.histories, recipes, pictures / "learning.png")
         if degraded:
             figures.robustness_figure(report["robustness"], recipes, pictures / "robustness.png")
-    view = _view(report) | {"pictures": pictures, "examples": results.examples}
-    for format_, name in (("html.j2", "report.html"), ("markdown.j2", "summary.md")):
-        write_text(out / name, _render(view | {"format": format_}))
+    view = _view(report) | {"examples": results.examples}
+    for name, template in (("report.html", "html.j2"), ("summary.md", "markdown.j2")):
+        write_text(out / name, _render(view | {"format": template}, pictures))
     return report
 
 
@@ -160,13 +161,7 @@ def on_degraded_scans(robustness: Sequence[Row]) -> list[str]:
 
 
 def caveats(about: Row, differences: Sequence[Row], robustness: Sequence[Row] = ()) -> list[str]:
-    """What a reader must know before they rely on a number.
-
-    Args:
-        about: of `Results`.
-        differences: every difference that is shown, on the scans as they are.
-        robustness: the differences under every condition; those of ``clean`` are not counted again.
-    """
+    """What a reader must know before they rely on a number; both kinds of differences are those that are shown."""
     sentences = list(dict.fromkeys(about["warnings"]))
     seeds, cases = len(about["seeds"]), len(about["test"])
     if seeds == 1:
@@ -261,122 +256,28 @@ def _grid(out: Path, results: Results, differences: Sequence[Row]) -> Row:
     return {"answers": answers, "table": table, "best": best, "level_means": level_means(table, recipes)}
 
 
-class Cell(str):
-    """A table's cell with a CSS class."""
-
-    kind = ""
-
-    @classmethod
-    def of(cls, text: str, kind: str) -> Cell:
-        """A text and its class."""
-        cell = cls(text)
-        cell.kind = kind
-        return cell
-
-
-def _marked(text: str, row: Row) -> Cell:
-    return Cell.of(text, ("", "up", "down")[excludes_zero(row)])
-
-
 def _view(report: Row) -> Row:
-    """What the template shows, with the cells of tables whose columns depend on the comparison."""
+    """What the template shows."""
     about = report["about"]
-    recipes, baseline = list(dict.fromkeys(about["recipes"])), about["recipes"][0]
     with_labels = len(about["splits"]) > 1 or not about["axes"]
-    level_names = {variant["name"]: list(variant["levels"].values()) for variant in about["variants"]}
+    levels = {variant["name"]: list(variant["levels"].values()) for variant in about["variants"]}
 
     def place(row: Row) -> list[str]:
-        """The budget and variant of a row."""
-        return [str(row["labels"])] * with_labels + level_names[row.get("variant", "")]
+        """The cells that say of which budget and variant a row is."""
+        return [str(row["labels"])] * with_labels + levels[row.get("variant", "")]
 
-    overlays = {name: settings_and_wiring(overlay) for name, overlay in about["overlays"].items()}
-    whats = {
-        name: f"{what[:1].upper()}{what[1:]} " if what else "" for name, what in about["descriptions"].items()
-    }
-    view = report | {
+    return report | {
         "headline": [row for row in report["differences"] if row["class"] == MEAN],
         "classes": list(dict.fromkeys(row["class"] for row in report["differences"])),
         "place": place,
         "place_head": ["labels"] * with_labels + list(about["axes"]),
-        "overlays": overlays,
-        "descriptions": whats,
-        "levels": [(axis, n, s) for axis, levels in about["axes"].items() for n, s in levels.items()],
-        "conditions": list(dict.fromkeys(row["condition"] for row in report["robustness"])),
-        "matrix": _matrix(report["robustness"], baseline),
-        "rules": [P_RULE, LEFT_OUT_RULE, EMPTY_RULE],
+        "overlays": {name: settings_and_wiring(overlay) for name, overlay in about["overlays"].items()},
+        "levels": [(axis, n, s) for axis, of in about["axes"].items() for n, s in of.items()],
+        "titles": TITLES,
+        "p_rule": P_RULE,
+        "rules": [LEFT_OUT_RULE, EMPTY_RULE],
         "fewest_seeds": FEWEST_SEEDS,
         "fewest_cases": FEWEST_CASES,
-    }
-    if about["axes"]:
-        return view | _grid_view(report, recipes)
-    return view | {"mean_rows": _mean_rows(report, recipes)}
-
-
-def _mean_rows(report: Row, recipes: Sequence[str]) -> list[Row]:
-    rows = []
-    for labels in dict.fromkeys(row["labels"] for row in report["means"]):
-        for recipe in recipes:
-            key = (recipe, labels)
-            hd95 = [r["test_hd95_mm"] for r in report["runs"] if (r["recipe"], r["labels"]) == key]
-            hd95 = [value for value in hd95 if value is not None]
-            cells = [
-                number(row["dice"]) + (f" ± {number(row['seed_std'])}" if row["seed_std"] is not None else "")
-                for row in report["means"]
-                if (row["recipe"], row["labels"]) == key
-            ]
-            cells.append(number(sum(hd95) / len(hd95) if hd95 else None, 2))
-            rows.append({"labels": labels, "recipe": recipe, "cells": cells})
-    return rows
-
-
-def _matrix(robustness: Sequence[Row], baseline: str) -> list[Row]:
-    """A row per budget, variant and recipe, with a cell for each condition: Dice and its change from clean scans."""
-    cells: dict[tuple[Any, ...], list[str]] = {}
-
-    def add(row: Row, recipe: str, text: str) -> None:
-        cells.setdefault((row["labels"], row.get("variant", ""), recipe), []).append(text)
-
-    def text(dice: float | None, change: float | None) -> str:
-        return number(dice, 3) + (f" ({points(change)})" if change else "")
-
-    compared = {row["recipe"] for row in robustness}
-    for row in robustness:
-        if row["recipe"] == robustness[0]["recipe"] and baseline not in compared:
-            add(row, baseline, text(row["baseline_dice"], row["baseline_dice_change"]))
-        add(row, row["recipe"], _marked(text(row["dice"], row["dice_change"]), row))
-    return [
-        {"labels": labels, "variant": variant, "recipe": recipe, "cells": mine}
-        for (labels, variant, recipe), mine in sorted(cells.items(), key=lambda item: item[0][:2])
-    ]
-
-
-def _grid_view(report: Row, recipes: Sequence[str]) -> Row:
-    table = report["table"]
-    values = {
-        (r, s): [row["of"][r][s] for row in table if row["of"][r][s] is not None]
-        for r in recipes
-        for s in RUN_SCORES
-    }
-    columns = [key for key, column in values.items() if column]
-
-    def score_cells(row: Row) -> list[str]:
-        """Bold: the best of its column; losses of different settings cannot be ranked."""
-        best = {key: max(values[key]) for key in columns if key[1] != "contrastive_loss"}
-        scores = {(r, s): row["of"][r][s] for r, s in columns}
-        return [
-            Cell.of(number(v, 3), "best" if v is not None and v == best.get(key) else "")
-            for key, v in scores.items()
-        ]
-
-    return {
-        "score_head": [TITLES[score] for _, score in columns],
-        "score_cells": score_cells,
-        "groups": [("", len(report["about"]["axes"]) + (len(report["about"]["splits"]) > 1))]
-        + [(recipe, sum(r == recipe for r, _ in columns)) for recipe in recipes],
-        "level_means": [
-            row | {"cells": [number(row["of"][recipe], 3) for recipe in recipes]}
-            for row in report["level_means"]
-        ],
     }
 
 
@@ -408,21 +309,21 @@ def settings_and_wiring(overlay: Mapping[str, Any]) -> tuple[Row, Row]:
     >>> settings_and_wiring({"contrast_weight": 0.1, "train::loss": "$@loss.to(@device)"})
     ({'contrast_weight': 0.1}, {'train::loss': '$@loss.to(@device)'})
     """
-
-    def wires(value: Any) -> bool:
-        if isinstance(value, Mapping):
-            return any(wires(part) for part in value.values())
-        return isinstance(value, str) and value[:1] in ("@", "$")
-
-    wiring = {key: value for key, value in overlay.items() if wires(value)}
+    wiring = {key: value for key, value in overlay.items() if re.search(r"['\"][@$]", repr(value))}
     return {key: value for key, value in overlay.items() if key not in wiring}, wiring
 
 
-def _render(view: Row) -> str:
-    """The report in one format; names with special signs are shown as they are."""
+def _pairs(settings: Mapping[str, Any]) -> str:
+    texts = [f"{key}: {value}" for key, value in settings.items()]
+    return ", ".join(t if len(t) < 110 else f"{t[:107]}..." for t in texts) or "nothing"
+
+
+def _render(view: Row, pictures: Path) -> str:
+    """The report in one format; names are shown as they are, whatever signs they have."""
+    html = view["format"] == "html.j2"
     environment = Environment(
         autoescape=True,
-        finalize=_in_markdown if view["format"] == "markdown.j2" else None,
+        finalize=None if html else _in_markdown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -431,18 +332,21 @@ def _render(view: Row) -> str:
             lambda name: (files(__package__) / "templates" / name).read_text(encoding="utf-8")
         ),
     )
-    shown: dict[str, Callable[..., str]] = {
+    shown: dict[str, Callable[..., Any]] = {
         "points": points,
         "number": number,
         "interval": interval,
-        "verdict": verdict,
-        "marked": _marked,
         "counted": counted,
+        "pairs": _pairs,
+        "marked": lambda text, row: (text, ("", "up", "down")[excludes_zero(row)]),
         "p": lambda p: "-" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}",
-        "inline": lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii"),
+        "inline": lambda name: (
+            "data:image/png;base64," + base64.b64encode((pictures / name).read_bytes()).decode()
+        ),
     }
     environment.filters |= shown
-    return environment.get_template("report.j2").render(view)
+    text = environment.get_template("report.j2").render(view)
+    return text if html else re.sub(r"\n{3,}", "\n\n", text)
 
 
 def _in_markdown(value: Any) -> Any:

@@ -28,36 +28,19 @@ RUN_SCORES = ("contrastive_loss", "training_dice", "validation_dice", "test_dice
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that a report is made of.
+    """Everything that a report is made of; rows start with the run's key: ``recipe``, ``labels``, ``seed``, ``variant``."""
 
-    Attributes:
-        about: what was compared, as JSON values.
-        scores: condition (``clean`` first) -> a row per run, test case and class, with the run's key (``recipe``,
-            ``labels``, ``seed``, and ``variant`` in a grid).
-        runs: a row per run: what it cost and how it ended.
-        histories: run's key and ``history``: rows of its ``history.csv``, as numbers.
-        examples: (caption, PNG) of pictures to show.
-    """
-
-    about: Row
-    scores: Mapping[str, Sequence[Row]]
-    runs: Sequence[Row]
-    histories: Sequence[Row]
-    examples: Sequence[tuple[str, Path]] = ()
+    about: Row  # what was compared, as JSON values
+    scores: Mapping[str, Sequence[Row]]  # condition (``clean`` first) -> a row per run, test case and class
+    runs: Sequence[Row]  # a row per run: what it cost and how it ended
+    histories: Sequence[Row]  # a row per run, with ``history``: the rows of its history.csv, as numbers
+    examples: Sequence[tuple[str, str]] = ()  # caption and PNG (below ``pictures``) of a test scan
 
 
 def read_results(
     design: Design, out: Path, plan: Row, jobs: Mapping[Path, Cell], settings: Sequence[tuple[str, Any]]
 ) -> Results:
-    """The results of a comparison whose runs are all finished and tested.
-
-    Args:
-        design: what was compared.
-        out: folder of the comparison.
-        plan: of the smallest budget.
-        jobs: job file -> cell.
-        settings: of all runs.
-    """
+    """The results of a comparison whose runs are all finished and tested; ``plan`` is the smallest budget's."""
     scores: dict[str, list[Row]] = {}
     runs, histories = [], []
     for path, cell in jobs.items():
@@ -123,7 +106,7 @@ def read_history(run: Path) -> list[dict[str, float]]:
     raise RunError(f"{path} is damaged ({problem}). Delete {run} to train this run again.")
 
 
-def _draw_examples(design: Design, out: Path, results: Sequence[Row]) -> list[tuple[str, Path]]:
+def _draw_examples(design: Design, out: Path, results: Sequence[Row]) -> list[tuple[str, str]]:
     """The test scan of median Dice under the baseline, with the mask of each recipe's first run of the largest budget."""
     budget, seed = max(design.splits), design.seeds[0]
     dice: dict[tuple[str, str], list[float]] = {}
@@ -147,7 +130,7 @@ def _draw_examples(design: Design, out: Path, results: Sequence[Row]) -> list[tu
             caption = (
                 f"{recipe}, {budget} labels, seed {seed}: {case.name}, Dice {score[recipe, case.name]:.3f}"
             )
-            examples.append((caption, picture))
+            examples.append((caption, f"examples/{recipe}.png"))
     return examples
 
 
@@ -192,14 +175,7 @@ def grid_table(
 ) -> list[Row]:
     """A row per label budget and variant: its levels, and each recipe's scores, means over seeds.
 
-    Args:
-        variants: ``name`` and ``levels`` (axis -> level) of each.
-        recipes: names, the baseline first.
-        runs: a row per run: ``variant``, ``recipe``, ``labels`` and the first `RUN_SCORES`, which may be missing or None.
-        tested: `means_of_tests`.
-
-    Returns:
-        Rows ``labels``, ``variant``, ``levels``, and ``of``: recipe -> score -> value or None.
+    Rows ``labels``, ``variant``, ``levels`` (axis -> level), and ``of``: recipe -> score of `RUN_SCORES` -> value or None.
     """
     table = []
     for labels in sorted({run["labels"] for run in runs}):
@@ -217,11 +193,7 @@ def grid_table(
 
 
 def level_means(table: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
-    """What each setting does: every recipe's mean test Dice over all variants with one level, per label budget.
-
-    Returns:
-        Rows ``labels``, ``axis``, ``level``, ``variants`` (how many), ``of``: recipe -> mean test Dice.
-    """
+    """What each setting does: every recipe's mean test Dice over all variants with one level, per label budget."""
     groups: dict[tuple[int, str, str], list[Row]] = {}
     for axis in table[0]["levels"]:
         for row in table:
@@ -234,12 +206,7 @@ def level_means(table: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
 
 
 def best_variants(table: Sequence[Row], recipes: Sequence[str], results: Sequence[Row]) -> list[Row]:
-    """Each recipe at its own best variant, chosen by validation Dice, against the baseline at its own.
-
-    Returns:
-        Rows of `compare_recipes` for the mean over classes, with ``variant`` and ``baseline_variant``; none if a
-        recipe has no validation Dice.
-    """
+    """Each recipe at its best variant by validation Dice against the baseline at its own, as `compare_recipes`; or none."""
     best: list[Row] = []
     for labels in sorted({row["labels"] for row in table}):
         chosen = {}

@@ -23,20 +23,13 @@ LEFT_OUT_RULE = (
 )
 P_RULE = (
     "p: Wilcoxon's signed-rank test, two-sided, over test scans, each with the mean over its seeds. It says nothing about "
-    f"other seeds: it is shown with at least {FEWEST_SEEDS} seeds and {FEWEST_CASES} scans, and never to contradict an interval that "
-    "includes 0."
+    f"other seeds: it is shown with at least {FEWEST_SEEDS} seeds and {FEWEST_CASES} scans, and never to "
+    "contradict an interval that includes 0."
 )
 
 
 class PairedDifference(NamedTuple):
-    """Result of `paired_difference`.
-
-    Attributes:
-        difference: mean over seeds and cases of scores minus baseline.
-        low, high: ends of its bootstrap interval.
-        p: of Wilcoxon's signed-rank test over cases, two-sided.
-        cases, seeds: how many it is based on.
-    """
+    """Mean of scores minus baseline, its bootstrap interval, Wilcoxon's two-sided p over cases, and how many of each."""
 
     difference: float
     low: float
@@ -52,13 +45,7 @@ def bootstrap_means(differences: npt.ArrayLike, resamples: int = 10_000, seed: i
     A training seed affects all cases of its run, so rows and columns are drawn independently of one another, and a
     resample is the mean over the drawn rows and columns (Owen 2007, The pigeonhole bootstrap).
 
-    Args:
-        differences: (S, K), a row per seed, a column per case.
-        resamples: R, how many means.
-        seed: of the draws.
-
-    Returns:
-        (R,) means.
+    Takes (S, K), a row per seed and a column per case; gives (resamples,).
 
     Raises:
         ValueError: not a table, empty, or with a value that is not finite; resamples below 1.
@@ -117,8 +104,7 @@ def paired_difference(
     Args:
         scores: (S, K), a row per seed, a column per case; Dice, for instance.
         baseline: (S, K), for the same seeds and cases.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        resamples, seed: of the bootstrap.
         confidence: of the interval, in (0, 1).
 
     Raises:
@@ -158,8 +144,7 @@ def compare_recipes(
         rows: one per run, case and class, with ``recipe``, ``labels``, ``seed``, ``case``, ``class``, ``dice``
             (0..1, or None for no score). Other keys are ignored.
         recipes: names, the baseline first; the baseline may be compared with itself.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        resamples, seed: of the bootstrap.
 
     Returns:
         Rows ``recipe``, ``baseline``, ``labels``, ``class`` (``mean``: over classes, per case), ``dice``,
@@ -231,9 +216,8 @@ def score_tables(rows: Sequence[Row], recipes: Iterable[str]) -> dict[str, dict[
 def recipe_means(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
     """Dice of each recipe, label budget and class: the mean over cases and seeds, and how much the seeds differ.
 
-    Returns:
-        Rows ``recipe``, ``labels``, ``class`` (``mean`` first), ``dice``, ``seed_std`` (sample standard deviation of
-        the runs' means; None with one seed), ``by_seed``, ``cases``, ``seeds``.
+    Rows ``recipe``, ``labels``, ``class`` (``mean`` first), ``dice``, ``seed_std`` (sample standard deviation of the runs'
+    means; None with one seed), ``by_seed``, ``cases``, ``seeds``.
     """
     rows = list(rows)
     means = []
@@ -243,18 +227,11 @@ def recipe_means(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
             for name, tables in scores.items():
                 scored = tables[recipe][:, np.isfinite(tables[recipe][0])]
                 runs = scored.mean(axis=1) if scored.size else np.zeros(0)
-                means.append(
-                    {
-                        "recipe": recipe,
-                        "labels": labels,
-                        "class": name,
-                        "dice": float(runs.mean()) if runs.size else None,
-                        "seed_std": float(runs.std(ddof=1)) if runs.size > 1 else None,
-                        "by_seed": runs.tolist(),
-                        "cases": scored.shape[1],
-                        "seeds": len(scored),
-                    }
-                )
+                row = {"recipe": recipe, "labels": labels, "class": name}
+                row["dice"] = float(runs.mean()) if runs.size else None
+                row["seed_std"] = float(runs.std(ddof=1)) if runs.size > 1 else None
+                row |= {"by_seed": runs.tolist(), "cases": scored.shape[1], "seeds": len(scored)}
+                means.append(row)
     return means
 
 
