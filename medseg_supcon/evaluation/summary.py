@@ -19,9 +19,8 @@ from medseg_supcon.files import write_csv, write_text
 from medseg_supcon.scans import one_place
 
 EMPTY_RULE = (
-    "A class that neither the prediction nor the reference holds has no score and is in no mean "
-    "(empty: both). Where one of the two alone is empty, Dice and surface Dice are 0 and HD95 is the "
-    "diagonal of the scan."
+    "A class that is neither in the prediction nor in the reference has no score and is in no mean (empty: both). If only "
+    "one of the two is empty, Dice and surface Dice are 0 and HD95 is the diagonal of the scan."
 )
 COLUMNS = ("case", "class", *METRICS, "tolerance_mm", "volume_ml", "reference_volume_ml", "empty")
 

@@ -27,7 +27,7 @@ from medseg_supcon.comparison import jobs as _compare
 from medseg_supcon.comparison import jobs as _workers
 from medseg_supcon.comparison import runs as _runs
 from medseg_supcon.datasets import read_dataset
-from medseg_supcon.errors import RunError
+from medseg_supcon.errors import MedsegError, RunError
 from medseg_supcon.files import alone
 from medseg_supcon.training import checkpoint as _checkpoint
 from medseg_supcon.training import is_finished
@@ -339,3 +339,68 @@ def test_a_failure_is_a_sentence(design, copied, monkeypatch):
     )
     with pytest.raises(RunError, match=f"1 of 2 runs failed; {SECOND}: no memory"):
         again(design, copied, processes=True)
+
+
+JSON_DAMAGE = (b"", b"{", b"[]", b'{"rows": NaN}', b"\xff\xfe", b"[" * 100_000)
+
+
+def damage(path, content):
+    path.write_bytes(content)
+    later = path.stat().st_mtime + 5  # newer than the model, as written by this run
+    os.utime(path, (later, later))
+
+
+@pytest.mark.parametrize("content", JSON_DAMAGE, ids=range(len(JSON_DAMAGE)))
+@pytest.mark.parametrize(
+    "name",
+    ["plans/labels2.json", "jobs/plans/labels2.json", f"jobs/{SECOND}.json"],
+    ids=["plan", "its job", "job"],
+)
+def test_a_damaged_record_is_a_sentence(design, compared, copied, name, content):
+    damage(copied / name, content)
+    with pytest.raises(MedsegError, match=re.escape(str(copied / name))):
+        again(design, copied)
+
+
+@pytest.mark.parametrize("content", [*JSON_DAMAGE, None], ids=range(len(JSON_DAMAGE) + 1))
+def test_damaged_scores_and_costs_do_not_stop_a_comparison(design, compared, copied, content):
+    """Scores are computed again; a cost that is lost is not shown."""
+    metrics = copied / "tests" / SECOND / "clean" / "metrics.json"
+    if content is None:  # whole JSON, one class missing
+        report = json.loads(metrics.read_text())
+        report["rows"].pop()
+        content = json.dumps(report).encode()
+    for path in (metrics, copied / "tests" / SECOND / "cost.json", copied / "comparison.json"):
+        damage(path, content)
+    report = again(design, copied)
+    assert report["differences"] == compared[1]["differences"]
+    assert [run["memory_gib"] is None for run in report["runs"]] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("logs/history.csv", b""),
+        ("logs/history.csv", b"epoch,loss\n1,0.5\n"),
+        ("logs/history.csv", b"epoch,step,seconds\n1,3,many\n"),
+        ("logs/history.csv", b"epoch,step,seconds\n1,3,1,\xff\n"),
+        ("models/checkpoint.pt", {"epoch": 1}),
+        ("models/checkpoint.pt", [1]),
+        ("models/checkpoint.pt", b""),
+        ("models/checkpoint.pt", None),
+        ("models/model.pt", None),
+        ("models/model.pt", b"not weights"),
+    ],
+)
+def test_a_damaged_run_is_a_sentence(design, copied, name, content):
+    path = copied / "runs" / SECOND / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is None:
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        torch.save(content, path)
+    if name == "models/model.pt":
+        shutil.rmtree(copied / "tests" / SECOND)
+    with pytest.raises(MedsegError, match=re.escape(name.rpartition("/")[2])):
+        again(design, copied)
