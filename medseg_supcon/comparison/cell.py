@@ -15,7 +15,14 @@ import torch
 from medseg_supcon.bundle import is_planned, read_config
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import read_json, write_text
-from medseg_supcon.training import is_complete, machine_name, peak_memory_gib, run_config, train_run
+from medseg_supcon.training import (
+    is_complete,
+    load_tensors,
+    machine_name,
+    peak_memory_gib,
+    run_config,
+    train_run,
+)
 
 CLEAN, TRAINING = "clean", "training scans"
 Job = Mapping[str, Any]
@@ -36,6 +43,7 @@ def run_cell(job: Job, device: str | None = None, quiet: bool = False, sharing: 
             continue
         folder = scores_folder(tests, condition)
         (folder / "metrics.json").unlink(missing_ok=True)
+        load_tensors(run / "models" / "model.pt")  # a sentence if the file is damaged
         run_config(
             run,
             "evaluate",
