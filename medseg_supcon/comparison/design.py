@@ -134,14 +134,12 @@ def design_comparison(
     get them as unlabelled scans either); if there are none of those, a quarter of the cases is put aside first.
 
     Args:
-        dataset: what was read.
+        dataset, own, axes: see `Design`.
         recipes: names or files, or (name, name or file), the baseline first; at least two.
-        seeds: of training.
+        seeds, split_seed: of training, and of the one order from which all budgets are taken.
         labels: budgets: labelled scans, validation included; None: all of the pool.
         cases, test_cases: names of the cases of the pool, and of those to test on.
-        split_seed: of the one order from which all budgets are taken.
         validation: share of every budget that validates, below 1; 0: all labelled scans train.
-        own, axes: see `Design`.
 
     Raises:
         ConfigError: fewer than two recipes, a recipe that does not exist, or a value given twice.

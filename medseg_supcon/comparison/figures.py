@@ -135,42 +135,29 @@ def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> Non
 
     budget = max(row["labels"] for row in table)
     rows = [row for row in table if row["labels"] == budget]
-    figure = new_figure(max(6.0, 1.6 + 0.72 * len(rows)), 4.2)
+    figure = new_figure(max(6.0, 1.6 + 0.72 * len(rows)), 4.4)
     axis = figure.subplots()
     styles = _styles(recipes)
-    hollow: dict[str, Any] = {"markersize": 5, "markerfacecolor": "white"}
+    marks: dict[str, dict[str, Any]] = {
+        "test": {"markersize": 8},
+        "validation": {"markersize": 5, "markerfacecolor": "white"},
+        "training": {"markersize": 11, "marker": "_"},
+    }
+    handles = []
     for recipe, color, marker, shift in styles:
-        for place, row in enumerate(rows):
-            marks: dict[str, dict[str, Any]] = {
-                "training_dice": {"marker": "_", "markersize": 11},
-                "validation_dice": {"marker": marker, **hollow},
-                "test_dice": {"marker": marker, "markersize": 8},
-            }
-            for score, style in marks.items():
-                if row["of"][recipe][score] is not None:
-                    x = place + 0.22 * len(styles) * shift
-                    axis.plot(x, row["of"][recipe][score], color=color, linestyle="", **style)
-    first, *others = rows[0]["levels"]
-    names = ["\n".join(row["levels"][axis] for axis in others) or row["levels"][first] for row in rows]
-    axis.set_xticks(range(len(rows)), names, fontsize=8)
+        look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": ""}
+        handles.append(Line2D([], [], label=recipe, markersize=8, **look))
+        for score, style in marks.items():
+            dice = [row["of"][recipe][f"{score}_dice"] for row in rows]
+            x = np.arange(len(rows)) + 0.22 * len(styles) * shift
+            axis.plot(x, [np.nan if d is None else d for d in dice], **(look | style))
+    black: dict[str, Any] = {"color": INK, "marker": "o", "linestyle": ""}
+    handles += [Line2D([], [], label=score, **(black | style)) for score, style in marks.items()]
+    axis.set_xticks(range(len(rows)), ["\n".join(row["levels"].values()) for row in rows], fontsize=8)
     axis.set_xlim(-0.6, len(rows) - 0.4)
     axis.set_ylim(bottom=0)
     dress(axis, f"Dice by {', '.join(rows[0]['levels'])} ({budget} labelled scans)", "")
     axis.grid(visible=False, axis="x")
-    if others:
-        _groups(axis, [row["levels"][first] for row in rows])
-    no_line: dict[str, Any] = {"linestyle": ""}
-    handles = [
-        Line2D([], [], color=c, marker=m, markersize=8, label=name, **no_line) for name, c, m, _ in styles
-    ]
-    handles += [
-        Line2D([], [], color=INK, label=name, **no_line, **style)
-        for name, style in (
-            ("test", {"marker": "o", "markersize": 8}),
-            ("validation", {"marker": "o", **hollow}),
-            ("training", {"marker": "_", "markersize": 11}),
-        )
-    ]
     legend_below(figure, handles)
     save(figure, path)
 
@@ -230,14 +217,3 @@ def _plot_mean(axis: Any, histories: Sequence[History], column: str, **style: An
     epochs = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     mean = [float(np.mean([curve[epoch] for curve in curves])) for epoch in epochs]
     axis.plot(epochs, mean, marker="." if len(epochs) < 3 else "", **style)
-
-
-def _groups(axis: Any, levels: Sequence[str]) -> None:
-    """Names of the first axis' levels above their columns, and lines between them."""
-    starts = [i for i, level in enumerate(levels) if i == 0 or level != levels[i - 1]]
-    for start, end in zip(starts, [*starts[1:], len(levels)], strict=True):
-        place = {"xy": ((start + end - 1) / 2, 1.0), "xycoords": ("data", "axes fraction")}
-        style = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center", "fontsize": 10}
-        axis.annotate(levels[start], **place, **style)
-        if start:
-            axis.axvline(start - 0.5, color=INK, linewidth=0.8)

@@ -148,12 +148,10 @@ def compare(
     Args:
         design: of `design_comparison`.
         out: folder of the comparison; new, or of an earlier call.
-        epochs: of every run; by default the first plan's.
-        settings: (key, value) overrides for all runs, as of ``medseg train --set``.
+        epochs, settings: of all runs; by default the first plan's length; (key, value) as of ``medseg train --set``.
         device, workers: see `devices`. On a CPU workers divide its threads: a run's scores depend on its seed and its
             number of threads, not on what runs beside it.
-        robustness: also test on degraded scans.
-        training_score: also measure Dice on the scans trained on.
+        robustness, training_score: also test on degraded scans, and on the scans trained on.
         trust_scan_affine: as ``medseg train --allow-affine-mismatch``.
         say: called with lines on the progress.
         processes: False: run everything in this process, quietly.

@@ -149,9 +149,7 @@ def on_degraded_scans(robustness: Sequence[Row]) -> list[str]:
         ]
         rest = ", ".join(row["condition"] for row in rows if not excludes_zero(row))
         baseline, few = rows[0]["baseline"], too_few(rows[0])
-        if all(row["low"] == row["high"] == 0 for row in rows):
-            text = f"{recipe} and {baseline} give the same result with {rest}"
-        elif not differ:
+        if not differ:
             text = f"no clear difference between {recipe} and {baseline} with {rest}"
         else:
             text = f"{recipe} against {baseline} {', '.join(differ)}{few and f', {few}: too few to be sure'}"

@@ -73,6 +73,10 @@ def _inches(names: Sequence[str], columns: int) -> float:
 
 def save(figure: Any, path: Path) -> None:
     """Writes a PNG; a `RunError` if it cannot be written."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # names may have $ signs
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png", dpi=110)

@@ -165,7 +165,7 @@ def test_degraded_scans_are_in_the_answer(written):
     out, _, found = written
     worse = [sentence for sentence in found["answers"] if "on degraded scans" in sentence]
     itself = [sentence for sentence in worse if "same and base" in sentence]
-    assert len(itself) == 2 and all("give the same result with noise" in sentence for sentence in itself)
+    assert len(itself) == 2 and all("no clear difference" in sentence for sentence in itself)
     worse = [sentence for sentence in worse if sentence not in itself]
     assert len(worse) == 2, "budgets"
     for row in found["robustness"]:
@@ -271,3 +271,48 @@ def test_scans_without_structures_that_only_noise_fills():
     assert [r["dice_change"] for r in with_changes([clean, noise], ["a", "b"])] == [None, None]
     assert answer(clean) == "With 1 labelled scan: b and a have no score to compare."
     assert "1 test scan, 1 seed)" in answer(noise)
+
+
+EVIL = "=a|<script>x()</script>`b` $x_{$\n# c"
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_names_with_special_signs_are_shown_as_they_are(grid, tmp_path):
+    rng = np.random.default_rng(1)
+    levels = {f"axis{EVIL}": {f"{level}{EVIL}": {"k": EVIL} for level in "st"}} if grid else {}
+    variants = [{"name": name, "levels": {axis: name}} for axis in levels for name in levels[axis]]
+    variants = variants or [{"name": "", "levels": {}}]
+    rows, runs, histories = [], [], []
+    for variant in variants:
+        for recipe in ("base", f"r{EVIL}"):
+            key = {"variant": variant["name"]} if grid else {}
+            key |= {"recipe": recipe, "labels": 3, "seed": 0}
+            for case in (EVIL, "d"):
+                for name in (EVIL, "organ"):
+                    rows.append(key | {"case": case, "class": name, "dice": rng.random()})
+            scores = dict.fromkeys(("test_dice", "test_hd95_mm", "validation_dice", "loss"), 0.5)
+            cost = {"epochs": 1, "steps": 1, "minutes": 1.0, "memory_gib": None, "machine": EVIL}
+            runs.append(key | scores | {"contrastive_loss": -0.5} | cost)
+            histories.append(key | {"history": [{"epoch": 1.0, "loss": 1.0, "val_mean_dice": 0.5}]})
+    recipes = ["base", f"r{EVIL}"]
+    split = {"training": [EVIL], "validation": ["v"], "unlabelled": []}
+    about = {
+        "dataset": EVIL, "recipes": recipes, "classes": [EVIL, "organ"], "settings": [EVIL], "seeds": [0],
+        "overlays": {r: {EVIL: EVIL} for r in recipes}, "descriptions": dict.fromkeys(recipes, EVIL),
+        "patch_size": [8, 8, 8], "splits": {3: split}, "test": [EVIL, "d"], "tested_on": EVIL, "epochs": 1,
+        "steps": 1, "patches_per_step": 4, "warnings": [EVIL], "axes": levels, "variants": variants,
+    }  # fmt: skip
+    report = write_comparison(tmp_path, Results(about, {"clean": rows, "noise": rows}, runs, histories))
+    assert len(report["robustness"]) == 2 * len(variants)
+    html, text = ((tmp_path / name).read_text() for name in ("report.html", "summary.md"))
+    assert "<script" not in html and "<script" not in text
+    assert not re.search(r"^# c", text, re.MULTILINE) and "1 epoch," in text and "1 step of" in text
+    head = None
+    for line in text.splitlines():
+        columns = line.replace("\\|", "").count("|") if line.startswith("|") else None
+        assert head is None or columns is None or columns == head, line
+        head = columns
+    for path in tmp_path.glob("*.csv"):
+        cells = [cell for row in read(path) for pair in row.items() for cell in pair]
+        assert not any(cell.startswith(("=", "+", "@")) for cell in cells), path
+        assert all(float(cell) < 0 for cell in cells if cell.startswith("-")), path
