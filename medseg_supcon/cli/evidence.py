@@ -90,8 +90,9 @@ def compare(
 ) -> None:
     """Compare recipes on your data: which is better, by how much, how sure that is, and at what cost.
 
-    Every recipe is trained with every seed and label budget, and all runs are tested on the same scans. Name the recipes with
-    --recipes, or give a file with --config; options override the file.
+    Every recipe is trained with every seed and label budget, and all runs are tested on the same scans.
+
+    Name the recipes with --recipes, or give a file with --config; options override the file.
 
     To go on after an interruption, give the command again: finished runs are kept. Without --device, all GPUs are used.
     """
@@ -188,5 +189,7 @@ def _numbers(text: str, option: str) -> list[Any]:
     values = _separated(text, option)
     for value in values:
         if value not in words and not (value.isdecimal() and len(value) < 10):
-            raise ConfigError(f"{option}: {value!r} is not a whole number{' or all' if words else ''}.")
+            raise ConfigError(
+                f"{option}: {value!r} is not a whole number of at most 9 digits{', nor all' if words else ''}."
+            )
     return [value if value in words else int(value) for value in values]

@@ -108,13 +108,12 @@ def read_history(run: Path) -> list[dict[str, float]]:
 
 def _draw_examples(design: Design, out: Path, results: Sequence[Row]) -> list[tuple[str, str]]:
     """The test scan of median Dice under the baseline, with the mask of each recipe's first run of the largest budget."""
-    budget, seed = max(design.splits), design.seeds[0]
+    budget, seed, baseline = max(design.splits), design.seeds[0], design.recipes[0]
     dice: dict[tuple[str, str], list[float]] = {}
     for row in results:
         if (row["labels"], row["seed"]) == (budget, seed) and row["dice"] is not None:
             dice.setdefault((row["recipe"], row["case"]), []).append(row["dice"])
     score = {key: sum(values) / len(values) for key, values in dice.items()}
-    baseline = design.recipes[0]
     ranked = sorted(
         (score[baseline, c.name], i) for i, c in enumerate(design.test) if (baseline, c.name) in score
     )

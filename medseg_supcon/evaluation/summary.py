@@ -234,7 +234,7 @@ def score_case(
     if unknown:
         raise DataError(
             f"{name}: the label map holds the values {unknown[:5]}, which the data set does not declare "
-            f"(declared: {declared}). Add them to the labels or mend the label map."
+            f"(declared: {declared}). Add them to the labels, or correct the label map."
         )
     rows = case_metrics(prediction, reference, spacing, labels, ignore, tolerance_mm)
     return [{"case": name, **row} for row in rows]
