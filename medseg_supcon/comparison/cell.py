@@ -25,6 +25,7 @@ from medseg_supcon.training import (
 )
 
 CLEAN, TRAINING = "clean", "training scans"
+NUMBERS = ("dice", "hd95_mm", "surface_dice", "volume_ml", "reference_volume_ml")
 Job = Mapping[str, Any]
 
 
@@ -89,7 +90,7 @@ def read_scores(job: Job, condition: str) -> list[dict[str, Any]] | None:
             return None
         rows: list[dict[str, Any]] = read_json(path)["rows"]
         wanted = {(item["name"], name) for item in job["conditions"][condition] for name in job["classes"]}
-        numbers = [row[key] for row in rows for key in ("dice", "hd95_mm") if row[key] is not None]
+        numbers = [row[key] for row in rows for key in NUMBERS if row[key] is not None]
         if {(row["case"], row["class"]) for row in rows} == wanted and all(map(math.isfinite, numbers)):
             return rows
     return None

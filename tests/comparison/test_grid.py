@@ -308,10 +308,10 @@ def test_no_such_file(tmp_path):
         ("# R\xf6ntgen\n".encode("latin-1"), "not in UTF-8"),
     ):
         (tmp_path / "a.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-        start = time.monotonic()
+        start = time.process_time()
         with pytest.raises(ConfigError, match=says):
             read_comparison(tmp_path / "a.yaml")
-        assert time.monotonic() - start < 1
+        assert time.process_time() - start < 1
         if says != "not YAML" or text == "recipes: [":
             with pytest.raises(ConfigError, match=says):
                 read_recipe(tmp_path / "a.yaml")
