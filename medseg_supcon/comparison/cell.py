@@ -20,6 +20,7 @@ from medseg_supcon.inference import Predictor, evaluate_items
 from medseg_supcon.training import is_complete, machine_name, peak_memory_gib, train_run
 
 CLEAN, TRAINING = "clean", "training scans"
+NUMBERS = ("dice", "hd95_mm", "surface_dice", "volume_ml", "reference_volume_ml")
 Job = Mapping[str, Any]
 
 
@@ -76,7 +77,7 @@ def read_scores(job: Job, condition: str) -> list[dict[str, Any]] | None:
             return None
         rows: list[dict[str, Any]] = read_json(path)["rows"]
         wanted = {(item["name"], name) for item in job["conditions"][condition] for name in job["classes"]}
-        numbers = [row[key] for row in rows for key in ("dice", "hd95_mm") if row[key] is not None]
+        numbers = [row[key] for row in rows for key in NUMBERS if row[key] is not None]
         if {(row["case"], row["class"]) for row in rows} == wanted and all(map(math.isfinite, numbers)):
             return rows
     return None

@@ -43,8 +43,7 @@ PLAIN = Variant()
 def make_variants(axes: Axes) -> tuple[Variant, ...]:
     """Every combination of one level from each axis, the last axis changing fastest; without axes one variant.
 
-    Raises:
-        ConfigError: an axis without levels, or two combinations that would share a folder.
+    A `ConfigError` if an axis has no levels, or two combinations would share a folder.
 
     Example:
         >>> axes = {"optimiser": {"SGD": {"learning_rate": 0.1}, "Adam": {}}, "decay": {"on": {}, "off": {}}}
@@ -195,9 +194,9 @@ def _refuse_repeated(option: str, values: Sequence[object]) -> None:
 def _refuse_missing_scans(files: Mapping[str, str | Path], splits: Mapping[int, Split]) -> None:
     """A recipe that needs unlabelled scans would otherwise fail hours later."""
     bare = [labels for labels, split in splits.items() if not split.unlabelled]
-    for name, file in files.items():
+    for name, file in files.items() if bare else ():
         sampler = read_recipe(file).get("train::sampler")
-        if bare and isinstance(sampler, Mapping) and sampler.get("required"):
+        if isinstance(sampler, Mapping) and sampler.get("required"):
             raise ConfigError(
                 f"The recipe {name} also learns from scans without labels, and with {counted(bare[0], 'labelled scan')} "
                 "none is left: the others are tested on, or all are labelled. Name the scans to test on with "

@@ -44,11 +44,7 @@ TITLES = dict(zip(RUN_SCORES, ("loss", "train", "valid.", "test"), strict=True))
 
 
 def write_comparison(out: Path, results: Results) -> Row:
-    """Write the CSV tables, ``pictures/``, ``summary.md`` and ``report.html``.
-
-    Returns:
-        everything that the report says, as JSON values.
-    """
+    """Write the CSV tables, ``pictures/``, ``summary.md`` and ``report.html``; returns what they say, as JSON values."""
     about, clean, pictures = results.about, results.scores["clean"], out / "pictures"
     recipes = list(about["recipes"])
     differences = _compare(clean, about)

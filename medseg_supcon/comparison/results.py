@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_supcon.bundle import describe_recipe, read_recipe
-from medseg_supcon.comparison.cell import CLEAN, TRAINING, read_cost, read_scores, scores_folder
+from medseg_supcon.comparison.cell import CLEAN, NUMBERS, TRAINING, read_cost, read_scores, scores_folder
 from medseg_supcon.comparison.design import Cell, Design
 from medseg_supcon.comparison.runs import unequal_recipes
 from medseg_supcon.comparison.statistics import MEAN, compare_recipes, recipe_means
@@ -22,7 +22,6 @@ from medseg_supcon.training import is_finished
 Row = dict[str, Any]
 Means = Mapping[tuple[str, str, int], float | None]  # by variant, recipe and label budget
 MOST_EXAMPLES = 4
-SCORES = ("dice", "hd95_mm", "surface_dice", "volume_ml", "reference_volume_ml", "empty")
 RUN_SCORES = ("contrastive_loss", "training_dice", "validation_dice", "test_dice")
 
 
@@ -48,7 +47,7 @@ def read_results(
         rows = {condition: _scores(job, condition, cell) for condition in job["conditions"]}
         history = read_history(run)
         histories.append(cell.key | {"history": history})
-        runs.append(cell.key | _run_row(run, history, rows) | read_cost(out / "tests" / cell.name))
+        runs.append(cell.key | _run_row(history, rows) | read_cost(out / "tests" / cell.name))
         runs[-1]["finished"] = is_finished(run)
         if TRAINING in rows:
             runs[-1]["training_dice"] = summarise(rows.pop(TRAINING))["mean"]["dice"]
@@ -62,10 +61,10 @@ def _scores(job: Row, condition: str, cell: Cell) -> list[Row]:
     rows = read_scores(job, condition)
     if rows is None:
         raise RunError(f"{scores_folder(Path(job['tests']), condition)} was changed. Give the command again.")
-    return [cell.key | {key: row.get(key) for key in ("case", "class", *SCORES)} for row in rows]
+    return [cell.key | {key: row.get(key) for key in ("case", "class", *NUMBERS, "empty")} for row in rows]
 
 
-def _run_row(run: Path, history: Sequence[Row], rows: Mapping[str, Sequence[Row]]) -> Row:
+def _run_row(history: Sequence[Row], rows: Mapping[str, Sequence[Row]]) -> Row:
     """``test_*``: mean over classes; validation Dice and losses: of the last epoch that has one."""
     test = summarise(rows[CLEAN])["mean"]
 
@@ -86,11 +85,7 @@ def _run_row(run: Path, history: Sequence[Row], rows: Mapping[str, Sequence[Row]
 
 
 def read_history(run: Path) -> list[dict[str, float]]:
-    """The rows of a run's ``history.csv``, without empty cells and values that are not finite.
-
-    Raises:
-        RunError: the file is missing or damaged.
-    """
+    """The rows of a run's ``history.csv`` without empty and infinite values; a `RunError` if it is missing or damaged."""
     path = run / "logs" / "history.csv"
     try:
         with path.open(newline="", encoding="utf-8") as stream:
@@ -114,22 +109,19 @@ def _draw_examples(design: Design, out: Path, results: Sequence[Row]) -> list[tu
         if (row["labels"], row["seed"]) == (budget, seed) and row["dice"] is not None:
             dice.setdefault((row["recipe"], row["case"]), []).append(row["dice"])
     score = {key: sum(values) / len(values) for key, values in dice.items()}
-    ranked = sorted(
-        (score[baseline, c.name], i) for i, c in enumerate(design.test) if (baseline, c.name) in score
-    )
-    if not ranked:
-        return []
-    case, examples = design.test[ranked[len(ranked) // 2][1]], []
-    for recipe in list(dict.fromkeys(design.recipes))[:MOST_EXAMPLES]:
-        tests = out / "tests" / Cell(recipe, budget, seed).name
-        mask = scores_folder(tests, CLEAN) / "predictions" / f"{case.name}.nii.gz"
-        picture = out / "pictures" / "examples" / f"{recipe}.png"
+    scored = [case for case in design.test if (baseline, case.name) in score]
+    ranked = sorted(scored, key=lambda case: score[baseline, case.name])
+    examples = []
+    for recipe in list(dict.fromkeys(design.recipes))[:MOST_EXAMPLES] if ranked else ():
+        case = ranked[len(ranked) // 2]
+        tests = scores_folder(out / "tests" / Cell(recipe, budget, seed).name, CLEAN)
+        mask, picture = tests / "predictions" / f"{case.name}.nii.gz", f"examples/{recipe}.png"
         if mask.exists() and (recipe, case.name) in score:
-            overlay_figure(case.images[0], case.label, mask, picture, design.dataset.labels)
-            caption = (
-                f"{recipe}, {budget} labels, seed {seed}: {case.name}, Dice {score[recipe, case.name]:.3f}"
+            overlay_figure(
+                case.images[0], case.label, mask, out / "pictures" / picture, design.dataset.labels
             )
-            examples.append((caption, f"examples/{recipe}.png"))
+            dice_of_case = f"Dice {score[recipe, case.name]:.3f}"
+            examples.append((f"{recipe}, {budget} labels, seed {seed}: {case.name}, {dice_of_case}", picture))
     return examples
 
 

@@ -48,8 +48,7 @@ def make_plans(
 ) -> dict[int, dict[str, Any]]:
     """The plan of each budget, made once and kept in ``plans/``; all have the first one's length.
 
-    Raises:
-        RunError: a kept plan was made of other cases or settings, or has another length than ``epochs``.
+    A `RunError` if a kept plan was made of other cases or settings, or has another length than ``epochs``.
     """
     plans: dict[int, dict[str, Any]] = {}
     for labels, split in design.splits.items():
@@ -89,8 +88,7 @@ def prepare_cells(
 ) -> dict[Path, Cell]:
     """A planned run and a job file for every cell; with ``training_score`` it is tested on its training scans, too.
 
-    Raises:
-        RunError: an existing run was prepared with other cases, settings, length, or another recipe.
+    A `RunError` if an existing run was prepared with other cases, settings, length, or another recipe.
     """
     tests: dict[str, list[dict[str, Any]]] = {}
     for condition in conditions:
