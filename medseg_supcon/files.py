@@ -61,12 +61,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """A table that appears whole or not at all. None is an empty field; what no column asks for is left out."""
+    """A table that appears whole or not at all. None is an empty field; keys that are not columns are left out.
+
+    A text that a spreadsheet would run as a formula (``=cmd``) gets an apostrophe in front; numbers stay numbers.
+    """
     stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, columns, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(stream)
+    writer.writerow(_csv_cell(column) for column in columns)
+    writer.writerows([_csv_cell(row.get(column)) for column in columns] for row in rows)
     write_text(path, stream.getvalue())
+
+
+def _csv_cell(value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def read_json(path: Path) -> Any:

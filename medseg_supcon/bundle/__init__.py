@@ -14,6 +14,7 @@ from medseg_supcon.bundle.settings import (
     merge,
     parse_setting,
     read_yaml,
+    read_yaml_file,
     set_key,
 )
 from medseg_supcon.bundle.tensors import load_tensors

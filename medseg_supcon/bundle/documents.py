@@ -18,6 +18,7 @@ from medseg_supcon.bundle.metadata import loss_in_words, metadata_of, read_confi
 from medseg_supcon.bundle.recipes import shared_folder
 from medseg_supcon.files import read_json, write_text
 from medseg_supcon.networks import build_network
+from medseg_supcon.text import markdown_text
 
 TEMPLATE = "segmentation/docs/README.md.j2"
 
@@ -26,7 +27,11 @@ def model_card(run: Path) -> str:
     """The text of the model card, see :func:`write_model_card`."""
     text = (shared_folder("bundles") / TEMPLATE).read_text(encoding="utf-8")
     environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=markdown_text,
     )
     plan = read_json(run / "configs" / "plan.json")
     config, metrics = train_config(run), _optional_json(run / "eval" / "metrics.json")

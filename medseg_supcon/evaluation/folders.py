@@ -78,20 +78,20 @@ def evaluate_folders(
 
 def _files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder. Give the folder that holds the NIfTI files.")
-    found: dict[str, Path] = {}
+        raise DataError(f"{folder} is not a folder. Give the folder with the NIfTI files.")
+    by_name: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
         ending = next((e for e in NIFTI_ENDINGS if file.name.lower().endswith(e)), None)
         if ending and not file.name.startswith("."):
             name = file.name[: -len(ending)]
-            if name in found:
+            if name in by_name:
                 raise DataError(
-                    f"{folder}: there are {found[name].name} and {file.name}. Keep the one that counts."
+                    f"{folder}: {by_name[name].name} and {file.name} have the same name. Keep one of them."
                 )
-            found[name] = file
-    if not found:
+            by_name[name] = file
+    if not by_name:
         raise DataError(f"{folder} holds no NIfTI file (.nii, .nii.gz).")
-    return found
+    return by_name
 
 
 def _without_suffix(masks: Mapping[str, Path], maps: Mapping[str, Path]) -> dict[str, Path]:

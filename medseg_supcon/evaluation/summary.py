@@ -19,9 +19,8 @@ from medseg_supcon.files import write_csv, write_text
 from medseg_supcon.scans import read_nifti, same_grid
 
 EMPTY_RULE = (
-    "A class that neither the prediction nor the reference holds has no score and is in no mean "
-    "(empty: both). Where one of the two alone is empty, Dice and surface Dice are 0 and HD95 is the "
-    "diagonal of the scan."
+    "A class that is neither in the prediction nor in the reference has no score and is in no mean (empty: both). If only "
+    "one of the two is empty, Dice and surface Dice are 0 and HD95 is the diagonal of the scan."
 )
 COLUMNS = ("case", "class", *METRICS, "tolerance_mm", "volume_ml", "reference_volume_ml", "empty")
 
@@ -272,7 +271,7 @@ def score_case(
     if unknown:
         raise DataError(
             f"{name}: the label map holds the values {unknown[:5]}, which the data set does not declare "
-            f"(declared: {declared}). Add them to the labels or mend the label map."
+            f"(declared: {declared}). Add them to the labels, or correct the label map."
         )
     rows = case_metrics(prediction, reference, spacing, labels, ignore, tolerance_mm)
     return [{"case": name, **row} for row in rows]

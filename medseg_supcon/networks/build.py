@@ -1,4 +1,4 @@
-"""What a network asks of the patch size, found by asking it."""
+"""A network from its definition in plan.json, and the patch sizes that it takes."""
 
 from __future__ import annotations
 

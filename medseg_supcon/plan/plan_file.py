@@ -38,7 +38,7 @@ def read_plan(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{file}: is not valid JSON ({error.msg}, line {error.lineno}). Correct it."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, 5,000 digits, 10,000 levels
         raise ConfigError(f"{file}: cannot be read ({error}).") from None
     validate_plan(plan, source=file)
     return dict(plan)

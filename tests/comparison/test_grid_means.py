@@ -22,7 +22,7 @@ def test_a_class_that_one_run_has_no_score_for_is_in_no_mean():
     results = rows_of("slow", "plain", 0.0)
     for variant, recipe in (("slow", "own"), ("fast", "plain"), ("fast", "own")):
         results += rows_of(variant, recipe, None)
-    means = means_of_tests(VARIANTS, RECIPES, results)
+    means = means_of_tests(results)
     assert set(means) == {(v, r, 5) for v in ("slow", "fast") for r in RECIPES}
     assert list(means.values()) == pytest.approx([((0.8 + 0.4) / 2 + 0.9) / 2] * 4)
     runs = [

@@ -99,7 +99,7 @@ def test_nothing_to_score(folders: tuple[Path, Path], tmp_path: Path) -> None:
 def test_a_mask_that_is_there_packed_and_unpacked(folders: tuple[Path, Path]) -> None:
     """It is unknown which of the two is meant; one of them may be years old."""
     save(folders[0] / "b.nii", labels_of(0))
-    with pytest.raises(DataError, match=r"there are b\.nii and b\.nii\.gz\. Keep the one"):
+    with pytest.raises(DataError, match=r"b\.nii and b\.nii\.gz have the same name\. Keep one"):
         evaluate_folders(*folders, LABELS)
 
 
