@@ -1,4 +1,4 @@
-# Everything a fresh machine with Python 3.10 or newer needs: make demo, make test.
+# On a new machine with Python 3.10 or newer, run `make demo` or `make test`: each installs what it needs first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -1,1 +1,1 @@
-"""The claims of the README, each a script that prints its table."""
+"""The README's figures: each comes from a script here, which prints its table."""

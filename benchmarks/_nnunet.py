@@ -1,10 +1,10 @@
-"""nnU-Net's predictor on the network, weights, patch and spacing of a run of ours; its own everything else.
+"""nnU-Net's predictor with the network, weights, patch and spacing of one of our runs. All else is its own.
 
-Runs in an interpreter that has nnunetv2 and monai (for the network); medseg_supcon need not be there:
+It runs in an interpreter that has nnunetv2 and monai (for the network) and does not need medseg_supcon:
 
     python benchmarks/_nnunet.py RUN SCAN OUT
 
-Prints one line of JSON: seconds, and the peak of memory before (MiB).
+Prints one line of JSON: the seconds, and the peak memory before predicting (MiB).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-    os.environ.setdefault(variable, ".")  # it asks for them, and predicting needs none
+    os.environ.setdefault(variable, ".")  # it asks for them, but prediction does not use them
 
 
 def peak() -> float:
@@ -27,9 +27,9 @@ def peak() -> float:
 
 
 def plans(plan: dict[str, Any]) -> dict[str, Any]:
-    """What nnU-Net's planner would write for the run's spacing and patch, where it matters for predicting.
+    """What nnU-Net's planner would write for the run's spacing and patch, as far as prediction needs it.
 
-    Its axes are turned so that the network sees them in our order.
+    The axes are transposed so that the network sees them in our order.
     """
     window = plan["intensity"][0]
     mean = (window["a_min"] + window["a_max"]) / 2
@@ -93,7 +93,7 @@ def main(run: Path, scan: Path, out: Path) -> dict[str, float]:
     )
     out.mkdir(parents=True, exist_ok=True)
     before, start = peak(), time.perf_counter()
-    # Without worker processes, which one scan would only wait for.
+    # without worker processes, which only cost time for a single scan
     name = scan.name.removesuffix(".nii.gz")
     predictor.predict_from_files_sequential([[str(scan)]], [str(out / name)])
     return {"seconds": time.perf_counter() - start, "before": before}

@@ -1,4 +1,4 @@
-"""Commands measured from outside, by a process that imports nothing large: its own peak would count as theirs."""
+"""Measures commands from outside, in a process that imports nothing large: its own peak would count as theirs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took.
+    """What a command cost.
 
     Attributes:
-        seconds: from start to end, by the clock.
-        peak: MiB, the largest resident set (the system's ``ru_maxrss``).
+        seconds: wall-clock time from start to end.
+        peak: largest resident set in MiB (the system's ``ru_maxrss``).
         output: what it printed.
     """
 
@@ -32,7 +32,7 @@ class Cost:
 
 
 def run(command: Sequence[object], threads: int) -> Cost:
-    """Runs a command from the checkout with so many threads; what it says on stderr is shown only if it fails."""
+    """Run a command from the checkout with a number of threads; its stderr is shown only if it fails."""
     environment = dict(os.environ)
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "nnUNet_def_n_proc"):
         environment[variable] = str(threads)
@@ -60,7 +60,7 @@ def make(
     organs: int,
     changes: dict[str, Any],
 ) -> dict[str, Any]:
-    """A scan, unless it is there, and a run for it (see `benchmarks._scan`); the run's plan."""
+    """Make a scan, unless it exists, and a run for it (see `benchmarks._scan`); return the run's plan."""
     wanted = {"scan": str(scan), "run": str(run_folder), "shape": shape, "spacing": spacing}
     arguments = json.dumps({**wanted, "organs": organs, "changes": changes})
     run([sys.executable, "-m", "benchmarks._scan", arguments], 1)
@@ -69,7 +69,7 @@ def make(
 
 
 def machine(threads: int) -> str:
-    """One line: the processor, threads and versions."""
+    """One line with the processor, the threads and the versions."""
     from importlib.metadata import version
 
     names = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")]

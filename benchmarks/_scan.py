@@ -1,4 +1,4 @@
-"""What the benchmarks of inference work on: a CT-like scan, and a planned run with seeded weights."""
+"""Input of the inference benchmarks: a CT-like scan, and a planned run with seeded weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import nibabel
 import numpy as np
 import torch
 
-from medseg_supcon.datasets import Case, Dataset, Split
+from medseg_supcon.datasets import Case, CaseFingerprint, Dataset, Fingerprint, Split
 from medseg_supcon.networks import build_network
-from medseg_supcon.plan import CaseFingerprint, Fingerprint, make_plan
+from medseg_supcon.plan import make_plan
 from medseg_supcon.training import prepare_run
 
 AIR, TISSUE, NOISE = -1000, 40, 20  # HU
@@ -22,7 +22,7 @@ DENSITIES = (-400, 400)  # of the organs, HU
 
 
 def make_scan(path: Path, shape: Sequence[int], spacing: Sequence[float], organs: int) -> None:
-    """Writes an int16 CT of a body with organs (ellipsoids of several densities) and noise, plane by plane."""
+    """Write an int16 CT of a body with organs (ellipsoids of several densities) and noise, plane by plane."""
     rng = np.random.default_rng(0)
     x, y, z = (np.linspace(-1, 1, n, dtype=np.float32) for n in shape)
     centres = rng.uniform(-0.5, 0.5, (organs, 3)).astype(np.float32)
@@ -51,18 +51,18 @@ def make_run(
     organs: int,
     changes: dict[str, Any],
 ) -> dict[str, Any]:
-    """A run as `medseg plan` makes it on a CPU for scans like this one, with random weights from seed 0.
+    """Make a run as `medseg plan` does on a CPU for scans like this one, with random weights from seed 0.
 
     Args:
         run: folder to write.
-        scan: the scan's file; it is not read.
-        shape: its voxels.
+        scan: file of the scan; it is not read.
+        shape: voxels per axis.
         spacing: mm.
-        organs: classes beside background.
-        changes: entries of the plan to set.
+        organs: number of classes besides background.
+        changes: entries to set in the plan.
 
     Returns:
-        the plan.
+        The plan.
     """
     labels: dict[str, int | float] = {"background": 0, **{f"organ {i + 1}": i + 1 for i in range(organs)}}
     dataset = Dataset(scan.parent, "CT", (Case(scan.name, (scan,), scan),), ("CT",), labels)
@@ -81,7 +81,7 @@ def make_run(
     return plan
 
 
-if __name__ == "__main__":  # in a process of its own: what measures others stays small
+if __name__ == "__main__":  # run as its own process, so that the measuring process stays small
     wanted = json.loads(sys.argv[1])
     file, geometry = Path(wanted["scan"]), (wanted["shape"], wanted["spacing"], wanted["organs"])
     if not file.exists():

@@ -1,11 +1,11 @@
-"""Does contrast pay? The comparisons behind docs/results.md, on two real sets of scans.
+"""Does contrast help? The comparisons behind docs/results.md, on two real data sets.
 
     MEDSEG_DATA=/data python -m benchmarks.evidence --out DIR [--set atrium] [--part deciding] [--workers 2]
 
 MEDSEG_DATA holds `Task04_Hippocampus` (with `folds.json`: trained on folds 2-4, tested on fold 1) and
 `LeftAtrium_1p5mm` (with `splits.json`: trained on `pool`, tested on `development_test`). Every part is one
-`medseg compare`, which is printed and can be given by hand; finished runs are kept, so a broken call goes on.
-The tables go to benchmarks/results/evidence_SET_PART.md.
+`medseg compare` call, which is printed, so you can run it yourself. Finished runs are kept: after an interruption,
+run the same command again. The tables are written to benchmarks/results/evidence_SET_PART.md.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SEEDS = "0,1,2,3,4"
-STEPS_PER_EPOCH = 50  # of 4 patches: 2 views of 2 scans
-# bias_field=0 below: these comparisons are older than bias fields in the default views, and led to them
+STEPS_PER_EPOCH = 50  # each of 4 patches: 2 views of 2 scans
+# bias_field=0 below: these comparisons were made before bias fields became a default, and led to it
 
 
 @dataclass(frozen=True)
 class Task:
-    """A set of scans: its folder, how many labels decide, the other budgets, and what holds for all runs on it."""
+    """A data set: its folder, the main label budget, the other budgets, and settings of all runs on it."""
 
     folder: str
     deciding: str
@@ -37,7 +37,7 @@ class Task:
     settings: tuple[str, ...] = ()
 
     def cases(self, root: Path) -> tuple[list[str], list[str]]:
-        """Names to train on and to test on, as the data set's README says."""
+        """Names of the training and the test cases, as the data set's README defines them."""
         folder = root / self.folder
         if (folder / "folds.json").exists():
             folds = json.loads((folder / "folds.json").read_text())
@@ -48,20 +48,20 @@ class Task:
 
 TASKS = {
     "hippocampus": Task("Task04_Hippocampus", "10", "5,21,42,all"),
-    # an atrium is one piece: without its stray parts every recipe gains a point or two
+    # an atrium is one piece: removing stray parts gains every recipe a point or two
     "atrium": Task("LeftAtrium_1p5mm", "8", "4,16,all", ("plan::keep_largest=['left atrium']",)),
 }
 
 
 @dataclass(frozen=True)
 class Part:
-    """One `medseg compare` of a set.
+    """One `medseg compare` call on a data set.
 
     Attributes:
-        folder: of the comparison; parts that share one share its runs.
+        folder: folder of the comparison; parts with the same folder share its runs.
         recipes: the baseline first.
         labels: "deciding" or "budgets" of the task, or numbers.
-        sets: the tasks that it is for.
+        sets: the tasks that this part applies to.
     """
 
     folder: str
@@ -81,14 +81,14 @@ SHADED = str(HERE / "recipes" / "dice_ce_bias_field.yaml")
 SEMI_SHADED = str(HERE / "recipes" / "semi_bias_field.yaml")
 SEMI_0 = str(HERE / "recipes" / "semi_no_contrast.yaml")
 LONG_OPTIONS = ("--validation", "0", "--robustness")
-# long enough for the labels to bind: voxels of 2.5 mm, of which a step costs a third, and six times the steps
+# long enough that the number of labels matters: six times the steps, at 2.5 mm, where a step costs a third
 ATRIUM: dict[str, Any] = {
     "epochs": 60,
     "settings": ("plan::spacing=[2.5,2.5,2.5]", "plan::patch_size=[40,32,24]"),
     "options": LONG_OPTIONS,
     "sets": ("atrium",),
 }
-# the hippocampus is small: its own grid, three times the steps, as many seeds as an hour of two cores gives
+# the hippocampus is small: its own grid, three times the steps, as many seeds as fit in an hour on two cores
 HIPPOCAMPUS: dict[str, Any] = {
     "epochs": 30,
     "seeds": "0,1,2",
@@ -100,18 +100,18 @@ PARTS = {
     "ablation": Part("deciding", "dice_ce,joint"),  # the same runs: contrast alone
     "recipes": Part("deciding", f"{TUNED},joint,two_stage,semi", "0"),
     "budgets": Part("budgets", f"{TUNED},joint", "0", "budgets"),
-    # the same runs again, on scans made worse
+    # the same runs again, on degraded scans
     "robustness": Part("deciding", f"{TUNED},joint,dice_ce", options=("--robustness",)),
     "robustness_ablation": Part("deciding", "dice_ce,joint", options=("--robustness",)),
     "long": Part("long", f"{TUNED},{SEMI},{SEMI_0}", **ATRIUM),
     "long_ablation": Part("long", f"{SEMI_0},{SEMI}", **ATRIUM),
     "long_hippocampus": Part("long", f"{TUNED},{SEMI},{SEMI_0}", **HIPPOCAMPUS),
     "long_hippocampus_ablation": Part("long", f"{SEMI_0},{SEMI}", **HIPPOCAMPUS),
-    # what contrast does not give, augmentation may
+    # does augmentation give what contrast does not?
     "long_bias_field": Part("long", f"{TUNED},{SHADED}", "0,1,2", **ATRIUM),
     "long_bias_field_hippocampus": Part("long", f"{TUNED},{SHADED}", **HIPPOCAMPUS),
     "long_bias_field_semi": Part("long", f"{SHADED},{SEMI_SHADED}", "0,1,2", **ATRIUM),
-    # is it the unlabelled scans, or the views that come with them?
+    # is it the unlabelled scans, or the views that `semi` uses?
     "long_views": Part("long", f"{TUNED},{VIEWS},{SEMI_0}", **ATRIUM),
     "long_budgets": Part(
         "long_budgets",
@@ -124,7 +124,7 @@ PARTS = {
 
 
 def command(name: str, part: Part, root: Path, out: Path, workers: int) -> list[str]:
-    """One `medseg compare`; writes the files of case names that it takes."""
+    """The words of one `medseg compare` call; writes the files of case names that it reads."""
     task = TASKS[name]
     lists = []
     for option, names in zip(("--cases", "--test-cases"), task.cases(root), strict=True):
@@ -143,11 +143,11 @@ def command(name: str, part: Part, root: Path, out: Path, workers: int) -> list[
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--out", type=Path, required=True, help="folder of the comparisons")
+    options.add_argument("--out", type=Path, required=True, help="folder for the comparisons")
     options.add_argument("--set", choices=TASKS, action="append", help="default: both")
     options.add_argument("--part", choices=PARTS, action="append", help="default: all")
-    options.add_argument("--workers", type=int, default=1, help="runs at once")
-    options.add_argument("--epochs", type=int, help="another length, for a GPU; into folders of their own")
+    options.add_argument("--workers", type=int, default=1, help="number of runs at the same time")
+    options.add_argument("--epochs", type=int, help="another length, for a GPU; in folders of their own")
     options.add_argument("--print", action="store_true", help="only print the commands")
     given = options.parse_args()
     root = os.environ.get("MEDSEG_DATA")

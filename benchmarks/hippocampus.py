@@ -3,8 +3,8 @@
     MEDSEG_DATA=/data python -m benchmarks.hippocampus [--labels 20] [--set KEY=VALUE ...] [--out DIR]
 
 MEDSEG_DATA holds `Task04_Hippocampus` with `folds.json` (the published folds) and
-`nnunet_v2_cross_validation.json` (nnU-Net v2's published Dice per scan, to compare scan by scan: it trained for
-1000 epochs on a GPU with the other four folds, 208 scans).
+`nnunet_v2_cross_validation.json` (the published Dice of nnU-Net v2 per scan, to compare scan by scan: it was trained
+for 1000 epochs on a GPU with the other four folds, 208 scans).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TASK = "Task04_Hippocampus"
 
 
 def medseg(*arguments: object) -> float:
-    """Run a command of the package; seconds it took."""
+    """Run a command of the package; return the seconds that it took."""
     start = perf_counter()
     subprocess.run([sys.executable, "-m", "medseg_supcon.cli.commands", *map(str, arguments)], check=True)
     return perf_counter() - start
@@ -44,11 +44,11 @@ def dice_per_case(path: Path) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--labels", type=int, help="labelled scans in all; default: all 156")
-    options.add_argument("--set", action="append", default=[], help="KEY=VALUE, as of `medseg train`")
-    options.add_argument("--out", type=Path, help="folder for the run; default: a temporary one")
+    options.add_argument("--labels", type=int, help="labelled scans, validation included; default: all 156")
+    options.add_argument("--set", action="append", default=[], help="KEY=VALUE, as for `medseg train`")
+    options.add_argument("--out", type=Path, help="folder for the run; default: a temporary folder")
     options.add_argument(
-        "--reuse", action="store_true", help="only read the results of an earlier call in --out"
+        "--reuse", action="store_true", help="only read the results of an earlier call from --out"
     )
     given = options.parse_args()
     root = os.environ.get("MEDSEG_DATA")

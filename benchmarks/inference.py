@@ -2,10 +2,11 @@
 
     python -m benchmarks.inference [--nnunet-python PYTHON]
 
-One CT of 300 x 300 x 300 voxels, made here; 10 classes; one network with seeded weights for all three, which take
-turns, each in a process of its own: from the scan's file to the mask's, the model loaded beforehand. `stock` is
-the run's own inference.yaml (SlidingWindowInferer, Invertd on probabilities, argmax) without this package. nnU-Net
-predicts without mirroring, with its own resampling; its interpreter needs nnunetv2 and monai (for the network).
+The scan is a CT of 300 x 300 x 300 voxels with 10 classes, made here. All three use one network with seeded
+weights. They take turns, each in its own process. The time is from the scan's file to the mask's, with the model
+already loaded. The stock bundle is the run's own inference.yaml (SlidingWindowInferer, Invertd on probabilities,
+argmax) without this package. nnU-Net predicts without mirroring, with its own resampling; its interpreter needs
+nnunetv2 and monai (for the network).
 """
 
 from __future__ import annotations
@@ -59,12 +60,12 @@ def stock(run_folder: Path, scan: Path, out: Path) -> Callable[[], object]:
         device="$torch.device('cpu')",
     )
     workflow.initialize()
-    workflow.parser.get_parsed_content("evaluator")  # the network and its handlers; its weights come with run
+    workflow.parser.get_parsed_content("evaluator")  # the weights are loaded by run
     return workflow.run
 
 
 def measure(name: str, run_folder: Path, scan: Path, out: Path) -> Result:
-    """In the contestant's own process: seconds, and the peak before (MiB)."""
+    """Run in the contestant's own process: the seconds, and the peak memory before predicting (MiB)."""
     import resource
 
     import torch
@@ -79,7 +80,7 @@ def measure(name: str, run_folder: Path, scan: Path, out: Path) -> Result:
 def contest(
     run_folder: Path, scan: Path, out: Path, args: argparse.Namespace, python: str | None
 ) -> dict[str, Result]:
-    """Each contestant's best time and largest peak over rounds in turns, and the voxels that differ from ours."""
+    """Best time and largest peak of each contestant over alternating rounds, and the voxels that differ from ours."""
     results: dict[str, Result] = {}
     for _ in range(args.rounds):
         for name in (OURS, STOCK, *([NNUNET] if python else [])):
@@ -111,7 +112,7 @@ def contest(
 
 
 def different(a: Path, b: Path) -> float:
-    """Voxels in which two masks differ."""
+    """The number of voxels in which two masks differ."""
     import nibabel
     import numpy as np
 
@@ -140,7 +141,7 @@ def table(results: dict[str, Result], voxels: int) -> str:
 
 
 def with_nnunet(python: str) -> tuple[str | None, str]:
-    """The interpreter if it has nnunetv2, and a sentence."""
+    """The interpreter, or None if it does not have nnunetv2, and a sentence about it."""
     ask = "import importlib.metadata as m, nnunetv2, monai, torch; print(m.version('nnunetv2'), torch.__version__)"
     done = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -155,15 +156,15 @@ def with_nnunet(python: str) -> tuple[str | None, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "--nnunet-python", default=sys.executable, help="interpreter that has nnunetv2 and monai"
+        "--nnunet-python", default=sys.executable, help="an interpreter that has nnunetv2 and monai"
     )
     parser.add_argument("--shape", type=int, nargs=3, default=[300, 300, 300])
     parser.add_argument("--spacing", type=float, nargs=3, default=[0.8, 0.8, 1.2], help="mm")
-    parser.add_argument("--organs", type=int, default=9, help="classes beside background")
+    parser.add_argument("--organs", type=int, default=9, help="number of classes besides background")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--result", type=Path, default=RESULT, help="file for the tables")
+    parser.add_argument("--result", type=Path, default=RESULT, help="file to write the tables to")
     parser.add_argument("--measure", nargs=4, metavar=("NAME", "RUN", "SCAN", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -186,13 +187,13 @@ def main() -> None:
         "# Predicting one scan on a CPU\n\n`python -m benchmarks.inference --nnunet-python PYTHON`\n\n"
         f"{machine(args.threads)}. {sentence}\n\n"
         f"One int16 CT of {times(args.shape)} voxels of {times(args.spacing)} mm (.nii.gz), {args.organs + 1} classes, "
-        "overlap 0.5; the same network and weights (random, seed 0) for all. Seconds from the scan's file to the "
-        f"mask's with the model loaded, best of {args.rounds} rounds in turns; peak: the largest resident set of the "
-        "process (ru_maxrss), and that above what it had reached with the model loaded. In brackets: times slower "
-        "than ours, and our share of its memory.\n\n"
-        "Where our mask differs from the stock bundle's, two classes tie to within rounding. nnU-Net gets another "
-        "one: it interpolates (scans by cubic splines, logits instead of probabilities), places and blends windows "
-        "(in half precision) otherwise, and random weights make much of small differences.\n\n"
+        "overlap 0.5. All use the same network and weights (random, seed 0). Seconds: from the scan's file to the "
+        f"mask's with the model loaded, best of {args.rounds} alternating rounds. Peak: the largest resident set of the "
+        "process (ru_maxrss); above the start: what exceeds its peak with the model loaded. In brackets: how many "
+        "times slower than ours, and our share of its memory.\n\n"
+        "Where our mask differs from the stock bundle's, two classes tie to within rounding. nnU-Net's mask differs "
+        "more: it interpolates in another way (scans by cubic splines, logits instead of probabilities), places and "
+        "blends windows in another way (in half precision), and random weights amplify small differences.\n\n"
         + "\n".join(parts)
     )
     args.result.write_text(text)

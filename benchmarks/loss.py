@@ -1,9 +1,9 @@
-"""Time and peak memory of the contrastive loss, forward plus backward, against public versions.
+"""Time and peak memory of the contrastive loss, forward plus backward, compared with public implementations.
 
     python -m benchmarks.loss                  CPU, two threads: the table of docs/losses.md
     python -m benchmarks.loss --device cuda    up to every voxel of a 96^3 patch, FlexAttention included
 
-Every measurement has a process of its own; the contestants take turns, and the best round counts.
+Every measurement runs in its own process. The contestants take turns, and the best round counts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DIM, CLASSES, TEMPERATURE = 64, 4, 0.1
-SECONDS = 4.0  # steps are repeated for so long in each process, and the fastest counts
+SECONDS = 4.0  # how long steps are repeated in each process; the fastest counts
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -35,7 +35,7 @@ def ours() -> Loss:
 
 
 def full_matrix() -> Loss:
-    """The loss as one would write it: one N x N matrix and masks."""
+    """The loss as usually written: one N x N matrix and masks."""
 
     def loss(z: Tensor, y: Tensor) -> Tensor:
         u = F.normalize(z, dim=1)
@@ -55,7 +55,7 @@ def pytorch_metric_learning() -> Loss:
 
 
 def flex_attention() -> Loss:
-    """Log-sum-exp by torch's FlexAttention, the positives through class sums."""
+    """Log-sum-exp with torch's FlexAttention; the positives through class sums."""
     from torch.nn.attention.flex_attention import AuxRequest
     from torch.nn.attention.flex_attention import flex_attention as flex
 
@@ -91,10 +91,10 @@ CONTESTANTS = {
 
 
 def measure(name: str, n: int, device: str, threads: int) -> dict[str, float]:
-    """One contestant at one size: the best time of a step (s), its extra peak memory (MiB), the loss."""
+    """One contestant at one size: best time of a step (s), its extra peak memory (MiB), and the loss."""
     torch.set_num_threads(threads)
     loss = CONTESTANTS[name]()
-    step(loss, *batch(256, device))  # libraries loaded, thread pools started
+    step(loss, *batch(256, device))  # loads libraries and starts thread pools
     z, y = batch(n, device)
     z.grad = torch.zeros_like(z)
     meter = PeakMemory(device)
@@ -129,7 +129,7 @@ def wait(device: str) -> None:
 
 
 class PeakMemory:
-    """Peak memory above what was held when the meter started, in bytes."""
+    """Peak memory above what was in use when the meter started, in bytes."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -137,7 +137,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark
             self.start = self._status("VmRSS")
 
     def extra(self) -> int:
@@ -154,7 +154,7 @@ class PeakMemory:
 
 
 def in_own_process(name: str, n: int, args: argparse.Namespace) -> dict[str, float] | None:
-    """`measure` in a fresh interpreter; None where it ran out of memory."""
+    """Run `measure` in a new interpreter; None if it ran out of memory."""
     command = [sys.executable, "-m", "benchmarks.loss", "--measure", name, str(n)]
     command += ["--device", args.device, "--threads", str(args.threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -167,7 +167,7 @@ def in_own_process(name: str, n: int, args: argparse.Namespace) -> dict[str, flo
 
 
 def contest(args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
-    """Best time and smallest peak of every contestant at every size, over interleaved rounds."""
+    """Best time and smallest peak of every contestant at every size, over alternating rounds."""
     best: dict[tuple[str, int], dict[str, float]] = {}
     for n in args.sizes:
         rivals = [c for c in args.contestants if c == "medseg_supcon" or n <= args.rivals_up_to]
@@ -182,7 +182,7 @@ def contest(args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]
                     so_far[key] = min(so_far[key], result[key])
         for name in rivals:
             if abs(best[name, n]["loss"] / best["medseg_supcon", n]["loss"] - 1) > 1e-4:
-                raise SystemExit(f"{name} gives another loss at N = {n}: {best[name, n]['loss']}")
+                raise SystemExit(f"{name} gives a different loss at N = {n}: {best[name, n]['loss']}")
         print(f"N = {n}: done", file=sys.stderr, flush=True)
     return best
 
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sizes", type=int, nargs="+")
-    parser.add_argument("--rivals-up-to", type=int, help="largest N at which the others run")
+    parser.add_argument("--rivals-up-to", type=int, help="largest N at which the other implementations run")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS)
     parser.add_argument("--measure", nargs=2, metavar=("NAME", "N"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -241,7 +241,7 @@ def main() -> None:
         f"`{command}`\n\n"
         f"{machine(args)}; D = {DIM}, {CLASSES} classes, temperature {TEMPERATURE}, float32. "
         f"Best of {args.rounds} rounds; MiB: peak above the inputs and their gradient. "
-        f"In brackets: times slower than ours, and our share of its memory.\n\n{table(contest(args), args)}\n"
+        f"In brackets: how many times slower than ours, and our share of its memory.\n\n{table(contest(args), args)}\n"
     )
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"loss_{args.device}.md").write_text(text)

@@ -1,9 +1,9 @@
-"""What the contrast costs: a training step of the joint recipe against the same with contrast weight 0.
+"""The cost of contrast: a training step of the joint recipe, compared with the same at contrast weight 0.
 
     python -m benchmarks.step [--steps 40] [--device cpu]
 
-The two recipes take turns, step by step, on batches from the same scans, so that a busy machine slows both.
-A step is loading, augmentation, forward, backward and optimiser; a view is one of its patches.
+The two recipes take turns, step by step, on batches from the same scans, so that a busy machine slows both down.
+A step consists of loading, augmentation, forward, backward and optimiser. A view is one of its patches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def recipe(run: Path, weight: float, device: str) -> tuple[Any, Any]:
-    """The trainer and the batches of a run, with a contrast weight."""
+    """The trainer and the batches of a run with the given contrast weight."""
     parser = ConfigParser()
     parser.read_config(str(run / "configs" / "train.yaml"))
     parser["bundle_root"] = str(run)
@@ -34,13 +34,13 @@ def recipe(run: Path, weight: float, device: str) -> tuple[Any, Any]:
     parser["contrast_warmup"] = 0
     parser["device"] = f"$torch.device('{device}')"
     trainer = parser.get_parsed_content("train::trainer")
-    # what a training begins with: without a scaler MONAI's trainer takes no mixed precision
+    # as at the start of a training: without a scaler MONAI's trainer does not use mixed precision
     trainer.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=False)
     return trainer, iter(parser.get_parsed_content("train::dataloader"))
 
 
 def step(trainer: Any, batches: Any, device: str) -> float:
-    """Seconds of one step."""
+    """Run one step; return its seconds."""
     start = perf_counter()
     trainer._iteration(trainer, next(batches))
     if device != "cpu":

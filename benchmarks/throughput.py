@@ -1,11 +1,11 @@
-"""How fast patches are trained on, and how fast a core makes them.
+"""How fast training uses patches, and how fast a core makes them.
 
     python -m benchmarks.throughput --profile [--pairs 40]              the CPU side, on any machine
-    python -m benchmarks.throughput [--epochs 6] [--set KEY=VALUE ...]  a training, on the GPU; minutes
+    python -m benchmarks.throughput [--epochs 6] [--set KEY=VALUE ...]  a training on a GPU; takes minutes
 
-The training is of nnU-Net's size on Task04: patches of 40 x 56 x 40, a U-Net of 32 to 256 channels, contrast
-included. nnU-Net's epoch has 250 steps of 9 patches; ours, as many patches: 125 steps of 9 scans, two views each.
-Scans: Task04_Hippocampus of MEDSEG_DATA where it is set, else phantoms of that size.
+The training has the size of nnU-Net's on Task04: patches of 40 x 56 x 40, a U-Net of 32 to 256 channels, contrast
+included. An epoch of nnU-Net has 250 steps of 9 patches. Ours has as many patches: 125 steps of 9 scans, with two views
+of each. The scans are Task04_Hippocampus in MEDSEG_DATA, or phantoms of that size if it is not set.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from medseg_supcon.training import prepare_run, run_config
 RESULTS = Path(__file__).parent / "results"
 GPU_TABLE = RESULTS / "throughput_gpu.md"
 NO_GPU = """
-No figure of a GPU exists: neither seconds per epoch nor utilisation has been measured. `python -m benchmarks.throughput`
-takes both on a machine that has one, and writes `throughput_gpu.md`.
+Nothing has been measured on a GPU, neither seconds per epoch nor utilisation. On a machine with a GPU,
+`python -m benchmarks.throughput` measures both and writes `throughput_gpu.md`.
 """
 PATCH, SCANS, STEPS = [40, 56, 40], 9, 125
 PATCHES = 2 * SCANS * STEPS  # as many as 250 steps of 9
 
 
 def network(classes: int) -> dict[str, Any]:
-    """nnU-Net's for these patches: four levels, two convolutions in each."""
+    """The network of nnU-Net for these patches: four levels with two convolutions each."""
     levels = {"filters": [32, 64, 128, 256], "strides": [1, 2, 2, 2], "upsample_kernel_size": [2, 2, 2]}
     size = {"spatial_dims": 3, "in_channels": 1, "out_channels": classes, "kernel_size": [3, 3, 3, 3]}
     return {"_target_": "DynUNet", **size, **levels, "norm_name": ["INSTANCE", {"affine": True}]}
 
 
 def planned(folder: Path, settings: list[tuple[str, Any]], device: str, cases: int, small: bool) -> Path:
-    """A run of that size, ready to train; a small one has the patches, and a network that is quickly planned."""
+    """A run of that size, ready to train. A small one has the same patches, and a network that is quick to plan."""
     data = Path(os.environ.get("MEDSEG_DATA", "")) / "Task04_Hippocampus"
     if not data.is_dir():
         data = make_phantoms(folder / "data", cases=20, unseen=0, size=48.0)
@@ -69,7 +69,7 @@ def planned(folder: Path, settings: list[tuple[str, Any]], device: str, cases: i
 
 
 class Stopwatch:
-    """CPU time of this thread, by what was running; what runs inside another counts there, not twice."""
+    """CPU time of this thread per watched function. Time in a nested function counts for that one only."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -89,7 +89,7 @@ class Stopwatch:
         return timed
 
     def watch_transform(self, transform: Any) -> None:
-        """Time a transform and those inside it, in place; it stays what it is for whoever asks."""
+        """Time a transform and those inside it, in place; its class name stays the same."""
         for inner in getattr(transform, "transforms", ()):
             self.watch_transform(inner)
         kind = type(transform)
@@ -99,8 +99,8 @@ class Stopwatch:
 
 
 def profile(run: Path, pairs: int) -> str:
-    """How many pairs of augmented patches one core makes a second, and where its time goes."""
-    torch.set_num_threads(1)  # as in a loader's worker
+    """How many pairs of augmented patches one core makes per second, and where its time goes."""
+    torch.set_num_threads(1)  # as in a worker of the data loader
     parser = ConfigParser()
     parser.read_config(str(run / "configs" / "train.yaml"))
     parser.update({"bundle_root": str(run), "num_workers": 0})
@@ -110,14 +110,14 @@ def profile(run: Path, pairs: int) -> str:
     cases = len(dataset)
     keys = [(1, slot, slot % cases) for slot in range(pairs)]
     for key in keys[:cases]:
-        dataset[key]  # the first ones import and allocate
+        dataset[key]  # warm-up: the first calls import and allocate
     watch = Stopwatch()
     for policy in {id(p): p for p in views.policies}.values():
         watch.watch_transform(policy)
     parts = {
         "_box": "cut the box",
-        "_run": "seed the policy, Compose, check what it gives",
-        "_geometry": "where its voxels lie in the scan",
+        "_run": "seed the policy, Compose, check the result",
+        "_geometry": "position of its voxels in the scan",
     }
     for name, words in parts.items():
         setattr(views, name, watch.watch(words, getattr(views, name)))
@@ -133,14 +133,14 @@ def profile(run: Path, pairs: int) -> str:
     return (
         f"{pairs} pairs of patches of {' x '.join(map(str, PATCH))} voxels, CPU time of one thread, "
         f"torch {torch.__version__}, {platform.machine()}\n\n"
-        f"One core: **{rate:.1f} pairs a second**. An epoch of {PATCHES} patches ({need:.0f} pairs) takes it "
-        f"{need / rate:.0f} s; 16 cores, if they share nothing, {need / rate / 16:.1f} s.\n\n"
-        f"| what | ms a pair | share |\n|---|---|---|\n{table}\n{NO_GPU if not GPU_TABLE.exists() else ''}"
+        f"One core makes **{rate:.1f} pairs per second**. An epoch of {PATCHES} patches ({need:.0f} pairs) takes "
+        f"{need / rate:.0f} s on one core, and {need / rate / 16:.1f} s on 16 cores if they share nothing.\n\n"
+        f"| what | ms per pair | share |\n|---|---|---|\n{table}\n{NO_GPU if not GPU_TABLE.exists() else ''}"
     )
 
 
 class Utilisation(threading.Thread):
-    """Mean and least utilisation of a GPU, as nvidia-smi tells it twice a second."""
+    """Utilisation of a GPU, which nvidia-smi reports twice a second."""
 
     def __init__(self, number: int) -> None:
         super().__init__(daemon=True)
@@ -157,7 +157,7 @@ class Utilisation(threading.Thread):
 
 
 def training(run: Path, device: str) -> str:
-    """Seconds per epoch after the first, and the GPU's utilisation meanwhile."""
+    """Seconds per epoch after the first one, and the utilisation of the GPU during them."""
     watch = Utilisation(torch.device(device).index or 0)
     if device != "cpu":
         watch.start()
@@ -167,19 +167,19 @@ def training(run: Path, device: str) -> str:
     watch.stop.set()
     with (run / "logs" / "history.csv").open(newline="") as stream:
         seconds = [float(row["seconds"]) for row in csv.DictReader(stream)]
-    settled = seconds[1:-1] or seconds  # the last epoch holds a validation
+    settled = seconds[1:-1] or seconds  # the last epoch includes a validation
     name = (
         torch.cuda.get_device_name(device) if device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
     )
     lines = [
         f"{name}, {os.cpu_count()} cores, torch {torch.__version__}",
         "",
-        f"{statistics.median(settled):.2f} s for an epoch of {PATCHES} patches (first {seconds[0]:.1f} s; "
-        f"{whole:.0f} s in all)",
+        f"{statistics.median(settled):.2f} s per epoch of {PATCHES} patches (first epoch {seconds[0]:.1f} s; "
+        f"{whole:.0f} s in total)",
     ]
     if watch.values:
         used = watch.values[len(watch.values) // len(seconds) :]
-        lines.append(f"GPU utilisation {statistics.mean(used):.0f} % on average, {min(used)} % at least")
+        lines.append(f"GPU utilisation {statistics.mean(used):.0f} % on average, {min(used)} % at the lowest")
     return "\n".join(lines) + "\n"
 
 
@@ -187,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--profile", action="store_true", help="the CPU side alone")
+    parser.add_argument("--profile", action="store_true", help="measure the CPU side only")
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument(
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     if given.device == "cpu" and not given.profile:
-        parser.error("there is no GPU here; --profile measures the CPU side")
+        parser.error("torch finds no GPU on this machine; --profile measures the CPU side")
     with tempfile.TemporaryDirectory() as folder:
         settings = [("epochs", given.epochs), *map(parse_setting, given.set)]
         cases = 10 if given.profile else 100

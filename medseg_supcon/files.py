@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, what a killed process leaves of them, and folders for one at a time."""
+"""Files that appear whole or not at all, leftovers of killed processes, and folder locks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock, Timeout
 
 from medseg_supcon.errors import MedsegError, RunError
 
@@ -28,7 +29,7 @@ MOST_LEVELS = 100  # of JSON
 LARGEST = 2**63  # whole number that fits into 64 bits
 HALF_CHARACTER = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # not the bytes of a file name that is not text
 OLD = 24 * 3600.0  # seconds after which a file counts as left behind where there are no locks
-_held: set[int] = set()  # handles of the folders that this process is alone in
+LOCK = ".medseg.lock"
 
 
 def temporary_name(folder: Path) -> Path:
@@ -65,12 +66,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """A table that appears whole or not at all. None is an empty field; what no column asks for is left out."""
+    """A table that appears whole or not at all. None is an empty field; keys that are not columns are left out.
+
+    A text that a spreadsheet would run as a formula (``=cmd``) gets an apostrophe in front; numbers stay numbers.
+    """
     stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, columns, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(stream)
+    writer.writerow(_csv_cell(column) for column in columns)
+    writer.writerows([_csv_cell(row.get(column)) for column in columns] for row in rows)
     write_text(path, stream.getvalue())
+
+
+def _csv_cell(value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def read_json(path: Path, error: type[MedsegError] = RunError) -> dict[str, Any]:
@@ -172,43 +186,27 @@ def _is_old(path: Path) -> bool:
 
 
 @contextmanager
-def alone(folder: Path, wait: bool = True) -> Iterator[bool]:
-    """No other process in here at the same time, where folders can be locked.
+def folder_lock(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Keep other processes out of a folder while the block runs; the lock ends with the process, however it ends.
 
-    A process that ends, however, holds no lock any more.
+    The lock is the file ``.medseg.lock``. A folder that cannot hold it (read-only, say) is not locked.
 
     Args:
-        folder: what is locked.
-        wait: until the other process is out. Else False is what it gives while another is in.
+        folder: an existing folder.
+        wait: wait for the other process. Otherwise the block gets False while another process holds the lock.
     """
-    with ExitStack() as stack:
-        free = True
-        if fcntl is not None:
-            with suppress(OSError):  # a network drive
-                handle = os.open(folder, os.O_RDONLY)
-                _held.add(handle)
-                stack.callback(_leave, handle, partial(fcntl.flock, handle, fcntl.LOCK_UN))
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    free = False
-        yield free
-
-
-def _leave(handle: int, unlock: Callable[[], None]) -> None:
-    if handle in _held:  # not in a forked process
-        _held.remove(handle)
-        with suppress(OSError):  # nothing could be locked
-            unlock()
-        os.close(handle)
-
-
-def _close_held() -> None:
-    """In a forked process, which would hold the lock on when this one is killed: a loader's worker lives 5 s longer."""
-    while _held:
-        with suppress(OSError):
-            os.close(_held.pop())
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_close_held)
+    lock = FileLock(folder / LOCK, timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    except OSError:
+        yield True
+        return
+    try:
+        yield True
+    finally:
+        with suppress(OSError):  # Windows deletes no open file
+            (folder / LOCK).unlink()  # a process that waits for the deleted file notices and tries again
+        lock.release()

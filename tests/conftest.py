@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 from tiny_run import TINY
 
 torch.set_num_threads(1)
+# The record of runs that were made here: not the developer's own.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="medseg-state-")
 
 
 @pytest.fixture(scope="session")

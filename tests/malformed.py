@@ -1,4 +1,4 @@
-"""Files as they go wrong in real life: a catalogue that every command is held against.
+"""A catalogue of files that go wrong in real life; every command is tested with it.
 
 Each entry writes one file, or something in a file's place, where a 3-D scan or a label map of `SHAPE` should be.
 """

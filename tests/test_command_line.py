@@ -251,12 +251,31 @@ TINY_SET = [
 
 
 def test_arguments_that_the_template_does_not_spell_out_can_be_set(medseg, phantoms, tmp_path):
-    more = ("--set", "view_1::elastic=0.2", "--set", "contrastive_loss::loss::positives=same_voxel")
+    more = ("--set", "view_1::elastic=0.2", "--set", "contrastive_loss::within_scan=true")
     code, _, error = medseg("plan", phantoms, "--out", tmp_path / "run", "--epochs", 1, *TINY_SET, *more)
     assert code == 0, error
     config = yaml.safe_load((tmp_path / "run" / "configs" / "train.yaml").read_text())
     assert config["view_1"]["elastic"] == 0.2
-    assert config["contrastive_loss"]["loss"]["positives"] == "same_voxel"
+    assert config["contrastive_loss"]["within_scan"] is True
+
+
+@pytest.mark.parametrize(
+    "more", [("--recipe", "semi", "--labels", 4), ("--set", "contrastive_loss::loss::positives=same_voxel")]
+)
+def test_pairs_of_voxels_and_elastic_views_exclude_each_other(medseg, phantoms, tmp_path, more):
+    code, _, error = medseg(
+        "plan",
+        phantoms,
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        1,
+        *TINY_SET,
+        "--set",
+        "view_1::elastic=0.2",
+        *more,
+    )
+    assert code == 2 and ("elastic=0" in error or "pair_ids" in error), error
 
 
 @pytest.mark.parametrize("setting", ["sampling=hrd", "learning_rate=abc", "view_1::elastik=1"])
@@ -288,13 +307,6 @@ def test_a_config_edited_wrongly_is_a_sentence(medseg, phantoms, planned, name, 
     path.write_text(path.read_text() + "a: [\n")
     code, _, error = medseg("train", phantoms, "--out", planned)
     assert code == 2 and f"{path} is {says}" in error and "line" in error
-
-
-def test_an_evaluation_edited_wrongly_is_a_sentence(medseg, phantoms, trained_run, tmp_path):
-    run = shutil.copytree(trained_run, tmp_path / "run")
-    (run / "configs" / "evaluate.yaml").write_text("a: [\n")
-    code, _, error = medseg("evaluate", run, phantoms, "--out", tmp_path / "out", "--device", "cpu")
-    assert code == 2 and "evaluate.yaml is not valid YAML" in error
 
 
 @pytest.mark.parametrize(

@@ -16,22 +16,22 @@ from medseg_supcon import files
 INSIDE = """
 import sys
 from pathlib import Path
-from medseg_supcon.files import alone
+from medseg_supcon.files import folder_lock
 
-with alone(Path(sys.argv[1])):
+with folder_lock(Path(sys.argv[1])):
     print("in", flush=True)
     sys.stdin.readline()
 """
 
 
-def test_a_folder_is_one_process_s_until_it_ends_however(tmp_path: Path) -> None:
+def test_a_folder_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-c", INSIDE, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "in\n"
-        with files.alone(tmp_path, wait=False) as free:
+        with files.folder_lock(tmp_path, wait=False) as free:
             assert not free
         other.kill()
-    with files.alone(tmp_path, wait=False) as free:
+    with files.folder_lock(tmp_path, wait=False) as free:
         assert free
     assert list(tmp_path.iterdir()) == []
 
@@ -41,9 +41,9 @@ import os
 import sys
 import time
 from pathlib import Path
-from medseg_supcon.files import alone
+from medseg_supcon.files import folder_lock
 
-with alone(Path(sys.argv[1])):
+with folder_lock(Path(sys.argv[1])):
     if os.fork() == 0:
         print("forked", flush=True)
         time.sleep(60)
@@ -52,32 +52,29 @@ with alone(Path(sys.argv[1])):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system forks no processes")
-def test_what_a_killed_process_forked_keeps_nobody_out(tmp_path: Path) -> None:
-    """As the workers of a loader, which live on for a while."""
+def test_a_killed_process_s_children_hold_no_lock(tmp_path: Path) -> None:
+    """A loader's workers live on for a while."""
     command = [sys.executable, "-c", FORKED, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "forked\n"
-        with files.alone(tmp_path, wait=False) as free:
+        with files.folder_lock(tmp_path, wait=False) as free:
             assert not free, "the one that forked is at work"
         other.kill()
         other.wait()
         try:
-            with files.alone(tmp_path, wait=False) as free:
+            with files.folder_lock(tmp_path, wait=False) as free:
                 assert free
         finally:
             os.killpg(other.pid, signal.SIGKILL)
 
 
 def test_where_nothing_can_be_locked_all_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with files.alone(tmp_path):
-        monkeypatch.setattr(
-            files.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(9, "no locks here"))
-        )
-        with files.alone(tmp_path, wait=False) as free:
-            assert free
-        monkeypatch.setattr(files, "fcntl", None)
-        with files.alone(tmp_path, wait=False) as free:
-            assert free
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(95, "no locks here")
+
+    monkeypatch.setattr(files.FileLock, "acquire", refuse)
+    with files.folder_lock(tmp_path), files.folder_lock(tmp_path, wait=False) as free:
+        assert free
 
 
 def test_texts_and_tables_replace_the_whole_file_or_nothing(tmp_path: Path) -> None:

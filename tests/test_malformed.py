@@ -1,4 +1,4 @@
-"""Every file of the catalogue, given to every command: a sentence that names it, and the good ones are done."""
+"""Every file of the catalogue with every command: a sentence names the file, and the good ones are done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pyproject.toml promises: nothing in the package needs a Python newer than the oldest it names."""
+"""The package needs no newer Python than the oldest that pyproject.toml allows."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_tensors_of_two_devices_do_not_mix(found: dict[str, Any]) -> None:
-    """Else what follows would show nothing."""
+    """Otherwise the tests that follow would show nothing."""
     assert "same device" in found["two devices"]
 
 

@@ -1,4 +1,4 @@
-"""Real faults, on a real command in a process of its own: kills, a full disk, permissions, too little memory."""
+"""Real faults with a real command in its own process: kills, a full disk, permissions, too little memory."""
 
 from __future__ import annotations
 

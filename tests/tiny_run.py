@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-TINY_NETWORK = (
-    "$torch.nn.Sequential(monai.networks.nets.UNet(spatial_dims=3, in_channels=1, out_channels=8, "
-    "channels=(8, 16), strides=(2,), num_res_units=1), torch.nn.Conv3d(8, 6, 1))"
+from medseg_supcon.networks import chain
+
+UNET = {
+    "_target_": "monai.networks.nets.UNet",
+    "spatial_dims": 3,
+    "in_channels": 1,
+    "out_channels": 8,
+    "channels": [8, 16],
+    "strides": [2],
+    "num_res_units": 1,
+}
+TINY_NETWORK = chain(
+    UNET, {"_target_": "torch.nn.Conv3d", "in_channels": 8, "out_channels": 6, "kernel_size": 1}
 )
 TINY = [
     ("network_def", TINY_NETWORK),

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from monai.bundle import ConfigParser
 
 from medseg_supcon import __version__
-from medseg_supcon.bundle.metadata import loss_in_words, metadata_of, read_config, read_json, train_config
+from medseg_supcon.bundle.metadata import loss_in_words, metadata_of, read_config, train_config
 from medseg_supcon.bundle.recipes import shared_folder
-from medseg_supcon.files import write_text
+from medseg_supcon.files import read_json, write_text
+from medseg_supcon.networks import build_network
+from medseg_supcon.text import markdown_text
 
 TEMPLATE = "segmentation/docs/README.md.j2"
 
@@ -26,7 +27,11 @@ def model_card(run: Path) -> str:
     """The text of the model card, see :func:`write_model_card`."""
     text = (shared_folder("bundles") / TEMPLATE).read_text(encoding="utf-8")
     environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=markdown_text,
     )
     plan = read_json(run / "configs" / "plan.json")
     config, metrics = train_config(run), _optional_json(run / "eval" / "metrics.json")
@@ -39,7 +44,7 @@ def model_card(run: Path) -> str:
         recipe=_recipe(config),
         loss=loss_in_words(config),
         network=_network_name(plan["network_def"]),
-        parameters=_parameters(plan["network_def"]),
+        parameters=sum(p.numel() for p in build_network(plan["network_def"], trust=True).parameters()),
         history=_history(run / "logs" / "history.csv"),
         metrics=metrics,
         curves=(run / "docs" / "curves.png").is_file(),
@@ -60,15 +65,10 @@ def _recipe(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _network_name(network_def: Mapping[str, Any] | str) -> str:
-    if isinstance(network_def, Mapping):
-        return str(network_def["_target_"]).rsplit(".", 1)[-1]
-    named = re.findall(r"\bnets\.(\w+)", network_def)
+    named = re.findall(r"\bnets\.(\w+)", str(network_def))
+    if not named and isinstance(network_def, Mapping):
+        named = [str(network_def["_target_"]).rsplit(".", 1)[-1]]
     return " and ".join(named) if named else "as network_def of configs/plan.json says"
-
-
-def _parameters(network_def: Mapping[str, Any] | str) -> int:
-    network = ConfigParser({"network": network_def}).get_parsed_content("network")
-    return sum(p.numel() for p in network.parameters())
 
 
 def _history(path: Path) -> dict[str, Any]:
@@ -115,15 +115,15 @@ def write_model_card(run: Path) -> None:
 
 
 def write_network(run: Path) -> None:
-    """Write the plan's network into the configs that carry it (``network_json``), comments left as they are.
+    """Write the plan's network into the configs that carry it (``network_def``), comments left as they are.
 
     Raises:
         RunError: ``configs/plan.json`` is missing or broken.
     """
-    text = json.dumps(read_json(run / "configs" / "plan.json")["network_def"]).replace("'", "''")
+    text = json.dumps(read_json(run / "configs" / "plan.json")["network_def"])  # JSON is YAML, too
     for path in sorted((run / "configs").glob("*.yaml")):
         old = path.read_text(encoding="utf-8")
-        new = re.sub(r"(?m)^network_json:.*$", lambda _: f"network_json: '{text}'", old)
+        new = re.sub(r"(?m)^network_def:.*(\n[ -].*)*$", lambda _: f"network_def: {text}", old)
         if new != old:
             write_text(path, new)
 

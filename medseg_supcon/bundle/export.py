@@ -45,8 +45,6 @@ def self_contained(config: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[s
     whole = copy.deepcopy(dict(config))
     if "plan" in whole:
         whole["plan"] = literal(dict(plan))
-        if "network_json" in whole:
-            whole["network_json"] = json.dumps(plan["network_def"])
     return whole
 
 
@@ -93,7 +91,7 @@ def export_model(
         run: a trained run; ``models/model.pt`` is exported.
         format: ``"torchscript"`` or ``"onnx"``.
         out: file to write; an earlier one is replaced.
-        trust: build the network of a run even where its configs are not of the shape that medseg writes.
+        trust: build the network of a run even if its plan or inference config is code.
 
     Returns:
         ``file``, ``format``, ``method`` ("script", "trace", "onnx", ...), ``max_abs_difference`` (the
@@ -110,7 +108,7 @@ def export_model(
         _need("onnx", "onnxruntime")
     model = load_model(run, trust)
     plan, network = model.plan, model.network
-    sizes = _probe_sizes(plan)
+    sizes = _probe_sizes(network, plan)
     attempts = (
         _torchscript_attempts(run, network, plan)
         if format == "torchscript"
@@ -243,10 +241,10 @@ def _load_onnx(file: Path) -> Callable[[Tensor], Tensor]:
     return lambda image: torch.from_numpy(session.run(["pred"], {"image": image.numpy()})[0])
 
 
-def _probe_sizes(plan: Mapping[str, Any]) -> list[Size]:
+def _probe_sizes(network: nn.Module, plan: Mapping[str, Any]) -> list[Size]:
     """The plan's patch, and the next larger one that the network takes."""
     patch = tuple(int(n) for n in plan["patch_size"])
-    divisors = size_divisor(plan["network_def"], in_channels=len(plan["channels"]), spatial_dims=len(patch))
+    divisors = size_divisor(network, in_channels=len(plan["channels"]), spatial_dims=len(patch))
     return [patch, tuple(n + d for n, d in zip(patch, divisors, strict=True))]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from medseg_supcon.bundle.recipes import shared_folder
 from medseg_supcon.errors import RunError
-from medseg_supcon.files import alone
+from medseg_supcon.files import folder_lock
 
 TEMPLATE = "segmentation"
 DRAFT = ".planning"  # where a run is written until it is whole
@@ -34,7 +34,7 @@ def at_work_in(run: Path) -> Iterator[None]:
     Raises:
         RunError: another command is at work in the folder.
     """
-    with alone(run, wait=False) as free:
+    with folder_lock(run, wait=False) as free:
         if not free:
             raise RunError(f"Another medseg is at work in {run}. Wait for it, or choose another --out.")
         yield

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.bundle.settings import read_yaml
+from medseg_supcon.bundle.settings import read_yaml_file
 from medseg_supcon.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def _read(name: str, above: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(
             f"There is no recipe {str(name)!r}.{hint} Known: {', '.join(recipe_names())}, or a path to a .yaml file."
         )
-    overlay = read_yaml(path.read_text(), f"Recipe {path}") or {}
+    overlay = read_yaml_file(path, f"Recipe {path}") or {}
     if not isinstance(overlay, dict):
         raise ConfigError(
             f"Recipe {path} must be a mapping of train.yaml's keys to values, found a {type(overlay).__name__}."
@@ -70,7 +70,7 @@ def describe_recipe(name: str | Path) -> str:
     'Dice + cross-entropy alone'
     """
     path, comment = _file_of(name), []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
         if not line.startswith("# "):
             break
         comment.append(line[2:].strip())

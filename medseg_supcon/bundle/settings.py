@@ -18,6 +18,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from medseg_supcon.errors import ConfigError
 
 SEPARATOR = "::"
+MOST_BYTES = 2**20
 
 
 class _Representer(RoundTripRepresenter):
@@ -44,7 +45,23 @@ def _yaml() -> YAML:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's, but 1e-3 is a number, as YAML 1.2 has it: PyYAML takes it for text."""
+    """PyYAML's, but 1e-3 is a number (YAML 1.2), and aliases and keys that are given twice are errors.
+
+    Nested aliases expand a small file into billions of values; of two equal keys PyYAML drops one without a word.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds an alias (*name); write the value out instead")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if str(key.value) in seen:
+                raise yaml.YAMLError(f"the key {key.value!r} is given twice (line {key.start_mark.line + 1})")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -63,8 +80,25 @@ def read_yaml(text: str, what: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{what} is not YAML: {' '.join(str(error).split())}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a 13th month, 5,000 digits, 10,000 levels
+        raise ConfigError(f"{what} is not YAML: {' '.join(str(error).split())[:300]}.") from None
+
+
+def read_yaml_file(path: Path, what: str) -> Any:
+    """The content of a YAML file in UTF-8.
+
+    Raises:
+        ConfigError: it cannot be read, is larger than 1 MiB, or is not YAML; ``what`` names it.
+    """
+    try:
+        content = path.read_bytes()
+        if len(content) > MOST_BYTES:
+            raise ConfigError(f"{what} is larger than 1 MiB: it is not a config.")
+        return read_yaml(content.decode("utf-8-sig"), what)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} is not in UTF-8 (byte {error.start + 1}). Save it in UTF-8.") from None
+    except OSError as error:
+        raise ConfigError(f"{what} cannot be read ({error.strerror}).") from None
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

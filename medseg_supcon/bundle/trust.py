@@ -1,144 +1,221 @@
-"""Configs are code. What a run may contain for `medseg predict` to use it without being told to trust it."""
+"""The gate: a run from elsewhere is data until it is trusted.
+
+A run's configs and plan are code where they hold more than plain values. They may be evaluated if the person says
+so (``--trust``), or if every piece of code in them is the shipped template's, a shipped recipe's, or was written by
+this user's medseg on this machine, which keeps a record outside the run.
+"""
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import inspect
 import json
-import pydoc
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from monai.transforms.intensity import dictionary
-
+from medseg_supcon.bundle.plain import is_code, leaves, read_plain
 from medseg_supcon.errors import RunError
+from medseg_supcon.files import write_text
+from medseg_supcon.networks import definition_problem
+from medseg_supcon.plan import intensity_problem, read_plan
 
-PER_CHANNEL = ("SplitDimd", "ConcatItemsd", "DeleteItemsd")  # how a plan normalises channels one by one
-# `Predictor` does not evaluate these (network_json: not where there is a plan), so a run may set them.
-FREE = ("bundle_root", "dataset_dir", "output_dir", "device", "amp", "network_json")
-# SHA-256 of what inference.yaml said in earlier runs: before it carried network_json, before a mask with -1 took int8
-EARLIER = (
-    "d0b2ed0a1e4b1b85abe9ea955533e570102278886758eec4d41801a7eeaf6ef3",
-    "9fda9de53e142bf3807a5af41a5b4a7dfb8a8be43d559c321dede56335f66cbb",
-)
-
-
-def is_shipped_config(config: Path) -> bool:
-    """Whether an inference config says what the shipped one says, or an earlier one."""
-    content = _content(config)
-    if hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest() in EARLIER:
-        return True
-    package = Path(__file__).resolve().parents[1]
-    for root in (package / "_share", package.parent):
-        shipped = root / "bundles" / "segmentation" / "configs" / "inference.yaml"
-        if shipped.is_file():
-            return bool(content == _content(shipped))
-    return False
+CONFIGS = ("train", "evaluate", "inference", "multi_gpu_train", "multi_gpu_evaluate")
+FREE = ("bundle_root", "dataset_dir", "output_dir", "device", "amp")  # what a run's inference.yaml may set
+NETWORK = "network_def"
+ABSENT = object()
+CURE = "It may run any code on this computer. Read it, and pass --trust (trust=True) if you trust its author."
+_written: set[str] = set()  # by this process: where the record cannot be written
+Code = tuple[str, str, Any]  # file below configs/ without its ending, key, value
 
 
-def check_trusted(run: Path, config: Path, plan: dict[str, Any]) -> None:
-    """Raises RunError where a run's config or plan could run code of its maker's choice."""
-    cure = (
-        "It may run any code on this computer. Read it, and pass --trust (trust=True) if you trust its maker."
-    )
-    if not is_shipped_config(config):
-        raise RunError(f"{config} is not the inference config that medseg writes. {cure}")
-    problem = _network_problem(plan["network_def"]) or _intensity_problem(plan["intensity"])
-    if problem:
-        raise RunError(f"{run / 'configs' / 'plan.json'}: {problem}. {cure}")
+def is_plain_run(run: Path, plan: Mapping[str, Any]) -> bool:
+    """Whether a run predicts by its plan alone: plan.json is plain data, and inference.yaml is the shipped one.
+
+    Only ``bundle_root``, ``dataset_dir``, ``output_dir``, ``device`` and ``amp`` may differ, if they are plain.
+
+    Raises:
+        RunError: inference.yaml or its JSON twin cannot be read.
+    """
+    return next(_unlike_shipped(run, plan), None) is None
 
 
-def _content(path: Path) -> Any:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return None
-    if not isinstance(content, dict):
-        return None
-    return {key: value for key, value in content.items() if key not in FREE}
+def check_plan_trusted(run: Path, plan: Mapping[str, Any], trust: bool) -> None:
+    """Passes where a network and preprocessing of a run may be built by evaluating its plan and inference.yaml.
+
+    Raises:
+        RunError: they are more than plain data, not recorded, and the run is not trusted.
+    """
+    if trust:
+        return
+    known = None
+    for name, key, value in _unlike_shipped(run, plan):
+        known = known_code() if known is None else known
+        if not is_code(key, value) and name != "plan.json":
+            raise RunError(
+                f"{run / 'configs' / name}: {key} differs from the inference config that medseg writes. {CURE}"
+            )
+        if _digest(name, key, value) not in known:
+            raise _refusal(run / "configs" / name, key, value)
 
 
-def _network_problem(node: Any) -> str | None:
-    """Only stock layers and networks, with plain values as arguments."""
-    if isinstance(node, str) and node.startswith("$"):
-        try:
-            expression = ast.parse(node[1:].strip(), mode="eval").body
-        except SyntaxError:
-            return f"network_def is not an expression: {node!r}"
-        return _expression_problem(expression)
-    if not isinstance(node, dict) or not _is_stock_network(str(node.get("_target_"))):
-        return f"network_def is not a stock network of monai.networks or torch.nn: {node!r}"
-    return _argument_problem({key: value for key, value in node.items() if key != "_target_"})
+def check_configs_trusted(run: Path, trust: bool) -> None:
+    """Passes where all configs of a run may be evaluated; called before any of them is.
+
+    Args:
+        run: the run's folder.
+        trust: the person said so.
+
+    Raises:
+        RunError: a config, the plan, metadata.json, logging.conf or a script holds code that is neither shipped
+            nor written by this user's medseg; the message names file and key.
+    """
+    if trust:
+        return
+    known = None
+    for name, key, value, shipped in _code_of(run):
+        if shipped:
+            continue
+        known = known_code() if known is None else known
+        if _digest(name, key, value) not in known:
+            raise _refusal(run / "configs" / name, key, value)
+    for path, shipped_path in _files_of_code(run):
+        if not (shipped_path.is_file() and shipped_path.read_bytes() == path.read_bytes()):
+            raise RunError(f"{path} is not a file that medseg wrote. {CURE}")
 
 
-def _argument_problem(node: Any) -> str | None:
-    if isinstance(node, dict):
-        if "_target_" in node:
-            return _network_problem(node)
-        for key, value in node.items():
-            if str(key).startswith("_") or str(key).startswith("pretrained"):
-                return f"network_def sets {key!r}"
-            if problem := _argument_problem(value):
-                return problem
-    if isinstance(node, list):
-        return next((p for p in map(_argument_problem, node) if p), None)
-    if isinstance(node, str) and node[:1] in ("$", "@", "%"):
-        return _network_problem(node) if node[0] == "$" else f"network_def refers to {node!r}"
-    return None
+def check_network_trusted(source: Path, plan: Mapping[str, Any], trust: bool) -> None:
+    """Passes where the network and intensity transforms of a plan alone may be built.
+
+    Args:
+        source: the plan's file, for the message.
+        plan: its content.
+        trust: the person said so.
+
+    Raises:
+        RunError: they are code that is not recorded, and the run is not trusted.
+    """
+    if trust:
+        return
+    for name, key, value in _code_of_plan(plan):
+        if _digest(name, key, value) not in known_code():
+            raise _refusal(source, key, value)
 
 
-def _expression_problem(node: ast.expr) -> str | None:
-    """Calls of stock modules on literals; nothing that could reach another name."""
-    if isinstance(node, ast.Call):
-        name = ast.unparse(node.func)
-        if not _is_stock_network(name):
-            return f"network_def calls {name}, which is no stock network"
-        if any(keyword.arg is None or keyword.arg.startswith("pretrained") for keyword in node.keywords):
-            return "network_def unpacks arguments or loads other weights"
-        children = [*node.args, *(keyword.value for keyword in node.keywords)]
-    elif isinstance(node, ast.List | ast.Tuple):
-        children = list(node.elts)
-    elif isinstance(node, ast.Dict):
-        children = [child for child in (*node.keys, *node.values) if child is not None]
-    elif isinstance(node, ast.UnaryOp):
-        children = [node.operand]
-    elif isinstance(node, ast.Constant):
-        children = []
-    else:
-        return f"network_def holds {ast.unparse(node)!r}"
-    return next((p for p in map(_expression_problem, children) if p), None)
+def record_run(run: Path) -> None:
+    """Remember the code in a run's configs as written by this user's medseg on this machine.
+
+    The record is a file of digests under ``$XDG_STATE_HOME/medseg`` (by default ``~/.local/state/medseg``), named by
+    its content, so that runs may be moved and several processes may write. A record that cannot be written is no
+    error: shipped recipes need none.
+    """
+    digests = sorted({_digest(name, key, value) for name, key, value, _ in _code_of(run)})
+    text = json.dumps(digests, indent=0) + "\n"
+    _written.update(digests)
+    with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
+        path = _records() / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+        if not path.exists():
+            write_text(path, text)
 
 
-def _is_stock_network(target: str) -> bool:
-    if not target.startswith(
-        ("monai.networks.nets.", "monai.networks.blocks.", "monai.networks.layers.", "torch.nn.")
-    ):
-        # MONAI looks a bare class name up among its own.
-        target = f"monai.networks.nets.{target}" if target.isidentifier() else ""
-    if not target or any(part.startswith("_") or not part.isidentifier() for part in target.split(".")):
-        return False
-    found = pydoc.locate(target)
-    return inspect.isclass(found) and issubclass(found, torch.nn.Module)
+def known_code() -> set[str]:
+    """The digests of all code that was recorded."""
+    found = set(_written)
+    with suppress(OSError, RuntimeError):
+        for path in _records().glob("*.json"):
+            with suppress(OSError, ValueError):
+                found.update(json.loads(path.read_text(encoding="utf-8")))
+    return found
 
 
-def _intensity_problem(transforms: Any) -> str | None:
-    """Only MONAI's deterministic intensity transforms, with plain values as arguments."""
-    for transform in transforms if isinstance(transforms, list) else [transforms]:
-        name = str(transform.get("_target_") if isinstance(transform, dict) else transform).rsplit(".", 1)
-        known = getattr(dictionary, name[-1], None)
-        stock = name[-1] in PER_CHANNEL or (
-            inspect.isclass(known) and known.__module__ == dictionary.__name__
-        )
-        if (
-            not stock
-            or name[-1].startswith("Rand")
-            or (name[1:] and not name[0].startswith("monai.transforms"))
-        ):
-            return f"intensity holds {transform!r}, which is no intensity transform of MONAI"
-        arguments = {key: value for key, value in transform.items() if key != "_target_"}
-        if any(str(key).startswith("_") for key in arguments) or any(c in str(arguments) for c in "$@%"):
-            return f"intensity holds an expression: {transform!r}"
-    return None
+def _records() -> Path:
+    folder = os.environ.get("XDG_STATE_HOME")
+    return (Path(folder) if folder else Path.home() / ".local" / "state") / "medseg" / "runs"
+
+
+def _digest(name: str, key: str, value: Any) -> str:
+    text = json.dumps([name.partition(".")[0], key, value], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def _refusal(file: Path, key: str, value: Any) -> RunError:
+    text = repr(value)
+    shown = text if len(text) <= 80 else f"{text[:80]}..."
+    return RunError(f"{file}: {key} is {shown}, which medseg did not write on this computer. {CURE}")
+
+
+def _code_of(run: Path) -> Iterator[tuple[str, str, Any, bool]]:
+    """Every piece of code in a run's configs and plan: file, key, value, and whether it is a shipped one."""
+    configs = run / "configs"
+    for stem in CONFIGS:
+        shipped: dict[str, Any] | None = None
+        for path in (configs / f"{stem}.yaml", configs / f"{stem}.json"):
+            if not path.is_file():
+                continue
+            content = read_plain(path)
+            if shipped is None:
+                shipped = _shipped(stem, content.get("recipe"))
+            network = content.pop(NETWORK, None)
+            if network is not None and definition_problem(network) is not None:
+                yield path.name, NETWORK, network, False
+            for key, value in leaves(content):
+                if is_code(key, value):
+                    yield path.name, key, value, shipped.get(key, ABSENT) == value
+    if (configs / "metadata.json").is_file():
+        for key, value in leaves(read_plain(configs / "metadata.json")):
+            if is_code(key, value):
+                yield "metadata.json", key, value, False
+    for name, key, value in _code_of_plan(read_plan(configs / "plan.json")):
+        yield name, key, value, False
+
+
+def _code_of_plan(plan: Mapping[str, Any]) -> Iterator[Code]:
+    if definition_problem(plan[NETWORK]) is not None:
+        yield "plan.json", NETWORK, plan[NETWORK]
+    if intensity_problem(plan["intensity"]) is not None:
+        yield "plan.json", "intensity", plan["intensity"]
+
+
+def _unlike_shipped(run: Path, plan: Mapping[str, Any]) -> Iterator[Code]:
+    """What keeps a run from being built from its plan as plain data."""
+    yield from _code_of_plan(plan)
+    shipped = _shipped("inference", None)
+    for path in (run / "configs" / "inference.yaml", run / "configs" / "inference.json"):
+        if not path.is_file():
+            continue
+        content = read_plain(path)
+        network = content.pop(NETWORK, ABSENT)
+        if network != plan[NETWORK]:
+            yield path.name, NETWORK, network
+        found = dict(leaves(content))
+        for key in {**shipped, **found}:
+            value = found.get(key)
+            if shipped.get(key, ABSENT) == found.get(key, ABSENT):
+                continue
+            if key.split("::")[0] in FREE and not is_code(key, value):
+                continue
+            yield path.name, key, value
+
+
+def _shipped(stem: str, recipe: Any) -> dict[str, Any]:
+    """The leaves of a template's config; of train.yaml with a shipped recipe laid over it."""
+    from medseg_supcon.bundle.recipes import read_recipe, recipe_names, shared_folder
+    from medseg_supcon.bundle.settings import merge
+
+    tree = read_plain(shared_folder("bundles") / "segmentation" / "configs" / f"{stem}.yaml")
+    if stem == "train" and isinstance(recipe, str) and recipe in recipe_names():
+        merge(tree, read_recipe(recipe), "train.yaml")
+    tree.pop(NETWORK, None)  # the plan's, not the template's
+    return dict(leaves(tree))
+
+
+def _files_of_code(run: Path) -> Iterator[tuple[Path, Path]]:
+    """Files that Python may run, each with the shipped one: logging.conf, and what lies in scripts/."""
+    from medseg_supcon.bundle.recipes import shared_folder
+
+    template = shared_folder("bundles") / "segmentation"
+    paths = [run / "configs" / "logging.conf", *sorted((run / "scripts").rglob("*"))]
+    for path in paths:
+        if path.is_file():
+            yield path, template / path.relative_to(run)

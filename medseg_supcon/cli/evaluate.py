@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from medseg_supcon.cli.options import CasesOption, DeviceOption
+from medseg_supcon.cli.options import CasesOption, DeviceOption, TrustOption
 from medseg_supcon.cli.terminal import EXIT_SOME_FAILED, out, print_metrics
 from medseg_supcon.cli.train import read_selected
-from medseg_supcon.errors import ConfigError, DataError, MedsegError, RunError
-
-ONLY_OF_TRAINING = ("duplicate_image", "no_structure")  # faults that do not keep a case from being scored
+from medseg_supcon.errors import ConfigError
 
 
 def evaluate(
@@ -36,6 +33,7 @@ def evaluate(
         typer.Option(metavar="VALUE", help="With --references: their value that means 'not annotated'."),
     ] = None,
     device: DeviceOption = None,
+    trust: TrustOption = False,
 ) -> None:
     """Dice, HD95 (mm), surface Dice and volumes (ml) per case and class, as CSV and JSON.
 
@@ -51,52 +49,14 @@ def evaluate(
     elif ignore_label is not None:
         raise ConfigError("--ignore-label belongs to --predictions and --references: a run has its own.")
     elif run is not None and dataset is not None:
-        _evaluate_run(run, dataset, out_dir, cases, device)
+        from medseg_supcon.inference import evaluate_dataset
+        from medseg_supcon.training import check_device
+
+        check_device(device)
+        evaluate_dataset(run, read_selected(dataset, cases), out_dir, device=device, trust=trust)
     else:
         raise ConfigError("Give RUN and DATASET, or --predictions DIR and --references DIR.")
     report = print_metrics(out_dir / "metrics.json")
     out.print(f"Every case: {out_dir / 'metrics.csv'}")
     if report["problems"]:
         raise typer.Exit(EXIT_SOME_FAILED)
-
-
-def _evaluate_run(run: Path, path: Path, out_dir: Path, cases: Path | None, device: str | None) -> None:
-    """Score the labelled cases that can be; the others become problems of the report."""
-    from medseg_supcon.bundle import is_planned
-    from medseg_supcon.datasets import check_dataset, items
-    from medseg_supcon.evaluation import add_problems
-    from medseg_supcon.plan import read_plan
-    from medseg_supcon.training import check_device, run_config
-
-    check_device(device)
-    if not is_planned(run) or not (run / "models" / "model.pt").is_file():
-        raise RunError(
-            f"{run} is not a trained run: configs/plan.json and models/model.pt are needed. Train it first."
-        )
-    found = read_selected(path, cases)
-    if not found.labelled:
-        raise MedsegError(f"{path} has no labelled case to evaluate on.")
-    plan = read_plan(run / "configs" / "plan.json")
-    if len(plan["channels"]) != len(found.channels):
-        raise DataError(
-            f"{path} has {len(found.channels)} channels a scan ({', '.join(found.channels)}), and {run} was trained on "
-            f"{len(plan['channels'])} ({', '.join(plan['channels'])}). Evaluate on a data set with the same channels."
-        )
-    expected = replace(
-        found, cases=found.labelled, labels=plan["labels"], ignore_label=plan.get("ignore_label")
-    )
-    report = check_dataset(expected, allow_affine_mismatch=plan.get("trust_scan_affine", False))
-    problems = {f.case: f.message for f in reversed(report.errors) if f.code not in ONLY_OF_TRAINING}
-    good = [case for case in found.labelled if case.name not in problems]
-    if not good:
-        raise DataError(f"No case of {path} can be evaluated. {next(iter(problems.values()))}")
-    run_config(
-        run,
-        "evaluate",
-        "infer",
-        device=device,
-        datalist=items(good, found.root),
-        dataset_dir=str(found.root.resolve()),
-        output_dir=str(out_dir.resolve()),
-    )
-    add_problems(out_dir, problems)

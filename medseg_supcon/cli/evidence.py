@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,10 +15,12 @@ from medseg_supcon.cli.options import (
     MismatchOption,
     RunArg,
     SettingsOption,
+    TrustOption,
     ValidationOption,
 )
 from medseg_supcon.cli.terminal import err, out, print_report
 from medseg_supcon.errors import ConfigError, MedsegError
+from medseg_supcon.text import counted
 
 
 def compare(
@@ -31,13 +33,13 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(metavar="N,N", help="Seeds of training, separated by commas; default: 0.")
+        str | None, typer.Option(metavar="N,N", help="Training seeds, separated by commas; default: 0.")
     ] = None,
     labels: Annotated[
         str | None,
         typer.Option(
             metavar="N,N",
-            help="Budgets of labelled scans (validation included), separated by commas; default: 'all'.",
+            help="Budgets of labelled scans, validation included, separated by commas; default: all.",
         ),
     ] = None,
     validation: ValidationOption = None,
@@ -45,7 +47,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="The comparison as a .yaml file (recipes, a grid of variants, ...), or 'article'.",
+            help="The comparison as a .yaml file (recipes, a grid of variants, ...), or article.",
         ),
     ] = None,
     epochs: Annotated[
@@ -53,7 +55,7 @@ def compare(
         typer.Option(
             min=1,
             metavar="N",
-            help="Length of every run; default: what fits into 22 minutes on a CPU, 60 on a GPU.",
+            help="Length of every run; default: the planned length.",
         ),
     ] = None,
     cases: CasesOption = None,
@@ -61,7 +63,7 @@ def compare(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="File with the names of the cases to test on; default: cases that no run learns from.",
+            help="File with the names of the cases to test on; default: cases that no run is trained on.",
         ),
     ] = None,
     split_seed: Annotated[
@@ -69,12 +71,11 @@ def compare(
     ] = 0,
     no_robustness: Annotated[
         bool,
-        typer.Option(
-            "--no-robustness", help="Do not test on scans made worse (noise, bias field, ...), too."
-        ),
+        typer.Option("--no-robustness", help="Do not also test on degraded scans (noise, bias field, ...)."),
     ] = False,
     robustness: Annotated[
-        bool, typer.Option("--robustness", help="Do so even where the file of --config says not to.")
+        bool,
+        typer.Option("--robustness", help="Test on degraded scans even if the --config file says not to."),
     ] = False,
     device: DeviceOption = None,
     workers: Annotated[
@@ -82,45 +83,45 @@ def compare(
         typer.Option(
             min=1,
             metavar="N",
-            help="Runs at once; default: one on each GPU, or one. They share the CPU's threads.",
+            help="Runs at the same time; default: one per GPU, or one. They share the CPU's threads.",
         ),
     ] = None,
     settings: SettingsOption = None,
     allow_affine_mismatch: MismatchOption = False,
+    trust: TrustOption = False,
 ) -> None:
-    """Which recipe is better on your data, by how much, how sure: recipes x seeds x budgets of labels, tested alike.
+    """Compare recipes on your data: which is better, by how much, how sure that is, and at what cost.
 
-    Name recipes with --recipes, or give a file that says it all with --config; an option overrides the file.
+    Every recipe is trained with every seed and label budget, and all runs are tested on the same scans.
 
-    Give the command again to go on after an interruption: finished runs are kept. Without --device, all GPUs are used.
+    Name the recipes with --recipes, or give a file with --config; options override the file.
+
+    To go on after an interruption, give the command again: finished runs are kept. Without --device, all GPUs are used.
     """
     from medseg_supcon.bundle import parse_setting
-    from medseg_supcon.comparison import ComparisonConfig, design_comparison, make_variants, read_comparison
+    from medseg_supcon.comparison import ComparisonConfig, design_comparison, read_comparison
     from medseg_supcon.comparison import compare as run_comparison
     from medseg_supcon.datasets import VALIDATION, check_dataset, read_case_names, read_dataset
     from medseg_supcon.training import check_device
 
     check_device(device)
     if robustness and no_robustness:
-        raise ConfigError("--robustness and --no-robustness: give one of them.")
-    said = ComparisonConfig() if config is None else read_comparison(config)
-    parsed = [*said.settings.items(), *(parse_setting(text) for text in settings or ())]
+        raise ConfigError("--robustness and --no-robustness contradict each other. Give one of them.")
+    config_file = ComparisonConfig() if config is None else read_comparison(config)
+    parsed = [*config_file.settings.items(), *(parse_setting(text) for text in settings or ())]
     data = read_dataset(dataset)
+    budgets = _numbers(labels, "--labels") if labels is not None else config_file.labels or ["all"]
     design = design_comparison(
         data,
-        said.recipes if recipes is None else _separated(recipes, "--recipes"),
-        said.seeds or (0,)
-        if seeds is None
-        else [_whole(text, "--seeds") for text in _separated(seeds, "--seeds")],
-        said.labels or (None,)
-        if labels is None
-        else [None if text == "all" else _whole(text, "--labels") for text in _separated(labels, "--labels")],
+        _separated(recipes, "--recipes") if recipes is not None else config_file.named_recipes,
+        _numbers(seeds, "--seeds") if seeds is not None else config_file.seeds or [0],
+        [None if budget == "all" else budget for budget in budgets],
         cases=None if cases is None else read_case_names(cases),
         test_cases=None if test_cases is None else read_case_names(test_cases),
         split_seed=split_seed,
-        validation=next((share for share in (validation, said.validation) if share is not None), VALIDATION),
-        own=said.own,
-        variants=make_variants(said.variants),
+        validation=next((v for v in (validation, config_file.validation) if v is not None), VALIDATION),
+        own={name: recipe.model_extra or {} for name, recipe in config_file.recipes.items()},
+        axes=config_file.variants,
     )
     used = {c.name: c for s in design.splits.values() for c in (*s.unlabelled, *s.validation, *s.training)}
     report = check_dataset(
@@ -129,54 +130,61 @@ def compare(
     if report.has_errors:
         print_report(report, err)
         raise MedsegError(
-            f"The data set has errors (above): mend them and run 'medseg check {dataset}' until it is content."
+            f"The data set has errors (above). Fix them, then run 'medseg check {dataset}' again."
         )
-    err.print(f"Testing on {len(design.test)} scans: {design.tested_on}.")
-    found = run_comparison(
+    err.print(f"Testing on {counted(len(design.test), 'scan')}: {design.tested_on}.")
+    comparison = run_comparison(
         design,
         out_dir,
-        epochs=epochs or said.epochs,
+        epochs=epochs or config_file.epochs,
         settings=parsed,
         device=device,
         workers=workers,
-        robustness=robustness or (said.robustness is not False and not no_robustness),
-        training_score=said.training_score,
+        robustness=robustness or (config_file.robustness is not False and not no_robustness),
+        training_score=config_file.training_score,
         trust_scan_affine=allow_affine_mismatch,
+        trust=trust,
         say=err.print,
     )
-    for sentence in [*found["answers"], *(f"Note: {text}" for text in found["caveats"])]:
+    for sentence in [*comparison["answers"], *(f"Note: {text}" for text in comparison["caveats"])]:
         out.print(sentence)
-    out.print(f"\nThe report: {out_dir / 'report.html'}; tables: {out_dir / 'summary.md'}")
+    out.print(f"\nThe report is {out_dir / 'report.html'}; its tables are in {out_dir / 'summary.md'}.")
 
 
 def embed(
     run: RunArg,
     dataset: DatasetArg,
-    out_dir: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="Folder for pictures and figures.")
-    ],
+    out_dir: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder for pictures and tables.")],
     cases: CasesOption = None,
     voxels: Annotated[
-        int, typer.Option(min=20, metavar="N", help="Voxels to sample, over all cases.")
+        int, typer.Option(min=20, metavar="N", help="Voxels to sample from all cases together.")
     ] = 1500,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sample and of t-SNE.")] = 0,
     device: DeviceOption = None,
+    trust: TrustOption = False,
 ) -> None:
-    """What the network's features look like, before and after training: pictures, class separation."""
+    """Show a network's features before and after training: pictures, and how well they separate the classes."""
     from medseg_supcon.datasets import read_case_names, read_dataset
     from medseg_supcon.embedding import embed_run
     from medseg_supcon.training import check_device
 
     check_device(device)
     names = None if cases is None else read_case_names(cases)
-    found = embed_run(
-        run, read_dataset(dataset), out_dir, cases=names, voxels=voxels, seed=seed, device=device
+    embedding = embed_run(
+        run,
+        read_dataset(dataset),
+        out_dir,
+        cases=names,
+        voxels=voxels,
+        seed=seed,
+        device=device,
+        trust=trust,
     )
-    for sentence in found["sentences"]:
+    for sentence in embedding["sentences"]:
         out.print(sentence)
     out.print(
-        f"\nPictures: {out_dir / 'pca.png'}, {out_dir / 'tsne.png'}; figures: {out_dir / 'separation.csv'}\n"
-        f"To turn the points: tensorboard --logdir {out_dir / 'projector'}",
+        f"\nPictures: {out_dir / 'pca.png'}, {out_dir / 'tsne.png'}; numbers: {out_dir / 'separation.csv'}\n"
+        f"To rotate the points in 3-D: tensorboard --logdir {out_dir / 'projector'}",
     )
 
 
@@ -187,8 +195,12 @@ def _separated(text: str, option: str) -> list[str]:
     return parts
 
 
-def _whole(text: str, option: str) -> int:
-    if not text.isdecimal():
-        what = "a whole number" + (" or 'all'" if option == "--labels" else "")
-        raise ConfigError(f"{option}: {text!r} is not {what}.")
-    return int(text)
+def _numbers(text: str, option: str) -> list[Any]:
+    words = ("all",) if option == "--labels" else ()
+    values = _separated(text, option)
+    for value in values:
+        if value not in words and not (value.isdecimal() and len(value) < 10):
+            raise ConfigError(
+                f"{option}: {value!r} is not a whole number of at most 9 digits{', nor all' if words else ''}."
+            )
+    return [value if value in words else int(value) for value in values]

@@ -73,5 +73,5 @@ ValidationOption = Annotated[
     ),
 ]
 TrustOption = Annotated[
-    bool, typer.Option("--trust", help="Run a bundle's own code: only for bundles you trust.")
+    bool, typer.Option("--trust", help="Run code that a run brings with it: only if you trust its author.")
 ]

@@ -15,6 +15,7 @@ from medseg_supcon.cli.options import (
     DeviceOption,
     MismatchOption,
     SettingsOption,
+    TrustOption,
     ValidationOption,
 )
 from medseg_supcon.cli.terminal import err, out, print_metrics, print_plan, print_report, say
@@ -85,12 +86,13 @@ def plan(
     device: DeviceOption = None,
     settings: SettingsOption = None,
     allow_affine_mismatch: MismatchOption = False,
+    trust: TrustOption = False,
 ) -> None:
     """The bundle that would be trained, with its expected time and memory. 'medseg train' goes on from it."""
     request = Request(
         recipe, epochs, cases, labels, validation, unlabelled, init, seed, settings, allow_affine_mismatch
     )
-    _prepare(dataset, run, request, device)
+    _prepare(dataset, run, request, device, trust)
     out.print(
         f"\nEdit {run / 'configs' / 'plan.json'} if you like, then: "
         f"medseg train {quote(str(dataset))} --out {quote(str(run))}"
@@ -112,10 +114,11 @@ def train(
     settings: SettingsOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
     allow_affine_mismatch: MismatchOption = False,
+    trust: TrustOption = False,
 ) -> None:
     """Train a segmentation network on a data set; the run is a MONAI bundle."""
     from medseg_supcon.bundle import is_planned, is_started
-    from medseg_supcon.training import check_device, is_complete, train_run
+    from medseg_supcon.training import check_device, extend_training, is_complete, train_run
 
     check_device(device)
     request = Request(
@@ -125,14 +128,17 @@ def train(
         raise RunError(
             f"{run} already holds a trained run. Choose another --out, or go on with it: --resume."
         )
+    if resume and epochs is not None and is_planned(run):
+        extend_training(run, epochs)
+        request = replace(request, epochs=None)
     if resume and is_complete(run):
         out.print(f"{run} is finished: nothing to resume.")
         return
     if is_planned(run):
-        _go_on(dataset, run, request, resume)
+        _go_on(dataset, run, request, resume, trust)
     else:
-        _prepare(dataset, run, request, device)
-    train_run(run, device=device, resume=resume)
+        _prepare(dataset, run, request, device, trust)
+    train_run(run, device=device, resume=resume, trust=trust)
     print_metrics(run / "eval" / "metrics.json")
     out.print(
         f"\nThe run is in {run} (a MONAI bundle; {run / 'docs' / 'README.md'} describes it).\n"
@@ -148,14 +154,15 @@ def read_selected(path: Path, cases: Path | None) -> Any:
     return dataset if cases is None else dataset.select(read_case_names(cases))
 
 
-def _go_on(dataset: Path, run: Path, request: Request, resume: bool) -> None:
+def _go_on(dataset: Path, run: Path, request: Request, resume: bool, trust: bool) -> None:
     """A planned folder is trained as it is: say so where something else was asked for."""
-    from monai.bundle import ConfigParser
+    from medseg_supcon.bundle import check_configs_trusted, plain_text, read_plain
 
-    from medseg_supcon.bundle import read_config
-
-    config = ConfigParser(dict(read_config(run / "configs" / "train.yaml")))
-    planned = Path(config.get_parsed_content("dataset_dir"))  # an expression where it holds a #, say
+    check_configs_trusted(run, trust)
+    folder = plain_text(read_plain(run / "configs" / "train.yaml").get("dataset_dir"))
+    if folder is None:
+        raise RunError(f"{run / 'configs' / 'train.yaml'}: dataset_dir must be the path of a folder.")
+    planned = Path(folder)
     data = read_selected(dataset, None)
     root = data.root.resolve()
     if root != planned.resolve():
@@ -180,7 +187,7 @@ def _trusts_scan_affine(run: Path) -> bool:
     return bool(read_plan(run / "configs" / "plan.json").get("trust_scan_affine", False))
 
 
-def _prepare(path: Path, run: Path, request: Request, device: str | None) -> None:
+def _prepare(path: Path, run: Path, request: Request, device: str | None, trust: bool) -> None:
     from medseg_supcon.bundle import is_planned, parse_setting, read_recipe
     from medseg_supcon.datasets import VALIDATION, read_unlabelled, split_cases
     from medseg_supcon.training import check_device, prepare_run
@@ -203,7 +210,7 @@ def _prepare(path: Path, run: Path, request: Request, device: str | None) -> Non
     chosen = tuple(dict.fromkeys((*split.training, *split.validation, *split.unlabelled)))
     held_out = frozenset(c.name for c in split.validation) - {c.name for c in split.training}
     chosen_only = replace(dataset, cases=chosen, validation=held_out)
-    _refuse_errors(chosen_only, path, request.allow_affine_mismatch, request.unlabelled)
+    report = _refuse_errors(chosen_only, path, request.allow_affine_mismatch, request.unlabelled)
     result = prepare_run(
         dataset,
         split,
@@ -215,12 +222,14 @@ def _prepare(path: Path, run: Path, request: Request, device: str | None) -> Non
         init=request.init,
         device=device,
         trust_scan_affine=request.allow_affine_mismatch,
+        trust=trust,
+        report=report,
     )
     print_plan(result, split, run)
 
 
-def _refuse_errors(dataset: Any, path: Path, allow_affine_mismatch: bool, unlabelled: Path | None) -> None:
-    """Show what a check finds; errors end the command."""
+def _refuse_errors(dataset: Any, path: Path, allow_affine_mismatch: bool, unlabelled: Path | None) -> Any:
+    """Show what a check finds, and return its report; errors end the command."""
     from medseg_supcon.datasets import check_dataset
 
     report = check_dataset(dataset, allow_affine_mismatch=allow_affine_mismatch)
@@ -231,6 +240,7 @@ def _refuse_errors(dataset: Any, path: Path, allow_affine_mismatch: bool, unlabe
         raise MedsegError(
             f"The data set has errors (above): mend them and run 'medseg check {path}' until it is content{also}."
         )
+    return report
 
 
 def _planned_cases(run: Path, dataset: Any) -> Any:

@@ -4,10 +4,16 @@ from medseg_supcon.comparison.cell import is_done
 from medseg_supcon.comparison.config import ComparisonConfig, read_comparison
 from medseg_supcon.comparison.corruptions import CORRUPTIONS, corrupt_cases
 from medseg_supcon.comparison.design import Cell, design_comparison, make_variants
-from medseg_supcon.comparison.grid import grid_table, means_of_tests
-from medseg_supcon.comparison.jobs import compare, devices, run_jobs
-from medseg_supcon.comparison.render import settings_and_wiring
-from medseg_supcon.comparison.report import answer, caveats, cost_sentence, on_worse_scans, write_comparison
+from medseg_supcon.comparison.jobs import WITHOUT_WORKING_FOLDER, compare, devices, run_jobs
+from medseg_supcon.comparison.report import (
+    answer,
+    caveats,
+    on_degraded_scans,
+    settings_and_wiring,
+    with_changes,
+    write_comparison,
+)
+from medseg_supcon.comparison.results import Results, grid_table, means_of_tests, read_history
 from medseg_supcon.comparison.runs import unequal_recipes
 from medseg_supcon.comparison.statistics import (
     bootstrap_means,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -13,6 +12,7 @@ from time import sleep
 
 from medseg_supcon.comparison.cell import run_cell
 from medseg_supcon.errors import MedsegError
+from medseg_supcon.files import read_json
 
 
 def main() -> int:
@@ -21,15 +21,17 @@ def main() -> int:
     parser.add_argument("job", type=Path)
     parser.add_argument("--device")
     parser.add_argument("--quiet", action="store_true")
-    parser.add_argument("--beside", type=int, default=0, help="other such processes that share the machine")
-    parser.add_argument("--parent", type=int, help="process without which this one ends")
-    given = parser.parse_args()
-    if given.parent is not None:
-        Thread(target=_end_with, args=(given.parent,), daemon=True).start()
+    parser.add_argument(
+        "--beside", type=int, default=0, help="number of other such processes on this machine"
+    )
+    parser.add_argument("--parent", type=int, help="process whose end also ends this one")
+    options = parser.parse_args()
+    if options.parent is not None:
+        Thread(target=_end_with, args=(options.parent,), daemon=True).start()
     logging.captureWarnings(True)
-    logging.disable(logging.WARNING)  # third parties' are not for a person at a terminal
+    logging.disable(logging.WARNING)  # those of third parties are not for a person at a terminal
     try:
-        run_cell(json.loads(given.job.read_text()), given.device, given.quiet, 1 + given.beside)
+        run_cell(read_json(options.job), options.device, options.quiet, 1 + options.beside)
     except MedsegError as error:
         sys.stderr.write(f"medseg: {error}\n")
         return 2
@@ -39,7 +41,7 @@ def main() -> int:
 
 
 def _end_with(parent: int) -> None:
-    """A comparison that was killed leaves nothing behind that would train beside its next call."""
+    """Ends this process if the comparison was killed, so that it does not train beside the next call."""
     while os.getppid() == parent:
         sleep(0.5)
     os._exit(130)

@@ -1,4 +1,4 @@
-"""Test scans made worse, the same for every model: noise, bias field, ghosting, lower resolution."""
+"""Degraded test scans, the same for every model: noise, bias field, ghosting, lower resolution."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def add_bias_field(volume: Volume, seed: int) -> Volume:
 
 
 def add_ghosts(volume: Volume, seed: int) -> Volume:
-    """Copies of the anatomy along one axis, as motion in step with the phase encoding leaves them."""
+    """Copies of the anatomy along one axis, as motion in step with the phase encoding causes them."""
     axis = int(np.random.default_rng(seed).choice([a for a in (1, 2, 3) if volume.shape[a] > 1] or [1]))
     spectrum = np.fft.fft(volume, axis=axis)
     lines = np.abs(np.fft.fftfreq(volume.shape[axis]) * volume.shape[axis]).round().astype(int)
@@ -64,17 +64,12 @@ CORRUPTIONS: dict[str, Callable[[Volume, int], Volume]] = {
 
 
 def corrupt_cases(cases: Sequence[Case], condition: str, folder: Path) -> list[Case]:
-    """Write corrupted scans of cases, each on its own grid; a scan that is there already is kept.
+    """Write degraded scans of cases, each on its own grid; existing ones and the label maps are kept.
 
-    The draw depends on the condition and the case's name alone.
-
-    Args:
-        cases: with label maps, which stay the files that they are.
-        condition: a key of ``CORRUPTIONS``.
-        folder: where the NIfTI files go.
+    The random draw depends only on the condition (a key of ``CORRUPTIONS``) and the case's name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
+    degraded = []
     for case in cases:
         seed = zlib.crc32(f"{condition}/{case.name}".encode())
         files = []
@@ -85,8 +80,8 @@ def corrupt_cases(cases: Sequence[Case], condition: str, folder: Path) -> list[C
                 _corrupt_file(file, part, CORRUPTIONS[condition], seed + number)
                 part.replace(target)
             files.append(target)
-        found.append(replace(case, images=tuple(files)))
-    return found
+        degraded.append(replace(case, images=tuple(files)))
+    return degraded
 
 
 def _corrupt_file(source: Path, target: Path, corruption: Callable[[Volume, int], Volume], seed: int) -> None:

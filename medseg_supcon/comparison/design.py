@@ -1,4 +1,4 @@
-"""What is compared: recipes, seeds, label budgets, and which scans train, validate and test."""
+"""What is compared: recipes, seeds, label budgets, a grid of variants, and which scans train, validate and test."""
 
 from __future__ import annotations
 
@@ -12,27 +12,19 @@ from typing import Any
 from medseg_supcon.bundle import read_recipe
 from medseg_supcon.datasets import VALIDATION, Case, Dataset, Split, split_cases
 from medseg_supcon.errors import ConfigError, DataError
+from medseg_supcon.text import counted
 
-Settings = Sequence[tuple[str, Any]]
 Axes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # axis -> level -> settings
+
+PUT_ASIDE = 0.25  # share of the cases to test on if no case is left over
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One point of a grid.
-
-    Attributes:
-        levels: axis -> level; empty where there is no grid.
-        parts: axis -> what the level sets.
-    """
+    """One point of a grid: axis -> level (empty without a grid), and the settings laid over the recipe."""
 
     levels: Mapping[str, str] = field(default_factory=dict)
-    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    @property
-    def settings(self) -> tuple[tuple[str, Any], ...]:
-        """(key, value) overrides of ``train.yaml``, laid over the recipe."""
-        return tuple(setting for part in self.parts.values() for setting in part.items())
+    settings: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -41,18 +33,17 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The name as a part of a folder's name."""
+        """The name as part of a folder's name."""
         return "-".join(re.sub(r"[^\w.]+", "_", level) for level in self.levels.values())
 
 
-PLAIN = Variant()  # no grid
+PLAIN = Variant()
 
 
 def make_variants(axes: Axes) -> tuple[Variant, ...]:
-    """Every combination of one level from each axis, the last axis changing fastest; without axes the one variant.
+    """Every combination of one level from each axis, the last axis changing fastest; without axes one variant.
 
-    Raises:
-        ConfigError: an axis without levels, or two combinations that would share a folder.
+    A `ConfigError` if an axis has no levels, or two combinations would share a folder.
 
     Example:
         >>> axes = {"optimiser": {"SGD": {"learning_rate": 0.1}, "Adam": {}}, "decay": {"on": {}, "off": {}}}
@@ -62,27 +53,15 @@ def make_variants(axes: Axes) -> tuple[Variant, ...]:
     empty = [axis for axis, levels in axes.items() if not levels]
     if empty:
         raise ConfigError(f"variants: the axis {empty[0]!r} has no levels. Give it some, or leave it out.")
-    found = []
+    variants: dict[str, Variant] = {}
     for chosen in product(*(levels.items() for levels in axes.values())):
         levels = dict(zip(axes, (level for level, _ in chosen), strict=True))
-        found.append(Variant(levels, dict(zip(axes, (part for _, part in chosen), strict=True))))
-    folders = [variant.folder.lower() for variant in found]
-    twice = next((v for v in found if folders.count(v.folder.lower()) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"variants: {twice.name!r} and another one would share a folder. Rename a level.")
-    return tuple(found)
-
-
-def level_settings(variants: Sequence[Variant]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The axes that variants were made from: axis -> level -> settings."""
-    axes: dict[str, dict[str, dict[str, Any]]] = {}
-    for variant in variants:
-        for axis, level in variant.levels.items():
-            axes.setdefault(axis, {})[level] = dict(variant.parts[axis])
-    return axes
-
-
-PUT_ASIDE = 0.25  # share of the cases that tests where no case is left over
+        variant = Variant(levels, tuple(setting for _, settings in chosen for setting in settings.items()))
+        if variants.setdefault(variant.folder.lower(), variant) is not variant:
+            raise ConfigError(
+                f"variants: {variant.name!r} and another one would share a folder. Rename a level."
+            )
+    return tuple(variants.values())
 
 
 @dataclass(frozen=True)
@@ -96,46 +75,35 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The run's folder."""
+        """The name of the run's folder."""
         under = f"_{self.variant.folder}" if self.variant.folder else ""
         return f"{self.recipe}{under}_labels{self.labels}_seed{self.seed}"
 
     @property
     def key(self) -> dict[str, Any]:
-        """What tells its rows from other runs': ``variant`` is there only where the comparison has variants."""
+        """What identifies its rows in tables; ``variant`` only if the comparison has variants."""
         under = {"variant": self.variant.name} if self.variant.levels else {}
         return under | {"recipe": self.recipe, "labels": self.labels, "seed": self.seed}
 
 
 @dataclass(frozen=True)
 class Design:
-    """A comparison before it is run.
-
-    Attributes:
-        dataset: all cases.
-        recipes: names, the baseline first; a name may stand twice.
-        files: recipe name -> what ``read_recipe`` takes.
-        seeds: of training; the split has one of its own.
-        splits: labelled cases of a budget -> its split, the same for all recipes and seeds.
-        test: labelled cases that no run trains or validates on.
-        tested_on: a sentence on how they were chosen.
-        own: recipe name -> settings of that recipe alone, laid over it.
-        variants: settings under each of which every recipe is trained.
-    """
+    """A comparison before it is run."""
 
     dataset: Dataset
-    recipes: tuple[str, ...]
-    files: dict[str, str | Path]
-    seeds: tuple[int, ...]
-    splits: dict[int, Split]
-    test: tuple[Case, ...]
-    tested_on: str
-    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    variants: tuple[Variant, ...] = (PLAIN,)
+    recipes: tuple[str, ...]  # the baseline first; it may be compared with itself
+    files: dict[str, str | Path]  # recipe name -> what `read_recipe` takes
+    seeds: tuple[int, ...]  # of training; the split has its own
+    splits: dict[int, Split]  # by the number of labelled cases, the same for all recipes and seeds
+    test: tuple[Case, ...]  # labelled cases that no run trains or validates on
+    tested_on: str  # how they were chosen, in words
+    own: Mapping[str, Mapping[str, Any]]  # recipe name -> settings of that recipe alone, laid over it
+    axes: Axes  # empty without a grid
+    variants: tuple[Variant, ...]  # made of the axes; every recipe is trained under each
 
     @property
     def cells(self) -> list[Cell]:
-        """Every run, the small budgets first and the recipes side by side, so that early results compare."""
+        """Every run, small budgets first and the recipes side by side, so that early results can be compared."""
         return [
             Cell(recipe, labels, seed, variant)
             for labels in self.splits
@@ -156,42 +124,41 @@ def design_comparison(
     split_seed: int = 0,
     validation: float = VALIDATION,
     own: Mapping[str, Mapping[str, Any]] | None = None,
-    variants: Sequence[Variant] = (PLAIN,),
+    axes: Axes | None = None,
 ) -> Design:
-    """Decide who trains, validates and tests.
+    """Decide which cases train, validate and test.
 
-    The runs draw from the pool: ``cases`` (default: all), without the test cases. Without ``test_cases`` the
-    labelled cases outside ``cases`` test; if there are none, the labelled cases that no budget uses (they are
-    then withheld from the unlabelled scans, too); if there are none of those, a quarter of the cases is put
-    aside before anything else.
+    The runs draw from the pool: ``cases`` (default: all) without the test cases. Without ``test_cases`` the labelled
+    cases outside ``cases`` are tested on; if there are none, the labelled cases that no budget uses (the runs do not
+    get them as unlabelled scans either); if there are none of those, a quarter of the cases is put aside first.
 
     Args:
-        dataset: what was read.
+        dataset, own, axes: see `Design`.
         recipes: names or files, or (name, name or file), the baseline first; at least two.
-        seeds: of training.
+        seeds, split_seed: of training, and of the one order from which all budgets are taken.
         labels: budgets: labelled scans, validation included; None: all of the pool.
-        cases: names of the pool.
-        test_cases: names of the cases to test on.
-        split_seed: of the one order from which all budgets are taken.
+        cases, test_cases: names of the cases of the pool, and of those to test on.
         validation: share of every budget that validates, below 1; 0: all labelled scans train.
-        own: name -> settings of that recipe alone, laid over it.
-        variants: of `make_variants`.
 
     Raises:
-        ConfigError: fewer than two recipes, no seed, a recipe that does not exist, two files of one name.
-        DataError: a case is unknown, in the pool and tested, or without label; or nothing is left to test on.
+        ConfigError: fewer than two recipes, a recipe that does not exist, or a value given twice.
+        DataError: a case is unknown, in the pool and tested, or without label; or no case is left to test on.
     """
     named = [r if isinstance(r, tuple) else (Path(r).stem, r) for r in recipes]
     files = _recipe_files(named)
     if not seeds or min(seeds) < 0:
         raise ConfigError("--seeds: expected whole numbers from 0, separated by commas, such as 0,1,2.")
-    pool, test, told = _test_cases(dataset, cases, test_cases, labels, split_seed)
+    _refuse_repeated("--recipes", [name for name, _ in named[1:]])
+    _refuse_repeated("--seeds", seeds)
+    _refuse_repeated("--labels", ["all" if budget is None else budget for budget in labels])
+    pool, test, tested_on = _test_cases(dataset, cases, test_cases, labels, split_seed)
     splits: dict[int, Split] = {}
     most = max((budget for budget in labels if budget is not None), default=0)
     if test and most > len(pool.labelled):
         raise DataError(
-            f"--labels {most}: beside the {len(test)} cases to test on, {dataset.root} has {len(pool.labelled)} labelled "
-            "ones. Ask for as many at most, or name fewer to test on with --test-cases FILE."
+            f"--labels {most}: in addition to {counted(len(test), 'test case')}, {dataset.root} has "
+            f"{counted(len(pool.labelled), 'labelled case')}. Ask for at most that many, or name fewer cases to test on "
+            "with --test-cases FILE."
         )
     for budget in labels:
         split = split_cases(pool, labels=budget, seed=split_seed, validation_fraction=validation)
@@ -200,14 +167,12 @@ def design_comparison(
         used = {c.name for s in splits.values() for c in (*s.training, *s.validation)}
         patients = {c.patient for c in pool.cases if c.name in used and c.patient is not None}
         test = tuple(c for c in pool.labelled if c.name not in used and c.patient not in patients)
-        names = {c.name for c in test}
-        splits = {
-            n: replace(s, unlabelled=tuple(c for c in s.unlabelled if c.name not in names))
-            for n, s in splits.items()
-        }
-        told = (
-            "the labelled cases that no run trains or validates on; they were withheld from the unlabelled "
-            "scans, too (--test-cases chooses others)"
+        tested = {case.name for case in test}
+        for n, split in splits.items():
+            splits[n] = replace(split, unlabelled=tuple(c for c in split.unlabelled if c.name not in tested))
+        tested_on = (
+            "the labelled cases that no run trains or validates on; no run gets them as unlabelled scans either "
+            "(--test-cases chooses others)"
         )
     if not test:
         raise DataError(
@@ -215,28 +180,27 @@ def design_comparison(
             "smaller budgets with --labels."
         )
     _refuse_missing_scans(files, splits)
-    return Design(
-        dataset,
-        tuple(name for name, _ in named),
-        files,
-        tuple(dict.fromkeys(seeds)),
-        dict(sorted(splits.items())),
-        test,
-        told,
-        dict(own or {}),
-        tuple(variants),
-    )
+    names, splits, axes = tuple(name for name, _ in named), dict(sorted(splits.items())), axes or {}
+    variants = make_variants(axes)
+    return Design(dataset, names, files, tuple(seeds), splits, test, tested_on, own or {}, axes, variants)
+
+
+def _refuse_repeated(option: str, values: Sequence[object]) -> None:
+    repeated = [value for number, value in enumerate(values) if value in values[:number]]
+    if repeated:
+        raise ConfigError(f"{option}: {repeated[0]} is given twice. Give each value once.")
 
 
 def _refuse_missing_scans(files: Mapping[str, str | Path], splits: Mapping[int, Split]) -> None:
-    """A recipe that asks for unlabelled scans would fail in its turn, hours later."""
+    """A recipe that needs unlabelled scans would otherwise fail hours later."""
     bare = [labels for labels, split in splits.items() if not split.unlabelled]
-    for name, file in files.items():
-        if bare and dict(read_recipe(file)).get("train::sampler", {}).get("required"):
+    for name, file in files.items() if bare else ():
+        sampler = read_recipe(file).get("train::sampler")
+        if isinstance(sampler, Mapping) and sampler.get("required"):
             raise ConfigError(
-                f"The recipe {name} learns from scans without labels too, and with {bare[0]} labelled scans none is "
-                "left: the others are tested on, or all are labelled. Name the scans to test on with --test-cases "
-                "FILE, so that the rest counts as unlabelled, or give smaller budgets with --labels."
+                f"The recipe {name} also learns from scans without labels, and with {counted(bare[0], 'labelled scan')} "
+                "none is left: the others are tested on, or all are labelled. Name the scans to test on with "
+                "--test-cases FILE, so that the rest counts as unlabelled, or give smaller budgets with --labels."
             )
 
 
@@ -248,7 +212,7 @@ def _recipe_files(recipes: Sequence[tuple[str, str | Path]]) -> dict[str, str | 
             raise ConfigError(f"recipes: {name!r} cannot be part of a folder's name. Leave the slashes out.")
         if name in files and overlay != read_recipe(files[name]):
             raise ConfigError(
-                f"--recipes: {files[name]} and {recipe} are different recipes of one name. Rename a file."
+                f"--recipes: {files[name]} and {recipe} are different recipes with the same name. Rename a file."
             )
         files.setdefault(name, recipe)
     if len(recipes) < 2:
@@ -267,29 +231,31 @@ def _test_cases(
 ) -> tuple[Dataset, tuple[Case, ...], str]:
     """The pool, the test cases (none: what the budgets leave), and how they were chosen."""
     pool = dataset if cases is None else dataset.select(cases)
-    named = {case.name for case in pool.cases}
+    in_pool = {case.name for case in pool.cases}
     if test_cases is not None:
         test = dataset.select(test_cases).cases
         bare = [case.name for case in test if case.label is None]
         if bare:
             raise DataError(f"--test-cases: {bare[0]!r} has no label map to test against. Leave it out.")
-        both = [case.name for case in test if case.name in named]
+        both = [case.name for case in test if case.name in in_pool]
         if both and cases is not None:
             raise DataError(f"{both[0]!r} is in --cases and in --test-cases: a case cannot train and test.")
         return _without(pool, test), test, "the cases that --test-cases names"
-    outside = tuple(case for case in dataset.labelled if case.name not in named)
+    outside = tuple(case for case in dataset.labelled if case.name not in in_pool)
     if outside:
         return _without(pool, outside), outside, "the labelled cases that --cases leaves out"
-    if None not in labels and all(n is not None and n < len(pool.labelled) for n in labels):
+    if all(n is not None and n < len(pool.labelled) for n in labels):
         return pool, (), ""
     split = split_cases(pool, seed=split_seed, validation_fraction=PUT_ASIDE)
     if split.warnings:
         raise DataError(
-            f"{dataset.root}: it takes at least two labelled patients to compare recipes, one of them to test "
-            f"on; found {len(dataset.labelled)} labelled case(s)."
+            f"{dataset.root}: comparing recipes takes at least two labelled patients, one of them to test on; found "
+            f"{counted(len(dataset.labelled), 'labelled case')}."
         )
-    told = f"{len(split.validation)} cases put aside at random before any split (--test-cases chooses others)"
-    return _without(pool, split.validation), split.validation, told
+    tested_on = (
+        f"{counted(len(split.validation), 'case')} put aside at random first (--test-cases chooses others)"
+    )
+    return _without(pool, split.validation), split.validation, tested_on
 
 
 def _without(pool: Dataset, test: Sequence[Case]) -> Dataset:

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: Dice against labels, differences with intervals, robustness, training curves."""
+"""Pictures of a comparison: Dice against labels, differences with intervals, degraded scans, curves, grids."""
 
 from __future__ import annotations
 
@@ -8,157 +8,212 @@ from typing import Any
 
 import numpy as np
 
-from medseg_supcon.comparison.statistics import MEAN
+from medseg_supcon.comparison.statistics import MEAN, excludes_zero
 from medseg_supcon.evaluation import INK, color_of, dress, dress_epochs, legend_below, new_figure, save
 
 Row = Mapping[str, Any]
-Histories = Mapping[str, tuple[str, int, Sequence[Mapping[str, str]]]]  # run -> recipe, labels, history.csv
+History = Sequence[Mapping[str, float]]
 
 BASELINE_COLOR = "#555555"
 MARKERS = "osD^vP*X"
+LINES = ("-", "--", ":", "-.")
 # Darker than the palette of classes where that is pale: lines are thin.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LOSS, CONTRAST, DICE = (
+    ("loss", "Training loss"),
+    ("contrastive", "Contrastive loss"),
+    ("val_mean_dice", "Validation Dice"),
+)
 
 
 def recipe_colors(recipes: Sequence[str]) -> dict[str, Any]:
-    """The baseline is grey, the others are told apart by colour-blind people, too."""
+    """Grey for the baseline; colour-blind people can tell the others apart, too."""
     names = list(dict.fromkeys(recipes))
     others = {name: COLORS[i] if i < len(COLORS) else color_of(i + 1) for i, name in enumerate(names[1:])}
     return {names[0]: BASELINE_COLOR, **others}
 
 
+def _styles(recipes: Sequence[str]) -> list[tuple[str, Any, str, float]]:
+    """Name, colour and marker of each recipe, and where it stands around its place, from -0.5 to 0.5."""
+    colors = recipe_colors(recipes)
+    shifts = (np.arange(len(colors)) - (len(colors) - 1) / 2) / len(colors)
+    return [(n, c, MARKERS[i % len(MARKERS)], float(shifts[i])) for i, (n, c) in enumerate(colors.items())]
+
+
 def efficiency_figure(means: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
     """Mean Dice over classes against the number of labelled scans; each run is a small dot."""
-    colors = recipe_colors(recipes)
     budgets = sorted({row["labels"] for row in means})
     figure = new_figure(6.6, 4.0)
     axis = figure.subplots()
-    # Places rather than numbers: 5, 10 and 200 labels are all to be seen.
-    shift = 0.09 if len(budgets) > 1 else 0.5
-    for number, (recipe, color) in enumerate(colors.items()):
-        rows = {
-            r["labels"]: r for r in means if r["recipe"] == recipe and r["class"] == MEAN and r["by_seed"]
-        }
-        x = [budgets.index(n) + shift * (number - (len(colors) - 1) / 2) for n in rows]
-        y = [row["dice"] for row in rows.values()]
-        for place, row in zip(x, rows.values(), strict=True):
+    # The budgets are evenly spaced: 5, 10 and 200 labels can all be seen.
+    width = 0.27 if len(budgets) > 1 else 0.9
+    for recipe, color, marker, shift in _styles(recipes):
+        rows = [r for r in means if r["recipe"] == recipe and r["class"] == MEAN and r["by_seed"]]
+        x = [budgets.index(row["labels"]) + width * shift for row in rows]
+        for place, row in zip(x, rows, strict=True):
             axis.plot(
                 [place] * len(row["by_seed"]), row["by_seed"], ".", color=color, alpha=0.45, markersize=7
             )
-        style = {"marker": MARKERS[number % len(MARKERS)], "markersize": 7, "color": color}
-        axis.plot(x, y, linewidth=1.6, label=recipe, **style)
+        style = {"marker": marker, "markersize": 7, "color": color, "linewidth": 1.6}
+        axis.plot(x, [row["dice"] for row in rows], label=recipe, **style)
     axis.set_xticks(range(len(budgets)), [str(n) for n in budgets])
     axis.set_xlim(-0.6, len(budgets) - 0.4)
     dress(axis, "Mean Dice on the test scans", "labelled scans (validation included)")
-    axis.legend(fontsize=9, frameon=False, loc="best")
+    legend_below(figure, axis.get_legend_handles_labels()[0], most=5)
     save(figure, path)
 
 
 def differences_figure(differences: Sequence[Row], path: Path) -> None:
-    """Each paired difference with its 95 % interval, in Dice points; filled where the interval excludes 0."""
+    """Each paired difference with its 95 % interval, in Dice points; filled if the interval excludes 0."""
     rows = [row for row in differences if row["difference"] is not None]
     rows.sort(key=lambda row: row["labels"])
-    colors = recipe_colors([rows[0]["baseline"], *(row["recipe"] for row in rows)] if rows else ["", ""])
+    baseline = rows[0]["baseline"] if rows else "the baseline"
+    colors = recipe_colors([baseline, *(row["recipe"] for row in rows)])
     figure = new_figure(7.2, 0.9 + 0.34 * max(len(rows), 2))
     axis = figure.subplots()
     axis.axvline(0, color=INK, linewidth=1.0)
+    names, ends = [], [0.0]
     for place, row in enumerate(rows):
-        color, y = colors[row["recipe"]], -place
+        color = colors[row["recipe"]]
         low, middle, high = (100 * row[key] for key in ("low", "difference", "high"))
-        wide = 2.6 if row["class"] == MEAN else 1.4
-        axis.plot([low, high], [y, y], color=color, linewidth=wide, solid_capstyle="butt")
-        clear = row["low"] > 0 or row["high"] < 0
+        mean = row["class"] == MEAN
         axis.plot(
-            middle, y, marker="o", markersize=7, color=color, markerfacecolor=color if clear else "white"
+            [low, high], [-place] * 2, color=color, linewidth=2.6 if mean else 1.4, solid_capstyle="butt"
         )
-    one_class = len({row["class"] for row in rows}) == 1
-    names = [
-        f"{row['labels']} labels, {row['recipe']}" + ("" if one_class else f": {_class_name(row['class'])}")
-        for row in rows
-    ]
+        filled = color if excludes_zero(row) else "white"
+        axis.plot(middle, -place, marker="o", markersize=7, color=color, markerfacecolor=filled)
+        names.append(f"{row['labels']} labels, {row['recipe']}" + ("" if mean else f": {row['class']}"))
+        ends += [low, high]
     axis.set_yticks([-i for i in range(len(rows))], names)
     axis.set_ylim(-len(rows) + 0.4, 0.6)
-    ends = [0.0, *(100 * row[key] for row in rows for key in ("low", "high"))]
     margin = 0.12 * (max(ends) - min(ends)) or 1.0
     axis.set_xlim(min(ends) - margin, max(ends) + margin)
-    baseline = rows[0]["baseline"] if rows else "the baseline"
-    dress(
-        axis,
-        f"Difference from {baseline}",
-        "Dice points (right of 0: better than the baseline), 95 % interval",
-    )
+    below = "Dice points (right of 0: better than the baseline), 95 % interval"
+    dress(axis, f"Difference from {baseline}", below)
     save(figure, path)
 
 
 def robustness_figure(robustness: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
-    """Mean Dice of the same models on the test scans as they are and made worse, at the largest budget."""
+    """Mean Dice of the same models on the test scans as they are and degraded, at the largest budget."""
     budget = max(row["labels"] for row in robustness)
     rows = [row for row in robustness if row["labels"] == budget]
     conditions = list(dict.fromkeys(row["condition"] for row in rows))
-    colors = recipe_colors(recipes)
+    dice = {(row["condition"], row["recipe"]): row["dice"] for row in rows}
+    dice |= {(row["condition"], row["baseline"]): row["baseline_dice"] for row in rows}
     figure = new_figure(7.2, 3.6)
     axis = figure.subplots()
-    width = 0.8 / len(colors)
-    for number, (recipe, color) in enumerate(colors.items()):
-        heights = []
-        for condition in conditions:
-            mine = [row for row in rows if row["condition"] == condition]
-            own = next((row["dice"] for row in mine if row["recipe"] == recipe), None)
-            heights.append(mine[0]["baseline_dice"] if number == 0 else own)
-        x = np.arange(len(conditions)) + width * (number - (len(colors) - 1) / 2)
-        values = [np.nan if h is None else h for h in heights]
-        axis.bar(x, values, 0.92 * width, color=color, label=recipe)
+    for recipe, color, _, shift in _styles(recipes):
+        heights = [np.nan if dice[c, recipe] is None else dice[c, recipe] for c in conditions]
+        width = 0.74 / len(set(recipes))
+        axis.bar(np.arange(len(conditions)) + 0.8 * shift, heights, width, color=color, label=recipe)
     axis.set_xticks(range(len(conditions)), conditions)
     axis.set_ylim(0, 1)
-    dress(axis, f"Mean Dice on test scans made worse ({budget} labels)", "")
+    dress(axis, f"Mean Dice on degraded test scans ({budget} labels)", "")
     axis.grid(visible=False, axis="x")
     legend_below(figure, axis.get_legend_handles_labels()[0], most=5)
     save(figure, path)
 
 
-def learning_figure(histories: Histories, recipes: Sequence[str], path: Path) -> None:
+def learning_figure(histories: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
     """Loss, contrastive loss and validation Dice by epoch at the largest budget; thin: each run, bold: their mean."""
-    budget = max(labels for _, labels, _ in histories.values())
-    colors = recipe_colors(recipes)
-    trained = [
-        int(row["epoch"]) for _, labels, rows in histories.values() if labels == budget for row in rows
-    ]
-    panels = [
-        ("loss", "Training loss"),
-        ("contrastive", "Contrastive loss"),
-        ("val_mean_dice", "Validation Dice"),
-    ]
+    runs = _of_largest_budget(histories)
     figure = new_figure(10.5, 3.4)
-    for axis, (column, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        for recipe, color in colors.items():
-            mine = [rows for name, n, rows in histories.values() if name == recipe and n == budget]
-            for run in used_curves(mine, column):
+    for axis, (column, title) in zip(figure.subplots(1, 3), (LOSS, CONTRAST, DICE), strict=True):
+        for recipe, color in recipe_colors(recipes).items():
+            mine = [run["history"] for run in runs if run["recipe"] == recipe]
+            for run in _used_curves(mine, column):
                 axis.plot(list(run), list(run.values()), color=color, linewidth=0.7, alpha=0.5)
-            epochs, mean = mean_curve(mine, column)
-            axis.plot(
-                epochs, mean, color=color, linewidth=2.0, marker="." if len(epochs) < 3 else "", label=recipe
-            )
-        dress_epochs(axis, title, trained)
+            _plot_mean(axis, mine, column, color=color, linewidth=2.0, label=recipe)
+        dress_epochs(axis, title, _epochs(runs))
     legend_below(figure, figure.axes[0].get_legend_handles_labels()[0], most=5)
     save(figure, path)
 
 
-def used_curves(histories: Sequence[Sequence[Mapping[str, str]]], column: str) -> list[dict[int, float]]:
-    """Epoch -> value of each history; without those that are 0 throughout: a term that is not in use."""
-    curves = [
-        {int(row["epoch"]): float(row[column]) for row in rows if row.get(column)} for rows in histories
+def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
+    """Dice of every variant at the largest budget: test large, validation hollow, training a dash."""
+    from matplotlib.lines import Line2D
+
+    budget = max(row["labels"] for row in table)
+    rows = [row for row in table if row["labels"] == budget]
+    figure = new_figure(max(6.0, 1.6 + 0.72 * len(rows)), 4.4)
+    axis = figure.subplots()
+    styles = _styles(recipes)
+    marks: dict[str, dict[str, Any]] = {
+        "test": {"markersize": 8},
+        "validation": {"markersize": 5, "markerfacecolor": "white"},
+        "training": {"markersize": 11, "marker": "_"},
+    }
+    handles = []
+    for recipe, color, marker, shift in styles:
+        look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": ""}
+        handles.append(Line2D([], [], label=recipe, markersize=8, **look))
+        for score, style in marks.items():
+            dice = [row["of"][recipe][f"{score}_dice"] for row in rows]
+            x = np.arange(len(rows)) + 0.22 * len(styles) * shift
+            axis.plot(x, [np.nan if d is None else d for d in dice], **(look | style))
+    black: dict[str, Any] = {"color": INK, "marker": "o", "linestyle": ""}
+    handles += [Line2D([], [], label=score, **(black | style)) for score, style in marks.items()]
+    axis.set_xticks(range(len(rows)), ["\n".join(row["levels"].values()) for row in rows], fontsize=8)
+    axis.set_xlim(-0.6, len(rows) - 0.4)
+    axis.set_ylim(bottom=0)
+    dress(axis, f"Dice by {', '.join(rows[0]['levels'])} ({budget} labelled scans)", "")
+    axis.grid(visible=False, axis="x")
+    legend_below(figure, handles)
+    save(figure, path)
+
+
+def grid_curves_figure(
+    histories: Sequence[Row], variants: Sequence[Row], recipes: Sequence[str], path: Path
+) -> None:
+    """Contrastive loss and validation Dice by epoch: a column per level of the first axis, a colour per variant."""
+    from matplotlib.lines import Line2D
+
+    runs = _of_largest_budget(histories)
+    first, *others = variants[0]["levels"]
+    columns = list(dict.fromkeys(v["levels"][first] for v in variants)) if others else [first]
+    group_of = {v["name"]: ", ".join(f"{a} {v['levels'][a]}" for a in others or [first]) for v in variants}
+    groups = list(dict.fromkeys(group_of.values()))
+    lines = dict(zip(dict.fromkeys(recipes), LINES * len(recipes), strict=False))
+    figure = new_figure(max(5.0, 1.0 + 3.3 * len(columns)), 6.2)
+    axes = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
+    for variant in variants:
+        column = columns.index(variant["levels"][first]) if others else 0
+        color = COLORS[groups.index(group_of[variant["name"]]) % len(COLORS)]
+        for recipe, line in lines.items():
+            mine = [r["history"] for r in runs if (r["variant"], r["recipe"]) == (variant["name"], recipe)]
+            for axis, (name, _) in zip(axes[:, column], (CONTRAST, DICE), strict=True):
+                _plot_mean(axis, mine, name, linestyle=line, color=color, linewidth=1.6)
+    for row, (_, title) in zip(axes, (CONTRAST, DICE), strict=True):
+        for axis, level in zip(row, columns, strict=True):
+            dress_epochs(axis, f"{level}: {title.lower()}" if others else title, _epochs(runs))
+    for axis in axes[0]:
+        axis.set_xlabel("")
+    handles = [
+        Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=n) for i, n in enumerate(groups)
     ]
+    handles += [Line2D([], [], color=INK, linestyle=line, label=name) for name, line in lines.items()]
+    legend_below(figure, handles, most=4)
+    save(figure, path)
+
+
+def _of_largest_budget(histories: Sequence[Row]) -> list[Row]:
+    budget = max(run["labels"] for run in histories)
+    return [run for run in histories if run["labels"] == budget]
+
+
+def _epochs(runs: Sequence[Row]) -> list[int]:
+    return [int(row["epoch"]) for run in runs for row in run["history"]]
+
+
+def _used_curves(histories: Sequence[History], column: str) -> list[dict[int, float]]:
+    """Epoch -> value of each history; without those that are 0 throughout: a term that is not in use."""
+    curves = [{int(row["epoch"]): row[column] for row in rows if column in row} for rows in histories]
     return [curve for curve in curves if any(curve.values())]
 
 
-def mean_curve(
-    histories: Sequence[Sequence[Mapping[str, str]]], column: str
-) -> tuple[list[int], list[float]]:
-    """The epochs that all `used_curves` have, and the mean there."""
-    curves = used_curves(histories, column)
+def _plot_mean(axis: Any, histories: Sequence[History], column: str, **style: Any) -> None:
+    """The mean of the curves over the epochs that all have; a line alone would not show a single point."""
+    curves = _used_curves(histories, column)
     epochs = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-    return epochs, [float(np.mean([curve[epoch] for curve in curves])) for epoch in epochs]
-
-
-def _class_name(name: str) -> str:
-    return "mean over classes" if name == MEAN else name
+    mean = [float(np.mean([curve[epoch] for curve in curves])) for epoch in epochs]
+    axis.plot(epochs, mean, marker="." if len(epochs) < 3 else "", **style)

@@ -1,4 +1,4 @@
-"""``medseg compare``: prepare every run, train and test what is not done yet, and write what was found."""
+"""``medseg compare``: prepare every run, train and test what is not done yet, and write the report."""
 
 from __future__ import annotations
 
@@ -18,44 +18,40 @@ import torch
 
 from medseg_supcon.comparison.cell import is_done, run_cell
 from medseg_supcon.comparison.design import Cell, Design
-from medseg_supcon.comparison.results import write_findings
-from medseg_supcon.comparison.runs import conditions_of, make_plans, prepare_cells
+from medseg_supcon.comparison.report import write_comparison
+from medseg_supcon.comparison.results import read_results
+from medseg_supcon.comparison.runs import conditions_of, make_plans, prepare_cells, refuse_untrusted
 from medseg_supcon.errors import RunError
-from medseg_supcon.files import alone, write_text
+from medseg_supcon.files import folder_lock, read_json, write_text
+from medseg_supcon.text import counted
 
 Done = Callable[[Path, str], None]  # job file, what went wrong ("": nothing)
 INTERRUPTED = (130, -2)
+# As `python -m medseg_supcon.comparison`, which would import modules from the working folder before Python's own.
+WITHOUT_WORKING_FOLDER = (
+    "import sys; sys.path = [p for p in sys.path if p]; from medseg_supcon.comparison.__main__ import main; "
+    "sys.exit(main())"
+)
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def devices(device: str | None, workers: int | None = None) -> list[str]:
-    """A device for each worker.
-
-    Args:
-        device: the one asked for; None: every GPU, else the CPU.
-        workers: how many runs at once; None: one for each device. Several may share one.
-    """
+    """A device for each of the workers (None: one for each device); without ``device`` every GPU, or the CPU."""
     every = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     known = every if device is None else [device]
     return [known[i % len(known)] for i in range(workers or len(known))]
 
 
 def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Done) -> None:
-    """Run job files, each in a process of its own; a failed one does not stop the others.
+    """Run job files, each in its own process; a failed one does not stop the others.
 
-    One worker shows its progress. Several are silent, write ``JOB.log``, and share the machine: the threads
-    torch would use are divided among those on the CPU, the memory for cached scans among all.
+    One worker shows its progress. Several are silent, write ``JOB.log``, and share the machine: those on the CPU
+    divide the threads that torch would use, and all divide the memory for cached scans.
 
-    Args:
-        jobs: files that ``python -m medseg_supcon.comparison`` takes.
-        where: a device for each worker.
-        done: called in this process after each.
+    ``jobs`` are files that ``python -m medseg_supcon.comparison`` takes, ``where`` has a device for each worker, and
+    ``done`` is called in this process after each job.
     """
     pool = _Pool(where)
-    if len(where) == 1:
-        for job in jobs:
-            done(job, pool.run(job, where[0], log=None))
-        return
     free: SimpleQueue[str] = SimpleQueue()
     for device in where:
         free.put(device)
@@ -63,7 +59,7 @@ def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Done) -> None:
     def task(job: Path) -> str:
         device = free.get()
         try:
-            return pool.run(job, device, log=job.with_suffix(".log"))
+            return pool.run(job, device, log=job.with_suffix(".log") if len(where) > 1 else None)
         finally:
             free.put(device)
 
@@ -74,12 +70,13 @@ def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Done) -> None:
                 done(running[future], future.result())
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
-            pool.stop()
+            for process in list(pool.running):  # a checkpoint is written whole or not at all
+                process.terminate()
             raise
 
 
 class _Pool:
-    """The processes under way."""
+    """The running processes."""
 
     def __init__(self, where: Sequence[str]) -> None:
         self.where = where
@@ -88,31 +85,26 @@ class _Pool:
     def run(self, job: Path, device: str, log: Path | None) -> str:
         """One job to its end: what went wrong, or an empty string."""
         environment, name = self._environment(device)
-        command = [sys.executable, "-W", "ignore", "-m", "medseg_supcon.comparison", str(job)]
+        command = [sys.executable, "-W", "ignore", "-c", WITHOUT_WORKING_FOLDER, str(job)]
         command += ["--device", name, "--beside", str(len(self.where) - 1), "--parent", str(os.getpid())]
         if log is None:
-            code, told = self._wait(command, environment, None), "see above"
+            code, reason = self._wait(command, environment, None), "see above"
         else:
             with log.open("wb") as stream:
                 code = self._wait([*command, "--quiet"], environment, stream)
             lines = log.read_text(errors="replace").strip().splitlines()
-            told = lines[-1].removeprefix("medseg: ") if lines else f"see {log}"
+            reason = lines[-1].removeprefix("medseg: ") if lines else f"see {log}"
         if code in INTERRUPTED:
             raise KeyboardInterrupt
-        if code < 0:  # nothing of its own tells why
+        if code < 0:  # the process itself says nothing
             return f"it was ended by {signal.Signals(-code).name}; perhaps memory ran out"
-        return told if code else ""
-
-    def stop(self) -> None:
-        """End what is under way; a checkpoint is written whole or not at all."""
-        for process in list(self.running):
-            process.terminate()
+        return reason if code else ""
 
     def _environment(self, device: str) -> tuple[dict[str, str], str]:
-        """The process's environment, and its device's name in there."""
+        """The process's environment, and its device's name in it."""
         environment = dict(os.environ)
         if device.startswith("cuda:"):
-            # A process sees its GPU only: nothing in it can land on another by default.
+            # A process sees its own GPU only: nothing in it can use another by default.
             visible = environment.get("CUDA_VISIBLE_DEVICES", "")
             number = int(device.removeprefix("cuda:"))
             environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
@@ -151,57 +143,58 @@ def compare(
     robustness: bool = True,
     training_score: bool = False,
     trust_scan_affine: bool = False,
+    trust: bool = False,
     say: Say = print,
     processes: bool = True,
 ) -> dict[str, Any]:
     """Train and test every run of a design, and write tables, pictures and ``report.html``.
 
-    What is finished is kept and what is half done goes on, so the same call can be made again.
+    Finished runs are kept and interrupted ones go on, so the same call can be made again.
 
     Args:
         design: of `design_comparison`.
         out: folder of the comparison; new, or of an earlier call.
-        epochs: of every run; by default what fits the planned time of the first plan.
-        settings: (key, value) overrides for all runs, as of ``medseg train --set``.
-        device: of all runs; by default every GPU there is, else the CPU.
-        workers: runs at once; by default one on each device. On a CPU they divide its threads: a run's figures
-            depend on its seed and its number of threads, not on what runs beside it.
-        robustness: test on corrupted scans, too.
-        training_score: Dice on the scans trained on, too.
+        epochs, settings: of all runs; by default the first plan's length; (key, value) as of ``medseg train --set``.
+        device, workers: see `devices`. On a CPU workers divide its threads: a run's scores depend on its seed and its
+            number of threads, not on what runs beside it.
+        robustness, training_score: also test on degraded scans, and on the scans trained on.
         trust_scan_affine: as ``medseg train --allow-affine-mismatch``.
-        say: told what is going on, in lines.
+        trust: run code in the folder's runs that medseg did not write on this computer.
+        say: called with lines on the progress.
         processes: False: run everything in this process, quietly.
 
     Returns:
         what ``comparison.json`` holds.
 
     Raises:
-        RunError: the folder holds something else, another call is at work in it, an earlier run was made
-            otherwise, or a run failed.
+        RunError: the folder holds something else, another call is at work in it, an earlier run was made with
+            something else, a run failed, or one needs trust.
     """
     if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
         raise RunError(f"{out} is not empty and holds no comparison. Choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MARKER).exists():
         write_text(out / MARKER, "{}\n")
-    with alone(out, wait=False) as free:
+    with folder_lock(out, wait=False) as free:
         if not free:
             raise RunError(
                 f"Another medseg compare is at work in {out}. Wait for it, or choose another --out."
             )
+        refuse_untrusted(out, trust)
         plans = make_plans(
             design, out, settings=settings, epochs=epochs, device=device, trust_scan_affine=trust_scan_affine, say=say
         )  # fmt: skip
         conditions = conditions_of(robustness)
         jobs = prepare_cells(design, out, plans, settings, conditions, training_score)
         _run(jobs, devices(device, workers), say, processes)
-        found = write_findings(design, out, next(iter(plans.values())), conditions, settings, training_score)
-        write_text(out / MARKER, json.dumps(found, indent=1, allow_nan=False) + "\n")
-        return found
+        results = read_results(design, out, next(iter(plans.values())), jobs, settings)
+        report = write_comparison(out, results)
+        write_text(out / MARKER, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        return report
 
 
 def _run(jobs: dict[Path, Cell], where: list[str], say: Say, processes: bool) -> None:
-    todo = [job for job in jobs if not is_done(json.loads(job.read_text()))]
+    todo = [job for job in jobs if not is_done(read_json(job))]
     if len(todo) < len(jobs):
         say(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished already.")
     start, failed, count = monotonic(), {}, 0
@@ -212,24 +205,21 @@ def _run(jobs: dict[Path, Cell], where: list[str], say: Say, processes: bool) ->
         if problem:
             failed[jobs[job].name] = problem
         left = (monotonic() - start) / count * (len(todo) - count) / 60
-        state = f"failed: {problem}" if problem else "done"
-        say(
-            f"{count}/{len(todo)}  {jobs[job].name} {state}"
-            + (f"; about {left:.0f} min left" if left else "")
-        )
+        rest = f"; about {max(left, 1):.0f} min left" if count < len(todo) else ""
+        say(f"{count}/{len(todo)}  {jobs[job].name} {f'failed: {problem}' if problem else 'done'}{rest}")
 
     if todo:
-        at_once = f", {len(where)} at once" if len(where) > 1 else ""
-        say(f"{len(todo)} runs to do on {', '.join(dict.fromkeys(where))}{at_once}.")
+        together = f", {len(where)} at the same time" if len(where) > 1 else ""
+        say(f"{counted(len(todo), 'run')} to do on {', '.join(dict.fromkeys(where))}{together}.")
     if processes:
         run_jobs(todo, where, done)
     else:
         for job in todo:
-            run_cell(json.loads(job.read_text()), where[0], quiet=True)
+            run_cell(read_json(job), where[0], quiet=True)
             done(job, "")
     if failed:
         name, problem = next(iter(failed.items()))
         raise RunError(
-            f"{len(failed)} of {len(jobs)} runs failed; {name}: {problem}. The others are kept: the same "
-            "command goes on from here."
+            f"{len(failed)} of {len(jobs)} runs failed; {name}: {problem}. The others are kept: give the same command "
+            "again to go on."
         )

@@ -1,249 +1,347 @@
-"""A comparison for a person: sentences, tables in Markdown and CSV, and one HTML page with its pictures inside."""
+"""A comparison for people: sentences, CSV tables, pictures, and one report as ``report.html`` and ``summary.md``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import base64
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
 from medseg_supcon import __version__
-from medseg_supcon.comparison.figures import (
-    Histories,
-    differences_figure,
-    efficiency_figure,
-    learning_figure,
-    robustness_figure,
+from medseg_supcon.comparison import figures
+from medseg_supcon.comparison.results import (
+    RUN_SCORES,
+    Results,
+    best_variants,
+    grid_table,
+    level_means,
+    means_of_tests,
 )
-from medseg_supcon.comparison.render import counted, inline, points, render, settings_and_wiring, write_csv
 from medseg_supcon.comparison.statistics import (
+    FEWEST_CASES,
+    FEWEST_SEEDS,
     LEFT_OUT_RULE,
     MEAN,
+    P_RULE,
     compare_recipes,
+    excludes_zero,
     recipe_means,
     too_few,
     verdict,
 )
 from medseg_supcon.evaluation import EMPTY_RULE
+from medseg_supcon.files import write_csv, write_text
+from medseg_supcon.text import counted, markdown_text
 
 Row = dict[str, Any]
-FEW_SEEDS, FEW_CASES = 3, 10
+FEW_CASES = 10
+TITLES = dict(zip(RUN_SCORES, ("loss", "train", "valid.", "test"), strict=True))
 
 
-def write_comparison(
-    out: Path,
-    about: Mapping[str, Any],
-    results: Sequence[Row],
-    runs: Sequence[Row],
-    robustness: Sequence[Row],
-    histories: Histories,
-    examples: Sequence[tuple[str, Path]] = (),
-) -> dict[str, Any]:
-    """Write ``summary.csv``, ``summary.md``, ``differences.csv``, ``pictures/`` and ``report.html``.
-
-    Args:
-        out: the comparison's folder.
-        about: what was compared: ``dataset``, ``recipes`` (names, the baseline first), ``overlays``, ``seeds``,
-            ``splits``, ``test``, ``tested_on``, ``epochs``, ``steps``, ``patches_per_step``, ``warnings``, and
-            ``descriptions``: recipe -> a sentence, or an empty one.
-        results: rows of `compare_recipes`.
-        runs: a row per run, with its cost.
-        robustness: rows of `compare_recipes` for the mean over classes, with ``condition``; may be empty.
-        histories: run -> recipe, labels, rows of its ``history.csv``.
-        examples: (caption, PNG) of pictures to show.
-
-    Returns:
-        everything the report says, as JSON values.
-    """
+def write_comparison(out: Path, results: Results) -> Row:
+    """Write the CSV tables, ``pictures/``, ``summary.md`` and ``report.html``; returns what they say, as JSON values."""
+    about, clean, pictures = results.about, results.scores["clean"], out / "pictures"
     recipes = list(about["recipes"])
-    means, differences = recipe_means(results, recipes), compare_recipes(results, recipes)
-    costs = costs_of(runs, recipes)
-    robustness = _with_losses(robustness, recipes)
-    worse = on_worse_scans(robustness)
-    pictures = out / "pictures"
-    efficiency_figure(means, recipes, pictures / "label_efficiency.png")
-    headline = [row for row in differences if row["class"] == MEAN]
-    differences_figure(headline, pictures / "differences.png")
-    classes = list(dict.fromkeys(row["class"] for row in means))
-    if len(classes) > 2:
-        differences_figure(differences, pictures / "differences_by_class.png")
-    learning_figure(histories, recipes, pictures / "learning.png")
-    if robustness:
-        robustness_figure(robustness, recipes, pictures / "robustness.png")
-    write_csv(means, out / "summary.csv")
-    write_csv(differences, out / "differences.csv")
-    found = {
-        "about": dict(about),
-        "answers": [*(answer(row) for row in headline), *worse],
-        "caveats": caveats(about, differences, robustness),
-        "means": means,
+    differences = _compare(clean, about)
+    degraded = {c: rows for c, rows in results.scores.items() if c != "clean"}
+    robustness = [
+        {"condition": condition} | row
+        for condition, rows in (results.scores if degraded else {}).items()
+        for row in _compare(rows, about)
+        if row["class"] == MEAN
+    ]
+    report: Row = {
+        "about": about,
         "differences": differences,
-        "costs": costs,
-        "robustness": robustness,
-        "runs": list(runs),
+        "robustness": with_changes(robustness, recipes),
+        "costs": costs_of(results.runs, recipes),
+        "runs": list(results.runs),
         "version": __version__,
     }
-    view = {
-        **found,
-        "cost": cost_sentence(costs),
-        "worse": worse,
-        "classes": classes,
-        "by_condition": _by_condition(robustness, recipes),
-        "conditions": list(dict.fromkeys(row["condition"] for row in robustness)),
-        "split_overlays": {name: settings_and_wiring(o) for name, o in about["overlays"].items()},
-        "rules": [LEFT_OUT_RULE, EMPTY_RULE],
-        "images": {p.stem: inline(p) for p in sorted(pictures.glob("*.png")) if p.parent == pictures},
-        "examples": [(caption, inline(path)) for caption, path in examples],
-    }
-    (out / "report.html").write_text(render("report.html.j2", view), encoding="utf-8")
-    (out / "summary.md").write_text(render("summary.md.j2", view), encoding="utf-8")
-    return found
+    report["caveats"] = caveats(about, differences, report["robustness"])
+    _write_table(out / "results.csv", clean)
+    _write_table(out / "runs.csv", results.runs)
+    _write_table(out / "differences.csv", differences)
+    if degraded:
+        _write_table(
+            out / "robustness.csv", [{"condition": c} | row for c, rows in degraded.items() for row in rows]
+        )
+    if about["axes"]:
+        report |= _grid(out, results, differences)
+    else:
+        report["means"] = recipe_means(clean, recipes)
+        _write_table(out / "summary.csv", report["means"])
+        headline = [row for row in differences if row["class"] == MEAN]
+        report["answers"] = [*map(answer, headline), *on_degraded_scans(report["robustness"])]
+        figures.efficiency_figure(report["means"], recipes, pictures / "label_efficiency.png")
+        figures.differences_figure(headline, pictures / "differences.png")
+        if len(about["classes"]) > 1:
+            figures.differences_figure(differences, pictures / "differences_by_class.png")
+        figures.learning_figure(results.histories, recipes, pictures / "learning.png")
+        if degraded:
+            figures.robustness_figure(report["robustness"], recipes, pictures / "robustness.png")
+    view = _view(report) | {"examples": results.examples}
+    for name, template in (("report.html", "html.j2"), ("summary.md", "markdown.j2")):
+        write_text(out / name, _render(view | {"format": template}, pictures))
+    return report
 
 
-def answer(row: Row) -> str:
-    """Who won, by how much and how sure, in a sentence."""
+def _write_table(path: Path, rows: Sequence[Row]) -> None:
+    write_csv(path, [key for key in rows[0] if key != "by_seed"], rows)
+
+
+def _compare(rows: Iterable[Row], about: Row) -> list[Row]:
+    """`compare_recipes`; in a grid within every variant, with ``variant`` first."""
+    if not about["axes"]:
+        return compare_recipes(rows, about["recipes"])
+    rows = list(rows)
+    return [
+        {"variant": variant["name"]} | row
+        for variant in about["variants"]
+        for row in compare_recipes([r for r in rows if r["variant"] == variant["name"]], about["recipes"])
+    ]
+
+
+def answer(row: Row, where: str = "") -> str:
+    """Which recipe is better, by how much and how sure, in a sentence."""
+    start = f"With {counted(row['labels'], 'labelled scan')}{where}: {verdict(row)}."
     if row["difference"] is None:
-        return f"With {counted(row['labels'], 'labelled scan')}: {verdict(row)}."
+        return start
+    recipe, baseline = (
+        f"{row[name]} ({row[variant]})" if variant in row else row[name]
+        for name, variant in (("recipe", "variant"), ("baseline", "baseline_variant"))
+    )
+    p = "" if row["p"] is None else f"p = {row['p']:.3g}, "
     return (
-        f"With {counted(row['labels'], 'labelled scan')}: {verdict(row)}. {row['recipe']} scores {row['dice']:.4f}, "
-        f"{row['baseline']} {row['baseline_dice']:.4f}: {points(row['difference'])} Dice points (95 % interval "
-        f"{points(row['low'])} to {points(row['high'])}, p = {row['p']:.3g}, {counted(row['cases'], 'test scan')}, "
+        f"{start} {recipe} scores {row['dice']:.4f}, {baseline} {row['baseline_dice']:.4f}: {points(row['difference'])} "
+        f"Dice points (95 % interval {interval(row)}, {p}{counted(row['cases'], 'test scan')}, "
         f"{counted(row['seeds'], 'seed')})."
     )
 
 
-def on_worse_scans(robustness: Sequence[Row]) -> list[str]:
-    """Where a recipe differs from the baseline on corrupted scans, a sentence for each recipe and budget.
+def on_degraded_scans(robustness: Sequence[Row]) -> list[str]:
+    """Whether a recipe differs from the baseline on degraded scans, a sentence for each recipe and budget.
 
-    >>> row = {"labels": 8, "recipe": "b", "baseline": "a", "difference": 0.02, "low": 0.01, "high": 0.03}
-    >>> rows = [row | {"condition": "noise", "seeds": 5}, row | {"condition": "ghosting", "seeds": 5, "low": -0.01}]
-    >>> on_worse_scans(rows)[0]
-    'With 8 labelled scans, on worse scans: b against a +2.00 (+1.00 to +3.00) with noise; no clear difference with ghosting.'
+    >>> row = {"labels": 8, "recipe": "b", "baseline": "a", "difference": 0.02, "low": 0.01, "high": 0.03, "seeds": 5,
+    ...        "cases": 9}
+    >>> on_degraded_scans([row | {"condition": "noise"}, row | {"condition": "blur", "low": -0.01}])[0]
+    'With 8 labelled scans, on degraded scans: b against a +2.00 (+1.00 to +3.00) with noise; no clear difference with blur.'
     """
-    found = []
     groups: dict[tuple[Any, Any], list[Row]] = {}
     for row in robustness:
         if row["condition"] != "clean" and row["difference"] is not None:
             groups.setdefault((row["labels"], row["recipe"]), []).append(row)
+    sentences = []
     for (labels, recipe), rows in groups.items():
-        told = [row for row in rows if row["low"] > 0 or row["high"] < 0]
-        rest = ", ".join(row["condition"] for row in rows if row not in told)
-        parts = [
-            f"{points(row['difference'])} ({points(row['low'])} to {points(row['high'])}) with {row['condition']}"
-            for row in told
+        differ = [
+            f"{points(row['difference'])} ({interval(row)}) with {row['condition']}"
+            for row in rows
+            if excludes_zero(row)
         ]
+        rest = ", ".join(row["condition"] for row in rows if not excludes_zero(row))
         baseline, few = rows[0]["baseline"], too_few(rows[0])
-        if all(row["low"] == row["high"] == 0 for row in rows):
-            said = f"{recipe} and {baseline} give the same with {rest}"
-        elif not told:
-            said = f"no clear difference between {recipe} and {baseline} with {rest}"
+        if not differ:
+            text = f"no clear difference between {recipe} and {baseline} with {rest}"
         else:
-            said = f"{recipe} against {baseline} {', '.join(parts)}{few and f', {few}'}"
-            said += f"; no clear difference with {rest}" if rest else ""
-        found.append(f"With {counted(labels, 'labelled scan')}, on worse scans: {said}.")
-    return found
+            text = f"{recipe} against {baseline} {', '.join(differ)}{few and f', {few}: too few to be sure'}"
+            text += f"; no clear difference with {rest}" if rest else ""
+        sentences.append(f"With {counted(labels, 'labelled scan')}, on degraded scans: {text}.")
+    return sentences
 
 
-def caveats(
-    about: Mapping[str, Any], differences: Sequence[Row], robustness: Sequence[Row] = ()
-) -> list[str]:
-    """What a reader must know before they believe a figure.
-
-    Args:
-        about: see `write_comparison`.
-        differences: every difference that is shown, on the scans as they are.
-        robustness: those shown on worse scans; rows of ``clean`` are ``differences``' and are not counted again.
-    """
-    found = list(dict.fromkeys(about["warnings"]))
-    seeds = len(about["seeds"])
+def caveats(about: Row, differences: Sequence[Row], robustness: Sequence[Row] = ()) -> list[str]:
+    """What a reader must know before they rely on a number; both kinds of differences are those that are shown."""
+    sentences = list(dict.fromkeys(about["warnings"]))
+    seeds, cases = len(about["seeds"]), len(about["test"])
     if seeds == 1:
-        found.append(
-            "One seed: the intervals cover which scans were tested, not the chance of training. Another seed may "
-            "turn a small difference round."
+        sentences.append(
+            "One seed: the intervals cover the choice of test scans, not the chance of training. Another seed may "
+            "reverse a small difference."
         )
-    elif seeds < FEW_SEEDS:
-        found.append(f"{seeds} seeds: the intervals see little of the chance of training and are too narrow.")
-    if len(about["test"]) < FEW_CASES:
-        found.append(
-            f"{counted(len(about['test']), 'test scan')}: too few for a firm statement about other scans; with fewer than 6 "
-            "the test's p cannot fall below 0.05."
+    elif seeds < FEWEST_SEEDS:
+        sentences.append(
+            f"{seeds} seeds: the intervals cover little of the chance of training and are too narrow."
         )
-    plain = sum(row["class"] == MEAN and row["difference"] is not None for row in differences)
-    worse = sum(row["condition"] != "clean" and row["difference"] is not None for row in robustness)
-    if plain + worse > 1:
-        where = f" ({plain} on the scans as they are, {worse} on worse scans)" if worse else ""
-        classes = (
-            "; those of single classes come on top" if len({row["class"] for row in differences}) > 2 else ""
+    if cases < FEW_CASES:
+        sentences.append(f"{counted(cases, 'test scan')}: too few for a firm statement about other scans.")
+    clean = sum(row["class"] == MEAN and row["difference"] is not None for row in differences)
+    degraded = sum(row["condition"] != "clean" and row["difference"] is not None for row in robustness)
+    if clean + degraded > 1:
+        where = f" ({clean} on the scans as they are, {degraded} on degraded scans)" if degraded else ""
+        more = (
+            ", not counting those of single classes" if len({row["class"] for row in differences}) > 2 else ""
         )
-        found.append(
-            f"{plain + worse} comparisons of the mean{where}{classes}: each interval is a 95 % one by itself, so one in "
-            "twenty excludes 0 by chance where there is no difference."
+        sentences.append(
+            f"{clean + degraded} comparisons of the mean{where}{more}: each interval is a 95 % interval by itself, so one "
+            "in twenty excludes 0 by chance even without a difference."
         )
-    return found
+    return sentences
 
 
 def costs_of(runs: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
     """Minutes and memory of a run of each recipe, over all its runs."""
-    found: list[Row] = []
+    costs: list[Row] = []
     for recipe in dict.fromkeys(recipes):
         mine = [run for run in runs if run["recipe"] == recipe]
-        memory = [run["memory_gib"] for run in mine if run["memory_gib"] is not None]
-        minutes = sum(run["minutes"] for run in mine) / len(mine)
-        steps = sum(run["steps"] for run in mine)
-        found.append(
+        total, steps = sum(run["minutes"] for run in mine), sum(run["steps"] for run in mine)
+        minutes = total / len(mine)
+        costs.append(
             {
                 "recipe": recipe,
                 "runs": len(mine),
                 "minutes": round(minutes, 2),
-                "seconds_per_step": 60 * sum(run["minutes"] for run in mine) / max(steps, 1),
-                "relative_time": minutes / found[0]["minutes"] if found and found[0]["minutes"] else 1.0,
-                "memory_gib": max(memory) if memory else None,
+                "seconds_per_step": 60 * total / max(steps, 1),
+                "relative_time": minutes / costs[0]["minutes"] if costs and costs[0]["minutes"] else 1.0,
+                "memory_gib": max((run["memory_gib"] for run in mine if run["memory_gib"]), default=None),
                 "machine": ", ".join(sorted({run["machine"] for run in mine if run["machine"]})),
             }
         )
-    return found
+    return costs
 
 
-def cost_sentence(costs: Sequence[Row]) -> str:
-    """Time and memory of each recipe's runs beside the baseline's.
-
-    >>> a = {"recipe": "a", "minutes": 2.0, "relative_time": 1.0, "memory_gib": None, "machine": ""}
-    >>> cost_sentence([a, {**a, "recipe": "b", "minutes": 3.0, "relative_time": 1.5, "memory_gib": 0.5}])
-    'Training takes 2.0 min a run with a, 3.0 min with b (1.50 x); memory at its peak: 0.5 GiB with b.'
-    """
-    known = [f"{c['memory_gib']:.1f} GiB with {c['recipe']}" for c in costs if c["memory_gib"] is not None]
-    memory = f"; memory at its peak: {', '.join(known)}" if known else ""
-    others = [f", {c['minutes']:.1f} min with {c['recipe']} ({c['relative_time']:.2f} x)" for c in costs[1:]]
-    return f"Training takes {costs[0]['minutes']:.1f} min a run with {costs[0]['recipe']}{''.join(others)}{memory}."
-
-
-def _with_losses(robustness: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
-    """Rows by budget and recipe, each with what the corruption took from the recipe's and the baseline's Dice."""
+def with_changes(robustness: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
+    """Rows by budget and recipe, with the change of the recipe's and the baseline's Dice from the clean scans."""
     ordered = sorted(robustness, key=lambda row: (row["labels"], recipes.index(row["recipe"])))
-    clean = {(r["recipe"], r["labels"]): r for r in ordered if r["condition"] == "clean"}
-    found = []
-    for row in ordered:
-        whole = clean[row["recipe"], row["labels"]]
-        lost = {
-            f"{key}_change": None if row[key] is None or whole[key] is None else row[key] - whole[key]
-            for key in ("dice", "baseline_dice")
+    clean = {(r["recipe"], r["labels"], r.get("variant")): r for r in ordered if r["condition"] == "clean"}
+
+    def change(row: Row, key: str) -> float | None:
+        whole = clean[row["recipe"], row["labels"], row.get("variant")][key]
+        return None if row[key] is None or whole is None else row[key] - whole
+
+    return [row | {f"{key}_change": change(row, key) for key in ("dice", "baseline_dice")} for row in ordered]
+
+
+def _grid(out: Path, results: Results, differences: Sequence[Row]) -> Row:
+    """What only a grid's report has; draws its pictures and writes ``grid.csv``."""
+    about, clean, pictures = results.about, results.scores["clean"], out / "pictures"
+    recipes, variants = about["recipes"], about["variants"]
+    table = grid_table(variants, recipes, results.runs, means_of_tests(clean))
+    headline = [row for row in differences if row["class"] == MEAN]
+    paired = {(row["variant"], row["recipe"], row["labels"]): row for row in headline}
+    rows = [
+        {"labels": row["labels"], **row["levels"], "recipe": recipe, **of}
+        | {
+            key: paired.get((row["variant"], recipe, row["labels"]), {}).get(key)
+            for key in ("difference", "low", "high", "p")
         }
-        found.append({**row, **lost})
-    return found
+        for row in table
+        for recipe, of in row["of"].items()
+    ]
+    _write_table(out / "grid.csv", rows)
+    figures.grid_figure(table, recipes, pictures / "grid.png")
+    figures.grid_curves_figure(results.histories, variants, recipes, pictures / "grid_curves.png")
+    answers = []
+    for labels, recipe in dict.fromkeys((row["labels"], row["recipe"]) for row in headline):
+        mine = [row for row in headline if (row["labels"], row["recipe"]) == (labels, recipe)]
+        better, worse = (sum(excludes_zero(row) == sign for row in mine) for sign in (1, -1))
+        few = next((f" ({too_few(row)}: too few to be sure)" for row in mine if too_few(row)), "")
+        answers.append(
+            f"With {counted(labels, 'labelled scan')}, under the same settings: {recipe} is better than "
+            f"{mine[0]['baseline']} in {better} of {counted(len(mine), 'variant')}, worse in {worse}; in "
+            f"{len(mine) - better - worse} the interval includes 0{few}."
+        )
+    best = best_variants(table, recipes, clean)
+    answers += [answer(row, ", each at its best variant by validation Dice") for row in best]
+    return {"answers": answers, "table": table, "best": best, "level_means": level_means(table, recipes)}
 
 
-def _by_condition(robustness: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
-    """A row per budget and recipe, with ``cells``, one for each condition: ``dice``, ``lost``, ``low``, ``high``."""
-    found = []
-    nothing = {"low": None, "high": None}
-    for labels in dict.fromkeys(row["labels"] for row in robustness):
-        mine = [row for row in robustness if row["labels"] == labels]
-        first = [row for row in mine if row["recipe"] == mine[0]["recipe"]]
-        base = [{"dice": r["baseline_dice"], "lost": r["baseline_dice_change"], **nothing} for r in first]
-        found.append({"labels": labels, "recipe": recipes[0], "cells": base})
-        for recipe in dict.fromkeys(recipes[1:]):
-            of = [row for row in mine if row["recipe"] == recipe]
-            cells = [
-                {"dice": r["dice"], "lost": r["dice_change"], "low": r["low"], "high": r["high"]} for r in of
-            ]
-            found.append({"labels": labels, "recipe": recipe, "cells": cells})
-    return found
+def _view(report: Row) -> Row:
+    """What the template shows."""
+    about = report["about"]
+    with_labels = len(about["splits"]) > 1 or not about["axes"]
+    levels = {variant["name"]: list(variant["levels"].values()) for variant in about["variants"]}
+
+    def place(row: Row) -> list[str]:
+        """The cells that say of which budget and variant a row is."""
+        return [str(row["labels"])] * with_labels + levels[row.get("variant", "")]
+
+    return report | {
+        "headline": [row for row in report["differences"] if row["class"] == MEAN],
+        "classes": list(dict.fromkeys(row["class"] for row in report["differences"])),
+        "place": place,
+        "place_head": ["labels"] * with_labels + list(about["axes"]),
+        "overlays": {name: settings_and_wiring(overlay) for name, overlay in about["overlays"].items()},
+        "levels": [(axis, n, s) for axis, of in about["axes"].items() for n, s in of.items()],
+        "titles": TITLES,
+        "p_rule": P_RULE,
+        "rules": [LEFT_OUT_RULE, EMPTY_RULE],
+        "fewest_seeds": FEWEST_SEEDS,
+        "fewest_cases": FEWEST_CASES,
+    }
+
+
+def interval(row: Row) -> str:
+    """The ends of a difference's interval in points."""
+    return "-" if row["low"] is None else f"{points(row['low'])} to {points(row['high'])}"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number, or ``-`` for None."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def points(value: float | None) -> str:
+    """A difference of Dice in points (hundredths), with its sign.
+
+    >>> points(0.0123), points(-0.004), points(0.0)
+    ('+1.23', '-0.40', '0.00')
+    """
+    if value is None:
+        return "-"
+    text = f"{100 * value:+.2f}"
+    return text[1:] if float(text) == 0 else text
+
+
+def settings_and_wiring(overlay: Mapping[str, Any]) -> tuple[Row, Row]:
+    """What a person sets in an overlay, and what only connects parts of the configuration.
+
+    >>> settings_and_wiring({"contrast_weight": 0.1, "train::loss": "$@loss.to(@device)"})
+    ({'contrast_weight': 0.1}, {'train::loss': '$@loss.to(@device)'})
+    """
+    wiring = {key: value for key, value in overlay.items() if re.search(r"['\"][@$]", repr(value))}
+    return {key: value for key, value in overlay.items() if key not in wiring}, wiring
+
+
+def _pairs(settings: Mapping[str, Any]) -> str:
+    texts = [f"{key}: {value}" for key, value in settings.items()]
+    return ", ".join(t if len(t) < 110 else f"{t[:107]}..." for t in texts) or "nothing"
+
+
+def _render(view: Row, pictures: Path) -> str:
+    """The report in one format; names are shown as they are, whatever signs they have."""
+    html = view["format"] == "html.j2"
+    environment = Environment(
+        autoescape=True,
+        finalize=None if html else _in_markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # not joinpath(a, b): some of Python 3.10 take one part
+        loader=FunctionLoader(
+            lambda name: (files(__package__) / "templates" / name).read_text(encoding="utf-8")
+        ),
+    )
+    shown: dict[str, Callable[..., Any]] = {
+        "points": points,
+        "number": number,
+        "interval": interval,
+        "counted": counted,
+        "pairs": _pairs,
+        "marked": lambda text, row: (text, ("", "up", "down")[excludes_zero(row)]),
+        "p": lambda p: "-" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}",
+        "inline": lambda name: (
+            "data:image/png;base64," + base64.b64encode((pictures / name).read_bytes()).decode()
+        ),
+    }
+    environment.filters |= shown
+    text = environment.get_template("report.j2").render(view)
+    return text if html else re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _in_markdown(value: Any) -> Any:
+    return value if isinstance(value, Markup) or not isinstance(value, str) else Markup(markdown_text(value))

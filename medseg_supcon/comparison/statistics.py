@@ -1,25 +1,35 @@
-"""Recipes against one another: from rows of results to tables of means and paired differences."""
+"""Statistics of a comparison: from rows of results to means, paired differences and a verdict."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-ScoreArray = npt.NDArray[np.float64]
+from medseg_supcon.text import counted
+
+Array = npt.NDArray[np.float64]
+Row = dict[str, Any]
+
+MEAN = "mean"  # the class name of the mean over classes in tables
+FEWEST_SEEDS = 3  # fewer say little about the chance of training
+FEWEST_CASES = 6  # with fewer, p cannot fall below 0.05
+ALPHA = 0.05
+LEFT_OUT_RULE = (
+    "A class that a test case does not have gets no score from a run that rightly left it empty. It is left "
+    "out for that case in all runs, so that every run's mean is over the same cases."
+)
+P_RULE = (
+    "p: Wilcoxon's signed-rank test, two-sided, over test scans, each with the mean over its seeds. It says nothing about "
+    f"other seeds: it is shown with at least {FEWEST_SEEDS} seeds and {FEWEST_CASES} scans, and never to "
+    "contradict an interval that includes 0."
+)
 
 
 class PairedDifference(NamedTuple):
-    """What `paired_difference` finds.
-
-    Attributes:
-        difference: mean over seeds and cases of scores minus baseline.
-        low, high: ends of its bootstrap interval.
-        p: of Wilcoxon's signed-rank test over cases, two-sided.
-        cases, seeds: how many it rests on.
-    """
+    """Mean of scores minus baseline, its bootstrap interval, Wilcoxon's two-sided p over cases, and how many of each."""
 
     difference: float
     low: float
@@ -29,19 +39,13 @@ class PairedDifference(NamedTuple):
     seeds: int
 
 
-def bootstrap_means(differences: npt.ArrayLike, resamples: int = 10_000, seed: int = 0) -> ScoreArray:
-    """Means of a table of differences whose rows (seeds) and columns (cases) are both drawn with replacement.
+def bootstrap_means(differences: npt.ArrayLike, resamples: int = 10_000, seed: int = 0) -> Array:
+    """Means of resampled differences; rows (seeds) and columns (cases) are both drawn with replacement.
 
-    A training seed acts on all cases of its run, so rows and columns are drawn independently of one another
-    and a resample is the mean over the drawn rows and the drawn columns (Owen 2007, The pigeonhole bootstrap).
+    A training seed affects all cases of its run, so rows and columns are drawn independently of one another, and a
+    resample is the mean over the drawn rows and columns (Owen 2007, The pigeonhole bootstrap).
 
-    Args:
-        differences: (S, K), a row per seed, a column per case.
-        resamples: R, how many means.
-        seed: of the draws.
-
-    Returns:
-        (R,) means.
+    Takes (S, K), a row per seed and a column per case; gives (resamples,).
 
     Raises:
         ValueError: not a table, empty, or with a value that is not finite; resamples below 1.
@@ -62,12 +66,9 @@ def bootstrap_means(differences: npt.ArrayLike, resamples: int = 10_000, seed: i
 
 
 def signed_rank_p(differences: npt.ArrayLike) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test; 1 where all differences are zero.
+    """Two-sided p of Wilcoxon's signed-rank test over (K,) differences; 1 if all of them are zero.
 
     Zeros are left out (Wilcoxon's own rule); the distribution is exact for few cases (scipy decides).
-
-    Args:
-        differences: (K,), one per case.
 
     Raises:
         ValueError: empty, not a vector, or a value that is not finite.
@@ -96,21 +97,18 @@ def paired_difference(
 ) -> PairedDifference:
     """Scores minus baseline, with a bootstrap interval over seeds and cases and Wilcoxon's test over cases.
 
-    Both come from the same seeds and the same cases. The test sees one difference per case, the mean over
-    seeds: runs of one case are no independent cases. The interval is the percentile one of
-    `bootstrap_means`; with one seed it does not cover the chance of training, and with two or three it is
-    somewhat too narrow.
+    The test takes one difference per case, the mean over seeds, because runs on one case are not independent cases.
+    The interval is the percentile interval of `bootstrap_means`; with one seed it does not cover the chance of
+    training, and with two or three it is somewhat too narrow.
 
     Args:
         scores: (S, K), a row per seed, a column per case; Dice, for instance.
-        baseline: (S, K), the same for what it is compared with.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        baseline: (S, K), for the same seeds and cases.
+        resamples, seed: of the bootstrap.
         confidence: of the interval, in (0, 1).
 
     Raises:
-        ValueError: shapes differ, a table is empty or holds a value that is not finite, or a confidence
-            outside (0, 1).
+        ValueError: shapes differ, a table is empty or has a value that is not finite, or a confidence outside (0, 1).
 
     Example:
         >>> paired_difference([[0.9, 0.8]], [[0.9, 0.8]])
@@ -120,34 +118,21 @@ def paired_difference(
     if a.shape != b.shape:
         raise ValueError(f"scores and baseline must share one shape, got {a.shape} and {b.shape}")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     d = a - b
     tail = (1 - confidence) / 2
     low, high = np.quantile(bootstrap_means(d, resamples, seed), (tail, 1 - tail))
-    per_case = d.mean(axis=0)
-    return PairedDifference(
-        float(d.mean()), float(low), float(high), signed_rank_p(per_case), d.shape[1], d.shape[0]
-    )
+    p = signed_rank_p(d.mean(axis=0))
+    return PairedDifference(float(d.mean()), float(low), float(high), p, d.shape[1], d.shape[0])
 
 
-def _table(name: str, values: Any) -> ScoreArray:
+def _table(name: str, values: Any) -> Array:
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or table.size == 0:
         raise ValueError(f"{name} must be (seeds, cases) and not empty, got shape {table.shape}")
     if not np.isfinite(table).all():
         raise ValueError(f"{name} must be finite numbers, found NaN or infinity")
     return table
-
-
-Row = dict[str, Any]
-Array = npt.NDArray[np.float64]
-
-FEWEST_CASES = 6  # with fewer, even differences of one sign throughout give no p below 0.05
-MEAN = "mean"  # the name under which the mean over classes stands in tables
-LEFT_OUT_RULE = (
-    "A class that a test case does not have gets no score from a run that rightly left it empty. It is left "
-    "out for that case in all runs, so that every run's mean is over the same cases."
-)
 
 
 def compare_recipes(
@@ -157,18 +142,17 @@ def compare_recipes(
 
     Args:
         rows: one per run, case and class, with ``recipe``, ``labels``, ``seed``, ``case``, ``class``, ``dice``
-            (0..1 or None where there is no score). Other keys are not read.
-        recipes: names, the baseline first; a name that stands twice is compared with itself.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+            (0..1, or None for no score). Other keys are ignored.
+        recipes: names, the baseline first; the baseline may be compared with itself.
+        resamples, seed: of the bootstrap.
 
     Returns:
         Rows ``recipe``, ``baseline``, ``labels``, ``class`` (``mean``: over classes, per case), ``dice``,
-        ``baseline_dice``, ``difference``, ``low``, ``high`` (95 %), ``p``, ``cases``, ``seeds``, ``left_out``
-        (cases without a score).
+        ``baseline_dice``, ``difference``, ``low``, ``high`` (95 %), ``p`` (None unless `P_RULE` allows it), ``cases``,
+        ``seeds``, ``left_out`` (cases without a score).
 
     Raises:
-        ValueError: fewer than two recipes, or a recipe has no rows for a budget or lacks one of its runs' cases.
+        ValueError: fewer than two recipes, or a run or one of its cases is missing.
 
     Example:
         >>> rows = [{"recipe": r, "labels": 5, "seed": 0, "case": "a", "class": "organ", "dice": d}
@@ -179,122 +163,113 @@ def compare_recipes(
     if len(recipes) < 2:
         raise ValueError(f"recipes must name at least two, the baseline first; got {list(recipes)}")
     rows = list(rows)
-    found = []
+    differences = []
     for labels in sorted({row["labels"] for row in rows}):
         scores = score_tables([row for row in rows if row["labels"] == labels], recipes)
         for recipe in recipes[1:]:
             for name, tables in scores.items():
-                found.append(
-                    {"recipe": recipe, "baseline": recipes[0], "labels": labels, "class": name}
-                    | _difference(tables[recipe], tables[recipes[0]], resamples, seed)
-                )
-    return found
+                key = {"recipe": recipe, "baseline": recipes[0], "labels": labels, "class": name}
+                differences.append(key | _difference(tables[recipe], tables[recipes[0]], resamples, seed))
+    return differences
 
 
 def _difference(scores: Array, baseline: Array, resamples: int, seed: int) -> Row:
     scored = np.isfinite(baseline[0])
-    left_out = int((~scored).sum())
+    left_out = {"left_out": int((~scored).sum())}
     if not scored.any():
         nothing = dict.fromkeys(("dice", "baseline_dice", "difference", "low", "high", "p"))
-        return {**nothing, "cases": 0, "seeds": len(scores), "left_out": left_out}
+        return {**nothing, "cases": 0, "seeds": len(scores), **left_out}
     a, b = scores[:, scored], baseline[:, scored]
-    d = paired_difference(a, b, resamples=resamples, seed=seed)
-    return {
-        "dice": float(a.mean()),
-        "baseline_dice": float(b.mean()),
-        **d._asdict(),
-        "left_out": left_out,
-    }
+    row = paired_difference(a, b, resamples=resamples, seed=seed)._asdict()
+    if too_few(row) or (row["p"] < ALPHA and not excludes_zero(row)):
+        row["p"] = None
+    return {"dice": float(a.mean()), "baseline_dice": float(b.mean()), **row, **left_out}
 
 
 def score_tables(rows: Sequence[Row], recipes: Iterable[str]) -> dict[str, dict[str, Array]]:
     """The Dice of one label budget as tables, class -> recipe -> (S, K), and the mean over classes as ``mean``.
 
-    Seeds and cases are in sorted order. A class that some run has no score for is NaN for that case in all.
+    Seeds and cases are sorted. A class that any run has no score for is NaN for that case in all runs.
 
     Raises:
-        ValueError: a run lacks a case, or the rows name no run of a recipe.
+        ValueError: a recipe, or a case or class of one of its runs, is missing.
     """
     names = list(dict.fromkeys(recipes))
     seeds = sorted({row["seed"] for row in rows})
     cases = sorted({row["case"] for row in rows})
     classes = list(dict.fromkeys(row["class"] for row in rows))
-    found = {(r["recipe"], r["seed"], r["case"], r["class"]): r["dice"] for r in rows}
+    dice = {(r["recipe"], r["seed"], r["case"], r["class"]): r["dice"] for r in rows}
     table = np.full((len(names), len(seeds), len(cases), len(classes)), np.nan)
-    for index in np.ndindex(*table.shape):
-        recipe, seed, case, name = (
-            of[i] for of, i in zip((names, seeds, cases, classes), index, strict=True)
-        )
-        if (recipe, seed, case, name) not in found:
-            raise ValueError(f"there is no result of {recipe!r}, seed {seed}, for {name!r} of case {case!r}")
-        value = found[recipe, seed, case, name]
-        table[index] = np.nan if value is None else value
+    for i, j, k, c in np.ndindex(*table.shape):
+        key = (names[i], seeds[j], cases[k], classes[c])
+        if key not in dice:
+            raise ValueError("no result of {!r}, seed {}, for case {!r} and class {!r}".format(*key))
+        if dice[key] is not None:
+            table[i, j, k, c] = dice[key]
     table[:, :, ~np.isfinite(table).all(axis=(0, 1))] = np.nan
-    counted = np.isfinite(table).sum(axis=3)
-    mean = np.where(counted > 0, np.nansum(table, axis=3) / np.maximum(counted, 1), np.nan)
-    scores = {MEAN: {recipe: mean[i] for i, recipe in enumerate(names)}}
-    for c, name in enumerate(classes):
-        scores[name] = {recipe: table[i, :, :, c] for i, recipe in enumerate(names)}
-    return scores
+    scored = np.isfinite(table).sum(axis=3)
+    mean = np.where(scored > 0, np.nansum(table, axis=3) / np.maximum(scored, 1), np.nan)
+    by_class = {name: table[..., c] for c, name in enumerate(classes)}
+    return {name: dict(zip(names, of, strict=True)) for name, of in ({MEAN: mean} | by_class).items()}
 
 
 def recipe_means(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
-    """Dice of each recipe, label budget and class: the mean over cases and seeds, and how far the seeds differ.
+    """Dice of each recipe, label budget and class: the mean over cases and seeds, and how much the seeds differ.
 
-    Returns:
-        Rows ``recipe``, ``labels``, ``class`` (``mean`` first), ``dice``, ``seed_std`` (sample standard
-        deviation of the runs' means; None with one seed), ``by_seed``, ``cases``, ``seeds``.
+    Rows ``recipe``, ``labels``, ``class`` (``mean`` first), ``dice``, ``seed_std`` (sample standard deviation of the runs'
+    means; None with one seed), ``by_seed``, ``cases``, ``seeds``.
     """
     rows = list(rows)
-    found = []
+    means = []
     for labels in sorted({row["labels"] for row in rows}):
         scores = score_tables([row for row in rows if row["labels"] == labels], recipes)
         for recipe in dict.fromkeys(recipes):
             for name, tables in scores.items():
                 scored = tables[recipe][:, np.isfinite(tables[recipe][0])]
                 runs = scored.mean(axis=1) if scored.size else np.zeros(0)
-                found.append(
-                    {
-                        "recipe": recipe,
-                        "labels": labels,
-                        "class": name,
-                        "dice": float(runs.mean()) if runs.size else None,
-                        "seed_std": float(runs.std(ddof=1)) if runs.size > 1 else None,
-                        "by_seed": runs.tolist(),
-                        "cases": scored.shape[1],
-                        "seeds": len(scored),
-                    }
-                )
-    return found
+                row = {"recipe": recipe, "labels": labels, "class": name}
+                row["dice"] = float(runs.mean()) if runs.size else None
+                row["seed_std"] = float(runs.std(ddof=1)) if runs.size > 1 else None
+                row |= {"by_seed": runs.tolist(), "cases": scored.shape[1], "seeds": len(scored)}
+                means.append(row)
+    return means
 
 
-def verdict(row: Row) -> str:
-    """A difference as a sentence's end: who won and how sure.
-
-    >>> verdict({"difference": 0.02, "low": 0.01, "high": 0.03, "p": 0.001, "recipe": "b", "baseline": "a"})
-    'b is clearly better than a'
-    """
+def excludes_zero(row: Mapping[str, Any]) -> int:
+    """1: the interval of a difference is above 0; -1: below; 0: neither, or there is no difference."""
     if row["difference"] is None:
-        return f"{row['recipe']} and {row['baseline']} have no score to compare"
-    if row["low"] == row["high"] == 0:
-        return f"{row['recipe']} and {row['baseline']} give the same"
-    if row["low"] > 0 or row["high"] < 0:
-        which = "better" if row["low"] > 0 else "worse"
-        few = too_few(row)
-        if few:
-            return f"{row['recipe']} is {which} than {row['baseline']} {few}; others may say otherwise"
-        return f"{row['recipe']} is clearly {which} than {row['baseline']}"
-    return f"no clear difference between {row['recipe']} and {row['baseline']}"
+        return 0
+    return int(row["low"] > 0) - int(row["high"] < 0)
 
 
 def too_few(row: Row) -> str:
-    """Of what there is too little for a difference to be clear: one seed, or fewer scans than a test needs; else empty.
+    """What there is too little of for a clear difference, in words; empty if there is enough.
 
-    >>> too_few({"seeds": 1, "cases": 4}), too_few({"seeds": 2, "cases": 6})
-    ('with this one seed and on these 4 scans', '')
+    >>> too_few({"seeds": 1, "cases": 4}), too_few({"seeds": 3, "cases": 6})
+    ('with 1 seed and 4 test scans', '')
     """
-    few = ["with this one seed"] if row.get("seeds") == 1 else []  # the interval knows nothing of other seeds
-    cases = row.get("cases", FEWEST_CASES)
-    if cases < FEWEST_CASES:
-        few.append(f"on {'this one scan' if cases == 1 else f'these {cases} scans'}")
-    return " and ".join(few)
+    few = [counted(row["seeds"], "seed")] if row["seeds"] < FEWEST_SEEDS else []
+    few += [counted(row["cases"], "test scan")] if row["cases"] < FEWEST_CASES else []
+    return f"with {' and '.join(few)}" if few else ""
+
+
+def verdict(row: Row) -> str:
+    """A difference in words: which recipe is better, and how sure that is. The interval decides.
+
+    >>> verdict({"difference": 0.02, "low": 0.01, "high": 0.03, "p": 0.001, "recipe": "b", "baseline": "a",
+    ...          "seeds": 3, "cases": 9})
+    'b is clearly better than a'
+    """
+    recipe, baseline = row["recipe"], row["baseline"]
+    if row["difference"] is None:
+        return f"{recipe} and {baseline} have no score to compare"
+    if row["low"] == row["high"] == 0:
+        return f"{recipe} and {baseline} give the same result"
+    if not excludes_zero(row):
+        return f"no clear difference between {recipe} and {baseline}"
+    which = "better" if excludes_zero(row) > 0 else "worse"
+    if too_few(row):
+        return f"{recipe} is {which} than {baseline} {too_few(row)}: too few to be sure"
+    if row["p"] is not None and row["p"] >= ALPHA:
+        return f"{recipe} is {which} than {baseline}, but not clearly"
+    return f"{recipe} is clearly {which} than {baseline}"

@@ -12,16 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg_supcon.datasets.dataset import Case, Dataset
+from medseg_supcon.datasets.fingerprint import CaseFingerprint, measure_case
 from medseg_supcon.datasets.labels import TOLERANCE, reorient, value_text
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans import (
-    MAX_SHEAR_DEGREES,
-    Volume,
-    count_values,
-    farthest_corner,
-    read_volume,
-    shear_degrees,
-)
+from medseg_supcon.scans import Volume, affine_issue, count_values, farthest_corner, read_nifti
 
 NEAR = 0.01  # voxels by which a corner of a label map's grid may be off its scan's
 MOST_VALUES = 64  # undeclared values above which a label map looks like a scan
@@ -61,6 +55,7 @@ class CaseReport:
         spacing: (3,) mm in RAS order; None without a readable image.
         extent: (3,) mm in RAS order.
         classes: names of the classes that its label map shows.
+        fingerprint: what planning needs, of a labelled case without an error.
     """
 
     case: Case
@@ -70,6 +65,7 @@ class CaseReport:
     spacing: Floats | None = None
     extent: Floats | None = None
     classes: set[str] = field(default_factory=set)
+    fingerprint: CaseFingerprint | None = None
 
     def add_finding(self, file: Path, code: str, sentence: str, severity: str = "error") -> None:
         """Add a finding on a file; the sentence follows the file's name."""
@@ -78,7 +74,7 @@ class CaseReport:
     def read(self, file: Path) -> Volume | None:
         """The file's voxels; None, and a finding, if it cannot be read."""
         try:
-            return read_volume(file)
+            return read_nifti(file)
         except DataError as error:
             missing = "no such file" in str(error) or "does not exist" in str(error)
             code = "missing" if missing else "unreadable"
@@ -87,7 +83,7 @@ class CaseReport:
 
 
 def case_report(case: Case, dataset: Dataset, mismatch: str) -> CaseReport:
-    """Read a case once and list its faults; `mismatch` is the severity of differing affines."""
+    """Read a case once, list its faults, measure it if it has none; `mismatch`: severity of differing affines."""
     report = CaseReport(case)
     images = [(path, volume) for path in case.images if (volume := report.read(path)) is not None]
     complete = len(images) == len(case.images)
@@ -95,12 +91,14 @@ def case_report(case: Case, dataset: Dataset, mismatch: str) -> CaseReport:
     if complete and len(images) == len(case.images):
         _check_channels(report, images, dataset)
     for path, volume in images:
-        _check_intensities(report, path, volume.data)
+        _check_intensities(report, path, volume)
     usable = [(path, volume) for path, volume in images if _check_geometry(report, path, volume)]
     for path, volume in usable[1:]:
         _check_grid(report, path, volume, usable[0], mismatch)
     if case.label is not None:
-        _check_label(report, case.label, dataset, usable[0] if usable else None, mismatch)
+        label = _check_label(report, case.label, dataset, usable[0] if usable else None, mismatch)
+        if label is not None and all(finding.severity != "error" for finding in report.findings):
+            report.fingerprint = measure_case(case, dataset, [volume for _, volume in images], label)
     return report
 
 
@@ -120,12 +118,8 @@ def _is_scan(report: CaseReport, path: Path, volume: Volume, dataset: Dataset) -
     return False
 
 
-def _channels_of(data: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-    return list(np.moveaxis(data, -1, 0)) if data.ndim == 4 else [data]
-
-
 def _check_channels(report: CaseReport, images: list[tuple[Path, Volume]], dataset: Dataset) -> None:
-    number = sum(len(_channels_of(volume.data)) for _, volume in images)
+    number = sum(len(volume.channels_first) for _, volume in images)
     if number != len(dataset.channels):
         sentence = (
             f"the case has {number} channel{'s' * (number != 1)}, the data set {len(dataset.channels)} "
@@ -134,10 +128,9 @@ def _check_channels(report: CaseReport, images: list[tuple[Path, Volume]], datas
         report.add_finding(images[0][0], "channels", sentence)
 
 
-def _check_intensities(report: CaseReport, path: Path, data: npt.NDArray[Any]) -> None:
-    channels = _channels_of(data)
-    for number, channel in enumerate(channels):
-        where = f"channel {number} " if len(channels) > 1 else ""
+def _check_intensities(report: CaseReport, path: Path, volume: Volume) -> None:
+    for number, channel in enumerate(volume.channels_first):
+        where = f"channel {number} " if len(volume.channels_first) > 1 else ""
         if channel.dtype.kind == "f" and (bad := int(np.count_nonzero(~np.isfinite(channel)))):
             sentence = f"{where}holds {bad} voxels that are NaN or Inf. Repair or leave it out."
             report.add_finding(path, "not_finite", sentence)
@@ -158,21 +151,12 @@ def _check_intensities(report: CaseReport, path: Path, data: npt.NDArray[Any]) -
 
 def _check_geometry(report: CaseReport, path: Path, volume: Volume) -> bool:
     shape, axes = volume.data.shape[:3], volume.affine[:3, :3]
-    if not np.isfinite(volume.affine).all() or abs(np.linalg.det(axes)) < 1e-12:
-        sentence = "its affine is not valid (zero or not finite). Export it again."
-        report.add_finding(path, "bad_affine", sentence)
+    of_affine = affine_issue(volume.affine)
+    issues = [*volume.issues, *([of_affine] if of_affine else [])]
+    for issue in issues:
+        report.add_finding(path, issue.code, issue.sentence, issue.severity)
+    if any(issue.code in ("bad_affine", "unit") for issue in issues):
         return False
-    if volume.unit != "mm":
-        sentence = f"gives lengths in {volume.unit}, expected mm. Correct its header, or convert it."
-        report.add_finding(path, "unit", sentence)
-    if (degrees := shear_degrees(volume.affine)) > MAX_SHEAR_DEGREES:
-        sentence = (
-            f"its axes are {degrees:.1f} degrees off a right angle, at most {MAX_SHEAR_DEGREES:g} are accepted; a "
-            "tilted gantry does this. Resample it, and its label map, onto a grid with perpendicular axes."
-        )
-        report.add_finding(path, "sheared", sentence)
-    for doubt in volume.doubts:
-        report.add_finding(path, doubt.code, doubt.sentence, doubt.severity)
     spacing = np.linalg.norm(axes, axis=0)
     order = np.argsort(nibabel.orientations.io_orientation(volume.affine)[:, 0])
     if report.spacing is None:
@@ -214,15 +198,15 @@ def _check_grid(
 
 def _check_label(
     report: CaseReport, path: Path, dataset: Dataset, scan: tuple[Path, Volume] | None, mismatch: str
-) -> None:
-    """List the faults of the label map at `path`; `scan` is its case's first usable image."""
+) -> Volume | None:
+    """List the faults of the label map at `path` and return it; `scan` is its case's first usable image."""
     if path in report.case.images:
         sentence = "is named as scan and as label map. Correct the data list."
         report.add_finding(path, "label_is_image", sentence)
-        return
+        return None
     volume = report.read(path)
     if volume is None:
-        return
+        return None
     data = volume.data
     if data.ndim == 4:
         overlap = int(np.count_nonzero(np.count_nonzero(data, axis=3) > 1))
@@ -230,20 +214,21 @@ def _check_label(
         code = "overlapping_labels" if overlap else "one_hot_label"
         sentence = f"is 4-D (shape {data.shape}): {what}. Save one 3-D map with one value per class."
         report.add_finding(path, code, sentence)
-        return
+        return None
     if data.ndim != 3 or data.size == 0:
         sentence = f"is {data.ndim}-D (shape {data.shape}), expected a 3-D label map."
         report.add_finding(path, "not_3d", sentence)
-        return
-    for doubt in volume.doubts:
-        if doubt.code != "no_orientation":  # its scan has the same fault, or another grid
-            report.add_finding(path, doubt.code, doubt.sentence, doubt.severity)
+        return None
+    for issue in volume.issues:
+        if issue.code != "no_orientation":  # its scan has the same fault, or another grid
+            report.add_finding(path, issue.code, issue.sentence, issue.severity)
     if scan is not None:
         _check_grid(report, path, volume, scan, mismatch)
     if data.dtype.kind == "f" and not np.isfinite(data).all():
         sentence = "holds NaN or Inf. Set these voxels to the background or the ignore label."
         report.add_finding(path, "not_finite", sentence)
     _check_values(report, path, data, dataset)
+    return volume
 
 
 def _check_values(report: CaseReport, path: Path, data: npt.NDArray[Any], dataset: Dataset) -> None:

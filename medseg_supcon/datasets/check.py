@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medseg_supcon.datasets.case_report import CaseReport, Finding, case_report
-from medseg_supcon.datasets.dataset import Dataset, normalisation
+from medseg_supcon.datasets.dataset import Case, Dataset, normalisation
+from medseg_supcon.datasets.fingerprint import CaseFingerprint
 from medseg_supcon.datasets.labels import value_text
 from medseg_supcon.datasets.split import patient_on_both_sides
 from medseg_supcon.scans import in_parallel
@@ -38,6 +39,7 @@ class Report:
         cases: number of cases that were read.
         labelled: how many of them have a label map.
         findings: errors first, then in the order of the cases.
+        fingerprints: of the labelled cases without an error, for `fingerprint`: each file is read once.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Report:
     cases: int
     labelled: int
     findings: tuple[Finding, ...] = ()
+    fingerprints: Mapping[Case, CaseFingerprint] = field(default_factory=dict)
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -117,7 +120,10 @@ def check_dataset(dataset: Dataset, *, allow_affine_mismatch: bool = False) -> R
     findings += [] if mixed is None else [_of_all("patient_on_both_sides", mixed)]
     order = {case.name: number for number, case in enumerate(dataset.cases)}
     findings.sort(key=lambda f: (f.severity != "error", order.get(f.case, len(order))))
-    return Report(dataset.name, dataset.root, len(dataset.cases), len(dataset.labelled), tuple(findings))
+    measured = {report.case: report.fingerprint for report in reports if report.fingerprint is not None}
+    return Report(
+        dataset.name, dataset.root, len(dataset.cases), len(dataset.labelled), tuple(findings), measured
+    )
 
 
 def _of_all(code: str, message: str, severity: str = "warning") -> Finding:

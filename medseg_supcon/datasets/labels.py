@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from medseg_supcon.errors import ConfigError, DataError
 from medseg_supcon.losses import IGNORE_INDEX
-from medseg_supcon.scans import as_whole, count_values, in_parallel, read_volume, slabs
+from medseg_supcon.scans import as_whole, count_values, in_parallel, read_nifti, slabs
 
 Labels = dict[str, "int | float"]
 
@@ -125,7 +125,7 @@ def scan_labels(
 
     def read_values(path: Path) -> set[float]:
         try:
-            return set(count_values(read_volume(path).data))
+            return set(count_values(read_nifti(path).data))
         except DataError:
             return set()
 

@@ -13,7 +13,18 @@ from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 from torch import nn
 
-from medseg_supcon.bundle import is_planned, is_started
+from medseg_supcon.bundle import (
+    check_configs_trusted,
+    is_code,
+    is_planned,
+    is_started,
+    leaves,
+    load_model,
+    load_tensors,
+    plain_text,
+    read_plain,
+    scan_preprocessing,
+)
 from medseg_supcon.datasets import Case, Dataset
 from medseg_supcon.embedding.separation import (
     Embedding,
@@ -24,73 +35,107 @@ from medseg_supcon.embedding.separation import (
 )
 from medseg_supcon.embedding.voxels import sample_features
 from medseg_supcon.errors import DataError, RunError
-from medseg_supcon.files import write_csv, write_text
-from medseg_supcon.networks import ContrastiveNetwork
+from medseg_supcon.files import read_json, write_csv, write_text
+from medseg_supcon.networks import ContrastiveNetwork, ProjectionHead, build_network, definition_problem
 from medseg_supcon.plan import literal, read_plan
-from medseg_supcon.training import load_tensors
+from medseg_supcon.training import load_initial
 
 BEFORE, AFTER = "before training", "after training"
 HEAD = "projection."  # its part of the names in checkpoint.pt
+# What train.yaml says of the projection head, but for plain values.
+HEAD_CODE = {
+    "_target_": "medseg_supcon.networks.ProjectionHead",
+    "in_channels": "$@train::network.in_channels",
+}
 
 
-def networks_of(run: Path, device: torch.device) -> dict[str, ContrastiveNetwork]:
+def networks_of(run: Path, device: torch.device, trust: bool = False) -> dict[str, ContrastiveNetwork]:
     """The run's network as its seed (and its ``--init``) made it, and as training left it; in evaluation mode.
 
     Raises:
-        RunError: the weights do not fit the plan's network.
+        RunError: the weights do not fit the plan's network, or the run needs trust.
     """
-    before = _begun(run, "network")
-    after = _config(run).get_parsed_content("network_def")
-    try:
-        after.load_state_dict(load_tensors(run / "models" / "model.pt"))
-    except RuntimeError as error:
-        raise RunError(
-            f"{run}: models/model.pt does not fit network_def of the plan ({str(error).splitlines()[0]})."
-        ) from None
-    made = {BEFORE: before, AFTER: after}
+    made = {BEFORE: _begun(run, trust)[0], AFTER: load_model(run, trust).network}
     return {when: ContrastiveNetwork(network).to(device).eval() for when, network in made.items()}
 
 
-def heads_of(run: Path) -> tuple[dict[str, nn.Module], str]:
+def heads_of(run: Path, trust: bool = False) -> tuple[dict[str, nn.Module], str]:
     """The projection head before and after training, or none and a sentence that says why."""
-    parser = _config(run)
+    config = read_plain(run / "configs" / "train.yaml")
     checkpoint = run / "models" / "checkpoint.pt"
-    if parser.get("projection") is None:
+    if config.get("projection") is None:
         return {}, "The run has no projection head: features only."
-    if "contrast_weight" in parser and parser.get_parsed_content("contrast_weight") == 0:
+    if config.get("contrast_weight") == 0:
         return {}, "The run's contrast weight is 0, its projection head was not trained: features only."
     if not checkpoint.exists():
         return {}, "The run has no models/checkpoint.pt, which holds the projection head: features only."
-    saved = load_tensors(checkpoint)["state"]["loss"]
-    prefixes = sorted({key.split(HEAD, 1)[0] for key in saved if HEAD in key}, key=len)
+    try:
+        saved = load_tensors(checkpoint)["state"]["loss"]
+        prefixes = sorted({key.split(HEAD, 1)[0] for key in saved if HEAD in key}, key=len)
+    except (KeyError, TypeError, AttributeError):
+        raise RunError(f"{checkpoint} is not a checkpoint of a training. Copy it again.") from None
     if not prefixes:
         return {}, "The run has not kept its projection head: features only."
     prefix = prefixes[0] + HEAD
-    heads: dict[str, nn.Module] = {when: _begun(run, "projection").eval() for when in (BEFORE, AFTER)}
-    heads[AFTER].load_state_dict(
-        {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
-    )
+    made = {when: _begun(run, trust)[1] for when in (BEFORE, AFTER)}
+    heads = {when: head.eval() for when, head in made.items() if head is not None}
+    if not heads:  # an expression that gives none
+        return {}, "The run has no projection head: features only."
+    try:
+        heads[AFTER].load_state_dict(
+            {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"{checkpoint} does not fit the projection head of train.yaml: {reason}") from None
     return heads, ""
 
 
-def _config(run: Path) -> ConfigParser:
+def _begun(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
+    """Network and projection head (None: the run has none) as the run's seed makes them, one after the other."""
+    config = read_plain(run / "configs" / "train.yaml")
+    plan = read_plan(run / "configs" / "plan.json")
+    head, seed = config.get("projection"), config.get("seed")
+    begins = config.get("init_weights")
+    weights = None if begins is None else plain_text(begins)
+    plain_start = isinstance(seed, int) and (begins is None or weights is not None)
+    if not (plain_start and _is_plain_head(head) and definition_problem(plan["network_def"]) is None):
+        return _evaluated(run, trust)
+    set_determinism(seed=seed)
+    try:
+        network = load_initial(build_network(plan["network_def"]), weights)
+        if head is None:
+            return network, None
+        options = {key: value for key, value in head.items() if key not in HEAD_CODE}
+        return network, ProjectionHead(ContrastiveNetwork(network).in_channels, **options)
+    except (TypeError, ValueError) as error:  # an option that the head does not have, or of a wrong size
+        raise RunError(f"{run / 'configs' / 'train.yaml'}: projection cannot be made ({error}).") from None
+    finally:
+        set_determinism(seed=None)
+
+
+def _is_plain_head(head: Any) -> bool:
+    if head is None:
+        return True
+    if not isinstance(head, dict) or any(head.get(key) != value for key, value in HEAD_CODE.items()):
+        return False
+    return not any(is_code(key, value) for key, value in leaves(head) if key not in HEAD_CODE)
+
+
+def _evaluated(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
+    """The same from train.yaml as MONAI evaluates it, where a recipe of one's own has another start or head."""
+    check_configs_trusted(run, trust)
     parser = ConfigParser()
     parser.read_config(str(run / "configs" / "train.yaml"))
     parser["bundle_root"] = literal(str(run))
-    parser["device"] = (
-        "$torch.device('cpu')"  # what a run began from does not depend on where it is looked at
-    )
-    return parser
-
-
-def _begun(run: Path, key: str) -> Any:
-    """``network`` or ``projection`` as the run's seed makes it; the head is drawn after the network."""
-    parser = _config(run)
+    # What a run began from does not depend on where it is looked at.
+    parser["device"] = "$torch.device('cpu')"
     set_determinism(seed=int(parser.get_parsed_content("seed")))
-    network = parser.get_parsed_content("network")
-    made = network if key == "network" else parser.get_parsed_content(key)
+    network, head = parser.get_parsed_content("network"), parser.get_parsed_content("projection")
     set_determinism(seed=None)
-    return made
+    if not (isinstance(network, nn.Module) and isinstance(head, nn.Module | None)):
+        raise RunError(f"{run / 'configs' / 'train.yaml'}: network and projection must be torch modules.")
+    return network, head
 
 
 DEFAULT_CASES = 8
@@ -106,6 +151,7 @@ def embed_run(
     voxels: int = 1500,
     seed: int = 0,
     device: str | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Dense and projected features of sampled voxels before and after training: pictures and class separation.
 
@@ -120,12 +166,13 @@ def embed_run(
         voxels: over all cases.
         seed: of the draw and of t-SNE.
         device: where the network runs.
+        trust: run code in the run's configs that medseg did not write on this computer.
 
     Returns:
         what ``separation.json`` holds.
 
     Raises:
-        RunError: not a trained run. DataError: no labelled case, or other channels than the run's.
+        RunError: not a trained run, or one that needs trust. DataError: no labelled case, or other channels than the run's.
     """
     if not (is_planned(run) and is_started(run)):
         raise RunError(f"{run} is not a trained run. Train it first: medseg train DATASET --out {run}.")
@@ -136,11 +183,14 @@ def embed_run(
             f"{dataset.root} has {len(dataset.channels)} channel(s) per scan, the run {len(plan['channels'])}."
         )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    networks = networks_of(run, where)
-    features, labels, scans = sample_features(run, plan, dataset, chosen, networks, voxels, seed, where)
+    networks = networks_of(run, where, trust)
+    preprocessing = scan_preprocessing(run, trust)
+    features, labels, scans = sample_features(
+        preprocessing, plan, dataset, chosen, networks, voxels, seed, where
+    )
     classes = list(plan["labels"])
     sets = [Embedding(f"{FEATURES}, {when}", rows.numpy()) for when, rows in features.items()]
-    heads, note = heads_of(run)
+    heads, note = heads_of(run, trust)
     with torch.no_grad():
         for when, head in heads.items():
             sets.append(Embedding(f"{PROJECTED}, {when}", head(features[when]).float().numpy()))
@@ -168,7 +218,7 @@ def _choose(run: Path, dataset: Dataset, names: Iterable[str] | None) -> tuple[l
         labelled = dataset.select(names).labelled
         told = f"{_scans(labelled)}, as named."
     else:
-        lists = json.loads((run / "configs" / "datalist.json").read_text())
+        lists = read_json(run / "configs" / "datalist.json")
         trained = {item["name"] for item in lists["training"]}
         unseen = tuple(case for case in dataset.labelled if case.name not in trained)
         labelled = (unseen or dataset.labelled)[:DEFAULT_CASES]

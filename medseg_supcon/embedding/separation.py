@@ -1,4 +1,4 @@
-"""Features of voxels: how well classes separate in them, and what they look like."""
+"""Vectors of voxels: how well the classes are separated, and pictures of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Embedding(NamedTuple):
 
 
 def class_separation(vectors: Floats, labels: Integers, groups: Integers, seed: int = 0) -> dict[str, Any]:
-    """How far apart the classes lie among N vectors.
+    """How well the classes are separated among N vectors.
 
     - ``silhouette``: mean over voxels, -1 to 1, higher is better (Rousseeuw 1987), Euclidean.
     - ``linear_probe``: balanced accuracy (chance: 1 / classes) of logistic regression on standardised vectors,
@@ -41,7 +41,7 @@ def class_separation(vectors: Floats, labels: Integers, groups: Integers, seed: 
     - ``centroid_similarity``, ``effective_rank_score``, ``collapse``: MONAI's ``EmbeddingCollapseMetric`` and its
       worst score, 0 to 1, lower is better.
 
-    A figure that cannot be had (a single class, vectors that are all equal) is None.
+    A number that does not exist (a single class, vectors that are all equal) is None.
 
     Args:
         vectors: (N, D).
@@ -67,18 +67,16 @@ def class_separation(vectors: Floats, labels: Integers, groups: Integers, seed: 
     if not np.isfinite(vectors).all():
         raise ValueError("vectors must be finite, found NaN or infinity")
     present, counts = np.unique(labels, return_counts=True)
-    found: dict[str, Any] = {"silhouette": None, "linear_probe": None}
-    found |= {"centroid_similarity": None, "effective_rank_score": None, "collapse": None}
+    collapse = ("centroid_similarity", "effective_rank_score", "collapse")
+    result: dict[str, Any] = dict.fromkeys(("silhouette", "linear_probe", *collapse))
     if len(present) < 2 or len(present) == len(labels) or not np.ptp(vectors, axis=0).any():
-        return found
-    found["silhouette"] = float(silhouette_score(vectors, labels))
-    found["linear_probe"] = _linear_probe(vectors, labels, groups, int(counts.min()), seed)
+        return result
+    result["silhouette"] = float(silhouette_score(vectors, labels))
+    result["linear_probe"] = _linear_probe(vectors, labels, groups, int(counts.min()), seed)
     metric = EmbeddingCollapseMetric(include_indicators=["centroid_similarity", "effective_rank"])
     scores = metric(torch.from_numpy(vectors.astype(np.float32)), torch.from_numpy(labels))
     scores["collapse"] = scores.get("aggregate")
-    for name in ("centroid_similarity", "effective_rank_score", "collapse"):
-        found[name] = None if scores.get(name) is None else float(scores[name])
-    return found
+    return result | {name: None if scores.get(name) is None else float(scores[name]) for name in collapse}
 
 
 def _linear_probe(
@@ -103,7 +101,7 @@ def _linear_probe(
             return None
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
         predicted[test] = probe.fit(vectors[train], labels[train]).predict(vectors[test])
-    # A class that is in one scan only cannot be learnt from the others: it counts as missed.
+    # A class in a single scan cannot be learnt from the others: it counts as missed.
     return float(np.mean([(predicted[labels == c] == c).mean() for c in np.unique(labels)]))
 
 
@@ -121,7 +119,7 @@ def principal_components(vectors: Floats) -> tuple[Floats, list[float]]:
 
 
 def t_sne(vectors: Floats, seed: int = 0) -> Floats:
-    """A two-dimensional t-SNE map (N, 2) (van der Maaten and Hinton 2008), begun from the principal components."""
+    """A two-dimensional t-SNE map (N, 2) (van der Maaten and Hinton 2008), started from the principal components."""
     from sklearn.manifold import TSNE
 
     points, _ = principal_components(vectors)
@@ -148,7 +146,7 @@ def scatter_figure(
     rows = -(-len(panels) // 2)
     figure = new_figure(9.4, 4.5 * rows + 0.9)
     axes = figure.subplots(rows, 2, squeeze=False).ravel()
-    order = np.random.default_rng(0).permutation(len(labels))  # no class lies on top of the others
+    order = np.random.default_rng(0).permutation(len(labels))  # no class covers the others
     colors = np.array([BACKGROUND_COLOR if c == 0 else color_of(c - 1) for c in range(len(classes))], object)
     for axis, (name, points) in zip(axes, panels, strict=False):
         axis.scatter(*points[order].T, c=list(colors[labels[order]]), s=9, alpha=0.75, linewidths=0)

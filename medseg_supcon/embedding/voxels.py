@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ from medseg_supcon.datasets import Case, Dataset, items, load_items
 from medseg_supcon.errors import DataError
 from medseg_supcon.losses import IGNORE_INDEX, VoxelSampler
 from medseg_supcon.networks import ContrastiveNetwork
-from medseg_supcon.plan import LabelPreprocessingd, read_preprocessing
+from medseg_supcon.plan import LabelPreprocessingd
 
 
 def sample_features(
-    run: Path,
+    preprocessing: Compose,
     plan: dict[str, Any],
     dataset: Dataset,
     cases: Sequence[Case],
@@ -33,7 +32,7 @@ def sample_features(
     patch = plan["patch_size"]
     prepare = Compose(
         [
-            read_preprocessing(run),
+            preprocessing,
             LabelPreprocessingd(plan),
             SpatialPadd("image", patch),
             SpatialPadd("label", patch, value=IGNORE_INDEX),

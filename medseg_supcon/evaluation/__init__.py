@@ -12,6 +12,13 @@ from medseg_supcon.evaluation.figures import (
     save,
 )
 from medseg_supcon.evaluation.folders import evaluate_folders
-from medseg_supcon.evaluation.metrics import case_metrics
+from medseg_supcon.evaluation.metrics import Row, case_metrics
 from medseg_supcon.evaluation.overlay import overlay_figure
-from medseg_supcon.evaluation.summary import EMPTY_RULE, MetricsReport, add_problems, summarise, write_metrics
+from medseg_supcon.evaluation.summary import (
+    EMPTY_RULE,
+    MetricsReport,
+    add_problems,
+    score_mask,
+    summarise,
+    write_metrics,
+)

@@ -13,7 +13,7 @@ import numpy as np
 from medseg_supcon.errors import RunError
 
 BACKGROUND, INK, GRID = "white", "#222222", "#dddddd"
-# Okabe and Ito's palette, which colour-blind people tell apart, and matplotlib's tab20 after it.
+# Okabe and Ito's palette, which colour-blind people can distinguish, and then matplotlib's tab20.
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 
 
@@ -27,14 +27,14 @@ def color_of(number: int) -> Any:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure in inches that lays itself out."""
+    """A matplotlib figure, size in inches, with automatic layout."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor=BACKGROUND)
 
 
 def dress(axis: Any, title: str, below: str) -> None:
-    """Title, axis label, grid: the look of every plot."""
+    """Title, axis label and grid, the same in every plot."""
     axis.set_title(title, fontsize=11, color=INK, loc="left")
     axis.set_xlabel(below, fontsize=9, color=INK)
     axis.tick_params(labelsize=9, colors=INK)
@@ -44,7 +44,7 @@ def dress(axis: Any, title: str, below: str) -> None:
 
 
 def dress_epochs(axis: Any, title: str, epochs: Sequence[int]) -> None:
-    """As `dress`, over all epochs of a training, however few of them have a value; the marks are whole epochs."""
+    """As `dress`, for a training's epochs: all of them are on the axis, and its ticks are whole epochs."""
     from matplotlib.ticker import MaxNLocator
 
     dress(axis, title, "epoch")
@@ -53,12 +53,9 @@ def dress_epochs(axis: Any, title: str, epochs: Sequence[int]) -> None:
 
 
 def legend_below(figure: Any, handles: Sequence[Any], most: int = 6) -> Any:
-    """A legend under a figure, in as many columns (`most` at most) as its names leave room for.
-
-    Rows beyond the first make the figure higher: the plots keep their size.
-    """
+    """A legend below a figure, with as many columns (at most ``most``) as fit; more rows make the figure higher."""
     names = [handle.get_label() for handle in handles]
-    columns = max(min(most, len(handles)), 1)  # matplotlib gives no handle of a name that begins with _
+    columns = max(min(most, len(handles)), 1)  # matplotlib has no handle for a name that begins with _
     while columns > 1 and _inches(names, columns) > figure.get_figwidth():
         columns -= 1
     rows = -(-len(handles) // columns)
@@ -69,17 +66,17 @@ def legend_below(figure: Any, handles: Sequence[Any], most: int = 6) -> Any:
 
 
 def _inches(names: Sequence[str], columns: int) -> float:
-    """About the width of a legend; each column is as wide as its longest name and the mark before it."""
+    """The approximate width of a legend; each column is as wide as its longest name and the mark before it."""
     parts = np.array_split(np.array([len(name) for name in names]), columns)
     return float(sum(0.075 * part.max() + 0.6 for part in parts))
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes a PNG.
+    """Writes a PNG; a `RunError` if it cannot be written."""
+    from matplotlib.text import Text
 
-    Raises:
-        RunError: it cannot be written.
-    """
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # names may have $ signs
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png", dpi=110)
@@ -106,9 +103,9 @@ def curves_figure(history: str | Path | History, path: str | Path) -> None:
         RunError: the history is missing or has no epoch.
     """
     columns = history if isinstance(history, Mapping) else _read(Path(history))
-    epochs = [int(float(e)) for e in columns.get("epoch", [])]
+    epochs = [int(float(epoch)) for epoch in columns.get("epoch", [])]
     if not epochs:
-        raise RunError(f"{history}: there is no epoch in this history. Train first.")
+        raise RunError(f"{history}: this history has no epoch. Train first.")
     figure = new_figure(10.5, 3.9)
     left, right = figure.subplots(1, 2)
     losses = [c for c in columns if c not in NO_LOSS and not c.startswith("val_") and "weight" not in c]

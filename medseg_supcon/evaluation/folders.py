@@ -14,7 +14,7 @@ from medseg_supcon.datasets import reorient, value_text
 from medseg_supcon.errors import DataError
 from medseg_supcon.evaluation.metrics import Row
 from medseg_supcon.evaluation.summary import metrics_report, score_case, write_report
-from medseg_supcon.scans import NIFTI_ENDINGS, farthest_corner, one_place, read_volume
+from medseg_supcon.scans import NIFTI_ENDINGS, farthest_corner, read_nifti, same_grid
 
 MOST_VALUES = 2000  # more than any atlas has
 ROUNDING = 1e-3  # of whole values that a header scales
@@ -99,7 +99,7 @@ def _differences(in_masks: set[float], in_maps: set[float], masks: Path, maps: P
 
 def _files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder. Give the folder that holds the NIfTI files.")
+        raise DataError(f"{folder} is not a folder. Give the folder with the NIfTI files.")
     files: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
         ending = next((e for e in NIFTI_ENDINGS if file.name.lower().endswith(e)), None)
@@ -107,7 +107,7 @@ def _files(folder: Path) -> dict[str, Path]:
             name = file.name[: -len(ending)]
             if name in files:
                 raise DataError(
-                    f"{folder}: there are {files[name].name} and {file.name}. Keep the one that counts."
+                    f"{folder}: {files[name].name} and {file.name} have the same name. Keep one of them."
                 )
             files[name] = file
     if not files:
@@ -141,7 +141,7 @@ def _pair(
             f"{mask_file}: has shape {mask.shape} and {reference_file} {reference.shape}. They must share one grid; "
             "check that they belong together."
         )
-    if not one_place(mask.shape, affine, mask_affine):
+    if not same_grid(mask.shape, affine, mask_affine):
         farthest = farthest_corner(mask.shape, affine, mask_affine)
         raise DataError(
             f"{mask_file}: is up to {farthest:.3g} mm away from {reference_file}: their affines differ. Resample "
@@ -151,7 +151,7 @@ def _pair(
 
 
 def _read(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-    volume = read_volume(file)
+    volume = read_nifti(file)
     if volume.data.ndim != 3 or volume.data.size == 0:
         raise DataError(
             f"{file}: expected a 3-D label map, found shape {volume.data.shape}. Save one volume."
@@ -169,7 +169,7 @@ def _read(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
             )
     if (number := len(np.unique(data))) > MOST_VALUES:
         raise DataError(f"{file}: holds {number} different values, expected a label map, not a scan.")
-    affine = volume.affine_mm
+    affine = volume.affine
     if not np.isfinite(affine).all() or not (np.linalg.norm(affine[:3, :3], axis=0) > 0).all():
         raise DataError(f"{file}: its affine is not valid (zero or not finite). Save it on its scan's grid.")
     return data, affine

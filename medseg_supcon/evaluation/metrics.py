@@ -27,24 +27,24 @@ def case_metrics(
     - ``dice``: 2 |P n R| / (|P| + |R|), in 0..1.
     - ``hd95_mm``: the larger of the two directed 95th percentiles of the distances between the surfaces
       (voxels of a class with a face neighbour outside it), in mm (as `monai.metrics`).
-    - ``surface_dice``: the share of both surfaces that lies within ``tolerance_mm`` of the other, in 0..1
+    - ``surface_dice``: the share of both surfaces within ``tolerance_mm`` of the other, in 0..1
       (normalised surface Dice, Nikolov et al. 2021, arXiv:1809.04430, on voxel surfaces).
     - ``volume_ml``, ``reference_volume_ml``.
 
     The rule for empty classes, in ``empty`` of each row:
 
-    - ``"both"``: nothing to find and nothing found. The three scores are None and no mean includes them:
-      a reward of 1 would let absent classes decide the mean.
-    - ``"prediction"`` or ``"reference"``: one of the two alone is empty. Dice and surface Dice are 0 and
-      HD95 is the diagonal of the scan, the largest distance there is: a missed structure never helps a mean.
-    - ``""``: neither.
+    - ``"both"``: both are empty. The three scores are None and no mean includes them: a score of 1 would let absent
+      classes dominate the mean.
+    - ``"prediction"`` or ``"reference"``: only one of the two is empty. Dice and surface Dice are 0 and HD95 is the
+      diagonal of the scan, the largest possible distance: a missed structure never improves a mean.
+    - ``""``: neither is empty.
 
     Args:
         prediction: label map (X, Y, Z) in the values of ``labels``.
         reference: label map (X, Y, Z) in the values of ``labels``.
         spacing_mm: mm per axis.
         labels: class name -> value, in class order; the first is background and gets no row.
-        ignore_mask: (X, Y, Z), True where nobody labelled: such voxels are in no class of either map.
+        ignore_mask: (X, Y, Z), True where nobody labelled: these voxels are in no class of either map.
         tolerance_mm: the distance within which two surfaces count as agreeing.
 
     Raises:
@@ -94,9 +94,7 @@ def _class_row(
         if n_p != n_r:
             row |= {"dice": 0.0, "hd95_mm": diagonal, "surface_dice": 0.0}
         return row
-    box = _bounding_box(p | r)
-    p, r = p[box], r[box]
-    surface_p, surface_r = get_mask_edges(p, r, crop=False)
+    surface_p, surface_r = get_mask_edges(p, r)
     to_r = get_surface_distance(surface_p, surface_r, spacing=spacing)
     to_p = get_surface_distance(surface_r, surface_p, spacing=spacing)
     reach = tolerance_mm * (1 + 1e-6)  # the distances are float32
@@ -106,12 +104,3 @@ def _class_row(
     row["surface_dice"] = within / (to_r.size + to_p.size)
     row["empty"] = ""
     return row
-
-
-def _bounding_box(mask: npt.NDArray[np.bool_]) -> tuple[slice, ...]:
-    """The box around the foreground and a voxel more, so that cropping makes no surface."""
-    box = []
-    for axis in range(mask.ndim):
-        along = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        box.append(slice(max(int(along[0]) - 1, 0), int(along[-1]) + 2))
-    return tuple(box)

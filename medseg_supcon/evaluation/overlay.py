@@ -17,7 +17,7 @@ from medseg_supcon.evaluation.figures import BACKGROUND, INK, color_of, legend_b
 Array = npt.NDArray[Any]
 # (name, the axis that the plane cuts, horizontal axis, vertical axis) of a scan turned to RAS+
 PLANES = (("axial", 2, 0, 1), ("coronal", 1, 0, 2), ("sagittal", 0, 1, 2))
-NARROWEST = 0.25  # of all planes' width: a title wants room
+NARROWEST = 0.25  # share of the whole width: a title needs room
 ENDS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
@@ -28,10 +28,10 @@ def overlay_figure(
     path: str | Path,
     labels: Mapping[str, float],
 ) -> None:
-    """Draws a scan's axial, coronal and sagittal plane with most foreground, with its masks, as a PNG.
+    """Draws the axial, coronal and sagittal plane with most foreground, with masks, as a PNG.
 
-    Above the reference, below the prediction with the reference's outline. Axes are in mm, so that
-    anisotropic voxels look right; R, A and S stand at the right, anterior and superior end.
+    The reference is above, the prediction with the reference's outline below. Axes are in mm, so that anisotropic voxels
+    look right; letters mark the ends of each axis.
 
     Args:
         scan: NIfTI file, (X, Y, Z) or with channels last (the first is shown).
@@ -51,11 +51,9 @@ def overlay_figure(
             raise DataError(
                 f"{file} has shape {mask.shape} and {scan} {image.shape}. They must share one grid."
             )
-    values = labels.values()  # a file with a scaling holds 2.9999998 where 3 is meant
-    predicted, expected = (
-        snap_labels(predicted, values),
-        None if expected is None else snap_labels(expected, values),
-    )
+    values = labels.values()  # a file with a scaling has 2.9999998 for 3
+    predicted = snap_labels(predicted, values)
+    expected = None if expected is None else snap_labels(expected, values)
     foreground = list(labels.items())[1:]
     shown = predicted if expected is None else expected
     rows = [("prediction", predicted, expected)]
@@ -98,7 +96,7 @@ def _canonical(file: str | Path) -> tuple[Array, Array]:
         image: Any = nibabel.as_closest_canonical(nibabel.load(file))
         data = np.asanyarray(image.dataobj)
     except Exception as error:  # nibabel raises a dozen kinds for damaged files
-        raise DataError(f"{file} cannot be read as NIfTI: it is damaged or no NIfTI file.") from error
+        raise DataError(f"{file} cannot be read as NIfTI: it is damaged or not a NIfTI file.") from error
     if data.ndim < 3:
         raise DataError(f"{file}: expected a 3-D scan, found shape {data.shape}.")
     while data.ndim > 3:
@@ -107,7 +105,7 @@ def _canonical(file: str | Path) -> tuple[Array, Array]:
 
 
 def _best_slice(mask: Array, foreground: list[tuple[str, float]], axis: int) -> int:
-    """The slice that shows most: each class counts by the share of it that the slice holds."""
+    """The slice that shows most: each class counts with its share in the slice."""
     others = tuple(a for a in range(3) if a != axis)
     score = np.zeros(mask.shape[axis])
     for _, value in foreground:
@@ -141,13 +139,14 @@ def _dress(axis: Any, horizontal: int, vertical: int, title: str) -> None:
     axis.set_facecolor("black")
     for side in axis.spines.values():
         side.set_visible(False)
-    places = [(0.02, 0.5, ENDS[horizontal][0]), (0.98, 0.5, ENDS[horizontal][1])]
-    places += [(0.5, 0.03, ENDS[vertical][0]), (0.5, 0.97, ENDS[vertical][1])]
-    for x, y, text in places:
-        where = {"ha": "left" if x < 0.1 else "right" if x > 0.9 else "center"}
-        where["va"] = "bottom" if y < 0.1 else "top" if y > 0.9 else "center"
-        shade = {"facecolor": "black", "alpha": 0.45, "edgecolor": "none", "pad": 1.2}
-        axis.text(x, y, text, transform=axis.transAxes, fontsize=8, color="white", bbox=shade, **where)
+    shade = {"facecolor": "black", "alpha": 0.45, "edgecolor": "none", "pad": 1.2}
+    for x, y, text, ha, va in (
+        (0.02, 0.5, ENDS[horizontal][0], "left", "center"),
+        (0.98, 0.5, ENDS[horizontal][1], "right", "center"),
+        (0.5, 0.03, ENDS[vertical][0], "center", "bottom"),
+        (0.5, 0.97, ENDS[vertical][1], "center", "top"),
+    ):
+        axis.text(x, y, text, transform=axis.transAxes, fontsize=8, color="white", bbox=shade, ha=ha, va=va)
 
 
 def _legend(figure: Any, names: Mapping[int, str], outlined: bool) -> None:

@@ -16,12 +16,11 @@ from medseg_supcon.datasets import snap_labels
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation.metrics import METRICS, Row, case_metrics
 from medseg_supcon.files import write_csv, write_text
-from medseg_supcon.scans import one_place
+from medseg_supcon.scans import read_nifti, same_grid
 
 EMPTY_RULE = (
-    "A class that neither the prediction nor the reference holds has no score and is in no mean "
-    "(empty: both). Where one of the two alone is empty, Dice and surface Dice are 0 and HD95 is the "
-    "diagonal of the scan."
+    "A class that is neither in the prediction nor in the reference has no score and is in no mean (empty: both). If only "
+    "one of the two is empty, Dice and surface Dice are 0 and HD95 is the diagonal of the scan."
 )
 COLUMNS = ("case", "class", *METRICS, "tolerance_mm", "volume_ml", "reference_volume_ml", "empty")
 
@@ -88,18 +87,17 @@ def write_metrics(rows: Sequence[Row], folder: str | Path) -> dict[str, Any]:
     return report
 
 
-def add_problems(folder: str | Path, problems: Mapping[str, str]) -> None:
-    """Adds cases that could not be scored, name -> why, to the ``metrics.json`` of a folder.
+def add_problems(folder: str | Path, problems: Mapping[str, str]) -> dict[str, Any]:
+    """Adds cases that could not be scored, name -> why, to the ``metrics.json`` of a folder, and returns its content.
 
     Raises:
         RunError: the file cannot be written.
     """
-    if not problems:
-        return
-    report = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+    report: dict[str, Any] = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
     report["problems"] += [{"case": case, "problem": problem} for case, problem in problems.items()]
     report["summary"]["failed"] = len(report["problems"])
     write_report(report, folder)
+    return report
 
 
 def write_report(report: dict[str, Any], folder: str | Path) -> None:
@@ -176,17 +174,9 @@ class MetricsReport(Metric):  # type: ignore[misc]  # ignite's stubs are not fol
         """Scores the cases of one batch."""
         for item in output:
             name, pred, label = str(item["name"]), item["pred"], item["label"]
-            if pred.shape != label.shape:
-                raise DataError(
-                    f"{name}: the label map is {tuple(label.shape[1:])} and the scan {tuple(pred.shape[1:])} "
-                    "voxels. They must share one grid; check that they belong together."
-                )
             affine = np.asarray(pred.affine, dtype=np.float64)
-            if not self.trust_scan_affine and not one_place(pred.shape[1:], affine, np.asarray(label.affine)):
-                raise DataError(
-                    f"{name}: the label map lies elsewhere in space than its scan (their affines differ). "
-                    "Mend the header of the one that is wrong."
-                )
+            theirs = None if self.trust_scan_affine else np.asarray(label.affine)
+            _check_grids(name, pred.shape[1:], affine, label.shape[1:], theirs)
             self.rows += score_case(
                 name,
                 pred.cpu().numpy()[0],
@@ -212,6 +202,52 @@ class MetricsReport(Metric):  # type: ignore[misc]  # ignite's stubs are not fol
         return _mean_dice(rows)
 
 
+def score_mask(
+    name: str,
+    mask: np.ndarray[Any, Any],
+    affine: np.ndarray[Any, Any],
+    label_file: Path,
+    labels: Mapping[str, float],
+    ignore_label: float | None = None,
+    tolerance_mm: float = 1.0,
+    trust_scan_affine: bool = False,
+) -> list[Row]:
+    """`case_metrics` of a mask in its scan's grid against a label map's file.
+
+    Args:
+        name: the case's.
+        mask: (X, Y, Z), the label files' own values.
+        affine: (4, 4), the scan's voxel indices to mm.
+        label_file: the label map (NIfTI).
+        labels: class name -> value, background first.
+        ignore_label: value of the label map that means "not annotated", or None.
+        tolerance_mm: of the surface Dice.
+        trust_scan_affine: the label map's own affine may differ.
+
+    Raises:
+        DataError: the label map cannot be read, has another shape or place, or an undeclared value.
+    """
+    label = read_nifti(label_file)
+    theirs = None if trust_scan_affine else label.affine
+    _check_grids(name, mask.shape, affine, label.data.shape, theirs)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return score_case(name, mask, label.data, spacing, labels, ignore_label, tolerance_mm)
+
+
+def _check_grids(name: str, shape: Any, affine: Any, label_shape: Any, label_affine: Any) -> None:
+    """A scan and its label map share one grid; ``label_affine`` None: only their shapes are compared."""
+    if tuple(shape) != tuple(label_shape):
+        raise DataError(
+            f"{name}: the label map is {tuple(label_shape)} and the scan {tuple(shape)} voxels. They must share one "
+            "grid; check that they belong together."
+        )
+    if label_affine is not None and not same_grid(shape, affine, label_affine):
+        raise DataError(
+            f"{name}: the label map lies elsewhere in space than its scan (their affines differ). Correct the header "
+            "of the one that is wrong."
+        )
+
+
 def score_case(
     name: str,
     prediction: np.ndarray[Any, Any],
@@ -235,7 +271,7 @@ def score_case(
     if unknown:
         raise DataError(
             f"{name}: the label map holds the values {unknown[:5]}, which the data set does not declare "
-            f"(declared: {declared}). Add them to the labels or mend the label map."
+            f"(declared: {declared}). Add them to the labels, or correct the label map."
         )
     rows = case_metrics(prediction, reference, spacing, labels, ignore, tolerance_mm)
     return [{"case": name, **row} for row in rows]

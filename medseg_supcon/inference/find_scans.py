@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
+from medseg_supcon.errors import DataError
 from medseg_supcon.scans import (
-    ENDINGS,
+    DICOM_ENDINGS,
+    ITK_ENDINGS,
     NIFTI_ENDINGS,
-    READERS,
+    Kind,
+    Scan,
     Series,
-    dimensions,
     is_one_of_many,
     looks_like_dicom,
     not_a_file,
-    read_information,
+    scan_header,
     series_in,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def group_channels(scans: list[Scan], count: int) -> list[Scan]:
@@ -66,14 +64,12 @@ def _one(name: str, numbered: list[tuple[int, Scan]], count: int) -> Scan:
 
 
 def _is_single(scan: Scan) -> bool:
-    """Whether a file holds one channel; also where it cannot be read (reading it will say why)."""
-    if scan.kind == "nifti":
-        return all(n == 1 for n in dimensions(scan.files[0])[3:])
+    """Whether a file holds one channel; also if it cannot be read (reading it will say why)."""
     if scan.kind == "dicom":
         return False
     try:
-        return int(read_information(scan.files[0]).GetNumberOfComponents()) == 1
-    except RuntimeError:
+        return len(scan_header(scan)[0]) <= 3
+    except DataError:
         return True
 
 
@@ -84,42 +80,15 @@ FOREIGN = (
 )  # fmt: skip
 FORMATS = "NIfTI (.nii, .nii.gz), MetaImage (.mha, .mhd), NRRD (.nrrd) or a DICOM series folder"
 
-Kind = Literal["nifti", "itk", "dicom"]
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Scan:
-    """One scan to segment.
-
-    Attributes:
-        name: of its mask, ``<name>.nii.gz``: the file's name without its ending, or the DICOM folder's.
-        files: one file, one per channel, or the slices of a DICOM series.
-        kind: which reader takes it.
-        problem: why it cannot be read at all (a sentence), or None.
-        series: of a DICOM folder: what tells its series from the others; "" of a file.
-    """
-
-    name: str
-    files: tuple[Path, ...]
-    kind: Kind = "nifti"
-    problem: str | None = None
-    series: str = ""
-
-    @property
-    def source(self) -> Path:
-        """What to call it in a message: the file, or the DICOM folder."""
-        return self.files[0].parent if self.kind == "dicom" and len(self.files) > 1 else self.files[0]
-
 
 def find_scans(paths: Iterable[str | Path], channels: int | Sequence[str] = 1) -> list[Scan]:
     """The scans that files and folders hold, in order; what is wrong with one stands in its ``problem``.
 
     A folder gives every scan directly in it and all DICOM series in and below it, ``PATIENT/STUDY/SERIES`` called
-    ``PATIENT_STUDY_SERIES``. Other scans in its subfolders are passed over, and a warning is logged; hidden files and
-    what is no scan are passed over, damaged DICOM files are not. With several channels, 3-D files
-    ``case_0000.nii.gz``, ``case_0001.nii.gz``, ... are one scan ``case``, as in nnU-Net. Two scans that would
-    get one name are both refused.
+    ``PATIENT_STUDY_SERIES``. Other scans in its subfolders are passed over, as ``warnings`` of the first scan say;
+    hidden files and what is not a scan are passed over, damaged DICOM files are not. With several channels, 3-D
+    files ``case_0000.nii.gz``, ``case_0001.nii.gz``, ... are one scan ``case``, as in nnU-Net. Two scans that
+    would get one name are both refused.
 
     Args:
         paths: files and folders, mixed.
@@ -143,7 +112,7 @@ def find_scans(paths: Iterable[str | Path], channels: int | Sequence[str] = 1) -
 
 def scan_name(path: Path) -> str:
     """The file's name without its ending: ``a.b.nii.gz`` -> ``a.b``."""
-    for ending in (*NIFTI_ENDINGS, *READERS, *ENDINGS):
+    for ending in (*NIFTI_ENDINGS, *ITK_ENDINGS, *DICOM_ENDINGS):
         if path.name.lower().endswith(ending) and len(path.name) > len(ending):
             return path.name[: -len(ending)]
     return path.name
@@ -153,7 +122,7 @@ def _kind(path: Path) -> Kind | None:
     name = path.name.lower()
     if name.endswith(NIFTI_ENDINGS):
         return "nifti"
-    if name.endswith(tuple(READERS)):
+    if name.endswith(ITK_ENDINGS):
         return "itk"
     return "dicom" if looks_like_dicom(path) else None
 
@@ -193,7 +162,7 @@ def _scans_in(folder: Path) -> list[Scan]:
         kind = _kind(path) if not path.is_dir() else None
         if kind in ("nifti", "itk"):
             scans.append(Scan(scan_name(path), (path,), kind))
-        elif path.is_dir() and path.name.lower().endswith((*NIFTI_ENDINGS, *READERS)):
+        elif path.is_dir() and path.name.lower().endswith((*NIFTI_ENDINGS, *ITK_ENDINGS)):
             scans.append(
                 _refused(scan_name(path), path, "is a folder, expected a file. Give the files in it.")
             )
@@ -213,9 +182,10 @@ def _scans_in(folder: Path) -> list[Scan]:
         reason = (
             f"below a folder only DICOM is looked for, and {names} hold other scans. Give those folders too."
         )
-        if not scans:
-            return [_refused(folder.resolve().name or "scan", folder, reason)]
-        logger.warning("%s: %s", folder, reason)
+        first = next((i for i, scan in enumerate(scans) if scan.problem is None), None)
+        if first is None:
+            return [*scans, _refused(folder.resolve().name or "scan", folder, reason)]
+        scans[first] = replace(scans[first], warnings=(f"{folder}: {reason}",))
     return scans
 
 
@@ -234,10 +204,10 @@ def _folders_below(folder: Path) -> Iterator[Path]:
 
 
 def _holds_files(folder: Path) -> bool:
-    """Whether a folder holds scans that are no DICOM."""
+    """Whether a folder holds scans that are not DICOM, of a format that is read or not."""
     try:
         return any(
-            path.name.lower().endswith((*NIFTI_ENDINGS, *READERS))
+            path.name.lower().endswith((*NIFTI_ENDINGS, *ITK_ENDINGS, *FOREIGN))
             and not path.name.startswith(".")
             and path.is_file()
             for path in folder.iterdir()

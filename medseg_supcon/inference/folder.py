@@ -16,11 +16,10 @@ import numpy as np
 
 from medseg_supcon.errors import MedsegError, RunError
 from medseg_supcon.files import remove_leftovers, temporary_name
-from medseg_supcon.inference.find_scans import Scan, keep_names
+from medseg_supcon.inference.find_scans import keep_names
 from medseg_supcon.inference.manifest import Manifest, describe, entry_of
 from medseg_supcon.inference.memory import is_out_of_memory
-from medseg_supcon.inference.read import is_mask_of
-from medseg_supcon.scans import is_whole, write_nifti
+from medseg_supcon.scans import Scan, is_mask_of, is_whole, write_nifti
 
 if TYPE_CHECKING:
     from medseg_supcon.inference.predictor import Prediction, Predictor, Prepared
@@ -42,7 +41,7 @@ def predict_folder(
     progress: Progress | None,
 ) -> dict[str, Any]:
     """See `Predictor.run`."""
-    _make_writable(out)
+    make_writable(out)
     manifest = Manifest(out / "manifest.json", describe(predictor))
     scans = keep_names(scans, manifest.earlier)
     total, finished = len(scans), 0
@@ -65,7 +64,7 @@ def predict_folder(
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         behind: tuple[Scan, Future[dict[str, Any]]] | None = None
         try:
-            for scan, prepared in _read_ahead(reader, predictor, todo):
+            for scan, prepared in read_ahead(reader, predictor, todo):
                 outcome: Prediction | dict[str, Any]
                 try:
                     outcome = predictor.segment(prepared.result(), probabilities)
@@ -91,7 +90,7 @@ def predict_folder(
     return manifest.of_this_call()
 
 
-def _read_ahead(
+def read_ahead(
     reader: ThreadPoolExecutor, predictor: Predictor, scans: Sequence[Scan]
 ) -> Iterator[tuple[Scan, Future[Prepared]]]:
     """Each scan with its future, when the next one's reading has been asked for; no more than that waits."""
@@ -179,7 +178,12 @@ def _without_work(
     return _of(scan, manifest.skipped(scan.name))
 
 
-def _make_writable(out: Path) -> None:
+def make_writable(out: Path) -> None:
+    """Make a folder for masks, without what a killed process left in it.
+
+    Raises:
+        RunError: files cannot be written there.
+    """
     probe = temporary_name(out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from medseg_supcon import __version__
 from medseg_supcon.errors import RunError
-from medseg_supcon.files import alone, write_whole
+from medseg_supcon.files import folder_lock, write_whole
 
 if TYPE_CHECKING:
     from medseg_supcon.inference.predictor import Prediction, Predictor
@@ -25,7 +25,7 @@ STATUSES = ("done", "skipped", "failed")
 JOURNAL = ".medseg-manifest.jsonl"  # entries that are not in the manifest yet, a line each
 PAUSE = 5.0  # seconds between two writings of the whole manifest
 logger = logging.getLogger(__name__)
-PACKAGES = ("torch", "monai", "numpy", "nibabel", "SimpleITK", "scipy")
+PACKAGES = ("torch", "monai", "numpy", "nibabel", "pydicom", "SimpleITK", "scipy")
 # What of a plan decides a mask. How many windows go together does not.
 DECISIVE = ("channels", "orientation", "spacing", "intensity", "patch_size", "network_def", "keep_largest")
 
@@ -113,7 +113,7 @@ class Manifest:
             self.write()
             return
         try:
-            with alone(self.path.parent), self.journal.open("a", encoding="utf-8") as stream:
+            with folder_lock(self.path.parent), self.journal.open("a", encoding="utf-8") as stream:
                 # begun with a new line: the one before may be a killed process's half
                 stream.write("\n" + json.dumps(entry, allow_nan=False))
         except OSError as error:
@@ -128,7 +128,7 @@ class Manifest:
         tried = {entry["name"] for entry in self.entries}
         made = {entry["name"] for entry in self.entries if entry["status"] != "failed"}
         try:
-            with alone(self.path.parent):
+            with folder_lock(self.path.parent):
                 self.earlier, _ = _read(self.path)
                 # The mask of an earlier call is there still where this one failed.
                 kept = [

@@ -22,18 +22,33 @@ def keep_freed_memory(wanted: bool) -> Iterator[None]:
 
     Does nothing if not ``wanted``, or where the C library is not glibc.
     """
-    libc = _glibc() if wanted else None
-    if libc is None:
+    if not wanted:
         yield
         return
-    libc.mallopt(M_MMAP_THRESHOLD, KEPT)
-    libc.mallopt(M_TRIM_THRESHOLD, KEPT)
+    tune_malloc(keep=True)
     try:
         yield
     finally:
-        libc.mallopt(M_MMAP_THRESHOLD, USUAL)
-        libc.mallopt(M_TRIM_THRESHOLD, 2 * USUAL)
+        tune_malloc(keep=False)
+
+
+def tune_malloc(*, keep: bool) -> bool:
+    """Let glibc keep large blocks that are freed, or give them all back to the system and stop keeping them.
+
+    Without this, their pages are mapped and cleared again at every use: a fifth of the time of a small network's
+    training step on a CPU. It changes this process only.
+
+    Returns:
+        whether it took effect: False where the C library is not glibc.
+    """
+    libc = _glibc()
+    if libc is None:
+        return False
+    done = bool(libc.mallopt(M_MMAP_THRESHOLD, KEPT if keep else USUAL))
+    done = bool(libc.mallopt(M_TRIM_THRESHOLD, KEPT if keep else 2 * USUAL)) and done
+    if not keep:
         libc.malloc_trim(0)
+    return done
 
 
 @cache

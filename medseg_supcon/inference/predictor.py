@@ -19,14 +19,20 @@ from nibabel.orientations import axcodes2ornt, io_orientation
 from medseg_supcon.bundle import Model, load_model
 from medseg_supcon.datasets import label_type
 from medseg_supcon.errors import DataError, RunError
-from medseg_supcon.inference.find_scans import Scan, find_scans, refuse_equal_names
+from medseg_supcon.inference.find_scans import find_scans, refuse_equal_names
 from medseg_supcon.inference.folder import predict_folder
 from medseg_supcon.inference.memory import attempts, keep_freed_memory
-from medseg_supcon.inference.read import read_scan
 from medseg_supcon.inference.resample import Way
-from medseg_supcon.inference.sliding_window import add, add_inverse, batch_on, label, network_outputs, windows
-from medseg_supcon.scans import Grid, keep_largest
-from medseg_supcon.scans import ScanVolume as Volume
+from medseg_supcon.inference.sliding_window import (
+    add,
+    add_inverse,
+    batch_on,
+    keep_largest,
+    label,
+    network_outputs,
+    windows,
+)
+from medseg_supcon.scans import Grid, Scan, Volume, outliers, read_scan
 
 MOST_VOXELS = 4e9  # on the model's grid: 16 GB, a scan of 1600 voxels a side
 
@@ -51,16 +57,20 @@ def prepare(scan: Scan, models: Sequence[Model]) -> Prepared:
     """
     started = time.perf_counter()
     volume = read_scan(scan, len(models[0].plan["channels"]))
-    warnings = [*volume.warnings, *_oddities(volume)]
+    warnings = [*scan.warnings, *(issue.sentence for issue in volume.issues), *_oddities(volume)]
     for model in models:
         _check_size(model, volume, scan)
     images = [_preprocess(model, volume, scan) for model in models]
-    return Prepared(scan.name, volume.grid, volume.affine, images, time.perf_counter() - started, warnings)
+    return Prepared(
+        scan.name, volume.grid, volume.monai_affine, images, time.perf_counter() - started, warnings
+    )
 
 
 def _preprocess(model: Model, volume: Volume, scan: Scan) -> MetaTensor:
-    meta = {"original_affine": volume.affine, "spatial_shape": volume.data.shape[1:], "space": "RAS"}
-    image = MetaTensor(torch.from_numpy(volume.data), affine=torch.from_numpy(volume.affine), meta=meta)
+    meta = {"original_affine": volume.monai_affine, "spatial_shape": volume.data.shape[:3], "space": "RAS"}
+    image = MetaTensor(
+        torch.from_numpy(volume.channels_first), affine=torch.from_numpy(volume.monai_affine), meta=meta
+    )
     image.meta["original_channel_dim"] = 0
     image.meta["filename_or_obj"] = str(scan.files[0])
     prepared: MetaTensor = model.preprocessing({"image": image})["image"]
@@ -71,9 +81,9 @@ def _check_size(model: Model, volume: Volume, scan: Scan) -> None:
     """A header in the wrong unit would ask for more memory than there is, or shrink the body to a voxel."""
     target = np.empty(3)  # mm along R, A, S
     target[axcodes2ornt(model.plan["orientation"])[:, 0].astype(int)] = model.plan["spacing"]
-    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
-    size = volume.data.shape[1:] * spacing / target[io_orientation(volume.affine)[:, 0].astype(int)]
-    if np.prod(np.maximum(size, 1)) > MOST_VOXELS or (max(volume.data.shape) > 3 and size.max() < 1.5):
+    spacing = np.linalg.norm(volume.monai_affine[:3, :3], axis=0)
+    size = volume.data.shape[:3] * spacing / target[io_orientation(volume.monai_affine)[:, 0].astype(int)]
+    if np.prod(np.maximum(size, 1)) > MOST_VOXELS or (max(volume.data.shape[:3]) > 3 and size.max() < 1.5):
         sizes = " x ".join(f"{s:.3g}" for s in spacing)
         wanted = " x ".join(f"{s:.3g}" for s in model.plan["spacing"])
         raise DataError(
@@ -83,10 +93,18 @@ def _check_size(model: Model, volume: Volume, scan: Scan) -> None:
 
 
 def _oddities(volume: Volume) -> list[str]:
-    found = []
     if volume.data.size and volume.data.min() == volume.data.max():
-        found.append("all voxels have one value")
-    return found
+        return ["all voxels have one value"]
+    warnings = []
+    for number, channel in enumerate(volume.channels_first):
+        if (outlier := outliers(channel)) is not None:
+            where = f"channel {number}: " if volume.data.ndim == 4 else ""
+            value, count = outlier
+            warnings.append(
+                f"{where}{count} voxels are far outside all others (up to {value:.3g}): after normalisation the others "
+                "hardly differ, and the mask may be wrong. Repair them"
+            )
+    return warnings
 
 
 @dataclass(frozen=True)

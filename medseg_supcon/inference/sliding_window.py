@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from monai.data import MetaTensor
 from monai.data.utils import compute_importance_map, dense_patch_slices
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -91,6 +92,20 @@ def add_inverse(
     whole = torch.softmax(whole, dim=0) if softmax else whole
     back = MetaTensor(whole, meta=image.meta, applied_operations=image.applied_operations)
     scores += model.preprocessing.inverse({"image": back})["image"].numpy() / members
+
+
+def keep_largest(classes: npt.NDArray[Any], which: Sequence[int]) -> None:
+    """Turns all but the largest component (26 neighbours) of some classes into background, in place."""
+    for index in which:
+        boxes = ndimage.find_objects((classes == index).astype(np.uint8))
+        if not boxes:
+            continue
+        part = classes[boxes[0]]
+        components, count = ndimage.label(part == index, structure=np.ones((3, 3, 3)))
+        if count > 1:
+            sizes = np.bincount(components.ravel())
+            sizes[0] = 0
+            part[(components > 0) & (components != sizes.argmax())] = 0
 
 
 CPU_VOXELS = 2**20  # of a batch: more is no faster on a CPU, and takes more memory

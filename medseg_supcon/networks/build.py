@@ -1,4 +1,4 @@
-"""What a network asks of the patch size, found by asking it."""
+"""A network from its definition in plan.json, and the patch sizes that it takes."""
 
 from __future__ import annotations
 
@@ -11,23 +11,29 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from medseg_supcon.errors import ConfigError
+from medseg_supcon.networks.definition import definition_problem, instantiate
 from medseg_supcon.networks.features import CONVOLUTIONS, FeatureTap
 
 
 def build_network(
-    network_def: Mapping[str, Any] | str, *, in_channels: int | None = None, num_classes: int | None = None
+    network_def: Mapping[str, Any] | str,
+    *,
+    in_channels: int | None = None,
+    num_classes: int | None = None,
+    trust: bool = False,
 ) -> nn.Module:
     """The network that a plan's ``network_def`` describes.
 
     Args:
-        network_def: a dict with ``_target_`` (a class and its arguments) or a ``$`` expression over ``torch``
-            and ``monai``, in the notation of MONAI bundles.
+        network_def: a dict with ``_target_`` (a network of torch or MONAI) and plain arguments, which may be such
+            dicts; with ``trust`` anything that MONAI's config parser can evaluate.
         in_channels: channels of the scans; ``None``: not checked.
         num_classes: C, background included; ``None``: not checked.
+        trust: evaluate a definition that is code.
 
     Raises:
-        ConfigError: the definition names no class, an argument is wrong, the result is not a network, or it
-            does not take ``in_channels`` or give ``num_classes`` channels.
+        ConfigError: the definition names no class, is code without ``trust``, an argument is wrong, the result is
+            not a network, or it does not take ``in_channels`` or give ``num_classes`` channels.
 
     Example:
         >>> build_network(
@@ -42,9 +48,17 @@ def build_network(
         )
     if isinstance(network_def, Mapping) and "_target_" not in network_def:
         raise ConfigError(f"network_def {shown} has no _target_: name the network's class there.")
+    problem = definition_problem(network_def)
+    if problem is not None and not trust:
+        raise ConfigError(
+            f"{problem}. It may run any code: pass --trust (trust=True) if you trust its author."
+        )
     definition = dict(network_def) if isinstance(network_def, Mapping) else network_def
     try:
-        network = ConfigParser({"network_def": definition}).get_parsed_content("network_def")
+        if problem is None:
+            network = instantiate(definition)
+        else:
+            network = ConfigParser({"network_def": definition}).get_parsed_content("network_def")
     # whatever a class or an expression raises; the innermost cause says what is wrong with it
     except Exception as error:
         raise ConfigError(
@@ -92,7 +106,7 @@ _BASE = 128  # divisible by all of them
 
 
 def size_divisor(
-    network: nn.Module | Mapping[str, Any] | str, in_channels: int, spatial_dims: int = 3
+    network: nn.Module | Mapping[str, Any], in_channels: int, spatial_dims: int = 3
 ) -> tuple[int, ...]:
     """The number that a patch's extent must be divisible by, per axis.
 
@@ -101,7 +115,7 @@ def size_divisor(
     instance norm needs two voxels or more: let some axis have at least twice its divisor.
 
     Args:
-        network: a network, or its ``network_def``.
+        network: a network, or its plain ``network_def``.
         in_channels: channels of the scan.
         spatial_dims: axes of the scan.
 

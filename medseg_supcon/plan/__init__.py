@@ -1,6 +1,11 @@
 """From a data set's fingerprint to the plan of a run, and the preprocessing that it defines."""
 
-from medseg_supcon.plan.fingerprint import CaseFingerprint, Fingerprint, fingerprint
 from medseg_supcon.plan.make_plan import make_plan
 from medseg_supcon.plan.plan_file import plan_warnings, read_plan, validate_plan, write_plan
-from medseg_supcon.plan.preprocessing import LabelPreprocessingd, literal, read_preprocessing
+from medseg_supcon.plan.preprocessing import (
+    LabelPreprocessingd,
+    intensity_problem,
+    literal,
+    plan_preprocessing,
+    read_preprocessing,
+)

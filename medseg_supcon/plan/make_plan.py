@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from medseg_supcon.datasets import Dataset
+from medseg_supcon.datasets import Dataset, Fingerprint, readable
 from medseg_supcon.errors import DataError
 from medseg_supcon.losses import balanced_class_weights
-from medseg_supcon.plan.fingerprint import Fingerprint, readable
+from medseg_supcon.networks import chain
 from medseg_supcon.plan.rules import coarsened, intensity_transforms, patch_size, strides, target_spacing
 
 CPU_PATCH_VOXELS = 90_000
@@ -26,8 +26,8 @@ SIDED = re.compile(  # kidney_left, Left Kidney, leftKidney, KidneyLeft, LKidney
 
 def network_definition(
     in_channels: int, classes: int, steps: Sequence[tuple[int, int, int]], *, width: int = 16, most: int = 320
-) -> str:
-    """The default network as a ``$`` expression: a residual MONAI UNet and a last 1x1x1 convolution.
+) -> dict[str, Any]:
+    """The default network as a plan's ``network_def``: a residual MONAI UNet and a last 1x1x1 convolution.
 
     Args:
         in_channels: channels of a scan.
@@ -35,13 +35,17 @@ def network_definition(
         steps: stride per level and axis.
         width: channels at full resolution's first level, doubled per level up to `most`.
     """
-    channels = tuple(min(width * 2**level, most) for level in range(len(steps) + 1))
-    by_level = tuple(step[0] if len(set(step)) == 1 else step for step in steps)
-    return (
-        f"$torch.nn.Sequential(monai.networks.nets.UNet(spatial_dims=3, in_channels={in_channels}, "
-        f"out_channels={width}, channels={channels}, strides={by_level}, num_res_units=2), "
-        f"torch.nn.Conv3d({width}, {classes}, 1))"
-    )
+    unet = {
+        "_target_": "monai.networks.nets.UNet",
+        "spatial_dims": 3,
+        "in_channels": in_channels,
+        "out_channels": width,
+        "channels": [min(width * 2**level, most) for level in range(len(steps) + 1)],
+        "strides": [step[0] if len(set(step)) == 1 else list(step) for step in steps],
+        "num_res_units": 2,
+    }
+    last = {"_target_": "torch.nn.Conv3d", "in_channels": width, "out_channels": classes, "kernel_size": 1}
+    return chain(unet, last)
 
 
 def make_plan(
@@ -76,8 +80,8 @@ def make_plan(
 
     Example:
         >>> import tempfile
-        >>> from medseg_supcon.datasets import make_phantoms, read_dataset
-        >>> from medseg_supcon.plan import fingerprint, make_plan
+        >>> from medseg_supcon.datasets import fingerprint, make_phantoms, read_dataset
+        >>> from medseg_supcon.plan import make_plan
         >>> dataset = read_dataset(make_phantoms(tempfile.mkdtemp() + "/phantoms", cases=2, unseen=0))
         >>> make_plan(fingerprint(dataset), dataset)["orientation"]
         'RAS'

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
+import monai.transforms
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from monai.transforms import Compose, LoadImage, ResampleToMatch, Transform
+from monai.transforms import (
+    Compose,
+    DeleteItemsd,
+    EnsureTyped,
+    LoadImage,
+    LoadImaged,
+    Orientationd,
+    ResampleToMatch,
+    Spacingd,
+    Transform,
+)
+from monai.transforms.intensity import dictionary
 
 from medseg_supcon.datasets import class_indices
 from medseg_supcon.errors import RunError
@@ -44,6 +57,59 @@ def literal(value: Any) -> Any:
     for word, escaped in ESCAPED.items():
         text = text.replace(word, escaped)
     return f"${text}"
+
+
+PER_CHANNEL = ("SplitDimd", "ConcatItemsd", "DeleteItemsd")  # how a plan normalises channels one by one
+
+
+def plan_preprocessing(plan: Mapping[str, Any]) -> Compose:
+    """The scan's preprocessing (key ``image``) from a plan as plain data: what the shipped ``inference.yaml`` defines.
+
+    Args:
+        plan: a valid one, without `intensity_problem`.
+    """
+    intensity = [
+        getattr(monai.transforms, _name(step))(**{k: v for k, v in step.items() if k != "_target_"})
+        for step in plan["intensity"]
+    ]
+    load = LoadImaged(
+        "image", reader="NibabelReader", squeeze_non_spatial_dims=True, ensure_channel_first=True
+    )
+    return Compose(
+        [
+            load,
+            DeleteItemsd("image_path"),
+            EnsureTyped("image", dtype=torch.float32),
+            Orientationd("image", axcodes=plan["orientation"], labels=None),
+            Spacingd("image", pixdim=plan["spacing"], mode="bilinear", dtype=torch.float32),
+            Compose(intensity),
+        ]
+    )
+
+
+def intensity_problem(transforms: Any) -> str | None:
+    """Why a plan's ``intensity`` is not plain data that names MONAI's deterministic transforms; None where it is.
+
+    >>> intensity_problem([{"_target_": "NormalizeIntensityd", "keys": "image"}])
+    >>> intensity_problem([{"_target_": "Lambdad", "keys": "image"}])
+    "intensity names 'Lambdad', which is not a deterministic intensity transform of MONAI"
+    """
+    for step in transforms:
+        target = step.get("_target_") if isinstance(step, Mapping) else step
+        made = getattr(dictionary, str(_name(step)), None) if isinstance(step, Mapping) else None
+        stock = inspect.isclass(made) and made.__module__ == dictionary.__name__
+        if not (stock or (isinstance(target, str) and _name(step) in PER_CHANNEL)):
+            return f"intensity names {target!r}, which is not a deterministic intensity transform of MONAI"
+        if _name(step).startswith("Rand") or target not in (_name(step), f"monai.transforms.{_name(step)}"):
+            return f"intensity names {target!r}, which is not a deterministic intensity transform of MONAI"
+        for key, value in step.items():
+            if key != "_target_" and (str(key).startswith("_") or any(sign in str(value) for sign in "$@%")):
+                return f"intensity holds the expression {key!r}: {value!r}"
+    return None
+
+
+def _name(step: Mapping[str, Any]) -> str:
+    return str(step.get("_target_")).rsplit(".", 1)[-1]
 
 
 def read_preprocessing(bundle_root: str | Path) -> Compose:

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medseg_supcon.datasets import normalisation
-from medseg_supcon.plan.fingerprint import readable
+from medseg_supcon.datasets import normalisation, readable
 
 ANISOTROPIC = 3.0
 MOST_PATCHES_ON_CPU = 64

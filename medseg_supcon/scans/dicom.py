@@ -1,29 +1,43 @@
-"""DICOM series in a folder, told apart, and a check that the slices of one make a volume."""
+"""DICOM: the series in a folder, a check that the slices of one make a volume, and its voxels."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from medseg_supcon.errors import DataError
 from medseg_supcon.scans.dicom_header import (
+    HEADER_BYTES,
     NOT_SCANS,
     PICTURES_OF_SCANS,
+    Frame,
     Header,
-    Positions,
-    is_document,
+    Numbers,
     looks_like_dicom,
+    open_dicom,
+    pydicom,
+    read_dicom_header,
 )
-from medseg_supcon.scans.dicom_header import read_dicom_header as read_header
-from medseg_supcon.scans.grid import NEAR
+from medseg_supcon.scans.grid import NEAR, Affine, Grid, Issue, Volume
+from medseg_supcon.scans.itk import ras_affine
 
 SAME_PLACE = 1e-3  # mm
 SAME_TURN = 1e-3  # of a unit vector
-
+SAME_SIZE = 1e-3  # of a pixel's edge
+PIXEL_TAGS = (
+    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated"),
+    *("BitsStored", "HighBit", "PixelRepresentation", "PixelData", "FloatPixelData", "DoubleFloatPixelData"),
+)
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 
 Series = list[tuple[str, list[Path], str]]
 
@@ -33,29 +47,30 @@ def series_in(folder: Path, name: str = "") -> tuple[Series, list[Path]]:
 
     One series is called as the folder, or `name`, several ``<folder>_series<number>``. Series identifiers are never
     shown: they identify a patient's examination. A digest tells a series from others of a folder of that name, and
-    shows which it is to those alone who hold the identifier. Reports, plans and drawings are passed over.
+    shows which it is only to those who hold the identifier. Reports, plans and drawings are passed over.
     """
-    files = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p.is_file()]
-    found: dict[str, list[Header]] = {}
+    files = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and not p.is_dir()]
+    by_series: dict[str, list[Header]] = {}
     damaged = []
     for file in filter(looks_like_dicom, files):
-        header = read_header(file)
-        if header is not None:
-            found.setdefault(header.series, []).append(header)
-        elif not is_document(file):
+        try:
+            header = read_dicom_header(file)
+        except DataError:
+            header = None
+        if header is None:
             damaged.append(file)
-    series = [
-        headers for headers in found.values() if headers[0].modality not in (*NOT_SCANS, *PICTURES_OF_SCANS)
-    ]
+        elif header.frames and header.modality not in (*NOT_SCANS, *PICTURES_OF_SCANS):
+            by_series.setdefault(header.series, []).append(header)
+    series = list(by_series.values())
     name = name or folder.resolve().name or "scan"
     if len(series) <= 1:
-        return [(name, _in_order(headers), _digest(name, headers[0])) for headers in series], damaged
+        return [(name, _files(headers), _digest(name, headers[0])) for headers in series], damaged
     numbers = [headers[0].number for headers in series]
     if None in numbers or len(set(numbers)) < len(numbers):
         numbers = list(range(1, len(series) + 1))
     order = sorted(range(len(series)), key=lambda i: numbers[i] or 0)
     return [
-        (f"{name}_series{numbers[i]}", _in_order(series[i]), _digest(name, series[i][0])) for i in order
+        (f"{name}_series{numbers[i]}", _files(series[i]), _digest(name, series[i][0])) for i in order
     ], damaged
 
 
@@ -63,113 +78,272 @@ def _digest(name: str, header: Header) -> str:
     return hashlib.sha256(f"{name}\0{header.series}".encode()).hexdigest()[:16]
 
 
-def _in_order(headers: Sequence[Header]) -> list[Path]:
-    """Along the normal of the slices; by name where a slice does not say where it is."""
-    first = headers[0]
-    if first.orientation is None or any(h.positions is None for h in headers):
-        return [h.file for h in headers]
-    normal = np.cross(first.orientation[:3], first.orientation[3:])
-    return [h.file for h in sorted(headers, key=lambda h: float(h.positions[0] @ normal))]  # type: ignore[index]
+def _files(headers: Sequence[Header]) -> list[Path]:
+    frames = _in_order([header.frames[0] for header in headers])
+    return [frame.file for frame in frames]
+
+
+def _in_order(frames: Sequence[Frame]) -> list[Frame]:
+    """Along the normal of the slices; as they come if one does not say where it is."""
+    first = frames[0].orientation
+    if first is None or any(frame.position is None for frame in frames):
+        return list(frames)
+    normal = np.cross(first[:3], first[3:])
+    return sorted(frames, key=lambda frame: float(frame.position @ normal))  # type: ignore[operator]
 
 
 def is_one_of_many(file: Path, series: Series) -> int:
     """Number of slices of the series that a slice belongs to; 0 for a file that is a volume of its own."""
     own = next((files for _, files, _ in series if file in files), [])
-    header = read_header(file) if len(own) > 1 else None
+    header = read_dicom_header(file) if len(own) > 1 else None
     return 0 if header is None or header.size[2] > 1 else len(own)
 
 
-def check_series(files: Sequence[Path], source: Path) -> tuple[Positions, int]:
-    """Positions (slices, 3) of a series' slices in mm, and values per voxel, if they make one volume.
+def read_dicom(files: Sequence[Path]) -> Volume:
+    """The volume (X, Y, Z) that the slices of a series, or the frames of a file, make, each scaled by its own rule.
+
+    Values are what the header defines: stored values through the slice's slope and intercept, or through its
+    Modality LUT. MONOCHROME1 says how to show them, and changes none.
 
     Raises:
-        DataError: a file is damaged, no scan, a mosaic, or of another grid than the others; a slice is missing or
-            says no position; the gantry was tilted; there are several volumes.
+        DataError: a file is damaged, not a scan, a mosaic, a colour picture, or of another grid than the others; its
+            voxel size is unknown; a slice is missing or gives no position; the gantry was tilted; there are
+            several volumes; the slices' values are not on one scale.
     """
+    headers, frames, affine = _check_series(files)
+    columns, rows, _ = headers[0].size
+    data = np.empty((len(frames), rows, columns), dtype=np.float32)
+    place = {(frame.file, frame.index): k for k, frame in enumerate(frames)}
+    for header in headers:
+        for frame, values in zip(header.frames, _stored(header), strict=True):
+            data[place[frame.file, frame.index]] = _scaled(values, header, frame)
+    grid = Grid.at((columns, rows, len(frames)), affine)
+    return Volume(data.transpose(2, 1, 0), grid, affine, tuple(_doubts(headers[0])))
+
+
+def read_series_header(files: Sequence[Path]) -> tuple[tuple[int, ...], Affine]:
+    """Shape (X, Y, Z), and affine to RAS+ mm, without the voxels; raises as `read_dicom`."""
+    headers, frames, affine = _check_series(files)
+    return (*headers[0].size[:2], len(frames)), affine
+
+
+def _check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Affine]:
+    """Headers as the files, frames in the order of their places, and the affine to RAS+ mm; raises as `read_dicom`."""
+    source = files[0].parent if len(files) > 1 else files[0]
     headers = [_readable(file, source) for file in files]
-    usual = Counter(map(_kind, headers)).most_common(1)[0][0]
-    reference = next(h for h in headers if _kind(h) == usual)
-    odd = [h for h in headers if not _alike(h, reference)]
-    if odd:
-        raise DataError(
-            f"{odd[0].file}: its size or direction differs from that of {len(files) - len(odd)} of the {len(files)} "
-            "slices of its series (a localiser, or another view). Move it out of the folder."
-        )
     first = headers[0]
     if first.size[2] > 1 and len(files) > 1:
         raise DataError(
             f"{source}: the series holds {len(files)} volumes, a file each. Give the file that you want segmented."
         )
-    if first.orientation is None or any(h.positions is None for h in headers):
-        many = len(files) > 1 or first.size[2] > 1
+    frames = _in_order([frame for header in headers for frame in header.frames])
+    _check_alike(headers, frames)
+    _check_scales(headers)
+    orientation, spacing = frames[0].orientation, frames[0].spacing
+    if orientation is None or any(frame.position is None for frame in frames):
+        what = "not every slice says" if len(frames) > 1 else "does not say"
         raise DataError(
-            f"{source}: {'not every slice says' if many else 'does not say'} where it lies in the body (one "
-            "ImagePositionPatient a slice). If it is a scan and no picture, convert it to NIfTI with dcm2niix."
+            f"{source}: {what} where it is in the body (one ImagePositionPatient per slice, and an "
+            "ImageOrientationPatient). If it is a scan and not a picture, convert it to NIfTI with dcm2niix."
         )
-    positions = np.concatenate([h.positions for h in headers if h.positions is not None])
-    if (sentence := _unevenness(positions, first)) is not None:
-        raise DataError(f"{source}: {sentence}")
-    return positions, first.channels
+    positions = np.array([frame.position for frame in frames])
+    if spacing is None:
+        raise DataError(
+            f"{frames[0].file}: its header does not say how large a pixel is (PixelSpacing missing or not valid; an "
+            "ImagerPixelSpacing is not measured in the body). Export the series again, or convert it to NIfTI with "
+            "the right voxel size."
+        )
+    row, column = orientation[:3], orientation[3:]
+    axes = np.array([row, column, np.cross(row, column)])
+    if np.abs(axes @ axes.T - np.eye(3)).max() > 10 * SAME_TURN:
+        raise DataError(
+            f"{frames[0].file}: its ImageOrientationPatient is not a pair of perpendicular directions. Export it again."
+        )
+    if len(frames) == 1:
+        thickness = frames[0].thickness
+        if thickness is None:
+            raise DataError(
+                f"{source}: is a single slice, and its header does not say how thick it is. Give the whole series."
+            )
+        step = axes[2] * thickness
+    else:
+        _check_even(positions, orientation, float(spacing.min()), source)
+        step = (positions[-1] - positions[0]) / (len(frames) - 1)
+    lps = np.eye(4)
+    lps[:3] = np.stack([row * spacing[1], column * spacing[0], step, positions[0]], axis=1)
+    return headers, frames, ras_affine(lps)
 
 
 def _readable(file: Path, source: Path) -> Header:
-    header = read_header(file)
-    if header is None:
+    header = read_dicom_header(file)
+    if header is None or not header.frames:
         raise DataError(
             f"{file}: cannot be read as a DICOM image. It is damaged, cut short, or holds no image."
         )
     if header.modality in (*NOT_SCANS, *PICTURES_OF_SCANS):
         raise DataError(
-            f"{source}: is no scan (its DICOM modality is {header.modality}). Give the scan itself."
+            f"{source}: is not a scan (its DICOM modality is {header.modality}). Give the scan itself."
         )
-    if header.mosaic:
+    if "MOSAIC" in header.image_type.upper():
         raise DataError(
             f"{source}: is a mosaic, all slices tiled in one picture (Siemens). Convert it to NIfTI with dcm2niix."
+        )
+    if header.photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise DataError(
+            f"{file}: is a picture in colour ({header.photometric or 'no PhotometricInterpretation'}), expected grey "
+            "values. Give the scan that it was made of."
         )
     return header
 
 
-def _kind(header: Header) -> tuple[object, ...]:
-    """About the same for slices of one view; `_alike` says it exactly."""
-    turn = () if header.orientation is None else tuple(np.round(header.orientation / SAME_TURN))
-    return header.size, header.channels, turn
+def _check_alike(headers: Sequence[Header], frames: Sequence[Frame]) -> None:
+    """Whether all slices have one size, one direction and one pixel spacing; an odd one is named."""
+    size = Counter(header.size for header in headers).most_common(1)[0][0]
+    odd = [header.file for header in headers if header.size != size]
+    odd += [frames[i].file for i in _odd([frame.orientation for frame in frames], SAME_TURN)]
+    if odd:
+        raise DataError(
+            f"{odd[0]}: its size or direction differs from that of the other slices of its series (a localiser, or "
+            "another view). Move it out of the folder."
+        )
+    for i in _odd([frame.spacing for frame in frames], SAME_SIZE):
+        own = frames[i].spacing
+        given = "not given" if own is None else f"{own[0]:g} x {own[1]:g} mm"
+        where = f"frame {frames[i].index + 1}: " if size[2] > 1 else ""
+        raise DataError(
+            f"{frames[i].file}: {where}its PixelSpacing is {given}, and other slices of its series have another. Export "
+            "the series again."
+        )
 
 
-def _alike(one: Header, other: Header) -> bool:
-    if (one.size, one.channels) != (other.size, other.channels):
-        return False
-    if one.orientation is None or other.orientation is None:
-        return one.orientation is other.orientation
-    return bool(np.abs(one.orientation - other.orientation).max() <= SAME_TURN)
+def _odd(values: Sequence[Numbers | None], limit: float) -> list[int]:
+    """Which values are missing, or differ from the usual one; none if all are missing."""
+    given = [value for value in values if value is not None]
+    if not given:
+        return []
+    usual = np.percentile(given, 50, axis=0, method="lower")
+    return [i for i, v in enumerate(values) if v is None or np.abs(v - usual).max() > limit]
 
 
-def _unevenness(positions: Positions, header: Header) -> str | None:
-    """What is wrong with the slices' places; None for one volume with even gaps."""
+def _check_scales(headers: Sequence[Header]) -> None:
+    """Whether the values of all slices are on one scale: slopes may differ, as PET's do, but none may be missing."""
+    seen: dict[bool, dict[str, Path]] = {True: {}, False: {}}  # rules, units
+    for header in headers:
+        for frame in header.frames:
+            if frame.scaling is not None and (header.lut is not None or not np.isfinite(frame.scaling).all()):
+                besides = "there is a Modality LUT besides" if header.lut else "one is missing or not valid"
+                raise DataError(
+                    f"{header.file}: its RescaleSlope and RescaleIntercept are contradictory ({besides}, frame "
+                    f"{frame.index + 1}). Export the series again."
+                )
+            rule = "no rescale slope and intercept" if header.lut is None else "a Modality LUT"
+            rule = rule if frame.scaling is None else "a rescale slope and intercept"
+            seen[True].setdefault(rule, header.file)
+            if frame.unit:
+                seen[False].setdefault(f"values in {frame.unit}", header.file)
+    for what in seen.values():
+        if len(what) > 1:
+            (one, first), (other, second) = list(what.items())[:2]
+            raise DataError(
+                f"{second}: has {other}, and {first} {one}: the values of a series must be on one scale. Export it again."
+            )
+
+
+def _check_even(positions: Numbers, orientation: Numbers, edge: float, source: Path) -> None:
+    """Whether positions in order make one volume with even gaps."""
     count = len(positions)
-    if count == 1 or header.orientation is None:
-        return None
-    normal = np.cross(header.orientation[:3], header.orientation[3:])
+    normal = np.cross(orientation[:3], orientation[3:])
     places = len(np.unique(np.round(positions / SAME_PLACE), axis=0))
     if places < count:
-        return (
-            f"holds several volumes: {count} slices at {places} places (a time series, echoes, or a copy of slices). "
-            "Export one volume."
+        raise DataError(
+            f"{source}: holds several volumes: {count} slices at {places} places (a time series, echoes, or a copy of "
+            "slices). Export one volume."
         )
     step = (positions[-1] - positions[0]) / (count - 1)
-    limit = NEAR * min(header.edge, float(np.linalg.norm(step)))
+    limit = NEAR * min(edge, float(np.linalg.norm(step)))
     sideways = (positions - positions[0]) - np.outer((positions - positions[0]) @ normal, normal)
     if np.linalg.norm(sideways, axis=1).max() > limit:
-        return (
-            f"each slice is shifted sideways against the one before, {np.linalg.norm(sideways[-1]):.1f} mm in all (the "
-            "gantry was tilted). Resample the scan onto a straight grid first, for example with dcm2niix."
+        raise DataError(
+            f"{source}: each slice is shifted sideways against the one before, {np.linalg.norm(sideways[-1]):.1f} mm in "
+            "all (the gantry was tilted). Resample the scan onto a straight grid first, for example with dcm2niix."
         )
     off = np.linalg.norm(positions - positions[0] - np.outer(np.arange(count), step), axis=1)
     if off.max() > limit:
         gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
         usual = float(np.median(gaps))
         worst = int(np.abs(gaps - usual).argmax())
-        return (
-            f"the slices are not evenly spaced: number {worst + 1} and {worst + 2} of {count} are {gaps[worst]:.2f} mm "
-            f"apart, others {usual:.2f} mm. A slice is missing, or was taken twice: export the whole series."
+        raise DataError(
+            f"{source}: the slices are not evenly spaced: number {worst + 1} and {worst + 2} of {count} are "
+            f"{gaps[worst]:.2f} mm apart, others {usual:.2f} mm. A slice is missing, or was taken twice: export the "
+            "whole series."
         )
-    return None
+
+
+def _doubts(header: Header) -> list[Issue]:
+    issues = []
+    unit, scaled = header.frames[0].unit, header.frames[0].scaling is not None or header.lut is not None
+    if header.modality == "CT" and (not scaled or unit not in ("", "HU", "US")):
+        what = f"gives values in {unit}" if scaled else "gives no rescale slope and intercept"
+        issues.append(
+            Issue("not_hounsfield", "warning", f"is CT and {what}: they may not be Hounsfield units")
+        )
+    if header.photometric == "MONOCHROME1" and header.modality != "CT":
+        sentence = "is MONOCHROME1 (shown with small values bright): the stored values are used, not inverted"
+        issues.append(Issue("monochrome1", "warning", sentence))
+    return issues
+
+
+def _scaled(stored: npt.NDArray[Any], header: Header, frame: Frame) -> npt.NDArray[Any]:
+    if header.lut is not None:
+        first, table = header.lut
+        return table[np.clip(stored.astype(np.int64) - first, 0, len(table) - 1)]
+    if frame.scaling in (None, (1.0, 0.0)):
+        return stored
+    slope, intercept = frame.scaling
+    return stored * np.float64(slope) + intercept
+
+
+def _stored(header: Header) -> npt.NDArray[Any]:
+    """The stored values (frames, rows, columns) of a file, untouched by what its header says about their display."""
+    library = pydicom()
+    columns, rows, frames = header.size
+    try:
+        with open_dicom(header.file, HEADER_BYTES + 8 * math.prod(header.size)) as stream:
+            dataset = library.dcmread(stream, force=True, specific_tags=list(PIXEL_TAGS))
+        if int(dataset.get("HighBit", 0)) != int(dataset.get("BitsStored", 1)) - 1:
+            raise DataError(f"{header.file}: its HighBit and BitsStored disagree. Export the series again.")
+        if dataset.file_meta.get("TransferSyntaxUID") is None:
+            little, implicit = dataset.original_encoding[1], dataset.original_encoding[0]
+            uid = library.uid
+            native = uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
+            dataset.file_meta.TransferSyntaxUID = native if little else uid.ExplicitVRBigEndian
+        pixels = None
+        if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+            with suppress(
+                RuntimeError
+            ):  # pydicom has a decoder of its own for RLE, others where they are installed
+                pixels = _decompressed(dataset)
+        if pixels is None:
+            pixels = library.pixels.pixel_array(dataset, raw=True)
+        return np.asarray(pixels).reshape(frames, rows, columns)
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # pydicom raises a dozen kinds for damaged files
+        raise DataError(
+            f"{header.file}: its voxels cannot be read. It is damaged, cut short, or compressed in a way that is not "
+            "supported. Convert the series to NIfTI with dcm2niix."
+        ) from error
+
+
+def _decompressed(dataset: Any) -> npt.NDArray[Any]:
+    """By ITK's decoders, of a copy without scaling, so that ITK neither rescales nor inverts."""
+    import SimpleITK as sitk
+
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = SECONDARY_CAPTURE
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "pixels.dcm")
+        dataset.save_as(copy, enforce_file_format=True)
+        return np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(str(copy), imageIO="GDCMImageIO")))

@@ -1,135 +1,216 @@
-"""Reading a scan with SimpleITK: MetaImage, NRRD and DICOM."""
+"""Reading a scan from MetaImage (.mha, .mhd) and NRRD (.nrrd, .nhdr) with SimpleITK."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import numpy.typing as npt
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans.dicom import check_series
-from medseg_supcon.scans.grid import NEAR, Affine, Grid, check_affine, check_values, one_place
-from medseg_supcon.scans.grid import ScanVolume as Volume
-from medseg_supcon.scans.scan_nifti import wrong_channels
+from medseg_supcon.scans.file_faults import not_a_file
+from medseg_supcon.scans.grid import Affine, Grid, Issue, Volume
 
 # Named, as ITK itself does not know endings in capitals.
 READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO"}
-RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's world is LPS
+ITK_ENDINGS = tuple(READERS)
+RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's and DICOM's world is LPS
+HEADER_BYTES = 2**20
+MOST_FILES = 100_000
+SPACES = ("leftposteriorsuperior", "lps", "rightanteriorsuperior", "ras", "leftanteriorsuperior", "las")
+GUESS = "left and right are a guess. Convert it again from its source, or check that left is left."
+
+Fields = dict[str, str]
 
 
-def ras_affine(image: Any) -> Affine:
-    """Voxel indices to RAS+ mm of a 3-D SimpleITK image, to the precision that NIfTI stores.
+def ras_affine(lps: npt.NDArray[Any]) -> Affine:
+    """A (4, 4) affine to LPS mm as one to RAS+ mm, to the precision that NIfTI stores.
 
     MONAI's Spacing aligns its grid by corners or by centres, depending on the last digits of an oblique
     affine: rounded like this, a scan gives one mask whatever format it came in.
     """
-    affine = np.eye(4)
-    direction = np.array(image.GetDirection()).reshape(3, 3)
-    affine[:3, :3] = direction * np.array(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    return np.asarray(RAS @ affine, dtype=np.float32).astype(np.float64)
+    return np.asarray(RAS @ lps, dtype=np.float32).astype(np.float64)
 
 
-def read_information(file: Path, dicom: bool = False) -> Any:
-    """SimpleITK's reader of a file, which knows its header and has read no voxel.
+def read_itk(file: Path) -> Volume:
+    """Voxels (X, Y, Z) or (X, Y, Z, C), the grid, and what its header leaves open.
 
     Raises:
-        RuntimeError: the header cannot be read.
+        DataError: it is damaged, not a 3-D scan, or its header does not say how large a voxel is.
     """
     import SimpleITK as sitk
 
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote tags of DICOM files
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO" if dicom else READERS[file.suffix.lower()])
-    reader.SetFileName(str(file))
-    reader.ReadImageInformation()
-    return reader
-
-
-def read_itk(files: Sequence[Path], channels: int, dicom: bool = False) -> Volume:
-    """One scan from a file, from one file per channel, or from the slices of a DICOM series.
-
-    Raises:
-        DataError: it is damaged, is no 3-D scan, has another number of channels, or its slices are uneven.
-    """
-    parts = [_load(list(files), dicom)] if dicom else [_load([file], dicom) for file in files]
-    source = files[0].parent if dicom and len(files) > 1 else files[0]
-    affine = check_affine(ras_affine(parts[0]), source)
-    for file, image in zip(files[1:], parts[1:], strict=False):
-        if image.GetSize() != parts[0].GetSize() or not one_place(image.GetSize(), affine, ras_affine(image)):
-            raise DataError(
-                f"{file}: its size or position differs from that of {files[0]}. Channels must share a grid."
-            )
-    data = np.concatenate([_channels_first(image) for image in parts])
-    if len(data) != channels:
-        raise DataError(wrong_channels(source, len(data), channels))
-    grid = Grid.at(tuple(data.shape[1:]), affine)
-    return Volume(check_values(data, source), grid, affine)
-
-
-def _load(files: list[Path], dicom: bool) -> Any:
-    import SimpleITK as sitk
-
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote tags of DICOM files
-    source = files[0].parent if len(files) > 1 else files[0]
+    issues, fields = _check_header(file)
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:
-        image = _load_series(files, source) if dicom else _load_file(files[0])
+        image = sitk.ReadImage(str(file), imageIO=READERS[file.suffix.lower()])
     except RuntimeError as error:
         if "allocat" in str(error).lower():  # ITK's own words for a full memory
-            raise MemoryError(str(source)) from error
+            raise MemoryError(str(file)) from error
         raise DataError(
-            f"{source}: cannot be read. It is damaged or not the format that its name says, or the file that holds its "
-            "voxels is missing."
+            f"{file}: cannot be read. It is damaged or not the format that its name says, or the file that holds its "
+            "voxels is damaged."
         ) from error
     while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
         image = image[..., 0]
     if image.GetDimension() != 3:
         raise DataError(
-            f"{source}: expected a 3-D scan, found {image.GetDimension()} dimensions {image.GetSize()}. "
+            f"{file}: expected a 3-D scan, found {image.GetDimension()} dimensions {image.GetSize()}. "
             "2-D images and time series are not segmented: give one volume."
         )
-    return image
+    array: npt.NDArray[Any] = sitk.GetArrayFromImage(image)  # (z, y, x) or (z, y, x, c)
+    data = array.transpose((2, 1, 0, 3)[: array.ndim])
+    affine = _affine(image)
+    issues += _contradiction(fields.get("AnatomicalOrientation", ""), affine)
+    return Volume(data, Grid.at(data.shape[:3], affine), affine, tuple(issues))
 
 
-def _load_file(file: Path) -> Any:
+def read_itk_header(file: Path) -> tuple[tuple[int, ...], Affine]:
+    """Shape (X, Y, Z) or (X, Y, Z, C), and affine to RAS+ mm, without the voxels.
+
+    Raises:
+        DataError: the header cannot be read.
+    """
     import SimpleITK as sitk
 
-    if file.stat().st_size == 0:
+    _check_header(file)
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO(READERS[file.suffix.lower()])
+    reader.SetFileName(str(file))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise DataError(f"{file}: its header cannot be read. It is damaged: export it again.") from error
+    channels = int(reader.GetNumberOfComponents())
+    size = (*reader.GetSize(), 1)[:3]
+    return (*(int(n) for n in size), *((channels,) if channels > 1 else ())), _affine(reader)
+
+
+def _affine(image: Any) -> Affine:
+    """Voxel indices to RAS+ mm of a SimpleITK image, or reader; of more than 3 dimensions the first three."""
+    n = image.GetDimension()
+    lps, size = np.eye(max(4, n + 1)), image.GetSpacing()
+    lps[:n, :n] = np.reshape(image.GetDirection(), (n, n)) * size
+    lps[:n, -1] = image.GetOrigin()
+    lps[:3, 3] = lps[:3, -1]
+    return ras_affine(np.vstack([lps[:3, :4], [0, 0, 0, 1]]))
+
+
+def _check_header(file: Path) -> tuple[list[Issue], Fields]:
+    """What the text of a header leaves open, and its fields.
+
+    ITK fills in what is missing: voxels of 1 mm, and axes that lead to the left, to the back and up.
+
+    Raises:
+        DataError: it says no voxel size, or names a file of voxels that is missing or not a file.
+    """
+    if (problem := not_a_file(file)) is not None:
+        raise DataError(problem)
+    with file.open("rb") as stream:
+        lines = stream.read(HEADER_BYTES).decode("latin-1").splitlines()
+    if not lines:
         raise DataError(f"{file}: the file is empty (0 bytes). Copy or export it again.")
-    return sitk.ReadImage(str(file), imageIO=READERS[file.suffix.lower()])
+    meta = READERS[file.suffix.lower()] == "MetaImageIO"
+    if not meta and not lines[0].startswith("NRRD"):
+        return [], {}  # not NRRD: ITK says so
+    fields, names = _meta_fields(lines) if meta else _nrrd_fields(lines)
+    for name in names:
+        if (problem := not_a_file(file.parent / name)) is not None:
+            raise DataError(f"{file}: the file that holds its voxels cannot be read. {problem}")
+    return (_meta_issues if meta else _nrrd_issues)(file, fields), fields
 
 
-def _load_series(files: list[Path], source: Path) -> Any:
-    """One volume of slices or frames, each where its own header says."""
-    import SimpleITK as sitk
+def _meta_fields(lines: Sequence[str]) -> tuple[Fields, list[str]]:
+    fields: Fields = {}
+    for number, line in enumerate(lines):
+        key, _, value = (part.strip() for part in line.partition("="))
+        fields[key] = value
+        if key == "ElementDataFile":
+            return fields, _data_files(value, lines[number + 1 :])
+    return fields, []
 
-    positions, components = check_series(files, source)
-    reader = sitk.ImageSeriesReader() if len(files) > 1 else sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    if len(files) > 1:
-        reader.SetFileNames([str(file) for file in files])
-        if components == 1:  # each slice may have a scaling of its own, and the first must not set the type
-            reader.SetOutputPixelType(sitk.sitkFloat32)
-    else:
-        reader.SetFileName(str(files[0]))
-    image = reader.Execute()
-    slices = image.GetSize()[2]
-    expected = [image.TransformIndexToPhysicalPoint((0, 0, k)) for k in range(slices)]
-    if len(positions) != slices or np.abs(positions - expected).max() > NEAR * min(image.GetSpacing()):
+
+def _nrrd_fields(lines: Sequence[str]) -> tuple[Fields, list[str]]:
+    fields: Fields = {}
+    for number, line in enumerate(lines[1:], start=1):
+        if not line.strip():
+            break
+        if line.startswith("#") or ":=" in line or ":" not in line:
+            continue
+        key, _, value = line.partition(":")
+        key = key.lower().replace(" ", "")
+        fields[key] = value.strip()
+        if key == "datafile":
+            return fields, _data_files(fields[key], lines[number + 1 :])
+    return fields, []
+
+
+def _data_files(value: str, below: Sequence[str]) -> list[str]:
+    """The files of voxels: a name, a list in the lines below, or a pattern with first, last and step."""
+    if value.upper() == "LOCAL":
+        return []
+    if value.upper().split(" ")[0] == "LIST":
+        return [line.strip() for line in below if line.strip()][:MOST_FILES]
+    pattern = re.fullmatch(r"([^%]*)%(0?\d{0,2})d([^%]*?)\s+(\d+)\s+(\d+)\s+(\d+)(\s+\d+)?", value)
+    if pattern is None:
+        return [value]
+    numbers = range(int(pattern[4]), int(pattern[5]) + 1, max(1, int(pattern[6])))[:MOST_FILES]
+    return [f"{pattern[1]}{n:{pattern[2]}d}{pattern[3]}" for n in numbers]
+
+
+def _meta_issues(file: Path, fields: Fields) -> list[Issue]:
+    sizes = _numbers(fields.get("ElementSpacing", fields.get("ElementSize", "")))
+    if "ElementDataFile" in fields:  # else it is not MetaImage: ITK says so
+        _check_size(file, sizes, "ElementSpacing", fields.get("NDims"))
+    if not {"TransformMatrix", "Rotation", "Orientation"} & set(fields):
+        return [Issue("no_orientation", "warning", f"its header gives no TransformMatrix: {GUESS}")]
+    return []
+
+
+def _contradiction(letters: str, affine: Affine) -> list[Issue]:
+    """MetaImage may say the orientation a second time, in letters: where each axis comes from."""
+    opposite = dict(zip("RLAPSI", "LRPAIS", strict=True))
+    axes = "".join(opposite.get(letter, "?") for letter in letters)
+    if "?" in axes or not axes or axes == "".join(nibabel.aff2axcodes(affine)):
+        return []
+    sentence = (
+        f"its AnatomicalOrientation ({letters}) contradicts its TransformMatrix, which is used: {GUESS}"
+    )
+    return [Issue("forms_disagree", "warning", sentence)]
+
+
+def _nrrd_issues(file: Path, fields: Fields) -> list[Issue]:
+    units = set(re.findall(r'"([^"]*)"', fields.get("spaceunits", fields.get("units", ""))))
+    if odd := units - {"mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "???", "none"}:
+        raise DataError(f"{file}: its header gives lengths in {min(odd)}, expected mm. Convert it.")
+    vectors = [_numbers(v) for v in re.findall(r"\(([^)]*)\)", fields.get("spacedirections", ""))]
+    if vectors:
+        _check_size(file, [math.hypot(*v) for v in vectors], "space directions", fields.get("dimension"))
+        space = fields.get("space", "").lower().replace("-", "").replace(" ", "")
+        if space in SPACES:
+            return []
+        return [Issue("no_orientation", "warning", f"its header does not name its space: {GUESS}")]
+    _check_size(file, _numbers(fields.get("spacings", "")), "spacings", fields.get("dimension"))
+    return [Issue("no_orientation", "warning", f"its header gives no space directions: {GUESS}")]
+
+
+def _check_size(file: Path, sizes: Sequence[float], name: str, dimensions: str | None) -> None:
+    """Three sizes at least: an axis of channels, or a further axis of one, may have none. 2-D is refused as such."""
+    if dimensions not in ("1", "2") and sum(math.isfinite(size) and size > 0 for size in sizes) < 3:
         raise DataError(
-            f"{source}: the slices lie elsewhere than the volume that was made of them. Convert the series to NIfTI "
-            "with dcm2niix."
+            f"{file}: its header does not say how large a voxel is ({name} missing, 0, negative or not a number). Add "
+            "it, in mm per axis, or convert the scan again from its source."
         )
-    return image
 
 
-def _channels_first(image: Any) -> npt.NDArray[Any]:
-    """A view of the image's memory."""
-    import SimpleITK as sitk
-
-    array = sitk.GetArrayViewFromImage(image)  # (z, y, x) or (z, y, x, c)
-    array = array[None] if image.GetNumberOfComponentsPerPixel() == 1 else np.moveaxis(array, -1, 0)
-    return np.asarray(array.transpose(0, 3, 2, 1))
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        return []

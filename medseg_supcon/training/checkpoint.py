@@ -6,15 +6,22 @@ import io
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
+from medseg_supcon.bundle import load_tensors
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import remove_leftovers, write_whole
-from medseg_supcon.training.ranks import rank
 
 FORMAT = 1
+TYPES: dict[str, Any] = {
+    "finished": bool, "max_epochs": int, "epoch": int, "iteration": int, "best": float | int | None,
+    "best_epoch": int, "config": dict, "scaler": dict | None, "model": dict, "state": dict,
+}  # fmt: skip
+OF_SCHEDULE = ("last_epoch", "_step_count", "_last_lr")  # what a schedule remembers; the rest is its settings
 
 
 def save_atomically(value: Any, path: Path) -> None:
@@ -25,33 +32,16 @@ def save_atomically(value: Any, path: Path) -> None:
     write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
-    """Load a file of tensors and primitives (``weights_only=True``).
+def load_initial(network: nn.Module, path: str | Path | None, channels_last: bool = False) -> nn.Module:
+    """The network, changed in place: with the weights of ``path`` (a ``model.pt``) that have the shapes of its own.
+
+    The classifier of another data set does not fit, and stays as it is.
 
     Raises:
-        RunError: the file is missing, damaged, or holds anything but tensors and primitives.
+        RunError: the file does not exist, or not one tensor fits.
     """
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise RunError(
-            f"{path} does not exist. Train the run first: medseg train DATASET --out RUN."
-        ) from None
-    except Exception as error:  # torch raises many kinds for a damaged or unsafe file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"{path} cannot be loaded as a file of weights: {reason}") from error
-
-
-def load_initial(network: nn.Module, path: str | Path | None) -> nn.Module:
-    """Start from an earlier run's weights; the classifier stays fresh where its shape differs.
-
-    Args:
-        network: the stock network, changed in place and returned.
-        path: a ``model.pt`` (bare state dict), or ``None`` to change nothing.
-
-    Raises:
-        RunError: there is no such file, or not one tensor fits.
-    """
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     if path is None:
         return network
     if not Path(path).is_file():
@@ -60,31 +50,47 @@ def load_initial(network: nn.Module, path: str | Path | None) -> nn.Module:
             "configs/train.yaml (--init wrote it), or set it to null."
         )
     weights, own = load_tensors(Path(path)), network.state_dict()
-    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    if not isinstance(weights, dict):
+        raise RunError(f"{path} holds a {type(weights).__name__}, not the weights of a network.")
+    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == getattr(v, "shape", None)}
     if not fitting:
         raise RunError(f"No weight in {path} fits this run's network. Is network_def the same in both plans?")
     network.load_state_dict({**own, **fitting})
     return network
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a ``checkpoint.pt``, on the CPU.
+
+    Raises:
+        RunError: the file is missing or damaged, or not a checkpoint that :class:`Checkpoint` wrote.
+    """
+    saved = load_tensors(path)
+    whole = isinstance(saved, dict) and saved.keys() >= TYPES.keys()
+    if whole and all(isinstance(saved[key], kind) for key, kind in TYPES.items()):
+        return dict(saved)
+    raise RunError(
+        f"{path} is not a checkpoint that medseg wrote. Copy it again, or delete it to train from the start."
+    )
+
+
 class Checkpoint:
     """Saves after every epoch, and resumes.
 
-    ``checkpoint.pt`` holds network, loss (projection head, memory bank, warm-up), optimiser, schedule, loss
-    scale, epoch and best metric; random states are not needed, since draws belong to (seed, epoch).
-    ``best.pt`` and ``model.pt`` are bare state dicts of the stock network: the best validation's and
-    what inference uses. Of several ranks the first one writes, and every one loads: ``folder`` must be one that
-    all machines see. State dicts are those of the plain modules, so any number of processes can resume.
+    ``checkpoint.pt`` holds network, loss (projection head, memory bank, warm-up), optimiser, schedule, loss scale,
+    epoch and best metric; random states are not needed, because draws depend on (seed, epoch). ``best.pt`` and
+    ``model.pt`` are bare state dicts of the stock network: the best validation's, and what inference uses.
+    Rank 0 writes, and every rank loads. State dicts are those of the plain modules, so any number of processes can
+    resume.
 
     Args:
-        folder: ``RUN/models``.
-        network: the stock network (what ``network_def`` builds).
+        folder: ``RUN/models``, on a drive that all machines see.
+        network: the stock network.
         state: name -> object with ``state_dict`` and ``load_state_dict``.
-        sampler: the training sampler, told where to go on.
-        resume: load ``checkpoint.pt`` if there is one.
-        keep: ``"best"`` or ``"last"``: which weights become ``model.pt``.
-        validator: evaluator whose key metric decides what is best; ``None``: the last weights are.
-        config: primitives that must agree with the checkpoint's to resume (patch size, seed, ...).
+        sampler: the training sampler, whose ``epoch`` is set.
+        resume: load ``checkpoint.pt`` if it exists.
+        keep: which weights become ``model.pt``: ``"last"``, or the ``"best"`` by ``validator``'s key metric.
+        config: plain values that must be the checkpoint's to resume (patch size, seed, ...).
     """
 
     def __init__(
@@ -102,12 +108,9 @@ class Checkpoint:
             raise ValueError(f"keep must be 'best' or 'last', got {keep!r}")
         self.folder, self.network, self.state, self.sampler = Path(folder), network, state, sampler
         self.resume, self.keep, self.validator, self.config = resume, keep, validator, config or {}
+        self.path = self.folder / "checkpoint.pt"
         self.best: float | None = None
         self.best_epoch = 0
-
-    @property
-    def path(self) -> Path:
-        return self.folder / "checkpoint.pt"
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -115,8 +118,8 @@ class Checkpoint:
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def start(self, engine: Any) -> None:
-        """Load the checkpoint if asked to and there is one; in any case draw what belongs to the epoch that comes."""
-        if rank() == 0:
+        """Load the checkpoint if asked to, and set the sampler's epoch."""
+        if idist.get_rank() == 0:
             remove_leftovers(self.folder)
         if self.resume and self.path.exists():
             self._load(engine)
@@ -126,7 +129,7 @@ class Checkpoint:
     def _load(self, engine: Any) -> None:
         # to the CPU: every part moves its own tensors to where they belong. AdamW's step counts stay there, or a GPU
         # would wait for each of them at every step
-        saved = load_tensors(self.path)
+        saved = read_checkpoint(self.path)
         for key, value in self.config.items():
             if saved["config"].get(key) != value:
                 raise RunError(
@@ -135,8 +138,11 @@ class Checkpoint:
                 )
         for name, thing in self.state.items():
             try:
-                thing.load_state_dict(saved["state"][name])
-            except (KeyError, RuntimeError, ValueError) as error:  # torch's, for other shapes or parts
+                state = saved["state"][name]
+                if isinstance(thing, LambdaLR):  # a longer training has another schedule
+                    state = {**thing.state_dict(), **{key: state[key] for key in OF_SCHEDULE}}
+                thing.load_state_dict(state)
+            except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:  # torch's own
                 raise RunError(
                     f"{self.path} does not fit the {name} of the config: {str(error).splitlines()[-1].strip()} Set "
                     "back what was changed in train.yaml or plan.json, or train into another folder."
@@ -151,7 +157,7 @@ class Checkpoint:
         self._write(engine, finished=True)
 
     def save(self, engine: Any) -> None:
-        """Write the weights of this epoch, and mark them as the best where they are."""
+        """Write the weights of this epoch, and mark them as the best if they are."""
         weights = self.network.state_dict()
         metric = self._metric(engine.state.epoch)
         improved = metric is not None and (self.best is None or metric > self.best)
@@ -163,7 +169,7 @@ class Checkpoint:
         self._write(engine, finished=False)
 
     def _save(self, value: Any, name: str) -> None:
-        if rank() == 0:
+        if idist.get_rank() == 0:
             save_atomically(value, self.folder / name)
 
     def _write(self, engine: Any, finished: bool) -> None:

@@ -1,23 +1,164 @@
-"""Feeding the trainer: draws that belong to (seed, epoch, slot), endless order of cases."""
+"""Feeding the trainer: preprocessed cases held in memory, and an order and random draws that depend on the seed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
+from threading import local
 from typing import Any
 
 import numpy as np
+import psutil
+import torch
+from monai.transforms import convert_to_contiguous
 from torch.utils.data import Dataset, Sampler
 
-from medseg_supcon.errors import DataError
-from medseg_supcon.training.cache import cached_dataset
+from medseg_supcon.bundle import innermost
+from medseg_supcon.errors import ConfigError, DataError, MedsegError
+from medseg_supcon.scans import read_header, read_nifti
+from medseg_supcon.training.progress import CountDisplay
+from medseg_supcon.training.ranks import ranks_here
 
+MOST_THREADS = 16
+BYTES_PER_VOXEL = 60  # of a stored scan while it and its label map are prepared; 54 were measured
 Key = tuple[int, int, int]  # epoch, slot in the epoch, case
 
 
-def item_seed(seed: int, epoch: int, slot: int, stream: int = 0) -> int:
-    """Seed of one training item, a 32-bit integer that depends on its place and on nothing else.
+class CachedDataset(Dataset[Any]):
+    """Cases after ``transform``; the first ones are held in memory, the others are prepared at every use.
 
-    Streams of one place are independent of each other.
+    Not MONAI's ``CacheDataset``: when a scan cannot be read, its threads still run while the program ends, which
+    aborts it.
+
+    Args:
+        data: items.
+        transform: deterministic preprocessing; each thread has its own copy.
+        budget: bytes of tensors that may be held; the first case is always held.
+        threads: cases that are prepared at once.
+        quiet: show no progress.
+
+    Raises:
+        DataError: a case cannot be prepared; the sentence names its file.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, Any]],
+        transform: Any,
+        budget: float,
+        threads: int = 1,
+        quiet: bool = True,
+    ) -> None:
+        self.data, self.transform = list(data), transform
+        self.held: list[Any] = []
+        own = local()
+
+        def prepare(item: Mapping[str, Any]) -> Any:
+            if not hasattr(own, "transform"):  # MONAI's transforms may not be shared
+                own.transform = deepcopy(transform)
+            return _prepare(own.transform, item)
+
+        with (
+            CountDisplay("preparing scans", len(self.data), quiet) as display,
+            closing(_in_order(prepare, self.data, threads)) as cases,
+        ):
+            for case in cases:
+                budget -= sum(v.nbytes for v in case.values() if isinstance(v, torch.Tensor))
+                if self.held and budget < 0:
+                    break
+                self.held.append(case)
+                display.show(len(self.held))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.held[number] if number < len(self.held) else _prepare(self.transform, self.data[number])
+
+
+def _in_order(work: Callable[[Any], Any], items: Sequence[Any], threads: int) -> Generator[Any, None, None]:
+    """``map(work, items)`` on threads that run a little ahead; no thread runs after it ends or is closed."""
+    if threads == 1:
+        yield from map(work, items)
+        return
+    pool = ThreadPoolExecutor(threads)
+    try:
+        rest = iter(items)
+        ahead = deque(pool.submit(work, item) for item in islice(rest, 2 * threads))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(work, item) for item in islice(rest, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def cached_dataset(
+    data: Sequence[Mapping[str, Any]], transform: Any, memory_share: float = 0.4, quiet: bool = False
+) -> CachedDataset:
+    """Cases after ``transform``, as many of them held in memory as fit into ``memory_share`` of the free memory.
+
+    Args:
+        data: items as in ``datalist.json``, at least one.
+        transform: deterministic preprocessing.
+        memory_share: share of the available memory that the cache may take, 0 to 1.
+        quiet: show no progress.
+
+    Raises:
+        ConfigError: ``memory_share`` is out of range.
+        DataError: there is no item, or one cannot be read.
+    """
+    if not 0 <= memory_share <= 1:
+        raise ConfigError(f"memory_share must be between 0 and 1, got {memory_share}.")
+    if len(data) == 0:  # MONAI would run an epoch of nothing
+        raise DataError("The list of cases is empty. Check configs/datalist.json.")
+    available = psutil.virtual_memory().available
+    room = (1 - memory_share) * available / 2 / ranks_here()
+    return CachedDataset(data, transform, memory_share * available, _threads(data, room), quiet)
+
+
+def _prepare(transform: Any, item: Mapping[str, Any]) -> Any:
+    """A case after the transform; errors name its file."""
+    try:
+        return convert_to_contiguous(transform(dict(item)))
+    except Exception as error:
+        cause = innermost(error)
+        if isinstance(cause, MedsegError | MemoryError | torch.OutOfMemoryError):
+            raise cause from None
+        for file in _files(item, "image", "label"):
+            read_nifti(file)  # raises a sentence if the file is at fault
+        reason = " ".join(str(cause).split())[:200]
+        raise DataError(
+            f"{item.get('name', item.get('image', 'A case'))}: cannot be prepared ({type(cause).__name__}: {reason}). "
+            "Look at its files, and at the preprocessing in the run's configs/inference.yaml and plan.json."
+        ) from error
+
+
+def _threads(data: Sequence[Mapping[str, Any]], room: float) -> int:
+    """How many of the cases may be prepared at once in ``room`` bytes."""
+    # torchrun gives each process one torch thread
+    usable = (os.cpu_count() or 1) // ranks_here() if ranks_here() > 1 else torch.get_num_threads()
+    most = min(usable, MOST_THREADS, len(data))
+    if most <= 1:
+        return 1
+    largest = max(sum(math.prod(read_header(file)[0]) for file in _files(item, "image")) for item in data)
+    return max(1, min(most, int(room // max(1, BYTES_PER_VOXEL * largest))))
+
+
+def _files(item: Mapping[str, Any], *keys: str) -> list[Path]:
+    """The files under these keys; a key may hold one, a list, or nothing."""
+    values = [item.get(key) or () for key in keys]
+    return [Path(f) for value in values for f in ([value] if isinstance(value, str | Path) else value)]
+
+
+def item_seed(seed: int, epoch: int, slot: int, stream: int = 0) -> int:
+    """Seed of one training item, a 32-bit integer. Streams of one place are independent of each other.
 
     >>> item_seed(0, 1, 2) == item_seed(0, 1, 2), item_seed(0, 1, 2) == item_seed(0, 2, 1)
     (True, False)
@@ -29,19 +170,32 @@ def item_seed(seed: int, epoch: int, slot: int, stream: int = 0) -> int:
 class EpochSampler(Sampler[Key]):
     """Endless (epoch, slot, case) keys: every case once before any a second time, shuffled by (seed, epoch).
 
-    An epoch is ``steps_per_epoch`` global batches, whatever the number of cases. The order depends on
-    the seed alone; a rank takes its share of every global batch, so that K ranks with ``batch_size`` scans
-    each see what one process with K times as many sees.
+    An epoch is ``steps_per_epoch`` global batches, whatever the number of cases. Each rank takes its share of every
+    global batch, so K ranks with ``batch_size`` scans each see what one process with K times as many sees.
 
     Args:
-        cases: number of cases to draw from.
+        cases: number of labelled scans, the first of the data set.
         steps_per_epoch: optimiser steps in an epoch.
         batch_size: scans per step on this rank.
         seed: the run's seed.
         rank, world_size: this process among ``world_size``.
+        unlabelled: number of unlabelled scans, those after the labelled ones.
+        share: share of every batch that is unlabelled, above 0 and below 1, at least one scan of each kind;
+            ``None``: every scan counts alike.
+        first_epoch, last_epoch: only labelled scans are drawn before and after these; ``None``: no last one.
+        required: unlabelled scans must exist.
 
     Attributes:
         epoch: where iteration starts; set it before the first batch to resume.
+
+    Raises:
+        DataError: ``cases`` is 0.
+        ConfigError: ``share`` is out of range; or, when iterated: no unlabelled scan though ``required``, or batches
+            too small to hold both kinds.
+
+    Example:
+        >>> EpochSampler(2, steps_per_epoch=1, batch_size=4, unlabelled=3, share=0.5).order(1)
+        [1, 0, 2, 4]
     """
 
     def __init__(
@@ -52,22 +206,56 @@ class EpochSampler(Sampler[Key]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        *,
+        unlabelled: int = 0,
+        share: float | None = None,
+        first_epoch: int = 1,
+        last_epoch: int | None = None,
+        required: bool = False,
     ) -> None:
         if cases < 1:
             raise DataError("There is no case to train on: the training list is empty.")
+        if share is not None and not 0 < share < 1:
+            raise ConfigError(f"unlabelled_share must be above 0 and below 1, got {share}.")
         self.cases, self.steps, self.batch_size = cases, steps_per_epoch, batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.unlabelled, self.share, self.required = unlabelled, share, required
+        self.first_epoch, self.last_epoch = first_epoch, last_epoch
         self.epoch = 1
 
     def order(self, epoch: int) -> list[int]:
-        """The case of every slot of an epoch, over all ranks."""
-        slots = self.steps * self.batch_size * self.world_size
-        rng = np.random.default_rng((self.seed, epoch))
-        rounds = [rng.permutation(self.cases) for _ in range(-(-slots // self.cases))]
-        return [int(c) for c in np.concatenate(rounds)[:slots]]
+        """The scan of every slot of an epoch, over all ranks; in a batch the labelled ones come first."""
+        batches = self.steps * self.world_size
+        over = self.last_epoch is not None and epoch > self.last_epoch
+        if self.unlabelled == 0 or epoch < self.first_epoch or over:
+            rng = np.random.default_rng((self.seed, epoch))
+            return _rounds(rng, self.cases, batches * self.batch_size).tolist()
+        rng = np.random.default_rng((self.seed, epoch, 1))  # not the stream of labelled scans alone
+        if self.share is None:
+            return _rounds(rng, self.cases + self.unlabelled, batches * self.batch_size).tolist()
+        number = min(max(1, round(self.share * self.batch_size)), self.batch_size - 1)
+        known = _rounds(rng, self.cases, batches * (self.batch_size - number))
+        others = self.cases + _rounds(rng, self.unlabelled, batches * number)
+        mixed = np.concatenate([known.reshape(batches, -1), others.reshape(batches, -1)], axis=1)
+        return [int(case) for case in mixed.reshape(-1)]
 
     def __iter__(self) -> Iterator[Key]:
-        epoch = self.epoch
+        # checked here, because MONAI would wrap an error of __init__ in its own
+        if self.required and self.unlabelled == 0:
+            raise ConfigError(
+                "This recipe also learns from unlabelled scans, and the run has none (configs/datalist.json). "
+                "Plan it again, into another folder, with --unlabelled DIR (further scans) or --labels N (scans "
+                "beyond the first N labelled ones count as unlabelled); or choose --recipe joint."
+            )
+        if self.share is not None and self.unlabelled > 0 and self.batch_size < 2:
+            raise ConfigError(
+                f"A batch must hold a labelled and an unlabelled scan, but it has {self.batch_size} scan. "
+                "Plan the run with --set plan::batch_size=2."
+            )
+        return self._keys()
+
+    def _keys(self) -> Iterator[Key]:
+        epoch = self.epoch  # read with the first key, after a checkpoint was loaded
         while True:
             order = self.order(epoch)
             for step in range(self.steps):
@@ -77,8 +265,14 @@ class EpochSampler(Sampler[Key]):
             epoch += 1
 
 
+def _rounds(rng: np.random.Generator, cases: int, slots: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """``slots`` cases, each once before any a second time."""
+    drawn = [rng.permutation(cases) for _ in range(-(-slots // cases))]
+    return np.concatenate(drawn)[:slots]
+
+
 class SeededDataset(Dataset[Any]):
-    """Cases under a random transform whose generator is set anew for every (epoch, slot).
+    """Cases under a random transform whose generator is seeded for every (epoch, slot).
 
     Args:
         data: cases after preprocessing, indexed by number.
@@ -106,13 +300,5 @@ def two_view_dataset(
     memory_share: float = 0.4,
     quiet: bool = False,
 ) -> SeededDataset:
-    """The training set: cached cases under ``transform``, then two views drawn anew for every (epoch, slot).
-
-    Args:
-        data: items as in ``datalist.json``, with paths that can be read.
-        transform: deterministic preprocessing, see :func:`cached_dataset`.
-        two_views: random transform of a preprocessed case, see :class:`SeededDataset`.
-        seed: the run's seed.
-        memory_share, quiet: see :func:`cached_dataset`.
-    """
+    """The training set: :func:`cached_dataset` of ``transform``, then ``two_views`` for every (epoch, slot)."""
     return SeededDataset(cached_dataset(data, transform, memory_share, quiet), two_views, seed)

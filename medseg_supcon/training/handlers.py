@@ -1,31 +1,71 @@
-"""Small handlers about the optimiser's step and the validation's place in training."""
+"""Small handlers of the training engine: seed, loss scale, clipping, validation, and reasons to stop."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
 from monai.handlers import ValidationHandler
 from torch import nn
 
-from medseg_supcon.errors import RunError
+from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.training.data import item_seed
-from medseg_supcon.training.ranks import on_any_rank, rank
+from medseg_supcon.training.ranks import on_any_rank
+
+
+class LossScale:
+    """Scales the loss for float16 mixed precision, where small gradients would vanish; bfloat16 needs no scale.
+
+    MONAI's trainer begins every run with a new scaler; this handler replaces it, so it must be listed before
+    ``Checkpoint``, which saves and restores its state.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Any) -> None:
+        if engine.amp:
+            device = torch.device(engine.state.device).type
+            # a scaler that is not enabled changes nothing, and does not wait for "all finite?"
+            engine.scaler = torch.amp.GradScaler(device, enabled=self.dtype == torch.float16)
+
+
+class StepSeed:
+    """Seeds torch from (seed, step) before every step, so that a resumed run draws what an uninterrupted one does.
+
+    Other draws in between (a data loader's start, a validation) then do not change the training. Each rank has its
+    own stream (rank 0 that of a single process), so dropout differs between ranks.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        torch.manual_seed(item_seed(self.seed, 0, engine.state.iteration, idist.get_rank()))
 
 
 class GradientClip:
-    """Clips the gradient's global norm before the optimiser's step, after the loss scale is taken out.
+    """Clips the gradient's global norm to ``max_norm`` before the optimiser's step; ``None`` does not clip.
 
-    Args:
-        parameters: what the optimiser moves.
-        max_norm: largest norm; ``None`` does not clip.
+    Raises:
+        ConfigError: ``max_norm`` is not above 0.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], max_norm: float | None = 12.0) -> None:
+        if max_norm is not None and not max_norm > 0:
+            raise ConfigError(f"gradient_clip must be above 0, or null, got {max_norm}.")
         self.parameters, self.max_norm = list(parameters), max_norm
 
     def attach(self, engine: Engine) -> None:
@@ -38,60 +78,58 @@ class GradientClip:
         nn.utils.clip_grad_norm_(self.parameters, self.max_norm or math.inf)
 
 
-class StepSeed:
-    """Seeds torch from (seed, step) before every step, so that a resumed run draws what an uninterrupted one does.
-
-    Whatever else draws in between (a data loader's start, a validation) then leaves no trace in the training.
-    Each rank has a stream of its own (rank 0 that of a single process), so that dropout differs between them.
-
-    Args:
-        seed: the run's seed.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_STARTED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        torch.manual_seed(item_seed(self.seed, 0, engine.state.iteration, rank()))
-
-
 class StopOnNaN:
-    """Ends the run with a sentence when the loss is no number.
+    """Ends the run with a sentence when the loss is NaN or infinite on any rank.
 
-    Checked every ``interval`` steps, since looking at the loss makes a GPU wait, and at the end of an epoch, before
-    its weights are saved. Of several ranks all stop.
+    Checked every ``interval`` steps, because looking at the loss makes a GPU wait, and before an epoch's weights are
+    saved.
     """
 
     def __init__(self, interval: int = 25) -> None:
         self.interval = interval
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(
-            Events.ITERATION_COMPLETED(every=self.interval) | Events.EPOCH_COMPLETED, self
-        )
+        events = Events.ITERATION_COMPLETED(every=self.interval) | Events.EPOCH_COMPLETED
+        engine.add_event_handler(events, self)
 
     def __call__(self, engine: Engine) -> None:
         loss = engine.state.output["loss"]
-        if on_any_rank(not torch.isfinite(loss).all(), loss.device):
+        if on_any_rank(not torch.isfinite(loss).all()):
             raise RunError(
                 f"The loss became {loss.item()} at step {engine.state.iteration}. Try a lower learning rate "
                 "(--set learning_rate=1e-3) or switch mixed precision off (--set amp=false)."
             )
 
 
+class StopWithoutFolder:
+    """Ends the run with a sentence at the end of an epoch if its folder was deleted or moved."""
+
+    def __init__(self, run: str | Path) -> None:
+        self.run = Path(run)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if on_any_rank(not (self.run / "configs").is_dir()):
+            raise RunError(
+                f"{self.run} was deleted or moved while it was trained (epoch {engine.state.epoch}). If you moved it, "
+                "go on there with --resume."
+            )
+
+
 class LateValidation(ValidationHandler):  # type: ignore[misc]
-    """MONAI's ``ValidationHandler``: every ``interval`` epochs, and after the last one whatever the interval.
+    """MONAI's ``ValidationHandler`` that also validates the last epoch, whatever the interval.
 
     Args:
-        first: the first epoch that may be validated. While nothing trains the classifier, Dice says nothing.
-        args, kwargs: of ``ValidationHandler``.
+        interval: epochs between validations, at least 1.
+        first: the first epoch that may be validated. While nothing trains the classifier, Dice means nothing.
     """
 
-    def __init__(self, *args: Any, first: int = 1, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, interval: int, *args: Any, first: int = 1, **kwargs: Any) -> None:
+        if interval < 1:
+            raise ConfigError(f"val_interval must be at least 1, got {interval}.")
+        super().__init__(interval, *args, **kwargs)
         self.first = first
 
     def attach(self, engine: Engine) -> None:
@@ -103,11 +141,9 @@ class LateValidation(ValidationHandler):  # type: ignore[misc]
 
 
 class EarlyStop:
-    """Ends training after ``patience`` validations without a better key metric; its count survives a resume.
+    """Ends training after ``patience`` validations without a better key metric; ``None``: never.
 
-    Args:
-        validator: evaluator whose key metric is watched.
-        patience: validations to wait; ``None`` never stops.
+    Its count is part of the checkpoint.
     """
 
     def __init__(self, validator: Any, patience: int | None = None) -> None:
@@ -121,17 +157,13 @@ class EarlyStop:
 
     def __call__(self, validator: Engine, engine: Engine) -> None:
         state = self.validator.state
-        if self.patience is None:
-            return
         value = float(state.metrics[state.key_metric_name])
         self.best, self.waited = (value, 0) if value > self.best else (self.best, self.waited + 1)
-        if on_any_rank(self.waited >= self.patience, getattr(engine.state, "device", None)):
+        if on_any_rank(self.patience is not None and self.waited >= self.patience):
             engine.terminate()
 
     def state_dict(self) -> dict[str, float]:
-        """The best value so far and the validations since."""
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
         self.best, self.waited = state["best"], int(state["waited"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.visualize import blend_images
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from medseg_supcon.files import write_csv
-from medseg_supcon.training.ranks import mean_over_ranks, rank
+from medseg_supcon.training.ranks import mean_over_ranks
 
 MEAN = "val_mean_dice"
 
@@ -43,8 +44,7 @@ def overlay_slice(image: Tensor, label: Tensor, prediction: Tensor) -> Tensor:
 class TrainingLog:
     """Writes every epoch's means to ``history.csv`` and TensorBoard, and an overlay image at validation.
 
-    Rows and events past the epoch that a resumed run starts from are dropped, so the curves have no fork. Of
-    several ranks the first one writes the means over all.
+    A resumed run drops rows and events after the epoch that it starts from. Rank 0 writes the means over all ranks.
 
     Args:
         folder: ``RUN/logs``.
@@ -58,11 +58,13 @@ class TrainingLog:
         self, folder: str | Path, loss: Any, optimizer: Any, labels: Sequence[str], validator: Any = None
     ) -> None:
         self.folder, self.loss, self.optimizer = Path(folder), loss, optimizer
+        self.path = self.folder / "history.csv"
         self.labels, self.validator = list(labels), validator
         self.rows: list[dict[str, Any]] = []
         self.writer: SummaryWriter | None = None
         self._sums: dict[str, Tensor] = {}
         self._count, self._since = 0, monotonic()
+        self._overlay: Tensor | None = None
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self.start)
@@ -71,16 +73,11 @@ class TrainingLog:
         engine.add_event_handler(Events.COMPLETED, self.close)
         if self.validator is not None:
             self.validator.add_event_handler(Events.EPOCH_COMPLETED, self.draw_overlay)
-        self._overlay: Tensor | None = None
-
-    @property
-    def path(self) -> Path:
-        return self.folder / "history.csv"
 
     def start(self, engine: Engine) -> None:
-        """Open the files once, keeping what belongs to the epochs before this one."""
+        """Start the epoch's sums; with the first epoch, open the files."""
         self._sums, self._count, self._since = {}, 0, monotonic()
-        if self.writer is not None or rank() > 0:
+        if self.writer is not None or idist.get_rank() > 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         done = engine.state.epoch - 1
@@ -99,9 +96,9 @@ class TrainingLog:
         self._count += 1
 
     def write(self, engine: Engine) -> None:
-        """A row and its scalars at the end of an epoch."""
+        """Write the epoch's row and scalars."""
         sums = mean_over_ranks(self._sums)
-        if rank() > 0:
+        if self.writer is None:  # a rank above 0
             return
         row: dict[str, Any] = {
             "epoch": engine.state.epoch,
@@ -112,26 +109,7 @@ class TrainingLog:
         row |= {name: float(total) / max(1, self._count) for name, total in sums.items()}
         row |= self._validation(engine.state.epoch)
         self.rows.append(row)
-        columns: list[str] = list(dict.fromkeys(c for r in self.rows for c in r))
-        write_csv(self.path, columns, self.rows)
-        self._scalars(row)
-
-    def _validation(self, epoch: int) -> dict[str, float | None]:
-        if self.validator is None or self.validator.state.epoch != epoch:
-            return {}
-        state = self.validator.state
-        metrics: Mapping[str, Any] = state.metrics
-        per_class = torch.as_tensor(metrics["val_dice_per_class"]).reshape(-1).tolist()
-        details = getattr(state, "metric_details", {}).get(MEAN)
-        if details is not None:  # a class that no case shows has no score; MONAI's mean over none is 0
-            shown = torch.as_tensor(details).isfinite().any(0).tolist()
-            per_class = [value if there else None for value, there in zip(per_class, shown, strict=True)]
-        row = {MEAN: float(metrics[MEAN])}
-        return row | {f"val_dice_{name}": value for name, value in zip(self.labels, per_class, strict=True)}
-
-    def _scalars(self, row: Mapping[str, Any]) -> None:
-        if self.writer is None:
-            return
+        write_csv(self.path, list(dict.fromkeys(c for r in self.rows for c in r)), self.rows)
         for name, value in row.items():
             if value is not None and name not in ("epoch", "step", "seconds"):
                 group = "validation" if name.startswith("val_") else "train"
@@ -141,15 +119,25 @@ class TrainingLog:
             self._overlay = None
         self.writer.flush()
 
+    def _validation(self, epoch: int) -> dict[str, float | None]:
+        if self.validator is None or self.validator.state.epoch != epoch:
+            return {}
+        state = self.validator.state
+        metrics: Mapping[str, Any] = state.metrics
+        per_class = torch.as_tensor(metrics["val_dice_per_class"]).reshape(-1).tolist()
+        details = getattr(state, "metric_details", {}).get(MEAN)
+        if details is not None:  # a class that is in no case has no score; MONAI's mean over none is 0
+            shown = torch.as_tensor(details).isfinite().any(0).tolist()
+            per_class = [value if there else None for value, there in zip(per_class, shown, strict=True)]
+        row = {MEAN: float(metrics[MEAN])}
+        return row | {f"val_dice_{name}": value for name, value in zip(self.labels, per_class, strict=True)}
+
     def draw_overlay(self, engine: Engine) -> None:
-        """Draw the last validation case; kept until the epoch's row is written."""
-        if rank() > 0:
-            return
-        output = engine.state.output[0]
-        prediction = output["pred"].argmax(0, keepdim=True)
-        self._overlay = overlay_slice(
-            torch.as_tensor(output["image"]), torch.as_tensor(output["label"]), torch.as_tensor(prediction)
-        ).cpu()
+        """Draw the last validation case, for the epoch's entry."""
+        if idist.get_rank() == 0:
+            output = engine.state.output[0]
+            image, label, logits = (torch.as_tensor(output[key]) for key in ("image", "label", "pred"))
+            self._overlay = overlay_slice(image, label, logits.argmax(0, keepdim=True)).cpu()
 
     def close(self, engine: Engine) -> None:
         """Close the event file."""

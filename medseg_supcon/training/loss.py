@@ -1,4 +1,4 @@
-"""What the validation's metrics look at."""
+"""From a batch of two views to the loss, and what the validation's metrics look at."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceLoss
 from torch import Tensor, nn
 
 from medseg_supcon.losses import IGNORE_INDEX, DiceSupConLoss
-from medseg_supcon.training.ranks import sum_over_ranks, world_size
+from medseg_supcon.training.ranks import sum_over_ranks
 
 Target = dict[str, Tensor]
+SMOOTH = 1e-5  # MONAI's, in numerator and denominator of Dice
 
 
 def prepare_views(
@@ -25,8 +25,8 @@ def prepare_views(
     """MONAI ``prepare_batch``: (B, 2, C, *patch) views become 2B patches, view 1 and 2 of a scan side by side.
 
     Returns:
-        image (2B, C, *patch) and the target: ``label`` (2B, 1, *patch) class indices with -1 where nobody
-        labelled, ``pair_ids`` (2B, 1, *patch), ``view_ids`` (2B,) 0 or 1, ``scan_ids`` (2B,).
+        image (2B, C, *patch) and the target: ``label`` (2B, 1, *patch) class indices with -1 for voxels without a
+        label, ``pair_ids`` (2B, 1, *patch), ``view_ids`` (2B,) 0 or 1, ``scan_ids`` (2B,).
     """
     image: Tensor = batchdata["image"]
     scans, views = image.shape[:2]
@@ -43,14 +43,10 @@ def prepare_views(
 
 
 class TwoViewLoss(nn.Module):
-    """Gives ``DiceSupConLoss`` the face a MONAI trainer calls: ``loss(prediction, target)``.
+    """Calls ``DiceSupConLoss`` as a MONAI trainer calls a loss: ``loss(prediction, target)``.
 
-    Args:
-        loss: the joint loss.
-
-    Shape:
-        prediction: logits (2B, C, *patch) and features (2B, F, *patch), as ``ContrastiveNetwork`` gives them;
-        target: what :func:`prepare_views` returns.
+    The prediction is ``ContrastiveNetwork``'s, logits (2B, C, *patch) and features (2B, F, *patch); the target is that
+    of :func:`prepare_views`.
     """
 
     def __init__(self, loss: DiceSupConLoss) -> None:
@@ -59,36 +55,29 @@ class TwoViewLoss(nn.Module):
 
     @property
     def terms(self) -> dict[str, Tensor]:
-        """The terms of the last call, detached."""
         return self.loss.terms
 
     def forward(self, prediction: tuple[Tensor, Tensor], target: Target) -> Tensor:
         logits, features = prediction
-        loss: Tensor = self.loss(
-            logits,
-            target["label"],
-            features,
-            pair_ids=target.get("pair_ids"),
-            view_ids=target["view_ids"],
-            scan_ids=target["scan_ids"],
-        )
+        ids = {name: target.get(name) for name in ("pair_ids", "view_ids", "scan_ids")}
+        loss: Tensor = self.loss(logits, target["label"], features, **ids)
         return loss
 
 
 class DiceCrossEntropy(nn.Module):
-    """MONAI's Dice loss plus cross-entropy, both blind to ignored voxels (``DiceCELoss`` cannot be told to).
+    """Dice loss of the foreground classes plus cross-entropy, over the batch of all ranks.
 
-    With several ranks it is the loss of the batch over all of them, see ``sum_over_ranks``.
+    MONAI's ``DiceCELoss`` has no ``ignore_index``. Dice is taken over the whole batch, which is steadier when a
+    patch lacks a class.
 
     Args:
         dice_weight, ce_weight: factors of the two terms.
-        batch: Dice over the whole batch instead of scan by scan; steadier where a patch lacks a class.
         class_weights: (C,) weights of the cross-entropy, or ``None``.
         ignore_index: label of voxels left out.
 
     Shape:
         logits (B, C, *spatial) and labels (B, 1, *spatial) of class indices give a scalar; 0, attached to the
-        graph, where every voxel is ignored.
+        graph, if every voxel is ignored.
 
     Example:
         >>> loss = DiceCrossEntropy()
@@ -102,47 +91,35 @@ class DiceCrossEntropy(nn.Module):
         self,
         dice_weight: float = 1.0,
         ce_weight: float = 1.0,
-        batch: bool = True,
         class_weights: Tensor | None = None,
         ignore_index: int = IGNORE_INDEX,
     ) -> None:
         super().__init__()
         self.dice_weight, self.ce_weight, self.ignore_index = dice_weight, ce_weight, ignore_index
         self.register_buffer("class_weights", class_weights)
-        self.dice = DiceLoss(
-            include_background=False, to_onehot_y=True, softmax=True, batch=batch, ignore_index=ignore_index
-        )
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        logits, target = logits.float(), labels[:, 0].long()
+        logits, labels = logits.float(), labels.long()
+        known, target = (labels != self.ignore_index).to(logits.dtype), labels.clamp_min(0)
         weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights
-        total = F.cross_entropy(logits, target, weights, ignore_index=self.ignore_index, reduction="sum")
-        # the mean by hand: with every voxel ignored torch's is 0 / 0
-        seen = (weights[target.clamp_min(0)] * (target != self.ignore_index)).sum()
-        sums = sum_over_ranks(torch.stack((total, seen)))
-        ce = sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
-        dice: Tensor = self.dice(logits, labels) if world_size() == 1 else self._over_ranks(logits, labels)
-        return self.dice_weight * dice + self.ce_weight * ce
-
-    def _over_ranks(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """``self.dice`` of the batch over all ranks."""
-        if not self.dice.batch:
-            return sum_over_ranks(self.dice(logits, labels)) / world_size()
-        p = logits.softmax(1)[:, 1:] * (labels != self.ignore_index)
-        y = F.one_hot(labels[:, 0].long().clamp_min(0), logits.shape[1]).movedim(-1, 1)[:, 1:] * (
-            labels != self.ignore_index
+        total = F.cross_entropy(
+            logits, labels[:, 0], weights, ignore_index=self.ignore_index, reduction="sum"
         )
+        # the mean by hand: if every voxel is ignored, torch's is 0 / 0
+        sums = sum_over_ranks(torch.stack((total, (weights[target] * known).sum())))
+        ce = sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
+        if self.dice_weight == 0:
+            return self.ce_weight * ce
+        p = logits.softmax(1)[:, 1:] * known
+        y = torch.zeros_like(logits).scatter_(1, target, 1.0)[:, 1:] * known
         axes = [0, *range(2, p.ndim)]
-        overlap, size = sum_over_ranks(torch.stack(((p * y).sum(axes), (p + y).sum(axes))))
-        dice: Tensor = (2 * overlap + self.dice.smooth_nr) / (size + self.dice.smooth_dr)
-        return 1 - dice.mean()
+        tp, p_sum, y_sum = sum_over_ranks(torch.stack([x.sum(axes) for x in (p * y, p, y)]))
+        fp, fn = p_sum - tp, y_sum - tp
+        dice: Tensor = (1 - (2 * tp + SMOOTH) / (2 * (tp + 0.5 * fp + 0.5 * fn) + SMOOTH)).mean()
+        return self.dice_weight * dice + self.ce_weight * ce
 
 
 def label_pairs(output: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
-    """Predicted and reference class indices of an evaluator's output, (1, X, Y, Z) each.
-
-    ``ignite`` output transform: the logits' largest class against the label map, ignored voxels (-1) kept
-    as they are, for the metric to leave out.
-    """
+    """``ignite`` output transform: predicted and reference class indices, (1, X, Y, Z) each; -1 stays for the metric."""
     predictions = [torch.as_tensor(o["pred"]).argmax(0, keepdim=True) for o in output]
     return predictions, [torch.as_tensor(o["label"]) for o in output]

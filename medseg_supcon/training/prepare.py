@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from monai.bundle import ConfigParser
 
 from medseg_supcon.bundle import (
     TEMPLATE,
+    check_network_trusted,
     drafted,
     dump_commented,
     load_commented,
     merge,
     read_recipe,
+    record_run,
     refuse_others,
     set_key,
     settings_at_fault,
@@ -28,23 +30,30 @@ from medseg_supcon.bundle import (
     write_network,
     write_twins,
 )
-from medseg_supcon.datasets import Dataset, Split, write_datalist
-from medseg_supcon.errors import ConfigError, RunError
+from medseg_supcon.datasets import Dataset, Report, Split, fingerprint, write_datalist
+from medseg_supcon.errors import ConfigError, RunError, nearest
 from medseg_supcon.networks import build_network, round_patch, size_divisor
-from medseg_supcon.plan import fingerprint, literal, make_plan, read_plan, validate_plan, write_plan
-from medseg_supcon.training.timing import default_minutes, epochs_within, time_within_memory
+from medseg_supcon.plan import literal, make_plan, read_plan, validate_plan, write_plan
+from medseg_supcon.training.speed import (
+    batch_bytes,
+    check_device,
+    default_minutes,
+    epochs_within,
+    time_within_memory,
+)
 
 FROM_INIT = ("channels", "orientation", "spacing", "intensity", "patch_size", "network_def")
 GROWTHS = 8  # of a patch that is too small for the network
 
 
-def inherit(plan: dict[str, Any], init: Path) -> None:
-    """Take from an earlier run what its weights depend on."""
+def inherit(plan: dict[str, Any], init: Path, trust: bool = False) -> None:
+    """Take from an earlier run what its weights depend on; a network or intensities that are code need trust."""
     if not all((init / name).is_file() for name in ("configs/plan.json", "models/model.pt")):
         raise RunError(
             f"--init {init}: not a trained run (configs/plan.json and models/model.pt are needed)."
         )
     earlier = read_plan(init / "configs" / "plan.json")
+    check_network_trusted(init / "configs" / "plan.json", earlier, trust)
     if len(earlier["channels"]) != len(plan["channels"]):
         raise ConfigError(
             f"--init {init} was trained on {len(earlier['channels'])} channel(s) per scan, this data set has "
@@ -58,13 +67,19 @@ def inherit(plan: dict[str, Any], init: Path) -> None:
     plan.update({key: earlier[key] for key in FROM_INIT})
 
 
-def fit_patch(plan: dict[str, Any]) -> None:
-    """Round the patch to what the network divides by, and enlarge it until the network can train on it.
+def adapt_plan(plan: dict[str, Any]) -> None:
+    """Adapt a plan's patch to its network: round it to what the network divides by, and enlarge one that is too small.
 
-    A norm has nothing to normalise where the deepest level is a single voxel; the shortest axis grows then.
+    At the network's deepest level a norm needs more than one voxel; otherwise the shortest axis grows.
+
+    Raises:
+        ConfigError: the plan is invalid, or one step's scans do not fit into this machine's memory.
     """
+    validate_plan(plan)
     channels = len(plan["channels"])
-    network = build_network(plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]))
+    network = build_network(
+        plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]), trust=True
+    )  # of --set or a recipe, or of a run that passed the gate
     divisor = size_divisor(network, in_channels=channels)
     patch = [int(n) for n in round_patch(plan["patch_size"], divisor)]
     skeleton = network.to("meta").train()
@@ -76,6 +91,14 @@ def fit_patch(plan: dict[str, Any]) -> None:
             axis = patch.index(min(patch))
             patch[axis] += max(divisor[axis], 8)
     plan["patch_size"] = patch
+    size, free = (
+        n / 2**30 for n in (batch_bytes(plan["batch_size"], plan), psutil.virtual_memory().available)
+    )
+    if size > free:
+        raise ConfigError(
+            f"A step of batch_size = {plan['batch_size']} scans with patch_size = {patch} takes {size:.1f} GiB for its "
+            f"views alone, and this machine has {free:.1f} GiB free. Choose a smaller batch_size or patch_size."
+        )
 
 
 PLAN_PREFIX = "plan::"
@@ -98,6 +121,8 @@ def prepare_run(
     trust_scan_affine: bool = False,
     plan: Mapping[str, Any] | None = None,
     plan_settings: Sequence[tuple[str, Any]] = (),
+    trust: bool = False,
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """Write the bundle that would be trained, and measure how long that would take.
 
@@ -116,13 +141,16 @@ def prepare_run(
         plan: one that :func:`prepare_run` returned for the same cases: it is taken as it is, and neither the
             data nor the time is measured again. Settings of the plan, ``epochs`` and ``init``'s part are in it.
         plan_settings: (key, value) changes of that plan.
+        trust: take a network from ``init`` that is code.
+        report: of `check_dataset` on these cases: what it has read is not read again.
 
     Returns:
         the plan, as written.
 
     Raises:
         ConfigError: a setting, recipe or plan that cannot be.
-        RunError: the folder already holds a run, or what one would replace, or another command is at work in it.
+        RunError: the folder already holds a run, or what one would replace, or another command is at work in it; or
+            ``init`` needs trust.
     """
     refuse_others(run)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -133,28 +161,29 @@ def prepare_run(
         for key, value in plan_settings:
             set_key(made, key, value, "The plan (configs/plan.json)")
         if plan_settings:
-            validate_plan(made)
-            fit_patch(made)
-            validate_plan(made)
+            adapt_plan(made)
     else:
         cases = [*split.training, *split.unlabelled]
-        made = make_plan(fingerprint(dataset, cases), dataset, device=str(where))
+        made = make_plan(
+            fingerprint(dataset, cases, known=report.fingerprints if report else None),
+            dataset,
+            device=str(where),
+        )
         if trust_scan_affine:
             made["trust_scan_affine"] = True
         if init is not None:
-            inherit(made, init)
+            inherit(made, init, trust)
         for key, value in (*recipe_plan, *of_plan):
             set_key(made, key, value, "The plan (configs/plan.json)")
         chosen = dict([*recipe_plan, *of_plan])
         epochs = epochs or chosen.get("epochs")
-        validate_plan(made)
-        fit_patch(made)
-        validate_plan(made)
+        adapt_plan(made)
     budget = minutes if minutes is not None else default_minutes(where)
     with drafted(run) as draft:
         write_plan(made, draft / "configs" / "plan.json")
         write_datalist(split, draft / "configs" / "datalist.json", dataset.root)
         _write_train_config(draft, dataset.root, recipe, dict(overlay), of_config, seed, init)
+        write_network(draft)
         if plan is None:
             with settings_at_fault():
                 timing = time_within_memory(draft, device, made, fixed="batch_size" in chosen)
@@ -163,6 +192,7 @@ def prepare_run(
             write_plan(made, draft / "configs" / "plan.json")
         _try_length(draft)
         refresh_documents(draft)
+        record_run(draft)
     return made
 
 
@@ -220,7 +250,11 @@ def _write_train_config(
     merge(tree, overlay, "train.yaml")
     _refuse_unknown(tree, known, recipe)
     for key, value in settings:
+        if key == "bundle_root":
+            raise ConfigError("bundle_root is the run's own folder and cannot be set. Choose it with --out.")
         set_key(tree, key, value, "train.yaml")
+    if not str(tree["device"]).startswith("$"):
+        check_device(str(tree["device"]))
     (run / "configs" / "train.yaml").write_text(dump_commented(tree))
     evaluate = run / "configs" / "evaluate.yaml"
     if evaluate.exists():
@@ -234,8 +268,8 @@ def _refuse_unknown(tree: Mapping[str, Any], known: set[str], recipe: str | Path
     text = dump_commented(tree)
     for key in tree:
         if key not in known and key not in NEW_SECTIONS and not re.search(rf"@{re.escape(key)}\b", text):
-            near = get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            near = nearest(key, known)
+            hint = f" Did you mean {near}?" if near else ""
             raise ConfigError(
                 f"Recipe {recipe}: train.yaml has no key {key!r}, and nothing refers to it.{hint}"
             )

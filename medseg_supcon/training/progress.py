@@ -1,4 +1,4 @@
-"""The live display: one line that says how far training is, how good, and how long it will take."""
+"""Progress on stderr: a bar on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections import deque
 from time import monotonic
 from typing import Any
 
+import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from medseg_supcon.training.ranks import rank
 
 
 def clock(seconds: float) -> str:
@@ -25,15 +24,14 @@ def clock(seconds: float) -> str:
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
-def _loss(engine: Engine) -> float:
-    return float(engine.state.output["loss"].detach())
+def _console() -> Console:
+    return Console(file=sys.stderr, markup=False, highlight=False)  # a data set's name may hold [brackets]
 
 
 class ProgressDisplay:
-    """A progress bar on a terminal, a line per validated epoch elsewhere (both on stderr).
+    """Epoch, loss, Dice and time left of a training: a bar on a terminal, elsewhere a line per validated epoch.
 
-    The time left counts validation and augmentation: it is the pace of the last epochs. Of several ranks the first
-    one shows it.
+    The time left follows from the last five epochs, validation included. Only rank 0 shows it.
 
     Args:
         name: what is trained, shown before the bar.
@@ -43,14 +41,13 @@ class ProgressDisplay:
 
     def __init__(self, name: str = "training", validator: Any = None, quiet: bool = False) -> None:
         self.name, self.validator, self.quiet = name, validator, quiet
-        self.console = Console(file=sys.stderr, markup=False)  # a data set's name may hold [brackets]
-        self.live = self.console.is_terminal
+        self.console = _console()
         self.bar: Progress | None = None
         self._ends: deque[float] = deque(maxlen=6)
         self._dice = ""
 
     def attach(self, engine: Engine) -> None:
-        if self.quiet or rank() > 0:
+        if self.quiet or idist.get_rank() > 0:
             return
         engine.add_event_handler(Events.EPOCH_STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=5), self.step)
@@ -61,30 +58,24 @@ class ProgressDisplay:
         """Open the bar with the first epoch."""
         if not self._ends:
             self._ends.append(monotonic())
-        if self.live and self.bar is None:
+        if self.console.is_terminal and self.bar is None:
             self.bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
-                TextColumn("epoch {task.fields[epoch]}  loss {task.fields[loss]}{task.fields[dice]}"),
+                TextColumn("{task.fields[state]}"),
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[left]}"),
                 console=self.console,
             )
             total = engine.state.max_epochs * engine.state.epoch_length
-            self.task = self.bar.add_task(self.name, total=total, epoch="", loss="", dice="", left="")
+            self.bar.add_task(self.name, total=total, state="", left="")
             self.bar.start()
 
     def step(self, engine: Engine) -> None:
         """Move the bar."""
         if self.bar is not None:
-            self.bar.update(
-                self.task,
-                completed=engine.state.iteration,
-                epoch=f"{engine.state.epoch}/{engine.state.max_epochs}",
-                loss=f"{_loss(engine):.3f}",
-                dice=self._dice,
-                left=self._left(engine),
-            )
+            done, state, left = engine.state.iteration, self._state(engine), self._left(engine)
+            self.bar.update(self.bar.task_ids[0], completed=done, state=state, left=left)
 
     def epoch(self, engine: Engine) -> None:
         """Take the epoch's time and metric; without a terminal, print them."""
@@ -93,24 +84,24 @@ class ProgressDisplay:
         if validated:
             state = self.validator.state
             self._dice = f"  Dice {float(state.metrics[state.key_metric_name]):.3f}"
-        if not self.live and (validated or engine.state.epoch == engine.state.max_epochs):
-            self.console.print(
-                f"{self.name}: epoch {engine.state.epoch}/{engine.state.max_epochs}  loss {_loss(engine):.3f}{self._dice}"
-                f"  {self._left(engine)}",
-                soft_wrap=True,
-                highlight=False,
-            )
+        last = engine.state.epoch == engine.state.max_epochs
+        if not self.console.is_terminal and (validated or last):
+            line = f"{self.name}: {self._state(engine)}  {self._left(engine)}"
+            self.console.print(line, soft_wrap=True)
+
+    def _state(self, engine: Engine) -> str:
+        loss = float(engine.state.output["loss"].detach())
+        return f"epoch {engine.state.epoch}/{engine.state.max_epochs}  loss {loss:.3f}{self._dice}"
 
     def _left(self, engine: Engine) -> str:
-        epochs = len(self._ends) - 1
-        if epochs == 0:
-            return "measuring the pace"
-        pace = (self._ends[-1] - self._ends[0]) / epochs
+        if len(self._ends) < 2:
+            return "measuring the speed"
+        pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         done = engine.state.iteration / engine.state.epoch_length
         return f"{clock(pace * (engine.state.max_epochs - done))} left"
 
     def close(self, engine: Engine, error: BaseException | None = None) -> None:
-        """Leave the terminal as it was; pass an exception on."""
+        """Close the bar; pass an exception on."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
@@ -119,9 +110,7 @@ class ProgressDisplay:
 
 
 class CountDisplay:
-    """How many of so many are done: a bar on a terminal, elsewhere a line now and then, once it takes its time.
-
-    Of several ranks the first one shows it.
+    """How many of a total are done. Nothing is shown for work that takes less than 3 seconds, or on ranks above 0.
 
     Args:
         name: what is done.
@@ -136,8 +125,8 @@ class CountDisplay:
     PATIENCE, PAUSE = 3.0, 15.0  # seconds before the first sign, and between lines
 
     def __init__(self, name: str, total: int, quiet: bool = False) -> None:
-        self.name, self.total, self.silent = name, total, quiet or rank() > 0
-        self.console = Console(file=sys.stderr, markup=False, highlight=False)
+        self.name, self.total, self.silent = name, total, quiet or idist.get_rank() > 0
+        self.console = _console()
         self.bar: Progress | None = None
 
     def __enter__(self) -> CountDisplay:
@@ -145,24 +134,20 @@ class CountDisplay:
         return self
 
     def show(self, done: int) -> None:
-        """So many are done."""
+        """Show how many are done."""
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=done)
-        elif not self.silent and monotonic() >= self.due:
-            if self.console.is_terminal:
-                self.bar = Progress(
-                    TextColumn("{task.description}", markup=False),
-                    BarColumn(),
-                    MofNCompleteColumn(),
-                    TimeElapsedColumn(),
-                    console=self.console,
-                    transient=True,
-                )
-                self.bar.add_task(self.name, total=self.total, completed=done)
-                self.bar.start()
-            else:
-                self.console.print(f"{self.name}: {done}/{self.total}", soft_wrap=True)
-                self.due = monotonic() + self.PAUSE
+        elif self.silent or monotonic() < self.due:
+            return
+        elif self.console.is_terminal:
+            text = TextColumn("{task.description}", markup=False)
+            columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self.bar = Progress(*columns, console=self.console, transient=True)
+            self.bar.add_task(self.name, total=self.total, completed=done)
+            self.bar.start()
+        else:
+            self.console.print(f"{self.name}: {done}/{self.total}", soft_wrap=True)
+            self.due = monotonic() + self.PAUSE
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:

@@ -1,109 +1,165 @@
-"""Labels, pseudo-labels and contrast in one loss."""
+"""Learning from unlabelled scans: a slowly moving teacher, its pseudo-labels, and the loss over all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
+from ignite.engine import Engine
+from monai.engines import IterationEvents
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.losses import IGNORE_INDEX
-from medseg_supcon.training.data import EpochSampler, Key
-from medseg_supcon.training.loss import Target
+from medseg_supcon.networks import ContrastiveNetwork
+from medseg_supcon.training.loss import Target, prepare_views
 
 
-class MixedSampler(EpochSampler):
-    """An :class:`EpochSampler` over labelled scans (0 .. labelled - 1) and unlabelled ones (those after them).
+class Teacher:
+    """The running average of a network's weights and norm statistics; a handler that moves it after every step.
+
+    After step t: teacher = d * teacher + (1 - d) * student, with d = min(decay, (1 + t) / (10 + t)), so that the
+    first, random weights are soon forgotten.
 
     Args:
-        labelled: labelled scans, the first of the data set.
-        unlabelled: unlabelled scans, those after them.
-        steps_per_epoch: optimiser steps in an epoch.
-        batch_size: scans per step on this rank.
-        seed: the run's seed.
-        share: share of every batch that is unlabelled, at least one scan of each kind; ``None``: every scan
-            counts alike.
-        first_epoch: before this epoch only labelled scans are drawn.
-        last_epoch: from the next epoch on only labelled scans are drawn; ``None``: never.
-        required: without an unlabelled scan, training ends with a sentence.
-        rank, world_size: this process among ``world_size``.
+        network: the student, a stock network. The attribute ``network`` is the teacher, in evaluation mode.
+        decay: d in the long run, 0 to below 1: about the last 1 / (1 - decay) steps count.
 
-    Raises:
-        ConfigError: (when iterated) no unlabelled scan though ``required``, or batches too small to hold both.
+    Source:
+        Tarvainen and Valpola 2017, Mean teachers are better role models.
 
     Example:
-        >>> MixedSampler(2, 3, steps_per_epoch=1, batch_size=4, share=0.5).order(1)
-        [1, 0, 2, 4]
+        >>> student = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 1))
+        >>> teacher = Teacher(student)
+        >>> teacher.update()
+        >>> teacher(torch.zeros(1, 1, 4, 4, 4)).sum(1).allclose(torch.ones(4, 4, 4))
+        True
+    """
+
+    def __init__(self, network: nn.Module, decay: float = 0.99) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError(f"teacher_decay must be at least 0 and below 1, got {decay}.")
+        self.student, self.decay, self._d = network, decay, 0.0
+        self.average = AveragedModel(network, multi_avg_fn=self._average, use_buffers=True)
+        self.network: nn.Module = self.average.module.eval().requires_grad_(False)
+        self._logits = ContrastiveNetwork(self.network).eval()
+
+    def _average(self, teachers: Sequence[Tensor], students: Sequence[Tensor], _: Tensor | int) -> None:
+        # all tensors in one call: for one at a time torch would copy its count to the GPU each time, and wait
+        for teacher, student in zip(teachers, students, strict=True):
+            if teacher.is_floating_point():
+                teacher.copy_(self._d * teacher + (1 - self._d) * student)
+            else:  # counters
+                teacher.copy_(student)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self.update)
+
+    def update(self) -> None:
+        """Move towards the student; the first time, become equal to it."""
+        t = int(self.average.n_averaged)
+        self._d = min(self.decay, (1 + t) / (10 + t))
+        self.average.update_parameters(self.student)
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor) -> Tensor:
+        """Probabilities (B, C, *spatial), float32, of images (B, channels, *spatial)."""
+        probabilities: Tensor = self._logits(image).float().softmax(1)
+        return probabilities
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.average.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.average.load_state_dict(dict(state))
+
+
+def shipped_network(ship: str, teacher: Teacher) -> nn.Module:
+    """The network whose weights are validated and become ``model.pt``: ``"teacher"``'s or ``"student"``'s.
+
+    Raises:
+        ConfigError: neither of the two.
+    """
+    if ship not in ("teacher", "student"):
+        raise ConfigError(f"ship must be teacher or student, got {ship!r}.")
+    return teacher.network if ship == "teacher" else teacher.student
+
+
+class PseudoLabels:
+    """MONAI ``prepare_batch``: :func:`prepare_views`, and the teacher's labels for voxels without a label.
+
+    The teacher sees view 1. Its class there, if its probability is at least ``confidence``, is the pseudo-label of
+    the voxel in view 1 and of the same physical voxel in view 2, which is augmented more strongly. In a batch that
+    holds a scan without any label, unlabelled voxels of the other scans (``ignore``, the rim of a resampled scan)
+    get theirs, too; in other batches they would be too few for a Dice.
+
+    Args:
+        teacher: the teacher.
+        confidence: least probability of the winning class, 0 to 1; below it the voxel stays unlabelled.
+        amp, dtype: whether the teacher runs in mixed precision, and which.
+
+    Returns:
+        (on call) image and target of :func:`prepare_views`, the target with ``pseudo_label`` (2B, 1, *patch), class
+        indices, -1 for voxels with a label, outside the scan, without a partner, or below ``confidence``; and
+        ``asked``, the number of voxels that could have had one.
     """
 
     def __init__(
         self,
-        labelled: int,
-        unlabelled: int,
-        steps_per_epoch: int,
-        batch_size: int,
-        seed: int = 0,
-        *,
-        share: float | None = None,
-        first_epoch: int = 1,
-        last_epoch: int | None = None,
-        required: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
+        teacher: Teacher,
+        confidence: float = 0.9,
+        amp: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        super().__init__(labelled, steps_per_epoch, batch_size, seed, rank, world_size)
-        if share is not None and not 0 < share < 1:
-            raise ConfigError(f"unlabelled_share must lie between 0 and 1, got {share}.")
-        self.unlabelled, self.share, self.required = unlabelled, share, required
-        self.first_epoch, self.last_epoch = first_epoch, last_epoch
+        if not 0 <= confidence <= 1:
+            raise ConfigError(f"confidence must be between 0 and 1, got {confidence}.")
+        self.teacher, self.confidence, self.amp, self.dtype = teacher, confidence, amp, dtype
 
-    def __iter__(self) -> Iterator[Key]:
-        # not in __init__: MONAI would bury the sentence in errors of its own
-        if self.required and self.unlabelled == 0:
+    def __call__(
+        self,
+        batchdata: Mapping[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Target]:
+        image, target = prepare_views(batchdata, device, non_blocking, **kwargs)
+        if "pair_ids" not in target:
             raise ConfigError(
-                "This recipe learns from unlabelled scans too, and the run has none (configs/datalist.json). "
-                "Plan it anew, into another folder, with --unlabelled DIR (further scans) or --labels N (scans "
-                "beyond the first N labelled ones count as unlabelled); or choose --recipe joint."
+                "Pseudo-labels need to know which voxels of the two views are the same, and a view policy hides that "
+                "(an elastic deformation or grid distortion). Set elastic=0, or choose another policy."
             )
-        if self.share is not None and self.unlabelled > 0 and self.batch_size < 2:
-            raise ConfigError(
-                f"A batch must hold a labelled and an unlabelled scan, but it has {self.batch_size} scan. "
-                "Plan the run with --set plan::batch_size=2."
-            )
-        return super().__iter__()
+        wanted = (target["label"] == IGNORE_INDEX) & (target["pair_ids"] >= 0)
+        target["pseudo_label"] = self._label(image, target["label"], target["pair_ids"], wanted)
+        target["asked"] = wanted.sum()
+        return image, target
 
-    def order(self, epoch: int) -> list[int]:
-        """The scan of every slot of an epoch, over all ranks; in a batch the labelled ones come first."""
-        over = self.last_epoch is not None and epoch > self.last_epoch
-        if self.unlabelled == 0 or epoch < self.first_epoch or over:
-            return super().order(epoch)
-        batches = self.steps * self.world_size
-        rng = np.random.default_rng((self.seed, epoch, 1))  # not the stream of labelled scans alone
-        if self.share is None:
-            return _rounds(rng, self.cases + self.unlabelled, batches * self.batch_size).tolist()
-        number = min(max(1, round(self.share * self.batch_size)), self.batch_size - 1)
-        known = _rounds(rng, self.cases, batches * (self.batch_size - number))
-        others = self.cases + _rounds(rng, self.unlabelled, batches * number)
-        mixed = np.concatenate([known.reshape(batches, -1), others.reshape(batches, -1)], axis=1)
-        return [int(case) for case in mixed.reshape(-1)]
-
-
-def _rounds(rng: np.random.Generator, cases: int, slots: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """``slots`` cases, each once before any a second time."""
-    drawn = [rng.permutation(cases) for _ in range(-(-slots // cases))]
-    return np.concatenate(drawn)[:slots]
+    def _label(self, image: Tensor, label: Tensor, pair_ids: Tensor, wanted: Tensor) -> Tensor:
+        pseudo = torch.full_like(label, IGNORE_INDEX)
+        # rows 2s and 2s + 1 are scan s
+        unlabelled = (label == IGNORE_INDEX).flatten(1).all(1).view(-1, 2).all(1)
+        scans = wanted.flatten(1).any(1).view(-1, 2).any(1).nonzero()[:, 0]
+        if len(scans) == 0 or not bool(unlabelled.any()):
+            return pseudo
+        with torch.autocast(image.device.type, dtype=self.dtype, enabled=self.amp):
+            probability, winner = self.teacher(image[2 * scans]).max(1, keepdim=True)
+        winner = winner.masked_fill(probability < self.confidence, IGNORE_INDEX)
+        for view in (0, 1):
+            rows = 2 * scans + view
+            places = pair_ids[rows].clamp_min(0).flatten(1)  # indices of view 1's voxels, for both views
+            labels = winner.flatten(1).gather(1, places).view_as(winner)
+            pseudo[rows] = labels.masked_fill(~wanted[rows], IGNORE_INDEX).to(pseudo.dtype)
+        return pseudo
 
 
 def with_unknown(labels: Tensor, pair_ids: Tensor | None, unknown: int | None) -> Tensor:
     """Labels in which unlabelled voxels of the scan have a class of their own, for ``positives="same_voxel"``.
 
-    Such positives need no label; the sampler draws labelled voxels only.
+    Such positives need no label, but the sampler draws labelled voxels only.
 
     Args:
-        labels: (B, 1, *spatial) class indices, -1 unlabelled or outside the scan.
-        pair_ids: (B, 1, *spatial), -1 outside the scan or (view 2) outside view 1.
+        labels, pair_ids: (B, 1, *spatial), as in the target of :func:`prepare_views`.
         unknown: index of that class, C of 0 .. C-1; ``None``: the labels as they are.
     """
     if unknown is None or pair_ids is None:
@@ -117,28 +173,19 @@ class SemiSupervisedLoss(nn.Module):
     u(t) = pseudo_weight * exp(-5 (1 - min(1, t / pseudo_warmup))^2), and w(t) = contrast_weight *
     min(1, t / contrast_warmup).
 
+    Called with logits (2B, C, *patch) and features (2B, F, *patch), and the target of :class:`PseudoLabels`.
+
     Args:
         segmentation_loss: called with (logits, labels); leaves voxels of label -1 out.
         contrastive_loss: a ``VoxelSupConLoss``, projection head included.
-        contrast_weight: final w; at 0 the contrast is not computed.
-        contrast_warmup: steps over which w rises; 0: none.
-        pseudo_weight: final u; at 0 the pseudo-labels do not teach the segmentation.
-        pseudo_warmup: steps over which u rises; 0: none.
-        pseudo_contrast: the contrast takes pseudo-labelled voxels too.
-        unknown: class index, in the contrast, of voxels without label or pseudo-label; for
-            ``positives="same_voxel"``, which need none. ``None``: they are left out.
-
-    Shape:
-        prediction: logits (2B, C, *patch) and features (2B, F, *patch); target: what ``PseudoLabels`` gives.
+        contrast_weight, pseudo_weight: final w and u; at 0 the term has no effect.
+        contrast_warmup, pseudo_warmup: steps over which w and u rise; 0: none.
+        pseudo_contrast: the contrast uses pseudo-labelled voxels too.
+        unknown: class index, in the contrast, of voxels without label or pseudo-label; see :func:`with_unknown`.
 
     Attributes:
-        terms: the last call's detached scalars: ``loss``, ``segmentation``, ``pseudo``, ``contrastive``,
-            ``pseudo_weight``, ``contrast_weight``, ``confident`` (share of the voxels without a label that have
-            a pseudo-label).
-        step: steps so far, a buffer that checkpoints carry.
-
-    Raises:
-        ValueError: a weight or a number of steps below 0.
+        terms: the last call's detached scalars, the columns of ``history.csv``; ``confident`` is the share of the
+            voxels without a label that have a pseudo-label.
 
     Source:
         Laine and Aila 2017, Temporal ensembling (the rise of u).
@@ -161,7 +208,9 @@ class SemiSupervisedLoss(nn.Module):
         super().__init__()
         numbers = (contrast_weight, contrast_warmup, pseudo_weight, pseudo_warmup)
         if not all(number >= 0 for number in numbers):
-            raise ValueError(f"weights and warm-ups must be >= 0, got {numbers}")
+            raise ConfigError(
+                f"The weights and warm-ups of contrast and pseudo-labels must be at least 0, got {numbers}."
+            )
         self.segmentation_loss, self.contrastive_loss = segmentation_loss, contrastive_loss
         self.contrast_weight, self.contrast_warmup = float(contrast_weight), contrast_warmup
         self.pseudo_weight, self.pseudo_warmup = float(pseudo_weight), pseudo_warmup
@@ -170,10 +219,9 @@ class SemiSupervisedLoss(nn.Module):
         self.terms: dict[str, Tensor] = {}
 
     def forward(self, prediction: tuple[Tensor, Tensor], target: Target) -> Tensor:
-        """The sum, a scalar."""
         logits, features = prediction
         labels, pseudo = target["label"], target["pseudo_label"]
-        t = (self.step + 1).to(torch.float32)  # on its device: to look at it would make a GPU wait
+        t = (self.step + 1).to(torch.float32)  # stays on its device: reading it would make a GPU wait
         u = self.pseudo_weight * torch.exp(-5 * (1 - _share(t, self.pseudo_warmup)) ** 2)
         w = self.contrast_weight * _share(t, self.contrast_warmup)
         segmentation = self.segmentation_loss(logits, labels)
@@ -182,20 +230,17 @@ class SemiSupervisedLoss(nn.Module):
         loss = segmentation + u * by_pseudo
         if self.contrast_weight > 0:
             known = torch.where(labels == IGNORE_INDEX, pseudo, labels) if self.pseudo_contrast else labels
-            known = with_unknown(known, target["pair_ids"], self.unknown)
+            ids = {name: target[name] for name in ("pair_ids", "view_ids", "scan_ids")}
             contrastive = self.contrastive_loss(
                 features,
-                known,
-                pair_ids=target["pair_ids"],
-                view_ids=target["view_ids"],
-                scan_ids=target["scan_ids"],
-                # a class that the logits do not have cannot be looked up in them
+                with_unknown(known, target["pair_ids"], self.unknown),
+                # the logits have no channel for the unknown class
                 logits=None if self.unknown is not None else logits.detach(),
+                **ids,
             )
             loss = loss + w * contrastive
         if self.training:
             self.step += 1
-        asked = target["asked"].clamp_min(1)
         self.terms = {
             "loss": loss.detach(),
             "segmentation": segmentation.detach(),
@@ -203,7 +248,7 @@ class SemiSupervisedLoss(nn.Module):
             "contrastive": contrastive.detach(),
             "pseudo_weight": u,
             "contrast_weight": w,
-            "confident": (pseudo != IGNORE_INDEX).sum() / asked,
+            "confident": (pseudo != IGNORE_INDEX).sum() / target["asked"].clamp_min(1),
         }
         return loss
 

@@ -8,109 +8,99 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
-import torch.distributed as dist
-from monai.bundle import ConfigParser, ConfigWorkflow
-from monai.utils import ensure_tuple
+from monai.bundle import ConfigWorkflow
 
 from medseg_supcon.bundle import (
     at_work_in,
+    check_configs_trusted,
     innermost,
     is_planned,
+    is_started,
     read_config,
-    read_json,
+    record_run,
     settings_at_fault,
     write_network,
     write_twins,
 )
-from medseg_supcon.errors import ConfigError, DataError, MedsegError, RunError
+from medseg_supcon.errors import MedsegError, RunError
+from medseg_supcon.files import read_json
+from medseg_supcon.inference import evaluate_validation
 from medseg_supcon.networks import build_network, size_divisor
-from medseg_supcon.plan import literal, read_plan, validate_plan
-from medseg_supcon.scans import read_header
-from medseg_supcon.training.checkpoint import load_tensors
+from medseg_supcon.plan import literal, read_plan, validate_plan, write_plan
+from medseg_supcon.training.checkpoint import read_checkpoint
 from medseg_supcon.training.prepare import refresh_documents
-from medseg_supcon.training.ranks import meet, on_any_rank, rank, rank_device
-from medseg_supcon.training.throughput import free_memory
+from medseg_supcon.training.ranks import PATIENCE, meet
+from medseg_supcon.training.speed import check_device, free_memory
+
+WRITTEN_LAST = ("eval/metrics.json", "docs/curves.png")
+OF_EARLIER_WEIGHTS = ("eval/metrics.csv", *WRITTEN_LAST)
 
 
-def finish_ranks(run: str | Path) -> None:
-    """Evaluate a run that several processes trained, and write its documents; every rank calls it.
-
-    Every rank evaluates its share of the validation cases, rank 0 writes. Cases that cannot be read (a run whose
-    data lie elsewhere by now) are a warning: its weights are as good without.
+def begin_training(run: str | Path, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuse to train over a trained run, and remove the scores of its earlier weights; every rank calls it.
 
     Args:
-        run: the run's folder, which all machines see.
+        run: the run's folder.
+        resume: training goes on from ``models/checkpoint.pt``.
+        overwrite: train over what the folder holds.
+
+    Raises:
+        RunError: the folder holds a trained run, and neither ``resume`` nor ``overwrite`` is set.
     """
-    run = Path(run)
-    problem = _unreadable(run)
-    meet()  # rank 0's model.pt is there
-    nccl = dist.get_backend() == "nccl"
-    if not on_any_rank(
-        problem is not None, rank_device() if nccl else None
-    ):  # else one would wait for the other's scores
+    run = Path(run).resolve()
+    if is_started(run) and not (resume or overwrite):
+        raise RunError(
+            f"{run} already holds a trained run. Go on with it (--resume true), train over it (--overwrite true), or "
+            "choose another folder."
+        )
+    if idist.get_rank() > 0 or (resume and is_finished(run)):
+        return
+    names = OF_EARLIER_WEIGHTS if resume else (*OF_EARLIER_WEIGHTS, "logs/history.csv")
+    stale = [run / name for name in names if (run / name).exists()]
+    for file in stale:
+        file.unlink()
+    if stale:
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the card builds a network; the run's own is drawn after this
+            refresh_documents(run)
+
+
+def evaluate_and_document(run: str | Path, device: str | torch.device | None = None) -> None:
+    """Score a trained run on its validation cases, then write curves, metadata and model card; every rank calls it.
+
+    Of several ranks, rank 0 does it while the others wait; cases that it cannot read are then a warning.
+
+    Args:
+        run: the run's folder.
+        device: where the network runs; by default a GPU if there is one.
+    """
+    from medseg_supcon.evaluation import curves_figure  # matplotlib: loaded only to draw
+
+    run, alone = Path(run).resolve(), idist.get_world_size() == 1
+    free_memory()  # the training's
+    if idist.get_rank() == 0:
         try:
-            _evaluate(run)
-        except Exception as error:
-            if not isinstance(innermost(error), MedsegError):
+            evaluate_validation(run, device=device if device is None else str(device), trust=True)
+        except MedsegError as error:
+            if alone:
                 raise
-            problem = str(innermost(error))
-    if problem is not None:
-        logging.getLogger(__name__).warning("The run is trained, but not evaluated: %s", problem)
-    if rank() == 0:
-        write_documents(run)
-    meet()
-
-
-def write_documents(run: Path) -> None:
-    """The curves of ``logs/history.csv``, then everything that follows from the rest of the run."""
-    from medseg_supcon.evaluation import curves_figure
-
-    curves_figure(run / "logs" / "history.csv", run / "docs" / "curves.png")
-    refresh_documents(run)
-
-
-def _unreadable(run: Path) -> str | None:
-    """What is wrong with a validation case, as far as headers tell."""
-    config = ConfigParser()
-    config.read_config(str(run / "configs" / "evaluate.yaml"))
-    config["bundle_root"] = literal(str(run.resolve()))
-    try:
-        for case in config.get_parsed_content("cases"):
-            for file in (*ensure_tuple(case["image"]), case["label"]):
-                read_header(Path(file))
-    except DataError as error:
-        return str(error)
-    return None
-
-
-def _evaluate(run: Path) -> None:
-    """As ``torchrun`` does with the two files, in the group of processes that there is."""
-    workflow = ConfigWorkflow(
-        [str(run / "configs" / name) for name in ("evaluate.yaml", "multi_gpu_evaluate.yaml")],
-        workflow_type="infer",
-        logging_file=False,
-        bundle_root=literal(str(run.resolve())),
-    )
-    workflow.initialize()
-    workflow.run()
-
-
-# what comes after it, the way back to the scan's own grid, stays where the scan's logits are
-STITCHED_ON_THE_CPU = (
-    "$(lambda inferer: (setattr(inferer, 'device', torch.device('cpu')), inferer)[1])"
-    "(@inference.get_parsed_content('inferer'))"
-)
-WRITTEN_LAST = ("eval/metrics.json", "docs/curves.png")
-OF_FILES = ("datalist", "dataset_dir", "output_dir")  # overrides that name files
+            logging.getLogger(__name__).warning("The run is trained, but not evaluated: %s", error)
+        finally:  # also without scores, the documents describe the new weights
+            curves_figure(run / "logs" / "history.csv", run / "docs" / "curves.png")
+            refresh_documents(run)
+    if not alone:
+        meet(PATIENCE)
 
 
 def is_finished(run: Path) -> bool:
-    """The run was trained to its planned end (or to its early stop)."""
+    """The run was trained to its planned end, or to its early stop."""
     path = run / "models" / "checkpoint.pt"
     if not path.exists():
         return False
-    saved = load_tensors(path)
+    saved = read_checkpoint(path)
     return bool(saved["finished"]) and saved["max_epochs"] >= _epochs(run)
 
 
@@ -123,57 +113,60 @@ def _epochs(run: Path) -> int:
     return int(read_json(run / "configs" / "plan.json")["epochs"])
 
 
-def check_device(device: str | None) -> str | None:
-    """A device name that this machine has, else a sentence."""
-    if device is None:
-        return None
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(
-            f"--device {device!r} is no device. Use cpu, cuda, or cuda:0, cuda:1, ..."
-        ) from None
-    if found.type == "cuda" and not (
-        torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()
-    ):
-        raise ConfigError(
-            f"--device {device}: torch finds {torch.cuda.device_count()} CUDA device(s) here. Use --device cpu."
-        )
-    return device
+def extend_training(run: Path, epochs: int) -> None:
+    """Give a run a longer training: the next ``--resume`` goes on to this epoch.
+
+    From there on the learning rate follows the schedule of the longer training.
+
+    Raises:
+        RunError: ``epochs`` is less than the run's plan says, or another command is at work in the folder.
+    """
+    with at_work_in(run):
+        path = run / "configs" / "plan.json"
+        plan = read_plan(path)
+        if epochs < plan["epochs"]:
+            raise RunError(
+                f"{run} is planned for {plan['epochs']} epochs; a resumed training cannot end earlier, at --epochs "
+                f"{epochs}. Leave --epochs out, or choose another --out."
+            )
+        if epochs > plan["epochs"]:
+            plan["epochs"] = epochs
+            write_plan(plan, path)
 
 
-def run_config(run: Path, name: str, workflow_type: str, **overrides: Any) -> ConfigWorkflow:
+class _Workflow(ConfigWorkflow):  # type: ignore[misc]
+    """Does not put the bundle's folder on Python's path: a file there, such as json.py, would replace a module."""
+
+    def run(self) -> Any:
+        return self._run_expr(id=self.run_id)
+
+
+def run_config(
+    run: Path, name: str, workflow_type: str, trust: bool = False, **overrides: Any
+) -> ConfigWorkflow:
     """Run one of the bundle's configs, as ``python -m monai.bundle run`` does, and return its workflow.
 
     Args:
         run: the bundle's folder.
         name: ``train``, ``evaluate`` or ``inference``.
         workflow_type: ``"train"`` or ``"infer"``.
+        trust: run code that medseg did not write on this computer.
         overrides: config keys and values.
 
-    An evaluation for which the GPU is too small is done again, with all but the network's work on the CPU.
+    Raises:
+        RunError: not a run, or one that needs trust.
     """
-    try:
-        return _run_config(run, name, workflow_type, dict(overrides))
-    except torch.OutOfMemoryError:
-        if name != "evaluate" or "inferer" in overrides:
-            raise
-    free_memory()  # not before: the error holds what was on the GPU
-    return _run_config(run, name, workflow_type, {**overrides, "inferer": STITCHED_ON_THE_CPU})
-
-
-def _run_config(run: Path, name: str, workflow_type: str, overrides: dict[str, Any]) -> ConfigWorkflow:
     if not is_planned(run):
         raise RunError(
             f"{run} is not a run: it has no configs/plan.json. Make one with medseg plan or medseg train."
         )
+    check_configs_trusted(run, trust)
     device = overrides.pop("device", None)
     if device is not None:
         overrides["device"] = f"$torch.device('{check_device(device)}')"
-    overrides |= {key: literal(overrides[key]) for key in OF_FILES if key in overrides}
     file = run / "configs" / f"{name}.yaml"
-    read_config(file)  # what is wrong with it, in a sentence
-    workflow = ConfigWorkflow(
+    read_config(file)  # raises a sentence if it is not YAML
+    workflow = _Workflow(
         config_file=str(file),
         workflow_type=workflow_type,
         bundle_root=literal(str(run.resolve())),
@@ -191,7 +184,7 @@ def _run_config(run: Path, name: str, workflow_type: str, overrides: dict[str, A
 
 @contextlib.contextmanager
 def _own_errors(run: Path) -> Iterator[None]:
-    """MONAI wraps errors raised while a config runs: bring ours back out, and those of disk and memory."""
+    """MONAI wraps errors raised while a config runs: unwrap ours, and those of disk and memory."""
     try:
         yield
     except Exception as error:
@@ -212,37 +205,46 @@ def _check_plan(run: Path) -> None:
     path = run / "configs" / "plan.json"
     plan = read_plan(path)
     channels = len(plan["channels"])
-    network = build_network(plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]))
+    network = build_network(
+        plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]), trust=True
+    )
     validate_plan(plan, divisor=size_divisor(network, in_channels=channels), source=path)
 
 
 def train_run(
-    run: Path, device: str | None = None, resume: bool = False, quiet: bool = False, **overrides: Any
+    run: Path,
+    device: str | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    trust: bool = False,
+    **overrides: Any,
 ) -> None:
     """Train a planned run to its end, evaluate it on its validation cases and write its documents.
 
     Args:
         run: the run's folder.
         device: overrides the config's.
-        resume: go on from ``models/checkpoint.pt`` (afresh where there is none).
+        resume: go on from ``models/checkpoint.pt``, or start if there is none.
         quiet: no progress display.
+        trust: run code in its configs that medseg did not write on this computer.
         overrides: of train.yaml's keys, for this call alone.
 
     Raises:
-        RunError: another command is at work in the folder.
+        RunError: another command is at work in the folder, it holds a trained run and ``resume`` is False, or the run
+            needs trust.
     """
     with at_work_in(run):
-        if not (resume and is_finished(run)):
-            _check_plan(run)
-            write_network(run)  # the plan may have been edited
-            write_twins(run)
-            for name in WRITTEN_LAST:  # of earlier weights
-                (run / name).unlink(missing_ok=True)
-            overrides["resume"] = resume
-            if resume and (run / "models" / "checkpoint.pt").exists():
-                overrides["init_weights"] = None  # the earlier run may be gone by now
-            if quiet:
-                overrides["quiet"] = True
-            run_config(run, "train", "train", device=device, **overrides)
-        run_config(run, "evaluate", "infer", device=device)
-        write_documents(run)
+        check_configs_trusted(run, trust)
+        if resume and is_finished(run):
+            evaluate_and_document(run, device)
+            return
+        _check_plan(run)
+        write_network(run)  # the plan may have been edited
+        write_twins(run)
+        record_run(run)
+        overrides["resume"] = resume
+        if resume and (run / "models" / "checkpoint.pt").exists():
+            overrides["init_weights"] = None  # the earlier run may be gone by now
+        if quiet:
+            overrides["quiet"] = True
+        run_config(run, "train", "train", trust=True, device=device, **overrides)

@@ -1,4 +1,4 @@
-"""A network that can be frozen up to its last 1x1x1 convolution."""
+"""Contrast first, then the classifier, then everything: stages of epochs, and what learns in each."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from medseg_supcon.errors import ConfigError
 from medseg_supcon.networks import ContrastiveNetwork
 from medseg_supcon.training.semi import with_unknown
 
+STAGES = ("contrast", "classifier", "fine_tune")
+
 
 def stage_epochs(shares: Mapping[str, float], epochs: int) -> dict[str, int]:
-    """How many epochs each stage gets: its share of the whole, at least one where the share is above 0.
-
-    Args:
-        shares: stage -> share, of ``contrast``, ``classifier`` and ``fine_tune``; 0 or absent leaves one out.
-        epochs: of the whole training.
+    """How many of the epochs each stage gets: its share, at least one if the share is above 0.
 
     Raises:
         ConfigError: unknown stages, shares below 0, no stage that trains the classifier, too few epochs.
@@ -32,8 +30,7 @@ def stage_epochs(shares: Mapping[str, float], epochs: int) -> dict[str, int]:
         >>> stage_epochs({"contrast": 0.5, "classifier": 0.2, "fine_tune": 0.3}, 10)
         {'contrast': 5, 'classifier': 2, 'fine_tune': 3}
     """
-    stray = [name for name in shares if name not in STAGES]
-    if stray or any(not share >= 0 for share in shares.values()):
+    if not set(shares) <= set(STAGES) or any(not share >= 0 for share in shares.values()):
         raise ConfigError(
             f"stage_shares must give {', '.join(STAGES)} shares of at least 0, got {dict(shares)}."
         )
@@ -62,61 +59,12 @@ def stage_at(epochs: Mapping[str, int], epoch: int) -> tuple[str, int]:
     >>> stage_at({"contrast": 5, "classifier": 2, "fine_tune": 3}, 6)
     ('classifier', 6)
     """
-    first, found = 1, (STAGES[0], 1)
+    first, stage = 1, (STAGES[0], 1)
     for name in STAGES:
-        length = epochs.get(name, 0)
-        if length > 0 and epoch >= first:
-            found = (name, first)
-        first += length
-    return found
-
-
-class Stages:
-    """Puts network, loss and optimiser into the stage of the epoch that starts.
-
-    Everything follows from the epoch's number, so a resumed training is in the right stage by itself.
-
-    - ``contrast``: all but the classifier, and the projection head, learn from the contrastive loss.
-    - ``classifier``: the last 1x1x1 convolution alone learns; the rest is frozen: no gradient (so neither
-      momentum nor weight decay moves it) and evaluation mode (so norm statistics stay).
-    - ``fine_tune``: the whole network learns; the projection head is out of use.
-
-    With a stage's first epoch the optimiser forgets its moments: they belong to another loss.
-
-    Args:
-        epochs: what :func:`stage_epochs` gives.
-        network: the network in training.
-        loss: the loss whose stage is set.
-        optimizer: over all parameters of both.
-    """
-
-    def __init__(
-        self, epochs: Mapping[str, int], network: StagedNetwork, loss: StagedLoss, optimizer: Optimizer
-    ) -> None:
-        self.epochs, self.network, self.loss, self.optimizer = dict(epochs), network, loss, optimizer
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_STARTED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        stage, first = stage_at(self.epochs, engine.state.epoch)
-        classifier = {id(p) for p in self.network.classifier.parameters()}
-        head = {id(p) for p in self.loss.parameters()}
-        for parameter in chain(self.network.parameters(), self.loss.parameters()):
-            if stage == "contrast":
-                learns = id(parameter) not in classifier
-            elif stage == "classifier":
-                learns = id(parameter) in classifier
-            else:
-                learns = id(parameter) not in head
-            parameter.requires_grad_(learns)
-            if not learns:
-                parameter.grad = None  # a gradient of zeros would still be a step for the optimiser
-        self.network.frozen = stage == "classifier"
-        self.loss.stage = stage
-        if engine.state.epoch == first:
-            self.optimizer.state.clear()
-            engine.logger.info(f"Stage {stage}: {self.epochs.get(stage, 0)} epochs from epoch {first}.")
+        if epochs.get(name, 0) > 0 and epoch >= first:
+            stage = (name, first)
+        first += epochs.get(name, 0)
+    return stage
 
 
 def staged_schedule(
@@ -126,14 +74,14 @@ def staged_schedule(
     factors: Mapping[str, float] | None = None,
     decay: bool = True,
 ) -> LambdaLR:
-    """A learning rate that starts anew in every stage: linear warm-up from a tenth, then cosine decay to 0.
+    """A learning rate that restarts in every stage: linear warm-up from a tenth, then cosine decay to 0.
 
     Args:
         optimizer: its groups' rates are scaled.
         epochs: what :func:`stage_epochs` gives.
         steps_per_epoch: optimiser steps in an epoch.
         factors: stage -> factor of the learning rate (default 1).
-        decay: ``False`` keeps the rate after the warm-up (a tenth of the stage, 100 steps at most).
+        decay: ``False``: constant after the warm-up (a tenth of the stage, at most 100 steps).
 
     Example:
         >>> weights = [torch.nn.Parameter(torch.zeros(1))]
@@ -141,7 +89,6 @@ def staged_schedule(
         >>> schedule.get_last_lr()
         [1.0]
     """
-    scale = dict(factors or {})
 
     def rate(step: int) -> float:
         name, first = stage_at(epochs, step // steps_per_epoch + 1)
@@ -153,29 +100,48 @@ def staged_schedule(
             shape = 0.5 * (1 + math.cos(math.pi * min(1.0, (t - warmup) / max(1, length - warmup))))
         else:
             shape = 1.0
-        return float(scale.get(name, 1.0)) * shape
+        return float((factors or {}).get(name, 1.0)) * shape
 
     return LambdaLR(optimizer, rate)
 
 
-STAGES = ("contrast", "classifier", "fine_tune")
+class StagedNetwork(ContrastiveNetwork):
+    """A ``ContrastiveNetwork`` whose layers, while ``frozen``, stay in evaluation mode during training.
+
+    Norm statistics then stay as they are and normalise, and nothing is dropped out. :class:`Stages` sets ``frozen``.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.BatchNorm3d(1), torch.nn.Conv3d(1, 2, 1))
+        >>> staged = StagedNetwork(net)
+        >>> staged.frozen = True
+        >>> staged.train().training, net[0].training
+        (True, False)
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__(network)
+        self.frozen = False
+
+    def train(self, mode: bool = True) -> StagedNetwork:
+        """Training mode gives features beside logits, frozen or not."""
+        super().train(mode)
+        if mode and self.frozen:
+            self.network.eval()
+        return self
 
 
 class StagedLoss(nn.Module):
-    """The loss of the stage that training is in; has the face of ``DiceSupConLoss``.
+    """The loss of the stage that training is in; has the interface of ``DiceSupConLoss``.
 
     Args:
-        contrastive_loss: of stage ``contrast``, called as ``DiceSupConLoss`` calls it but without logits: the
-            classifier is not trained yet.
-        classifier_loss: of stage ``classifier``, called with (logits, labels): cross-entropy.
-        fine_tune_loss: of stage ``fine_tune``, called with (logits, labels): Dice and cross-entropy, say.
-        unknown: class index that stage ``contrast`` gives unlabelled voxels, so that they take part; for
-            ``positives="same_voxel"`` only. ``None``: they are left out.
+        contrastive_loss: of stage ``contrast``, called without logits, because the classifier is not trained yet.
+        classifier_loss: of stage ``classifier``, called with (logits, labels).
+        fine_tune_loss: of stage ``fine_tune``, called with (logits, labels).
+        unknown: class index that stage ``contrast`` gives unlabelled voxels; see ``with_unknown``.
 
     Attributes:
-        stage: ``contrast``, ``classifier`` or ``fine_tune``; set by :class:`Stages`.
-        terms: the last call's detached scalars: ``loss``, ``stage`` (1, 2, 3), ``contrast_weight`` (1 or 0) and
-            ``contrastive`` or ``segmentation``.
+        stage: set by :class:`Stages`.
+        terms: the last call's detached scalars; ``stage`` is 1, 2 or 3.
 
     Example:
         >>> cross_entropy, dice = (lambda logits, labels: logits.sum()), (lambda logits, labels: logits.mean())
@@ -197,63 +163,60 @@ class StagedLoss(nn.Module):
         self.stage = STAGES[0]
         self.terms: dict[str, Tensor] = {}
 
-    def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        features: Tensor,
-        *,
-        pair_ids: Tensor | None = None,
-        view_ids: Tensor | None = None,
-        scan_ids: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, features: Tensor, **ids: Tensor | None) -> Tensor:
         """The stage's loss, a scalar; arguments as for ``DiceSupConLoss``."""
         if self.stage == "contrast":
-            known = with_unknown(labels, pair_ids, self.unknown)
-            ids = {"pair_ids": pair_ids, "view_ids": view_ids, "scan_ids": scan_ids}
+            known = with_unknown(labels, ids.get("pair_ids"), self.unknown)
             loss, name = self.contrastive_loss(features, known, **ids), "contrastive"
         else:
             of_stage = self.classifier_loss if self.stage == "classifier" else self.fine_tune_loss
             loss, name = of_stage(logits, labels), "segmentation"
-
-        def number(value: float) -> Tensor:
-            return torch.full((), value, device=loss.device)
-
         self.terms = {
             "loss": loss.detach(),
-            "stage": number(STAGES.index(self.stage) + 1),
-            "contrast_weight": number(float(name == "contrastive")),
+            "stage": torch.full((), STAGES.index(self.stage) + 1.0, device=loss.device),
+            "contrast_weight": torch.full((), float(name == "contrastive"), device=loss.device),
             name: loss.detach(),
         }
         return loss
 
 
-class StagedNetwork(ContrastiveNetwork):
-    """A ``ContrastiveNetwork`` whose layers, while ``frozen``, stay in evaluation mode during training.
+class Stages:
+    """Puts network, loss and optimiser into the stage of the epoch that starts.
 
-    Norm statistics then stay as they are and are what normalises, and nothing is dropped out.
+    Everything follows from the epoch's number, so a resumed training is in the right stage by itself.
 
-    Args:
-        network: the stock network.
+    - ``contrast``: all but the classifier learns from the contrastive loss, the projection head included.
+    - ``classifier``: only the last 1x1x1 convolution learns; the rest is frozen: no gradient (so neither momentum
+      nor weight decay moves it) and evaluation mode (so norm statistics stay).
+    - ``fine_tune``: the whole network learns; the projection head is not used.
 
-    Attributes:
-        frozen: set by :class:`Stages`; not part of the state dict.
-
-    Example:
-        >>> net = torch.nn.Sequential(torch.nn.BatchNorm3d(1), torch.nn.Conv3d(1, 2, 1))
-        >>> staged = StagedNetwork(net)
-        >>> staged.frozen = True
-        >>> staged.train().training, net[0].training
-        (True, False)
+    At a stage's first epoch the optimiser forgets its moments, because they belong to another loss.
     """
 
-    def __init__(self, network: Any) -> None:
-        super().__init__(network)
-        self.frozen = False
+    def __init__(
+        self, epochs: Mapping[str, int], network: StagedNetwork, loss: StagedLoss, optimizer: Optimizer
+    ) -> None:
+        self.epochs, self.network, self.loss, self.optimizer = dict(epochs), network, loss, optimizer
 
-    def train(self, mode: bool = True) -> StagedNetwork:
-        """Training mode gives features beside logits, frozen or not."""
-        super().train(mode)
-        if mode and self.frozen:
-            self.network.eval()
-        return self
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        stage, first = stage_at(self.epochs, engine.state.epoch)
+        classifier = {id(p) for p in self.network.classifier.parameters()}
+        head = {id(p) for p in self.loss.parameters()}
+        for parameter in chain(self.network.parameters(), self.loss.parameters()):
+            in_classifier = id(parameter) in classifier
+            learns = {
+                "contrast": not in_classifier,
+                "classifier": in_classifier,
+                "fine_tune": id(parameter) not in head,
+            }[stage]
+            parameter.requires_grad_(learns)
+            if not learns:
+                parameter.grad = None  # a gradient of zeros would still be a step for the optimiser
+        self.network.frozen = stage == "classifier"
+        self.loss.stage = stage
+        if engine.state.epoch == first:
+            self.optimizer.state.clear()
+            engine.logger.info(f"Stage {stage}: {self.epochs.get(stage, 0)} epochs from epoch {first}.")

@@ -8,5 +8,6 @@ from medseg_supcon.views.policies import (
     randaugment_view,
     simclr_view,
     standard_view,
+    usual_bias_field,
 )
 from medseg_supcon.views.two_views import TwoViewsd

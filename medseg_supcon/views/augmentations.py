@@ -10,13 +10,13 @@ import monai.transforms as mt
 import numpy as np
 
 # nnU-Net's threshold: slices this many times thicker than the pixels, and slabs this many times thinner than
-# they are wide, are turned in plane only
+# they are wide, are rotated in plane only
 ANISOTROPY = 3.0
 Keys = tuple[str, str]
 
 
 def check(patch_size: Sequence[int], scale: tuple[float, float], strength: float) -> None:
-    """Raise ValueError for what no policy can mean."""
+    """Raise ValueError for arguments out of range."""
     if len(patch_size) not in (2, 3) or any(length < 1 for length in patch_size):
         raise ValueError(f"patch_size must be 2 or 3 positive voxel counts, got {tuple(patch_size)}.")
     if not 0 < scale[0] <= scale[1]:
@@ -28,10 +28,10 @@ def check(patch_size: Sequence[int], scale: tuple[float, float], strength: float
 
 
 def turning_axes(patch_size: Sequence[int], spacing: Sequence[float] | None) -> list[int]:
-    """The axes to turn a patch about; a turn about one axis carries the two others into one another.
+    """The axes to rotate a patch about; 2 is the one of 2-D.
 
-    Only the coarsest axis where voxels are anisotropic, and none whose two others differ so much in extent
-    that the patch would be turned out of itself (a thin scan has nothing there). 2 is the one of 2-D.
+    Only the coarsest axis if voxels are anisotropic, and none whose two others differ so much in extent that the
+    patch would be rotated out of itself (a thin scan has nothing there).
     """
     rank = len(patch_size)
     voxel = [1.0] * rank if spacing is None else list(spacing)
@@ -123,10 +123,10 @@ def gamma(image: str, strength: float, probability: float) -> list[Any]:
 
 
 class BiasFieldd(mt.RandomizableTransform, mt.MapTransform):  # type: ignore[misc]
-    """A smooth multiplicative field, as the coils of an MR scanner leave it; each channel's mean and deviation stay.
+    """A smooth multiplicative field, as the coils of an MR scanner cause it; each channel's mean and deviation stay.
 
-    The field multiplies intensities above the patch's lowest, as it does in a scan: a z-scored one has negative
-    values, which it would turn the wrong way. All channels of a patch see the same field.
+    The field multiplies intensities above the patch's lowest, as in a scan: z-scored intensities can be negative,
+    and would change in the wrong direction. All channels of a patch get the same field.
 
     Args:
         image: key of the image, (C, *spatial).
@@ -146,28 +146,28 @@ class BiasFieldd(mt.RandomizableTransform, mt.MapTransform):  # type: ignore[mis
     def set_random_state(
         self, seed: int | None = None, state: np.random.RandomState | None = None
     ) -> BiasFieldd:
-        """Of whether, and of the field."""
+        """Seed the decision and the field."""
         super().set_random_state(seed, state)
         self.field.set_random_state(seed, state)
         return self
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        found = dict(data)
+        case = dict(data)
         self.randomize(None)
         if not self._do_transform:
-            return found
-        for key in self.key_iterator(found):
-            before = found[key]
+            return case
+        for key in self.key_iterator(case):
+            before = case[key]
             axes = tuple(range(1, before.ndim))
             lowest = before.amin(axes, keepdim=True)
             after = self.field(before - lowest)
             spread = before.std(axes, keepdim=True) / after.std(axes, keepdim=True).clamp_min(1e-8)
-            found[key] = (after - after.mean(axes, keepdim=True)) * spread + before.mean(axes, keepdim=True)
-        return found
+            case[key] = (after - after.mean(axes, keepdim=True)) * spread + before.mean(axes, keepdim=True)
+        return case
 
 
 def shading(image: str, probability: float) -> list[Any]:
-    """A bias field in this share of the patches; nothing at 0, not even a draw."""
+    """A bias field in this share of the patches; at 0 no transform at all."""
     if not 0 <= probability <= 1:
         raise ValueError(f"bias_field is a probability, got {probability}.")
     return [BiasFieldd(image, probability)] if probability > 0 else []

@@ -1,4 +1,4 @@
-"""Cutting a box out of a scan, with what lies outside filled and the box's place in the world kept."""
+"""Cutting a box out of a scan, filled outside of it, with an affine that keeps its place; foreground voxels."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ FOREGROUND_KEY = "foreground_index"
 class ForegroundIndexd(Transform):  # type: ignore[misc]
     """Store, for each foreground class of a case, up to ``max_voxels`` of its voxels.
 
-    Deterministic: the voxels kept are drawn with a seed of their own. Put it last in preprocessing, so that
-    the search is done once for a cached case and not at every draw of a patch. :class:`TwoViewsd` reads what
-    it stores.
+    Deterministic: the voxels kept are drawn with a fixed seed. Put it last in preprocessing, so that the search is
+    done once for a cached case and not for every patch. :class:`TwoViewsd` reads what it stores.
 
     Args:
         label_key: key of the label map, (1, X, Y, Z) of class indices. A case without it gets an empty index.
@@ -27,7 +26,7 @@ class ForegroundIndexd(Transform):  # type: ignore[misc]
 
     Returns:
         (on call) the case with ``"foreground_index"``: class index -> int16 or int32 tensor (n, 3) of voxel
-        coordinates, for every class > 0 that the label map holds.
+        coordinates, for every class > 0 in the label map.
 
     Example:
         >>> label = torch.zeros(1, 4, 4, 4)
@@ -69,13 +68,13 @@ def foreground_index(label: torch.Tensor, max_voxels: int = 2000) -> dict[int, t
 
 
 def crop_box(volume: torch.Tensor, start: Sequence[int], size: Sequence[int], fill: float) -> torch.Tensor:
-    """The voxels ``start .. start + size`` of a (C, *spatial) volume, float32; ``fill`` where it has none."""
+    """The voxels ``start .. start + size`` of a (C, *spatial) volume, float32; ``fill`` outside the volume."""
     slices, padding = [slice(None)], []
     for first, length, extent in zip(start, size, volume.shape[1:], strict=True):
         low, high = max(first, 0), min(first + length, extent)
         slices.append(slice(low, max(high, low)))
         padding.append((max(low, 0) - first, first + length - max(high, low)))
-    # a copy, for a policy may write in place; and an unsigned label map could not hold a fill of -1
+    # a copy, because a policy may write in place; an unsigned label map could not hold a fill of -1
     box = volume[tuple(slices)].to(torch.float32, copy=True)
     if any(before or after for before, after in padding):
         box = pad(box, [amount for pair in reversed(padding) for amount in pair], value=fill)
@@ -98,10 +97,10 @@ def affine_of(volume: torch.Tensor) -> torch.Tensor:
 
 
 def context_margin(patch_size: Sequence[int], context: float) -> list[int]:
-    """Voxels to add on each side of a patch, so that a rotated and zoomed patch finds the scan's voxels.
+    """Voxels to add on each side of a patch, so that a rotated and zoomed patch is filled with the scan's voxels.
 
-    A patch turned by any angle stays within its half diagonal of the centre; ``context`` is the largest zoom
-    out on top of that. 0 adds nothing.
+    A rotated patch stays within its half diagonal of the centre; ``context`` is the largest zoom out on top of that.
+    0 adds nothing.
     """
     reach = context * math.sqrt(sum(length**2 for length in patch_size)) / 2
     return [max(math.ceil(reach - length / 2), 0) for length in patch_size]

@@ -1,7 +1,8 @@
 """View policies: MONAI transforms on the keys image and label that make one view of a patch.
 
-All take ``patch_size``, ``flip_axes``, ``spacing`` and ``bias_field``, so that a configuration puts one in another's
-place by its name alone; which of them have no meaning for a policy, its docstring says.
+All take ``patch_size`` (voxels per axis of the view), ``flip_axes``, ``spacing``, ``bias_field`` and ``keys`` (of the
+image and the label map), so that a config replaces one by another by its name. Some ignore ``flip_axes``, ``spacing`` or
+``bias_field``; their docstrings say so.
 """
 
 from __future__ import annotations
@@ -26,6 +27,15 @@ from medseg_supcon.views.augmentations import (
 KEYS: Keys = ("image", "label")
 
 
+def usual_bias_field(channels: Sequence[str]) -> float:
+    """The share of patches with a bias field: 0 if a channel is CT, else 0.3.
+
+    >>> usual_bias_field(["T1", "T2"]), usual_bias_field([" ct"])
+    (0.3, 0.0)
+    """
+    return 0.0 if "ct" in (name.strip().lower() for name in channels) else 0.3
+
+
 def standard_view(
     patch_size: Sequence[int],
     *,
@@ -48,23 +58,21 @@ def standard_view(
 
     Args:
         patch_size: voxels per axis of the view.
-        flip_axes: spatial axes mirrored, each with probability 0.5; not those that tell left from right.
+        flip_axes: spatial axes mirrored, each with probability 0.5; leave out those that tell left from right.
         rotation_degrees: largest angle, both ways, about each axis.
         scale: smallest and largest field of view, as a factor per axis: 1.4 shows 1.4 times as much.
         affine_probability: how often the view is rotated and zoomed at all.
         strength: 0 leaves intensities alone, 1 is nnU-Net's ranges; below 2.5.
-        spacing: mm per axis. Where one axis is at least 3 times coarser than the finest, rotation is about
-            that axis only (in plane); None means isotropic. Nor is a patch turned where two axes would change
-            places of which one is at least 3 times as long (mm), nor zoomed along an axis of one voxel.
-        elastic: how often the affine is joined by an elastic deformation (in the same resampling; its
-            displacements have a standard deviation of 0.2 to 1.2 voxels). Such a view of 40x56x40 costs some
-            150 ms, with its correspondence.
+        spacing: mm per axis; None means isotropic. If one axis is at least 3 times coarser than the finest, rotation
+            is only about that axis (in plane). A patch is not rotated if two axes would change places of which one is
+            at least 3 times as long (mm), and not zoomed along an axis of one voxel.
+        elastic: how often an elastic deformation joins the affine, in the same resampling; its displacements have a
+            standard deviation of 0.2 to 1.2 voxels. Above 0, views have no correspondence (see ``TwoViewsd``).
         low_resolution: probability of a simulated low resolution, 0.5 to 1 of the voxels per axis.
-        bias_field: probability of a smooth multiplicative field, as the coils of an MR scanner leave it.
-        keys: of the image and the label map.
+        bias_field: probability of a smooth multiplicative field, as the coils of an MR scanner cause it.
 
     Returns:
-        A Compose that takes a box at least as large as the patch and gives the patch at its centre.
+        A Compose that takes a box at least as large as the patch and returns the patch at its centre.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -99,13 +107,7 @@ def identity_view(
     bias_field: float = 0.0,
     keys: Keys = KEYS,
 ) -> mt.Compose:
-    """The patch as it is: the experiments without augmentation.
-
-    Args:
-        patch_size: voxels per axis.
-        flip_axes, spacing, bias_field: not used: nothing is mirrored, turned or shaded.
-        keys: of the image and the label map.
-    """
+    """The patch as it is, without augmentation; ``flip_axes``, ``spacing`` and ``bias_field`` are ignored."""
     return mt.Compose([mt.CenterSpatialCropd(keys, roi_size=tuple(patch_size))])
 
 
@@ -120,15 +122,12 @@ def crop_resize_view(
 ) -> mt.Compose:
     """A random part of the patch, resized to the patch: the source article's first view (after SimCLR).
 
-    The part's extent is drawn per axis; its centre moves by as much as keeps the smallest part in the patch.
-    Cut and resize are one resampling.
+    The part's extent is drawn per axis; its centre moves so far that the smallest part stays in the patch.
+    Cut and resize are one resampling. ``spacing`` and ``bias_field`` are ignored.
 
     Args:
-        patch_size: voxels per axis of the view.
         scale: smallest and largest extent of the part, as a fraction of the patch, per axis.
         flip_axes: spatial axes mirrored, each with probability 0.5.
-        spacing, bias_field: not used: nothing is turned or shaded.
-        keys: of the image and the label map.
 
     Source:
         Chen et al. 2020, SimCLR, appendix A (random crop and resize).
@@ -158,11 +157,10 @@ def simclr_view(
 ) -> mt.Compose:
     """Strong intensity changes and no geometry: SimCLR's colour jitter and blur, for scans.
 
+    ``flip_axes``, ``spacing`` and ``bias_field`` are ignored; bias fields are among the changes.
+
     Args:
-        patch_size: voxels per axis of the view.
         strength: 0 leaves intensities alone; below 1.25.
-        flip_axes, spacing, bias_field: not used: nothing is mirrored or turned, and bias fields are among the operations.
-        keys: of the image and the label map.
 
     Source:
         Chen et al. 2020, SimCLR: jitter with probability 0.8 and strength 0.8, blur with probability 0.5.
@@ -190,12 +188,11 @@ def randaugment_view(
 ) -> mt.Compose:
     """``num_ops`` intensity operations, drawn anew for each view out of nine: RandAugment for scans.
 
+    ``flip_axes``, ``spacing`` and ``bias_field`` are ignored; bias fields are among the operations.
+
     Args:
-        patch_size: voxels per axis of the view.
         num_ops: operations per view, 1 to 9.
         magnitude: 0 (nothing) to 1 (strongest), shared by all operations, as in the article.
-        flip_axes, spacing, bias_field: not used: nothing is mirrored or turned, and bias fields are among the operations.
-        keys: of the image and the label map.
 
     Raises:
         ValueError: ``num_ops`` or ``magnitude`` is out of range.
@@ -204,7 +201,7 @@ def randaugment_view(
         Cubuk et al. 2020, RandAugment, with its colour operations replaced by those of MR and CT.
     """
     if not 0 <= magnitude <= 1:
-        raise ValueError(f"magnitude must lie in 0..1, got {magnitude}.")
+        raise ValueError(f"magnitude must be between 0 and 1, got {magnitude}.")
     image, m = keys[0], magnitude
     sigma = (0.0, 0.1 + 1.4 * m)
     pool: list[Any] = [
@@ -219,6 +216,6 @@ def randaugment_view(
         mt.RandSimulateLowResolutiond(image, prob=1.0, zoom_range=(1 - 0.6 * m, 1.0), downsample_mode="area"),
     ]
     if not 1 <= num_ops <= len(pool):
-        raise ValueError(f"num_ops must lie in 1..{len(pool)}, got {num_ops}.")
+        raise ValueError(f"num_ops must be from 1 to {len(pool)}, got {num_ops}.")
     chosen = mt.SomeOf(pool, num_transforms=num_ops)
     return mt.Compose([*identity_view(patch_size, keys=keys).transforms, chosen])

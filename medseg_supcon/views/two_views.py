@@ -1,9 +1,9 @@
-"""Two views of one patch of a scan, and their correspondence."""
+"""Two differently augmented views of one patch of a scan, and which voxel of one is which voxel of the other."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +12,7 @@ from monai.transforms import Randomizable, ResizeWithPadOrCropd, Transform
 
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.losses import IGNORE_INDEX
-from medseg_supcon.views.correspondence import (
-    ViewGeometry,
-    geometry_only,
-    has_untracked,
-    pair_ids,
-    voxel_grid,
-    within,
-)
+from medseg_supcon.views.correspondence import has_untracked, pair_ids, voxel_grid, within
 from medseg_supcon.views.patch import (
     FOREGROUND_KEY,
     affine_of,
@@ -29,8 +22,7 @@ from medseg_supcon.views.patch import (
     shifted_affine,
 )
 
-_MAX_SEED = 2**32 - 1
-Correspondence = Literal["affine", "coordinates"]
+MAX_SEED = 2**32 - 1
 
 
 class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
@@ -39,30 +31,28 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
     A patch centre is drawn (with probability ``foreground`` at a voxel of a foreground class, the class drawn
     first so that rare ones are seen; otherwise anywhere), then each view is made by its policy from a box
     around it. Voxels outside the scan are 0 in the image, as in MONAI's sliding window, so that the network
-    meets the same border in training and inference; their label is -1.
+    sees the same border in training and inference; their label is -1.
 
     Inside a policy, label values are the class index plus 1: 0, with which MONAI's transforms fill, then
     means "outside the scan", and becomes -1 in the result.
 
     Args:
         patch_size: voxels per axis of a view.
-        view_1: policy of the first view, any MONAI transform (Compose) of dictionaries on both keys. Its
-            result is cropped or padded about its centre to ``patch_size`` where it has another size.
-        view_2: policy of the second view; ``None``: as ``view_1``, with draws of its own.
+        view_1: policy of the first view, any MONAI transform (Compose) of dictionaries on both keys. A result
+            of another size is cropped or padded about its centre to ``patch_size``.
+        view_2: policy of the second view; ``None``: as ``view_1``, with its own draws.
         foreground: probability that the patch is drawn around a foreground voxel, 0 to 1.
-        jitter: how far the views' centres may lie from the patch centre, as a fraction of the patch per axis.
+        jitter: how far the views' centres may be from the patch centre, as a fraction of the patch per axis.
         context: how far around the patch a policy sees the scan, in half diagonals of the patch: 1.45 covers
             any rotation together with the widest zoom of ``standard_view``. 0 gives a policy the bare patch.
-        correspondence: ``"affine"`` takes the views' affines, ``"coordinates"`` carries every voxel's place
-            through the policy's spatial transforms; ``None`` chooses: coordinates for a policy that holds a
-            transform which MONAI does not track (elastic, grid distortion), the affine otherwise.
         image_key, label_key: keys of the case. A case without label counts as unlabelled: all -1.
 
     Returns:
         (on call) a dict of plain tensors: ``"image"`` float32 (2, C, *patch); ``"label"`` int64
         (2, 1, *patch) of class indices, -1 unlabelled or outside; ``"pair_ids"`` int64 (2, 1, *patch): in
         view 1 a voxel's linear index, in view 2 the index of the view-1 voxel with the nearest centre, -1
-        outside the scan or (view 2) outside view 1; ``"name"`` where the case has one.
+        outside the scan or (view 2) outside view 1; ``"name"`` if the case has one. Without ``"pair_ids"`` if a
+        policy holds a transform that moves voxels and does not record it in the affine (elastic deformation).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -85,7 +75,6 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
         foreground: float = 0.5,
         jitter: float = 0.1,
         context: float = 1.45,
-        correspondence: Correspondence | None = None,
         image_key: str = "image",
         label_key: str = "label",
     ) -> None:
@@ -94,51 +83,43 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
         if not 0 <= foreground <= 1:
             raise ValueError(f"foreground is a probability, 0 to 1, got {foreground}.")
         if not 0 <= jitter <= 0.5 or context < 0:
-            raise ValueError(f"jitter must lie in 0..0.5 and context be >= 0, got {jitter} and {context}.")
-        if correspondence not in (None, "affine", "coordinates"):
-            raise ValueError(f"correspondence is 'affine', 'coordinates' or None, got {correspondence!r}.")
+            raise ValueError(
+                f"jitter must be between 0 and 0.5 and context at least 0, got {jitter} and {context}."
+            )
         self.patch_size = tuple(int(length) for length in patch_size)
         self.foreground, self.jitter = foreground, jitter
         self.margin = context_margin(self.patch_size, context)
         self.image_key, self.label_key = image_key, label_key
         self.policies = (view_1, view_1 if view_2 is None else view_2)
-        # a policy that bends space is run a second time on coordinates, by a copy that draws the same
-        self._shadows = tuple(
-            geometry_only(policy, label_key)
-            if correspondence == "coordinates"
-            or (correspondence is None and has_untracked(policy, label_key))
-            else None
-            for policy in self.policies
-        )
-        self._fit = ResizeWithPadOrCropd((image_key, label_key), spatial_size=self.patch_size)
+        self.paired = not any(has_untracked(policy, label_key) for policy in self.policies)
+        self._to_patch = ResizeWithPadOrCropd((image_key, label_key), spatial_size=self.patch_size)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[str, Any]:
         image = torch.as_tensor(data[self.image_key])
-        affine = affine_of(image)
+        affine, shape = affine_of(image), image.shape[1:]
         image = image.as_subclass(torch.Tensor)
         label = self._label(data, image)
-        centre = self._draw_centre(data, image.shape[1:])
-        views, geometries = [], []
-        for policy, shadow in zip(self.policies, self._shadows, strict=True):
-            start, size = self._draw_box(centre, image.shape[1:])
-            box = self._box(image, label, affine, start, size)
-            seed = int(self.R.randint(_MAX_SEED, dtype="uint32"))
-            view = self._run(policy, seed, box)
-            geometries.append(self._geometry(view, shadow, seed, box, affine, start, size, image.shape[1:]))
+        centre = self._draw_centre(data, shape)
+        views, to_scan, inside = [], [], []
+        for policy in self.policies:
+            start, size = self._draw_box(centre, shape)
+            view = self._run(policy, self._box(image, label, affine, start, size))
             views.append(view)
-        ids = pair_ids(*geometries)
+            if self.paired:
+                to_scan.append(torch.linalg.inv(affine) @ affine_of(view[self.image_key]))
+                low = [max(first, 0) for first in start]
+                high = [
+                    min(first + n, extent) - 1 for first, n, extent in zip(start, size, shape, strict=True)
+                ]
+                inside.append(within(voxel_grid(self.patch_size, to_scan[-1]), low, high))
         result = {
             "image": torch.stack([_plain(view[self.image_key]).float() for view in views]),
-            "label": torch.stack(
-                [
-                    (_plain(view[self.label_key]).round().long() - 1).masked_fill(
-                        ~geometry.inside, IGNORE_INDEX
-                    )
-                    for view, geometry in zip(views, geometries, strict=True)
-                ]
-            ),
-            "pair_ids": torch.stack(ids)[:, None],
+            # from class index plus 1 back to class index and, for 0, -1
+            "label": torch.stack([_plain(view[self.label_key]).round().long() - 1 for view in views]),
         }
+        if self.paired:
+            result["label"].masked_fill_(~torch.stack(inside)[:, None], IGNORE_INDEX)
+            result["pair_ids"] = pair_ids(to_scan, inside)[:, None]
         return {**result, "name": data["name"]} if "name" in data else result
 
     def _label(self, data: Mapping[Hashable, Any], image: torch.Tensor) -> torch.Tensor:
@@ -166,7 +147,7 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
         start, size = [], []
         for middle, extent, length, margin in zip(centre, shape, self.patch_size, self.margin, strict=True):
             first = int(middle) - length // 2
-            # the patch stays in the scan where it fits, and else the scan in the patch
+            # the patch stays in the scan if it fits, otherwise the scan in the patch
             low, high = min(0, extent - length), max(0, extent - length)
             first = min(max(first, low), high)
             reach = int(self.jitter * length)
@@ -191,13 +172,14 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
             self.label_key: MetaTensor(crop_box(label, start, size, IGNORE_INDEX) + 1, affine=place.clone()),
         }
 
-    def _run(self, policy: Any, seed: int, box: Mapping[str, MetaTensor]) -> dict[str, MetaTensor]:
+    def _run(self, policy: Any, box: dict[str, MetaTensor]) -> dict[str, MetaTensor]:
+        seed = int(self.R.randint(MAX_SEED, dtype="uint32"))
         if isinstance(policy, Randomizable):
             policy.set_random_state(seed)
-        view = policy(dict(box))
+        view = policy(box)
         image, label = view[self.image_key], view[self.label_key]
         if tuple(image.shape[1:]) != self.patch_size or tuple(label.shape[1:]) != self.patch_size:
-            view = self._fit({self.image_key: image, self.label_key: label})
+            view = self._to_patch({self.image_key: image, self.label_key: label})
             image, label = view[self.image_key], view[self.label_key]
         same = isinstance(image, MetaTensor) and isinstance(label, MetaTensor)
         if not same or not torch.allclose(image.affine, label.affine.to(image.affine), atol=1e-4):
@@ -207,49 +189,6 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
                 "keep the MetaTensors."
             )
         return {self.image_key: image, self.label_key: label}
-
-    def _geometry(
-        self,
-        view: Mapping[str, MetaTensor],
-        shadow: Any,
-        seed: int,
-        box: Mapping[str, MetaTensor],
-        affine: torch.Tensor,
-        start: Sequence[int],
-        size: Sequence[int],
-        shape: Sequence[int],
-    ) -> ViewGeometry:
-        to_scan = torch.linalg.inv(affine) @ affine_of(view[self.image_key])
-        rank = len(shape)
-        if shadow is None:
-            positions = voxel_grid(self.patch_size, to_scan)
-        else:
-            positions = self._carried(shadow, seed, box, start, size)
-        low = [max(first, 0) for first in start]
-        high = [min(first + n, extent) - 1 for first, n, extent in zip(start, size, shape, strict=True)]
-        inside = within(positions, low, high)
-        return ViewGeometry(to_scan[: rank + 1, : rank + 1], None if shadow is None else positions, inside)
-
-    def _carried(
-        self,
-        shadow: Any,
-        seed: int,
-        box: Mapping[str, MetaTensor],
-        start: Sequence[int],
-        size: Sequence[int],
-    ) -> torch.Tensor:
-        """Scan coordinates of a view's voxels, (3, *patch): the box's own, sent through the policy."""
-        rank = len(size)
-        offset = torch.eye(rank + 1, dtype=torch.float64)
-        offset[:rank, rank] = torch.tensor(start, dtype=torch.float64)
-        # the last channel is 1 in the box: where it comes out lower, padding was mixed in
-        volume = torch.cat([voxel_grid(size, offset), torch.ones(1, *size, dtype=torch.float64)]).float()
-        label = box[self.label_key]
-        view = self._run(
-            shadow, seed, {self.image_key: MetaTensor(volume, affine=label.affine), self.label_key: label}
-        )
-        carried = _plain(view[self.image_key]).double()
-        return carried[:rank].masked_fill(carried[rank:] < 0.999, torch.nan)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

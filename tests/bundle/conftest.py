@@ -10,11 +10,21 @@ from typing import Any
 
 import pytest
 
+from medseg_supcon.bundle import write_network
+from medseg_supcon.networks import chain
+
 TEMPLATE = Path(__file__).parents[2] / "bundles" / "segmentation"
 
-SEQUENTIAL = (
-    "$torch.nn.Sequential(monai.networks.nets.UNet(spatial_dims=3, in_channels=1, out_channels=4, "
-    "channels=(4, 8), strides=(2,)), torch.nn.Conv3d(4, 3, 1))"
+NETWORK = chain(
+    {
+        "_target_": "monai.networks.nets.UNet",
+        "spatial_dims": 3,
+        "in_channels": 1,
+        "out_channels": 4,
+        "channels": [4, 8],
+        "strides": [2],
+    },
+    {"_target_": "torch.nn.Conv3d", "in_channels": 4, "out_channels": 3, "kernel_size": 1},
 )
 PLAN: dict[str, Any] = {
     "name": "toy",
@@ -31,7 +41,7 @@ PLAN: dict[str, Any] = {
     "epochs": 1,
     "class_frequencies": [0.8, 0.1, 0.1],
     "class_weights": [0.4, 1.3, 1.3],
-    "network_def": SEQUENTIAL,
+    "network_def": NETWORK,
     "inference": {"overlap": 0.5, "sw_batch_size": 2},
     "keep_largest": [],
     "expected": {},
@@ -53,6 +63,7 @@ def planned_run(tmp_path: Path) -> Callable[..., Path]:
         run = tmp_path / "planned"
         shutil.copytree(TEMPLATE, run, ignore=shutil.ignore_patterns("*.j2"), dirs_exist_ok=True)
         (run / "configs" / "plan.json").write_text(json.dumps({**PLAN, **changes}))
+        write_network(run)
         return run
 
     return make

@@ -1,4 +1,4 @@
-"""Bias fields belong to MR: which patches the default views give one."""
+"""Bias fields are for MR only: which patches get one in the default views."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_teachers_view_has_none() -> None:
 def share(channels: list[str], view: str, overlay: dict[str, object] | None = None) -> float:
     plan = {"channels": channels, "patch_size": [8, 8, 8], "flip_axes": [0], "spacing": [1, 1, 1]}
     parser = ConfigParser(
-        {"plan": plan, **{key: TEMPLATE[key] for key in ("bias_field", "view_1", "view_2")}},
+        {"plan": plan, **{key: TEMPLATE[key] for key in ("imports", "bias_field", "view_1", "view_2")}},
     )
     for key, value in (overlay or {}).items():
         if key.startswith("view_"):

@@ -1,4 +1,4 @@
-"""metadata.json, model card, JSON twins: written from the run, true of the run."""
+"""metadata.json, model card and JSON twins are written from the run and agree with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The template as it lies in the checkout is a bundle itself: the phantoms' plan, no cases, no weights."""
+"""The template in the checkout is itself a bundle: the phantoms' plan, no cases, no weights."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def test_onnx_export_of_monai(trained_run: Path, elsewhere: Path) -> None:
 
 
 class Pads(nn.Module):
-    """Takes any size when it runs, but a trace keeps the size that it saw."""
+    """Accepts any size when it runs, but a trace keeps the size that it was traced with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ def test_a_plan_survives_inlining(name: str) -> None:
 
 @pytest.mark.parametrize("config", ["train", "evaluate", "inference"])
 def test_options_as_a_shell_gives_them(trained_run: Path, elsewhere: Path, config: str) -> None:
-    """``--bundle_root 7 --device cpu``: Fire makes an int of the one, and the other is no ``torch.device``."""
+    """``--bundle_root 7 --device cpu``: Fire turns the first into an int, and the second is not a ``torch.device``."""
     shutil.copytree(trained_run, elsewhere / "7")
     kind, key = ("train", "train::trainer") if config == "train" else ("infer", "evaluator")
     file = f"7/configs/{config}.yaml"

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:executing the bundle config:User
 
 
 def test_two_federated_clients(trained_run: Path, tmp_path: Path, elsewhere: Path) -> None:
-    """Two rounds of averaging, on clients that have different cases; weights go by the stock network's names."""
+    """Two rounds of averaging on clients with different cases; weights have the stock network's names."""
     from monai.fl.client import MonaiAlgo
     from monai.fl.utils.constants import ExtraItems, FlStatistics, ModelType
     from monai.fl.utils.exchange_object import ExchangeObject

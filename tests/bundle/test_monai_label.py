@@ -38,7 +38,7 @@ class LabelApp:
         self.shown = self.parser.get_parsed_content("displayable_configs", instantiate=True)
 
     def change(self, **options: Any) -> None:
-        """What a person sets in the viewer; every option comes with every request."""
+        """What the user sets in the viewer; every request carries every option."""
         self.parser["displayable_configs"].update({**self.shown, **options})
         self.parser.parse()
 
@@ -106,6 +106,7 @@ def test_monai_label_trains_it(run_copy: Path, phantoms: Path, elsewhere: Path) 
         quiet=True,
         **{
             "bundle_root": str(run_copy),
+            "overwrite": True,  # a person sets it in the config, as docs/workstation.md says
             "train#trainer#max_epochs": 1,
             "train#dataset#data": items[:2],
             "validate#dataset#data": items[2:],

@@ -1,4 +1,4 @@
-"""What MONAI's model zoo checks before it takes a bundle, as a list of our own: on a run, from another directory."""
+"""Our own list of what MONAI's model zoo checks before it accepts a bundle, on a run, from another directory."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_the_weights_are_the_networks_and_become_torchscript(bundle: Path, elsew
 
 
 def test_no_config_names_a_place_of_its_own(bundle: Path, trained_run: Path) -> None:
-    """The data's folder alone is a path; ``dataset_dir`` says where it was, and can be given anew."""
+    """Only the data folder is a path; ``dataset_dir`` says where it was, and can be set again."""
     for name in ("inference", "train", "evaluate", "multi_gpu_train", "multi_gpu_evaluate", "metadata"):
         config = json.loads((bundle / "configs" / f"{name}.json").read_text())
         config.pop("dataset_dir", None)

@@ -1,4 +1,4 @@
-"""A small comparison on phantoms: equal budgets, resuming, and figures that can be had again from its tables."""
+"""A small comparison on phantoms: equal budgets, resuming, and scores that can be recomputed from its tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from time import sleep
 
 import pytest
 import torch
-from scipy import stats
 from tiny_run import TINY
 
 from medseg_supcon.cli import commands as cli
@@ -28,8 +27,8 @@ from medseg_supcon.comparison import jobs as _compare
 from medseg_supcon.comparison import jobs as _workers
 from medseg_supcon.comparison import runs as _runs
 from medseg_supcon.datasets import read_dataset
-from medseg_supcon.errors import RunError
-from medseg_supcon.files import alone
+from medseg_supcon.errors import MedsegError, RunError
+from medseg_supcon.files import folder_lock
 from medseg_supcon.training import checkpoint as _checkpoint
 from medseg_supcon.training import is_finished
 
@@ -38,7 +37,7 @@ NOISE_ONLY = {"noise": _corruptions.CORRUPTIONS["noise"]}
 
 
 def quiet(_):
-    """Say nothing."""
+    """Print nothing."""
 
 
 def again(design, out, **more):
@@ -105,7 +104,7 @@ def test_the_tables_follow_from_the_results(compared):
     d = [mean("joint", case) - mean("dice_ce", case) for case in cases]
     row = next(r for r in table(out / "differences.csv") if r["class"] == "mean")
     assert float(row["difference"]) == pytest.approx(math.fsum(d) / len(d), abs=1e-12)
-    assert float(row["p"]) == pytest.approx(stats.wilcoxon(d).pvalue if any(d) else 1.0)
+    assert row["p"] == "", "one seed: a p over scans says nothing about another training"
     assert min(d) - 1e-12 <= float(row["low"]) <= float(row["high"]) <= max(d) + 1e-12
 
 
@@ -132,12 +131,12 @@ def test_the_report_stands_alone(compared):
     for word in ("dice_ce", "joint", "95 %", "GiB", "noise", *found["about"]["test"]):
         assert word in html, word
     text = (out / "summary.md").read_text()
-    assert found["answers"][0] in text and "| joint | 2 | mean |" in text
+    assert found["answers"][0] in text and "| 2 | joint | mean |" in text
     for name in ("label_efficiency", "differences", "learning", "robustness"):
         assert (out / "pictures" / f"{name}.png").stat().st_size > 5000
 
 
-def test_robustness_is_measured_on_worse_scans(compared):
+def test_robustness_is_measured_on_degraded_scans(compared):
     out, found = compared
     assert {row["condition"] for row in found["robustness"]} == {"clean", "noise"}
     clean = [row["dice"] for row in table(out / "results.csv")]
@@ -177,7 +176,7 @@ def test_a_recipe_against_itself(phantoms, copied):
     design = design_comparison(read_dataset(phantoms), ["joint", "joint"], [0], [2])
     found = again(design, copied)
     for row in found["differences"]:
-        assert (row["difference"], row["low"], row["high"], row["p"]) == (0, 0, 0, 1)
+        assert (row["difference"], row["low"], row["high"], row["p"]) == (0, 0, 0, None)
     assert "give the same" in found["answers"][0]
 
 
@@ -186,22 +185,6 @@ def test_other_settings_are_refused(design, copied):
         again(design, copied, settings=[*TINY, ("learning_rate", 0.1)])
     with pytest.raises(RunError, match="2 epochs, not 3"):
         again(design, copied, epochs=3)
-
-
-def test_no_new_runs_beside_those_of_an_earlier_version(phantoms, design, copied):
-    """Its defaults may be others: runs without bias fields in their views are no match for runs with them."""
-    for config in copied.glob("runs/*/configs/train.yaml"):
-        whole = config.read_text()
-        config.write_text(re.sub(r"^bias_field: .*\n|^ +bias_field: .*\n", "", whole, flags=re.MULTILINE))
-        assert config.read_text() != whole
-    before = sorted(copied.glob("runs/*"))
-    more = design_comparison(read_dataset(phantoms), ["dice_ce", "joint"], [0, 1], [2])
-    with pytest.raises(
-        RunError, match=r"earlier version of medseg: its train\.yaml has no bias_field\. .* --out"
-    ):
-        again(more, copied)
-    assert sorted(copied.glob("runs/*")) == before
-    assert again(design, copied)["answers"], "a comparison that has all its runs can be had again"
 
 
 def test_other_cases_are_refused_with_the_options_that_choose_them(design, copied):
@@ -233,7 +216,8 @@ def test_a_strange_folder_is_refused(design, tmp_path):
 
 
 def test_one_comparison_at_a_time(design, tmp_path):
-    with alone(tmp_path), pytest.raises(RunError, match="Another medseg compare is at work"):
+    (tmp_path / "comparison.json").write_text("{}\n")
+    with folder_lock(tmp_path), pytest.raises(RunError, match="Another medseg compare is at work"):
         again(design, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["comparison.json"]
 
@@ -286,7 +270,7 @@ def test_killed_side_by_side_and_resumed(compared, phantoms, design, copied):
             sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert "2 runs to do on cpu, 2 at once." in log.read_text()
+    assert "2 runs to do on cpu, 2 at the same time." in log.read_text()
     assert any(path.exists() for path in checkpoints), log.read_text()
     assert not all(is_finished(copied / "runs" / cell) for cell in (FIRST, SECOND))
     found = again(design, copied)
@@ -356,3 +340,68 @@ def test_a_failure_is_a_sentence(design, copied, monkeypatch):
     )
     with pytest.raises(RunError, match=f"1 of 2 runs failed; {SECOND}: no memory"):
         again(design, copied, processes=True)
+
+
+JSON_DAMAGE = (b"", b"{", b"[]", b'{"rows": NaN}', b"\xff\xfe", b"[" * 100_000)
+
+
+def damage(path, content):
+    path.write_bytes(content)
+    later = path.stat().st_mtime + 5  # newer than the model, as written by this run
+    os.utime(path, (later, later))
+
+
+@pytest.mark.parametrize("content", JSON_DAMAGE, ids=range(len(JSON_DAMAGE)))
+@pytest.mark.parametrize(
+    "name",
+    ["plans/labels2.json", "jobs/plans/labels2.json", f"jobs/{SECOND}.json"],
+    ids=["plan", "its job", "job"],
+)
+def test_a_damaged_record_is_a_sentence(design, compared, copied, name, content):
+    damage(copied / name, content)
+    with pytest.raises(MedsegError, match=re.escape(str(copied / name))):
+        again(design, copied)
+
+
+@pytest.mark.parametrize("content", [*JSON_DAMAGE, None], ids=range(len(JSON_DAMAGE) + 1))
+def test_damaged_scores_and_costs_do_not_stop_a_comparison(design, compared, copied, content):
+    """Scores are computed again; a cost that is lost is not shown."""
+    metrics = copied / "tests" / SECOND / "clean" / "metrics.json"
+    if content is None:  # whole JSON, one class missing
+        report = json.loads(metrics.read_text())
+        report["rows"].pop()
+        content = json.dumps(report).encode()
+    for path in (metrics, copied / "tests" / SECOND / "cost.json", copied / "comparison.json"):
+        damage(path, content)
+    report = again(design, copied)
+    assert report["differences"] == compared[1]["differences"]
+    assert [run["memory_gib"] is None for run in report["runs"]] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("logs/history.csv", b""),
+        ("logs/history.csv", b"epoch,loss\n1,0.5\n"),
+        ("logs/history.csv", b"epoch,step,seconds\n1,3,many\n"),
+        ("logs/history.csv", b"epoch,step,seconds\n1,3,1,\xff\n"),
+        ("models/checkpoint.pt", {"epoch": 1}),
+        ("models/checkpoint.pt", [1]),
+        ("models/checkpoint.pt", b""),
+        ("models/checkpoint.pt", None),
+        ("models/model.pt", None),
+        ("models/model.pt", b"not weights"),
+    ],
+)
+def test_a_damaged_run_is_a_sentence(design, copied, name, content):
+    path = copied / "runs" / SECOND / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is None:
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        torch.save(content, path)
+    if name == "models/model.pt":
+        shutil.rmtree(copied / "tests" / SECOND)
+    with pytest.raises(MedsegError, match=re.escape(name.rpartition("/")[2])):
+        again(design, copied)

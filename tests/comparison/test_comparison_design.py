@@ -1,4 +1,4 @@
-"""Who trains, validates and tests in a comparison."""
+"""Which cases train, validate and test in a comparison."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_recipe_may_stand_twice_and_is_trained_once(tmp_path):
     design = design_comparison(dataset(), ("joint", "joint"), [0], [4])
     assert design.recipes == ("joint", "joint") and len(design.cells) == 1
     (tmp_path / "joint.yaml").write_text("contrast_weight: 0.7\n")
-    with pytest.raises(ConfigError, match="different recipes of one name"):
+    with pytest.raises(ConfigError, match="different recipes with the same name"):
         design_comparison(dataset(), ("joint", str(tmp_path / "joint.yaml")), [0], [4])
 
 
@@ -107,7 +107,12 @@ def test_a_recipe_may_stand_twice_and_is_trained_once(tmp_path):
         ({"recipes": ("joint", "jiont")}, ConfigError, "Did you mean joint"),
         ({"recipes": (("a/b", "joint"), "joint")}, ConfigError, "'a/b' cannot be part of a folder's name"),
         ({"seeds": []}, ConfigError, "--seeds"),
-        ({"labels": [99]}, DataError, "--labels 99: beside the 3 cases to test on, .* has 9 labelled ones"),
+        ({"seeds": [0, 1, 0]}, ConfigError, "--seeds: 0 is given twice"),
+        ({"labels": [5, 5]}, ConfigError, "--labels: 5 is given twice"),
+        ({"labels": [None, None]}, ConfigError, "--labels: all is given twice"),
+        ({"labels": [0]}, DataError, "a budget of 0 labelled cases is too small"),
+        ({"recipes": ("dice_ce", "joint", "joint")}, ConfigError, "--recipes: joint is given twice"),
+        ({"labels": [99]}, DataError, "--labels 99: in addition to 3 test cases, .* has 9 labelled cases"),
         ({"test_cases": ["nobody"]}, DataError, "nobody"),
         ({"test_cases": ["u0"]}, DataError, "no label map"),
         ({"test_cases": ["c00"], "cases": ["c00", "c01"]}, DataError, "cannot train and test"),
@@ -124,8 +129,8 @@ def test_what_is_not_equal_is_said():
     own = {"wide": {"network_def": "$torch.nn.Conv3d(1, 2, 1)", "plan::batch_size": 4}}
     design = design_comparison(dataset(), ("joint", ("wide", "joint")), [0, 1], [4], own=own)
     assert unequal_recipes(design) == [
-        "wide sets batch_size of its own: its budget is not the baseline's.",
-        "wide has a network of its own.",
+        "wide sets its own batch_size: its budget is not the baseline's.",
+        "wide has its own network.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""A grid of settings as one file: read, trained on phantoms, and its table had again from results.csv."""
+"""A grid of settings as one file: read, trained on phantoms, and its table recomputed from results.csv."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import sys
+import time
 
 import pytest
 import yaml
@@ -50,6 +51,10 @@ def write(folder, content):
     return path
 
 
+def own(said):
+    return {name: recipe.model_extra for name, recipe in said.recipes.items()}
+
+
 def run(design, said, out):
     return compare(
         design, out, epochs=said.epochs, settings=TINY, device="cpu", robustness=False,
@@ -63,8 +68,8 @@ def grid(phantoms, tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid")
     said = read_comparison(write(folder, GRID))
     design = design_comparison(
-        read_dataset(phantoms), said.recipes, [0], said.labels, test_cases=TESTED, own=said.own,
-        variants=make_variants(said.variants),
+        read_dataset(phantoms), said.named_recipes, [0], said.labels, test_cases=TESTED, own=own(said),
+        axes=said.variants,
     )  # fmt: skip
     return design, said, folder / "out", run(design, said, folder / "out")
 
@@ -133,7 +138,7 @@ def test_levels_and_answers(grid):
     assert len(found["answers"]) == 2 and "in 0 of 2 variants" in found["answers"][0]
     best = max((r for r in rows if r["recipe"] == "staged"), key=lambda r: float(r["validation_dice"]))
     assert f"staged ({best['optimiser']}) scores {float(best['test_dice']):.4f}" in found["answers"][1]
-    assert any("batch_size of its own" in text for text in found["caveats"])
+    assert any("sets its own batch_size" in text for text in found["caveats"])
 
 
 def test_the_report_stands_alone(grid):
@@ -145,8 +150,8 @@ def test_the_report_stands_alone(grid):
         "SGD",
         "Adam",
         "contrastive loss",
-        "training Dice",
-        "validation Dice",
+        "train",
+        "valid.",
         "Differences from plain",
     ):
         assert word in html, word
@@ -159,8 +164,8 @@ def test_a_level_more_adds_to_what_is_there(grid, phantoms, tmp_path):
     weights = {p: p.stat().st_mtime_ns for p in copy.glob("runs/*/models/model.pt")}
     axes = {"optimiser": {**said.variants["optimiser"], "none": {}}}
     more = design_comparison(
-        read_dataset(phantoms), said.recipes, [0], said.labels, test_cases=TESTED, own=said.own,
-        variants=make_variants(axes),
+        read_dataset(phantoms), said.named_recipes, [0], said.labels, test_cases=TESTED, own=own(said),
+        axes=axes,
     )  # fmt: skip
     plans = _runs.make_plans(
         more, copy, settings=TINY, epochs=2, device="cpu", trust_scan_affine=False, say=lambda _: None
@@ -171,8 +176,8 @@ def test_a_level_more_adds_to_what_is_there(grid, phantoms, tmp_path):
     assert all(is_planned(copy / "runs" / name) for name in done)
     other = {"optimiser": {"SGD": {"learning_rate": 0.5}}}
     changed = design_comparison(
-        read_dataset(phantoms), said.recipes, [0], said.labels, test_cases=TESTED, own=said.own,
-        variants=make_variants(other),
+        read_dataset(phantoms), said.named_recipes, [0], said.labels, test_cases=TESTED, own=own(said),
+        axes=other,
     )  # fmt: skip
     with pytest.raises(RunError, match="own settings"):
         run(changed, said, copy)
@@ -181,8 +186,7 @@ def test_a_level_more_adds_to_what_is_there(grid, phantoms, tmp_path):
 
 def test_the_article_s_grid(phantoms, trained_run):
     said = read_comparison("article")
-    variants = make_variants(said.variants)
-    design = design_comparison(read_dataset(phantoms), said.recipes, own=said.own, variants=variants)
+    design = design_comparison(read_dataset(phantoms), said.named_recipes, own=own(said), axes=said.variants)
     assert len(design.cells) == len({cell.name for cell in design.cells}) == 36
     assert [list(levels) for levels in said.variants.values()] == [
         ["SGD", "RMSprop", "Adam"], ["fixed", "decayed"], ["with", "without"],
@@ -190,7 +194,7 @@ def test_the_article_s_grid(phantoms, trained_run):
     for cell in [*design.cells[:4], *design.cells[-6:]]:
         tree = load_commented(trained_run / "configs" / "train.yaml")
         merge(tree, read_recipe(design.files[cell.recipe]), "train.yaml")
-        for key, value in [*said.own[cell.recipe].items(), *cell.variant.settings]:
+        for key, value in [*own(said)[cell.recipe].items(), *cell.variant.settings]:
             assert not is_of_plan(key)  # equal budgets
             set_key(tree, key, value, "train.yaml")
         parser = ConfigParser()
@@ -258,8 +262,8 @@ def test_the_command_line_s_options_go_before_the_file_s(phantoms, tmp_path, mon
 def test_a_plain_list_and_defaults(tmp_path):
     (tmp_path / "mine.yaml").write_text("contrast_weight: 0.5\n")
     said = read_comparison(write(tmp_path, {"recipes": ["joint", "mine.yaml"], "labels": "all"}))
-    assert said.recipes == (("joint", "joint"), ("mine", tmp_path / "mine.yaml"))
-    assert said.labels == (None,) and said.seeds is None and said.variants == {}
+    assert said.named_recipes == [("joint", "joint"), ("mine", str(tmp_path / "mine.yaml"))]
+    assert said.labels == ["all"] and said.seeds is None and said.variants == {}
     assert len(make_variants({})) == 1 and make_variants({})[0].name == ""
 
 
@@ -280,6 +284,10 @@ def test_a_plain_list_and_defaults(tmp_path):
         ({"robustness": "maybe"}, "robustness must be"),
         ({"variants": {"a": ["x", "y"]}}, "variants must be"),
         ({"variants": ["a"]}, "variants must be"),
+        ({"recipes": ["joint", "joint"]}, "recipes must be"),
+        ({"labels": [0]}, "labels must be a list of whole numbers from 1, or 'all'; found \\[0\\]"),
+        ({"seeds": [True]}, "seeds must be"),
+        ({"settings": ["a"]}, "settings must be a mapping KEY: VALUE"),
     ],
 )
 def test_a_file_s_faults_are_sentences(tmp_path, change, says):
@@ -290,9 +298,23 @@ def test_a_file_s_faults_are_sentences(tmp_path, change, says):
 def test_no_such_file(tmp_path):
     with pytest.raises(ConfigError, match="Known by name: article"):
         read_comparison("articel")
-    (tmp_path / "a.yaml").write_text("recipes: [")
-    with pytest.raises(ConfigError, match="not YAML"):
-        read_comparison(tmp_path / "a.yaml")
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+    for text, says in (
+        ("recipes: [", "not YAML"),
+        (f"{bomb}recipes: *a39\n", "alias"),
+        ("epochs: 2\nepochs: 3\n", "'epochs' is given twice"),
+        ("[" * 5000, "not YAML"),
+        ("epochs: 2001-13-40\n", "not YAML"),
+        ("# R\xf6ntgen\n".encode("latin-1"), "not in UTF-8"),
+    ):
+        (tmp_path / "a.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        start = time.process_time()
+        with pytest.raises(ConfigError, match=says):
+            read_comparison(tmp_path / "a.yaml")
+        assert time.process_time() - start < 1
+        if says != "not YAML" or text == "recipes: [":
+            with pytest.raises(ConfigError, match=says):
+                read_recipe(tmp_path / "a.yaml")
     with pytest.raises(ConfigError, match="has no levels"):
         make_variants({"a": {}})
     with pytest.raises(ConfigError, match="share a folder"):

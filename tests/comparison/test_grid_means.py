@@ -18,11 +18,11 @@ def rows_of(variant, recipe, lesion_of_b):
 
 
 def test_a_class_that_one_run_has_no_score_for_is_in_no_mean():
-    """So that (slow, plain), which invents a lesion in b, and the others are means over the same three scores."""
+    """So (slow, plain), which predicts a false lesion in b, and the others are means over the same three scores."""
     results = rows_of("slow", "plain", 0.0)
     for variant, recipe in (("slow", "own"), ("fast", "plain"), ("fast", "own")):
         results += rows_of(variant, recipe, None)
-    means = means_of_tests(VARIANTS, RECIPES, results)
+    means = means_of_tests(results)
     assert set(means) == {(v, r, 5) for v in ("slow", "fast") for r in RECIPES}
     assert list(means.values()) == pytest.approx([((0.8 + 0.4) / 2 + 0.9) / 2] * 4)
     runs = [

@@ -156,22 +156,23 @@ def rows_of(scores, classes):
 
 def test_tables_against_loops():
     rng = np.random.default_rng(6)
-    scores = {r: rng.random((2, 5, 2)).tolist() for r in ("x", "y")}
+    scores = {r: rng.random((3, 7, 2)).tolist() for r in ("x", "y")}
     rows = rows_of(scores, ("organ", "tumour"))
     random.Random(0).shuffle(rows)
     found = {row["class"]: row for row in compare_recipes(rows, ["x", "y"])}
     for i, name in enumerate(("organ", "tumour")):
-        d = [scores["y"][s][k][i] - scores["x"][s][k][i] for s in range(2) for k in range(5)]
-        assert found[name]["difference"] == pytest.approx(math.fsum(d) / 10)
-        per_case = [(d[k] + d[5 + k]) / 2 for k in range(5)]
+        d = [scores["y"][s][k][i] - scores["x"][s][k][i] for s in range(3) for k in range(7)]
+        assert found[name]["difference"] == pytest.approx(math.fsum(d) / 21)
+        per_case = [(d[k] + d[7 + k] + d[14 + k]) / 3 for k in range(7)]
         assert found[name]["p"] == pytest.approx(signed_rank_by_hand(per_case))
         assert found[name]["low"] <= found[name]["difference"] <= found[name]["high"]
     both = (found["organ"]["difference"] + found["tumour"]["difference"]) / 2
     assert found["mean"]["difference"] == pytest.approx(both)
     means = {(row["recipe"], row["class"]): row for row in recipe_means(rows, ["x", "y"])}
-    runs = [math.fsum(scores["x"][s][k][1] for k in range(5)) / 5 for s in range(2)]
+    runs = [math.fsum(scores["x"][s][k][1] for k in range(7)) / 7 for s in range(3)]
     assert means["x", "tumour"]["by_seed"] == pytest.approx(runs)
-    assert means["x", "tumour"]["seed_std"] == pytest.approx(abs(runs[0] - runs[1]) / math.sqrt(2))
+    spread = math.fsum((run - math.fsum(runs) / 3) ** 2 for run in runs)
+    assert means["x", "tumour"]["seed_std"] == pytest.approx(math.sqrt(spread / 2))
 
 
 def test_a_class_without_a_score_is_left_out_for_its_case_in_all_runs():
@@ -201,12 +202,20 @@ def test_a_missing_run_is_named():
 def test_a_recipe_named_twice_is_the_same():
     rows = rows_of({"x": [[[0.5], [0.25]], [[0.75], [0.5]]]}, ("a",))
     row = compare_recipes(rows, ["x", "x"])[0]
-    assert (row["difference"], row["low"], row["high"], row["p"]) == (0, 0, 0, 1)
+    assert (row["difference"], row["low"], row["high"], row["p"]) == (0, 0, 0, None)
     assert "the same" in verdict(row)
 
 
 def test_one_seed_is_never_clear():
-    row = {"difference": 0.02, "low": 0.01, "high": 0.03, "p": 0.001, "recipe": "b", "baseline": "a"}
+    row = {
+        "difference": 0.02,
+        "low": 0.01,
+        "high": 0.03,
+        "p": 0.001,
+        "recipe": "b",
+        "baseline": "a",
+        "cases": 9,
+    }
     assert "clearly" in verdict({**row, "seeds": 3})
     assert "clearly" not in verdict({**row, "seeds": 1})
     assert "worse" in verdict({**row, "low": -0.03, "high": -0.01, "seeds": 1})

@@ -14,7 +14,8 @@ from monai.transforms import LoadImage
 
 from medseg_supcon.datasets import check_dataset, read_dataset
 from medseg_supcon.errors import DataError
-from medseg_supcon.inference import find_scans, read_scan
+from medseg_supcon.inference import find_scans
+from medseg_supcon.scans import read_scan
 
 AFFINE = np.diag([1.0, 1.0, 1.0, 1.0])
 SHEARED = AFFINE + np.array([[0, 0.2, 0, 0], [0] * 4, [0] * 4, [0] * 4])
@@ -135,7 +136,7 @@ def test_every_fault_is_found_and_named(tmp_path, disk, fault):
 
 
 def test_nothing_to_learn_is_an_error(tmp_path, disk):
-    """`medseg train` refuses it, so the check must name it."""
+    """`medseg train` refuses such data, so `medseg check` must report it."""
     root = disk.decathlon(tmp_path, cases=3)
     for path in (root / "labelsTr").iterdir():
         disk.nifti(path, np.zeros(nibabel.load(path).shape, np.uint8))
@@ -334,7 +335,7 @@ def test_check_and_predict_draw_one_line_for_shear(tmp_path, disk, degrees, axes
     scan = root / "imagesTr" / "case_1.nii.gz"
     if abs(degrees) < 0.6:
         assert not errors
-        assert read_scan(find_scans([scan])[0], 1).data.shape == (1, 12, 10, 8)
+        assert read_scan(find_scans([scan])[0], 1).data.shape == (12, 10, 8)
         return
     assert {(f.case, f.code) for f in errors} == {("case_1", "sheared")}
     assert f"{abs(degrees):.1f} degrees off a right angle" in errors[0].message

@@ -8,10 +8,17 @@ import nibabel
 import numpy as np
 import pytest
 
-from medseg_supcon.datasets import check_dataset, normalisation, read_dataset, trained_on, write_datalist
+from medseg_supcon.datasets import (
+    check_dataset,
+    fingerprint,
+    normalisation,
+    read_dataset,
+    trained_on,
+    write_datalist,
+)
 from medseg_supcon.datasets import split_cases as split
 from medseg_supcon.errors import ConfigError, DataError
-from medseg_supcon.plan import fingerprint, make_plan
+from medseg_supcon.plan import make_plan
 
 ALL_OF_NNUNET = {
     "numTraining": 4, "name": "Toy", "description": "d", "reference": "r", "licence": "l", "license": "l",

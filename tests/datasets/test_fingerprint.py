@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
 import json
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -11,9 +14,9 @@ import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
 
-from medseg_supcon.datasets import check_dataset, read_dataset
+from medseg_supcon.datasets import check_dataset, fingerprint, read_dataset
 from medseg_supcon.errors import DataError
-from medseg_supcon.plan import LabelPreprocessingd, fingerprint
+from medseg_supcon.plan import LabelPreprocessingd
 
 
 def test_geometry_agrees_with_simpleitk(phantoms):
@@ -126,3 +129,29 @@ def test_faults_are_told_with_the_file(tmp_path, disk):
         fingerprint(dataset)
     with pytest.raises(DataError, match="no case"):
         fingerprint(dataset, [])
+
+
+def test_check_and_fingerprint_read_each_file_once(phantoms, monkeypatch):
+    """The check measures sound labelled cases on the way: the very figures that reading them again gives."""
+    dataset = read_dataset(phantoms)
+    expected = fingerprint(dataset)
+    opened: list[str] = []
+    original = gzip.open
+    monkeypatch.setattr(gzip, "open", lambda path, *a: opened.append(str(path)) or original(path, *a))
+    report = check_dataset(dataset)
+    once = sorted(set(opened))
+    assert set(report.fingerprints) == set(dataset.labelled)
+    opened.clear()
+    again = fingerprint(dataset, known=report.fingerprints)
+    labelled = {str(path) for case in dataset.labelled for path in (*case.images, case.label)}
+    assert labelled <= set(once) and not labelled & set(opened)
+    for a, b in zip(expected.cases, again.cases, strict=True):
+        np.testing.assert_array_equal(a.foreground, b.foreground)
+        assert dataclasses.replace(a, foreground=None) == dataclasses.replace(b, foreground=None)
+
+
+def test_a_case_with_an_error_has_no_fingerprint(tmp_path, disk):
+    dataset = read_dataset(disk.decathlon(tmp_path / "d"))
+    Path(dataset.cases[0].images[0]).write_bytes(b"")
+    report = check_dataset(dataset)
+    assert report.has_errors and set(report.fingerprints) == set(dataset.cases[1:])

@@ -148,7 +148,7 @@ def test_class_indices_agree_with_a_loop(data):
     ],
 )
 def test_a_mask_takes_the_smallest_type_that_holds_its_labels(values, kind):
-    """In Python, and by the very expression of the bundle."""
+    """In Python, and with the bundle's own expression."""
     assert label_type(values) == np.dtype(kind)
     config = Path(__file__).parents[2] / "bundles" / "segmentation" / "configs" / "inference.yaml"
     expressions = [
@@ -170,7 +170,7 @@ def test_large_label_maps_are_taken_in_slabs(monkeypatch):
     rng = np.random.default_rng(0)
     label = np.asfortranarray(rng.choice([0, 0.5, 4, 255], size=(5, 6, 23)).astype(np.float32))
     whole, counts = class_indices(label, PLAN), count_values(label)
-    monkeypatch.setattr("medseg_supcon.scans.nifti.SLAB", 64)
+    monkeypatch.setattr("medseg_supcon.scans.voxels.SLAB", 64)
     assert np.array_equal(class_indices(label, PLAN), whole)
     assert count_values(label) == counts == {float(v): int((label == v).sum()) for v in (0, 0.5, 4, 255)}
     label[-1, -1, -1] = 9

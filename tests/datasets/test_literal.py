@@ -1,4 +1,4 @@
-"""What MONAI's configs read as references, macros and expressions in a person's names stays a name."""
+"""Names that look like references, macros or expressions of MONAI's configs stay names."""
 
 from __future__ import annotations
 

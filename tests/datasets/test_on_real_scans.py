@@ -1,4 +1,4 @@
-"""Reading, checking and planning on real data sets, where the environment names a folder of them."""
+"""Reading, checking and planning on real data sets, if MEDSEG_DATA names their folder."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from medseg_supcon.datasets import check_dataset, read_dataset
-from medseg_supcon.plan import fingerprint, make_plan, validate_plan
+from medseg_supcon.datasets import check_dataset, fingerprint, read_dataset
+from medseg_supcon.plan import make_plan, validate_plan
 
 EXPECTED = {
     "Task04_Hippocampus": (208, [40, 56, 40], [1.0, 1.0, 1.0]),

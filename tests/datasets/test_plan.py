@@ -12,20 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from monai.networks.nets import UNet
 from monai.transforms import Compose, Invertd, Spacingd
 
-from medseg_supcon.datasets import Dataset, read_dataset
+from medseg_supcon.datasets import CaseFingerprint, Dataset, Fingerprint, fingerprint, read_dataset
 from medseg_supcon.errors import ConfigError, DataError, RunError
-from medseg_supcon.plan import (
-    CaseFingerprint,
-    Fingerprint,
-    fingerprint,
-    make_plan,
-    plan_warnings,
-    read_plan,
-    validate_plan,
-    write_plan,
-)
+from medseg_supcon.networks import build_network, definition_problem
+from medseg_supcon.plan import make_plan, plan_warnings, read_plan, validate_plan, write_plan
 
 LABELS = {"background": 0, "tumour": 1, "vessel": 2}
 
@@ -53,12 +46,24 @@ def test_hippocampus_like_scans_on_a_cpu():
     plan = planned((35, 50, 36))
     assert plan["patch_size"] == [40, 56, 40]
     assert plan["spacing"] == [1, 1, 1]
-    assert plan["network_def"] == (
-        "$torch.nn.Sequential(monai.networks.nets.UNet(spatial_dims=3, in_channels=1, out_channels=16, "
-        "channels=(16, 32, 64, 128), strides=(2, 2, 2), num_res_units=2), torch.nn.Conv3d(16, 3, 1))"
+    by_hand = torch.nn.Sequential(
+        UNet(3, 1, 16, channels=(16, 32, 64, 128), strides=(2, 2, 2), num_res_units=2),
+        torch.nn.Conv3d(16, 3, 1),
     )
+    assert repr(build(plan)) == repr(by_hand)
     assert (plan["batch_size"], plan["steps_per_epoch"]) == (2, 50)
     assert plan["intensity"] == [{"_target_": "NormalizeIntensityd", "keys": "image", "channel_wise": True}]
+
+
+def test_network_is_the_same_for_stock_monai_and_without_evaluation():
+    """The same modules, and the same random weights: the parts are made in the same order."""
+    plan, weights = planned((64, 64, 20), (1, 1, 4)), []
+    assert definition_problem(plan["network_def"]) is None
+    for make in (build, lambda plan: build_network(plan["network_def"])):
+        torch.manual_seed(0)
+        weights.append(make(plan).state_dict())
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_spacing_is_the_median_unless_anisotropic():
@@ -71,7 +76,7 @@ def test_spacing_is_the_median_unless_anisotropic():
 
 def test_anisotropic_scans_get_anisotropic_strides_and_patches():
     plan = planned((256, 256, 24), (0.7, 0.7, 5.0))
-    assert "strides=((2, 2, 1), (2, 2, 1), " in plan["network_def"]
+    assert plan["network_def"]["sequential"][0]["strides"][:2] == [[2, 2, 1], [2, 2, 1]]
     across, _, through = plan["patch_size"]
     assert across > 2 * through
     assert build(plan)(torch.zeros(1, 1, *plan["patch_size"])).shape == (1, 3, *plan["patch_size"])
@@ -105,7 +110,7 @@ def test_every_plan_is_valid_and_its_patch_fits_network_and_budget(shape, spacin
     plan = planned(shape, spacing, device=device, memory_gib=16)
     validate_plan(plan)
     patch = np.array(plan["patch_size"])
-    steps = eval(plan["network_def"].split("strides=")[1].split(", num_res_units")[0])
+    steps = plan["network_def"]["sequential"][0]["strides"]
     divisor = np.prod([(s,) * 3 if isinstance(s, int) else s for s in steps], axis=0)
     assert not (patch % divisor).any()
     budget = 90_000 if device == "cpu" else 128**3
@@ -225,7 +230,7 @@ def test_plans_survive_the_disk_and_stay_short(tmp_path, phantoms):
     write_plan(plan, tmp_path / "plan.json")
     assert read_plan(tmp_path / "plan.json") == json.loads(json.dumps(plan))
     text = (tmp_path / "plan.json").read_text()
-    assert len(text.splitlines()) < 60
+    assert len(text.splitlines()) < 70
     assert '  "patch_size": [' in text
 
 

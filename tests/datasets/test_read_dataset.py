@@ -1,4 +1,4 @@
-"""Every layout that people have is read; every broken one gives a sentence."""
+"""Every supported layout is read; every broken one gives an error sentence."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from medseg_supcon.datasets import check_dataset, read_case_names, read_dataset, read_unlabelled
+from medseg_supcon.datasets import check_dataset, fingerprint, read_case_names, read_dataset, read_unlabelled
 from medseg_supcon.errors import ConfigError, DataError, MedsegError
-from medseg_supcon.plan import fingerprint
 
 
 def test_decathlon(tmp_path, disk):

@@ -1,4 +1,4 @@
-"""``medseg embed``: the features are the network's, at the very voxels, before training and after."""
+"""``medseg embed``: the features are those of the network at the sampled voxels, before and after training."""
 
 from __future__ import annotations
 

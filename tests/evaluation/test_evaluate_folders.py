@@ -97,9 +97,9 @@ def test_nothing_to_score(folders: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_a_mask_that_is_there_packed_and_unpacked(folders: tuple[Path, Path]) -> None:
-    """Which of the two is meant nobody knows; one of them may be years old."""
+    """It is unknown which of the two is meant; one of them may be years old."""
     save(folders[0] / "b.nii", labels_of(0))
-    with pytest.raises(DataError, match=r"there are b\.nii and b\.nii\.gz\. Keep the one"):
+    with pytest.raises(DataError, match=r"b\.nii and b\.nii\.gz have the same name\. Keep one"):
         evaluate_folders(*folders, LABELS)
 
 
@@ -114,7 +114,7 @@ def test_an_ignore_label(tmp_path: Path) -> None:
 
 
 def test_values_of_many_digits_are_classes_of_their_own(tmp_path: Path) -> None:
-    """As the Allen atlas of the mouse brain has."""
+    """Like those of the Allen mouse brain atlas."""
     array = np.zeros((4, 4, 4), dtype=np.int32)
     array[0], array[1] = 614454277, 614454278
     for folder in "mr":

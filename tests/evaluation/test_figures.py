@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from medseg_supcon.comparison import figures as _compare_figures
-from medseg_supcon.comparison import grid_report as _grid_figures
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation import PALETTE, curves_figure, overlay_figure
 from medseg_supcon.evaluation import figures as _curves
@@ -50,7 +48,7 @@ def test_overlay(tmp_path: Path, with_reference: bool) -> None:
 
 
 def test_a_label_map_with_a_scaling_is_drawn(tmp_path: Path) -> None:
-    """Values within 1e-3 of a declared one are that one, as in training and in the scores."""
+    """Values within 1e-3 of a declared one count as that value, as in training and in the scores."""
     scan = np.random.default_rng(0).normal(size=(12, 12, 6)).astype(np.float32)
     mask = np.zeros(scan.shape, np.uint8)
     mask[3:9, 3:9, 1:5] = 3
@@ -128,31 +126,3 @@ def test_curves(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="could not be written"):
         curves_figure({"epoch": [1], "loss": [0.5]}, tmp_path / "file" / "c.png")
-
-
-@pytest.mark.parametrize("length", [1, 2, 20])
-def test_a_single_validation_is_seen_on_an_axis_of_whole_epochs(
-    length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figures = []
-    for module in (_compare_figures, _grid_figures):
-        monkeypatch.setattr(module, "save", lambda figure, path: figures.append(figure))
-    history = [
-        {"epoch": str(e), "loss": "1.0", "contrastive": "0.5", "val_mean_dice": "0.7" if e == length else ""}
-        for e in range(1, length + 1)
-    ]
-    run = {"variant": "Adam", "recipe": "joint", "labels": 5, "history": history}
-    variants = [{"name": "Adam", "levels": {"optimiser": "Adam"}}]
-    _compare_figures.learning_figure({"run": ("joint", 5, history)}, ["joint"], tmp_path / "a.png")
-    # matplotlib leaves such names out of legends
-    _compare_figures.learning_figure({"run": ("_mine", 5, history)}, ["_mine"], tmp_path / "b.png")
-    _grid_figures.grid_curves_figure([run], variants, ["joint"], tmp_path / "b.png")
-    for figure in figures:
-        validation = figure.axes[-1]
-        assert any(
-            line.get_marker() == "." and list(line.get_xdata()) == [length] for line in validation.lines
-        )
-        for axis in figure.axes:
-            low, high = axis.get_xlim()
-            ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
-            assert low <= 1 and length <= high and ticks and all(tick == round(tick) for tick in ticks)

@@ -10,7 +10,8 @@ import SimpleITK as sitk
 from toy_runs import save_nifti
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.inference import find_scans, read_scan
+from medseg_supcon.inference import find_scans
+from medseg_supcon.scans import read_scan
 
 ONE = np.ones((6, 5, 4), dtype=np.int16)
 
@@ -39,7 +40,7 @@ def test_one_file_with_all_channels_is_a_scan_whatever_its_name(tmp_path: Path) 
     (tmp_path / "broken_0000.nrrd").write_text("no scan")
     broken, scan = find_scans([tmp_path], 2)
     assert (scan.name, scan.problem) == ("patient_0001", None)
-    assert read_scan(scan, 2).data.shape == (2, 6, 5, 4)
+    assert read_scan(scan, 2).data.shape == (6, 5, 4, 2)
     assert broken.name == "broken"
 
 
@@ -47,7 +48,7 @@ def test_channels_of_two_sizes_are_refused(tmp_path: Path) -> None:
     for number, columns in enumerate((6, 7)):
         sitk.WriteImage(sitk.Image([columns, 5, 4], sitk.sitkFloat32), str(tmp_path / f"p_{number:04d}.nrrd"))
     (scan,) = find_scans([tmp_path], 2)
-    with pytest.raises(DataError, match=r"p_0001\.nrrd: its size or position differs .* must share a grid"):
+    with pytest.raises(DataError, match=r"p_0001\.nrrd: its shape or affine differs .* must share a grid"):
         read_scan(scan, 2)
 
 

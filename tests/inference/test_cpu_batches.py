@@ -1,4 +1,4 @@
-"""What a CPU does otherwise than a GPU: batches that fit its caches, and freed memory that stays for the next one."""
+"""What a CPU does differently from a GPU: batches that fit its caches, and freed memory kept for the next batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_cpu_takes_fewer_large_windows_at_once(
 
 
 def page_faults(rounds: int = 20) -> int:
-    """Of writing to a new block of 48 MiB again and again: 12,288 pages each time, if it is always a new one."""
+    """Page faults of writing to a new block of 48 MiB repeatedly: 12,288 each time if the memory is really new."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(rounds):
         torch.ones(12 * 2**20)

@@ -27,7 +27,8 @@ from dicom_files import (
 from toy_runs import blobs, save_nifti, threshold_weights
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.inference import Predictor, find_scans, read_scan
+from medseg_supcon.inference import Predictor, find_scans
+from medseg_supcon.scans import read_scan
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SCAN = np.round(blobs((9, 8, 6)) * 100).astype(np.int16)
@@ -54,7 +55,7 @@ def test_voxels_and_place(tmp_path: Path, write: Callable[..., Any]) -> None:
     path = tmp_path / "scan" / "a.dcm" if write is write_multi_frame else tmp_path / "scan"
     write(path, SCAN)
     volume = read_scan(find_scans([path])[0], 1)
-    np.testing.assert_array_equal(volume.data[0], SCAN)
+    np.testing.assert_array_equal(volume.data, SCAN)
     np.testing.assert_allclose(volume.affine, ras(), atol=1e-5)
 
 
@@ -85,7 +86,7 @@ def test_the_mask_of_a_series_and_no_word_of_the_patient(
 def test_each_slice_has_its_own_scaling(tmp_path: Path) -> None:
     """As PET has: the first slice's is whole, and must not make integers of the others'."""
     write_series(tmp_path / "pet", ONE, change=lambda k, tags: tags.update({0x00281053: ("DS", [1 + k / 4])}))
-    data = read_scan(find_scans([tmp_path / "pet"])[0], 1).data[0]
+    data = read_scan(find_scans([tmp_path / "pet"])[0], 1).data
     np.testing.assert_allclose(data[0, 0], 1 + np.arange(8) / 4)
 
 
@@ -133,7 +134,7 @@ def nowhere(k: int, tags: dict[int, tuple[str, Any]]) -> None:
         ({"place": lambda k: place_of(k // 2)}, "8 slices at 4 places"),
         ({"place": lambda k: place_of(max(k - 1, 0))}, "8 slices at 7 places"),
         ({"place": lambda k: place_of(0)}, "8 slices at 1 places"),
-        ({"change": nowhere}, "not every slice says where it lies"),
+        ({"change": nowhere}, "not every slice says where it is"),
         ({"modality": "SEG"}, "holds no scan"),
         ({"modality": "RTDOSE"}, "holds no scan"),
         ({"image_type": "ORIGINAL\\PRIMARY\\M\\ND\\MOSAIC"}, "mosaic"),
@@ -161,7 +162,7 @@ def test_the_last_digit_of_a_direction_makes_no_localiser(tmp_path: Path, tilt: 
         tags[0x00200037] = ("DS", [*row, -row[1], 1.0, 0.0])
 
     write_series(tmp_path / "series", ONE, change=noisy, place=lambda k: np.array([0.0, 0.0, 2.4 * k]))
-    assert read_scan(find_scans([tmp_path / "series"])[0], 1).data.shape == (1, 6, 5, 8)
+    assert read_scan(find_scans([tmp_path / "series"])[0], 1).data.shape == (6, 5, 8)
 
 
 def test_multi_frame_files(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_multi_frame_files(tmp_path: Path) -> None:
     for name in ("a.dcm", "b.dcm"):
         write_multi_frame(volumes / name, SCAN)
     assert "2 volumes, a file each" in reason(volumes)
-    assert read_scan(find_scans([volumes / "b.dcm"])[0], 1).data.shape == (1, 9, 8, 6)
+    assert read_scan(find_scans([volumes / "b.dcm"])[0], 1).data.shape == (9, 8, 6)
     # Two echoes of three slices make no volume of six.
     assert "6 slices at 3 places" in reason(
         write_multi_frame(tmp_path / "c.dcm", SCAN, lambda k: place_of(k % 3))
@@ -180,7 +181,7 @@ def test_multi_frame_files(tmp_path: Path) -> None:
 
 def test_pictures_and_documents(tmp_path: Path) -> None:
     picture = write_dicom(tmp_path / "picture.dcm", image_tags(np.ones((5, 6))))
-    assert "does not say where it lies" in reason(picture)
+    assert "does not say where it is" in reason(picture)
     plain = image_tags(np.ones((5, 6)), modality="SR")
     report = write_dicom(tmp_path / "report.dcm", {t: v for t, v in plain.items() if t < 0x00280000})
     assert "holds no image" in reason(report)

@@ -17,7 +17,7 @@ from medseg_supcon.inference import Predictor
 
 
 def test_an_ensemble_is_the_mean_of_its_members(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    """Also where the members' grids and orientations differ."""
+    """Also if the members' grids and orientations differ."""
     runs = [
         make_run("one", network_def=UNET, seed=1),
         make_run("two", network_def=UNET, seed=2, spacing=[1.5, 1.0, 2.0], orientation="LIP"),

@@ -32,7 +32,7 @@ def evaluate(run: Path, **overrides: Any) -> tuple[float, dict[str, Any]]:
 
 @pytest.fixture
 def case(tmp_path: Path) -> tuple[Path, Path]:
-    """A run with two validation cases, of which a part is not annotated."""
+    """A run with two validation cases that are partly annotated."""
     run, data, items = write_run(tmp_path / "run", threshold_weights(), ignore_label=9), tmp_path / "data", []
     for seed, name in enumerate(("x", "y")):
         scan = blobs((16, 14, 10), seed)

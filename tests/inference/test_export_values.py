@@ -1,4 +1,4 @@
-"""An exported network is handed out only where it gives the network's own values, at every size."""
+"""An exported network is kept only if it gives the network's own values, at every size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from medseg_supcon.errors import RunError
 def test_a_network_that_gives_nan_is_not_handed_out(
     make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int
 ) -> None:
-    """NaN is neither more nor less than any tolerance, at the first size or at a later one."""
+    """NaN compares as neither above nor below a tolerance, at the first size or at a later one."""
     run, calls = make_run(), []
 
     def load(file: Path) -> Callable[[Tensor], Tensor]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 from dicom_files import write_series
 from toy_runs import save_nifti
 
-from medseg_supcon.inference import find_scans
+from medseg_supcon.inference import Predictor, find_scans
 
 ONE = np.ones((6, 5, 4), dtype=np.int16)
 
@@ -37,17 +36,25 @@ def test_links_that_make_a_ring(tmp_path: Path) -> None:
     assert [scan.name for scan in find_scans([tmp_path])] == ["a_b"]
 
 
-def test_scans_in_subfolders_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_scans_in_subfolders_are_named(threshold_run: Path, tmp_path: Path) -> None:
+    """Beside scans at the top they are a warning, which the manifest and the terminal show."""
+    tmp_path = tmp_path / "scans"
     save_nifti(tmp_path / "sub" / "deep" / "a.nii", ONE)
     (scan,) = find_scans([tmp_path])
     assert str(tmp_path) in str(scan.problem)
     assert f"{Path('sub') / 'deep'} hold other scans" in str(scan.problem)
     save_nifti(tmp_path / "b.nii", ONE)
-    assert not caplog.records
-    (scan,) = find_scans([tmp_path])
-    assert scan.problem is None
-    (record,) = caplog.records
-    assert f"{Path('sub') / 'deep'} hold other scans" in record.getMessage()
+    save_nifti(tmp_path / "c.nii", ONE)
+    (tmp_path / "empty").mkdir()
+    entries = Predictor(threshold_run, device="cpu").run([tmp_path], tmp_path / "out")["scans"]
+    assert [entry["status"] for entry in entries] == ["done", "done"]
+    told = [warning for entry in entries for warning in entry["warnings"] if "hold other scans" in warning]
+    assert told == [
+        f"{tmp_path}: below a folder only DICOM is looked for, and {Path('sub') / 'deep'} hold other scans. Give "
+        "those folders too."
+    ]
+    (tmp_path / "sub" / "deep" / "a.nii").rename(tmp_path / "sub" / "deep" / "a.mgz")
+    assert "hold other scans" in str(find_scans([tmp_path])[0].warnings)
 
 
 def test_what_is_no_scan_takes_no_name(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a killed process leaves is removed, and nothing that is another's: its number says nothing in a container."""
+"""Leftovers of a killed process are removed, and no other process's files: in a container its number says nothing."""
 
 from __future__ import annotations
 

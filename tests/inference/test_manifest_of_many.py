@@ -89,7 +89,7 @@ def test_a_process_that_is_killed_loses_no_entry(tmp_path: Path) -> None:
 
 
 def test_the_whole_file_is_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not after each scan: for thousands of them that grows with their square."""
+    """Not after each scan: the time would be quadratic in the number of scans."""
     now, written = [0.0], []
     monkeypatch.setattr(_manifest.time, "monotonic", lambda: now[0])
     real = _manifest.write_whole

@@ -1,4 +1,4 @@
-"""A mask that is there already is kept for its own scan only, whatever format the scan comes in."""
+"""An existing mask is kept only for its own scan, whatever the format of the scan."""
 
 from __future__ import annotations
 

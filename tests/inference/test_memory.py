@@ -1,4 +1,4 @@
-"""Running out of memory: less at a time gives the same mask, and no other error is taken for it."""
+"""Running out of memory: smaller batches give the same mask, and no other error is mistaken for it."""
 
 from __future__ import annotations
 

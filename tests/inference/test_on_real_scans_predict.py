@@ -1,4 +1,4 @@
-"""Real scans through a run with random weights: where the masks are, and that the bundle says the same."""
+"""Real scans through a run with random weights: where the masks are, and that the bundle gives the same."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_a_mask_made_with_other_settings_is_kept_and_said_so(
 def test_a_failure_does_not_hide_what_made_the_mask_that_stays(
     make_run: Callable[..., Path], threshold_run: Path, scans: Path, tmp_path: Path
 ) -> None:
-    """Another model fails on a scan whose mask is there: the mask is the first model's, whoever asks later."""
+    """Another model fails on a scan that has a mask: the manifest still says that the first model made it."""
     scan, out = scans / "s0.nii.gz", tmp_path / "out"
     Predictor(threshold_run, device="cpu").run([scan], out)
     other, content = Predictor(make_run("other", seed=3), device="cpu"), scan.read_bytes()
@@ -301,7 +301,7 @@ def test_written_files_are_reproducible(threshold_run: Path, scans: Path, tmp_pa
 def test_a_mask_of_another_scan_is_not_taken_for_finished(
     threshold_run: Path, scans: Path, tmp_path: Path
 ) -> None:
-    """Two patients' files of one name, one after the other into one folder."""
+    """Files of two patients with the same name, predicted one after the other into one folder."""
     predictor, out = Predictor(threshold_run, device="cpu"), tmp_path / "out"
     predictor.run([scans / "s0.nii.gz"], out)
     before = (out / "s0.nii.gz").read_bytes()
@@ -373,7 +373,7 @@ def test_names_as_long_as_names_can_be_and_of_no_text(threshold_run: Path, tmp_p
 
 @pytest.mark.parametrize("size", [1e-5, 5e3])
 def test_a_voxel_size_that_cannot_be(make_run: Callable[..., Path], tmp_path: Path, size: float) -> None:
-    """Metres or microns without a word in the header: no memory is asked for, and no voxel is all of a body."""
+    """Metres or microns that the header does not declare: no memory is allocated for a grid of absurd size."""
     predictor = Predictor(make_run(orientation="PIL", spacing=[1.0, 1.0, 2.0]), device="cpu")
     good = save_nifti(tmp_path / "good.nii", blobs((8, 9, 7)))
     odd = save_nifti(tmp_path / "odd.nii", blobs((8, 9, 7)), np.diag([size, size, size, 1.0]))

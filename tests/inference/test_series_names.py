@@ -1,4 +1,4 @@
-"""Names of DICOM series' masks: they stay, are no other's, and no series takes the mask of another one for its own."""
+"""Mask names of DICOM series: they stay the same, are unique, and no series takes another one's mask for its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ONE = np.ones((6, 5, 8), dtype=np.int16)
 
 
 def test_a_series_that_is_added_renames_no_mask(threshold_run: Path, tmp_path: Path) -> None:
-    """The folder's only series has its name, several have their numbers: the first one keeps what it got."""
+    """The only series of a folder gets the folder's name, several get numbers: the first one keeps its name."""
     study, out, predictor = tmp_path / "study", tmp_path / "out", Predictor(threshold_run, device="cpu")
 
     def names() -> dict[str, str]:
@@ -32,7 +32,7 @@ def test_a_series_that_is_added_renames_no_mask(threshold_run: Path, tmp_path: P
 
 
 def test_series_without_numbers_of_their_own_keep_their_names(threshold_run: Path, tmp_path: Path) -> None:
-    """They are counted in the order of their files, and a new one may come first."""
+    """Series are numbered in the order of their files, and a new one may come first."""
     study, out, predictor = tmp_path / "study", tmp_path / "out", Predictor(threshold_run, device="cpu")
     shapes = {}
     for place, (series, depth) in enumerate([("1.9.9.5", 8), ("1.9.9.4", 7), ("1.9.9.3", 6)]):
@@ -47,7 +47,7 @@ def test_series_without_numbers_of_their_own_keep_their_names(threshold_run: Pat
 
 
 def test_new_series_get_names_that_are_free(threshold_run: Path, tmp_path: Path) -> None:
-    """Two new ones at once: neither takes the other's name, nor that of a mask whose series is gone."""
+    """Two new series at once: neither gets the other's name, nor that of a mask whose series is gone."""
     study, out, predictor = tmp_path / "study", tmp_path / "out", Predictor(threshold_run, device="cpu")
 
     def names(*added: tuple[int, str, int]) -> dict[str, str]:

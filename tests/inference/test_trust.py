@@ -6,24 +6,29 @@ import json
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from monai.bundle import ConfigParser
 from toy_runs import UNET, blobs, plan_of, save_nifti, threshold_weights
 
 from medseg_supcon.bundle import export_model
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
 from medseg_supcon.inference import Predictor
+from medseg_supcon.networks import chain
+from medseg_supcon.plan import plan_preprocessing
 
 STOCK = [
     UNET,
     {**UNET, "_target_": "UNet"},
-    "$torch.nn.Sequential(monai.networks.nets.UNet(3, 1, 8, channels=(8, 8), strides=(2,)), "
-    "torch.nn.Conv3d(8, 3, 1))",
-    "$monai.networks.nets.BasicUNet(3, in_channels=1, out_channels=3, features=[8, 8, 8, 8, 8, 8])",
+    chain(UNET, {"_target_": "torch.nn.Conv3d", "in_channels": 3, "out_channels": 3, "kernel_size": 1}),
+    {**UNET, "act": ["prelu", {"init": 0.2}]},
 ]
 EVIL = [
     "$__import__('os').system('touch {mark}')",
@@ -47,6 +52,10 @@ EVIL = [
     },
     {"_target_": "monai.networks.nets.UNet", "spatial_dims": "%{mark}::x"},
     {"_target_": "monai.bundle.run", "config_file": "{mark}"},
+    {"_target_": "torch.nn.Sequential.extend", "self": {"_target_": "os.system", "command": "touch {mark}"}},
+    {"_target_": "torch.nn.modules.module.warnings.warn", "message": "{mark}"},
+    {"_target_": "monai.networks.nets.ResNet", "pretrained": "{mark}"},
+    json.loads('{"_target_": "torch.nn.Conv3d", "a": ' + '{"a": ' * 500 + "1" + "}" * 501),
 ]
 
 
@@ -95,7 +104,7 @@ def test_a_foreign_config_runs_only_when_trusted(make_run: Callable[..., Path], 
     crop = "    - _target_: CenterSpatialCropd\n      keys: image\n      roi_size: [8, 8, 8]\n"
     before, after = config.read_text().split("    - _target_: Spacingd", 1)
     config.write_text(before + crop + "    - _target_: Spacingd" + after)
-    with pytest.raises(RunError, match=r"inference\.yaml is not the inference config"):
+    with pytest.raises(RunError, match=r"inference\.yaml: preprocessing.* --trust"):
         Predictor(run, device="cpu")
     path = save_nifti(tmp_path / "a.nii", blobs((12, 12, 12)) + 3)
     mask = Predictor(run, device="cpu", trust=True).predict(path).mask
@@ -115,22 +124,69 @@ def test_a_run_may_say_where_its_data_is(make_run: Callable[..., Path]) -> None:
     Predictor(run, device="cpu")
 
 
-def test_a_run_of_an_earlier_version_needs_no_trust(make_run: Callable[..., Path]) -> None:
-    """Its config says what the shipped one said before masks with -1 took int8."""
-    run = make_run()
-    config = run / "configs" / "inference.yaml"
-    before = (
-        '      dtype: "$np.result_type(*[np.min_scalar_type(int(v)) if v == int(v) else np.float32 for v in '
-        '@label_values])"'
-    )
-    lines = config.read_text().splitlines()
-    earlier = [before if "min_scalar_type" in line else line for line in lines]
-    assert earlier != lines
-    config.write_text("\n".join(earlier))
-    Predictor(run, device="cpu")
-    config.write_text("\n".join(earlier).replace("np.float32 for v", "np.float64 for v"))
-    with pytest.raises(RunError, match="--trust"):
+PAYLOAD = "$open('{mark}', 'w')"
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda c: c | {"device": PAYLOAD}, "device"),
+        (lambda c: c | {"more": PAYLOAD}, "more"),
+        (lambda c: c | {"preprocessing": "%{folder}/other.yaml::preprocessing"}, "preprocessing"),
+        (lambda c: c | {"preprocessing::transforms::0::reader": PAYLOAD}, "reader"),
+        (lambda c: c | {"inferer": c["inferer"] | {"mode": "constant"}}, "inferer::mode"),
+        (lambda c: {k: v for k, v in c.items() if k != "postprocessing"}, "postprocessing"),
+    ],
+)
+@pytest.mark.parametrize("file", ["inference.yaml", "inference.json"])
+def test_a_config_that_differs_is_refused_by_its_key(
+    make_run: Callable[..., Path], tmp_path: Path, change: Any, names: str, file: str
+) -> None:
+    run, mark = make_run(), tmp_path / "mark"
+    content = change(yaml.safe_load((run / "configs" / "inference.yaml").read_text()))
+    (run / "other.yaml").write_text(f"preprocessing: {PAYLOAD}".replace("{mark}", str(mark)))
+    text = json.dumps(content).replace("{mark}", str(mark)).replace("{folder}", str(run))
+    (run / "configs" / file).write_text(text)
+    with pytest.raises(RunError, match=rf"{file}: .*{names}.* pass --trust"):
         Predictor(run, device="cpu")
+    with pytest.raises(RunError, match="pass --trust"):
+        export_model(run, "torchscript", tmp_path / "model.ts")
+    assert not mark.exists()
+
+
+def test_a_config_cannot_expand_without_end(make_run: Callable[..., Path]) -> None:
+    run = make_run()
+    lines = ["a0: &a0 [1, 1]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))]
+    started = time.perf_counter()
+    for text in ("\n".join(lines), "a: " + "[" * 5000, "a: b\n" * 300_000):
+        (run / "configs" / "inference.yaml").write_text(text)
+        with pytest.raises(RunError, match=r"inference\.yaml"):
+            Predictor(run, device="cpu")
+    assert time.perf_counter() - started < 5
+
+
+def test_plain_data_gives_what_the_config_gives(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """The tensor of `plan_preprocessing` is that of the shipped inference.yaml, evaluated by MONAI."""
+    window = {"a_min": 0.5, "a_max": 2.5, "b_min": -1.0, "b_max": 1.0, "clip": True}
+    intensity = [
+        {"_target_": "SplitDimd", "keys": "image", "output_postfixes": ["0"], "dim": 0, "keepdim": True},
+        {"_target_": "ScaleIntensityRanged", "keys": "image_0", **window},
+        {"_target_": "ConcatItemsd", "keys": ["image_0"], "name": "image", "dim": 0},
+        {"_target_": "DeleteItemsd", "keys": ["image_0"]},
+        {"_target_": "NormalizeIntensityd", "keys": "image", "channel_wise": True},
+    ]
+    run = make_run(orientation="PIL", spacing=[1.5, 0.8, 2.0], intensity=intensity)
+    affine = np.array([[0, 1.3, 0.1, 2], [-0.9, 0, 0, 3], [0, 0.2, 2.0, 4], [0, 0, 0, 1]])
+    scan = save_nifti(tmp_path / "a.nii", blobs((14, 12, 10)), affine)
+    parser = ConfigParser()
+    parser.read_config(str(run / "configs" / "inference.yaml"))
+    parser["bundle_root"] = str(run)
+    theirs = parser.get_parsed_content("preprocessing")({"image": str(scan)})["image"]
+    ours = plan_preprocessing(plan_of(orientation="PIL", spacing=[1.5, 0.8, 2.0], intensity=intensity))(
+        {"image": str(scan)}
+    )["image"]
+    assert ours.dtype == theirs.dtype and torch.equal(ours.as_tensor(), theirs.as_tensor())
+    assert torch.equal(ours.affine, theirs.affine)
 
 
 class Malice:

@@ -1,4 +1,4 @@
-"""The streaming window is MONAI's, and the way back is trilinear interpolation as scipy's."""
+"""The streaming window equals MONAI's, and the resampling back equals scipy's trilinear interpolation."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_way_back_is_trilinear_interpolation(
     cuts: list[int],
     block: int,
 ) -> None:
-    """Any turning, mirroring and scaling, however the rows come in chunks."""
+    """Any rotation, mirroring and scaling, however the rows are split into chunks."""
     rng = np.random.default_rng(0)
     values = rng.normal(size=(2, *model_shape)).astype(np.float32)
     matrix = np.zeros((4, 4))

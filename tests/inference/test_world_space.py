@@ -1,4 +1,4 @@
-"""A mask is where its scan is: orientations, oblique and anisotropic grids, single slices, data types."""
+"""A mask is in the place of its scan: orientations, oblique and anisotropic grids, single slices, data types."""
 
 from __future__ import annotations
 

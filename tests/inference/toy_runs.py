@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 
+from medseg_supcon.bundle import write_network
+
 CONFIGS = Path(__file__).parents[2] / "bundles" / "segmentation" / "configs"
 
 POINTWISE = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 3, "kernel_size": 1}
@@ -70,6 +72,7 @@ def write_run(
     versions = ("version", "monai_version", "pytorch_version", "numpy_version")
     (run / "configs" / "metadata.json").write_text(json.dumps(dict.fromkeys(versions, "0")))
     (run / "configs" / "plan.json").write_text(json.dumps(plan))
+    write_network(run)
     if weights is None:
         torch.manual_seed(seed)
         network = ConfigParser({"network": plan["network_def"]}).get_parsed_content("network")

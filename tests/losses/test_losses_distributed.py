@@ -22,7 +22,13 @@ from medseg_supcon.losses import MemoryBank, SupConLoss, VoxelSampler, VoxelSupC
 VOXEL = {"positives": "same_voxel", "keys": "other_view"}
 CASES = {
     "same_class": ({}, {}),
-    "weighted": ({"class_weights": [1.0, 2.0, 0.5], "key_weights": [1.0, 0.5, 1.0], "temperature": 0.01}, {}),
+    "weighted": ({"class_weights": [1.0, 2.0, 0.5], "temperature": 0.01}, {}),
+    "balanced": ({"class_weights": "balanced"}, {}),
+    "balanced article": (
+        {**VOXEL, "denominator": "same_class", "class_weights": "balanced"},
+        {"within_scan": True},
+    ),
+    "balanced background": ({"class_weights": "balanced"}, {"background": "negatives_only", "bank": True}),
     "other_class": ({"denominator": "other_class"}, {}),
     "euclidean": ({"similarity": "euclidean"}, {}),
     "same_voxel": (VOXEL, {}),
@@ -60,7 +66,7 @@ def make(case: str) -> VoxelSupConLoss:
     torch.manual_seed(0)
     projection = nn.Linear(4, 3).double()
     bank = MemoryBank(3, 3, 4).double() if more.get("bank") else None
-    sampler = VoxelSampler("all")
+    sampler = VoxelSampler("all", background=more.get("background", "anchor"))
     within_scan = bool(more.get("within_scan"))
     return VoxelSupConLoss(
         SupConLoss(**{"temperature": 0.1, **options}), sampler, projection, bank=bank, within_scan=within_scan

@@ -9,12 +9,11 @@ from medseg_supcon.losses import SupConLoss, VoxelSampler, VoxelSupConLoss
 
 OPTIONS = {
     "default": {},
-    "dot": {"similarity": "dot"},
     "euclidean": {"similarity": "euclidean"},
     "other_class": {"denominator": "other_class"},
     "other_view": {"keys": "other_view"},
     "article": {"positives": "same_voxel", "denominator": "same_class", "keys": "other_view"},
-    "cold": {"temperature": 0.01, "class_weights": [1.0, 2.0, 3.0]},
+    "cold": {"temperature": 0.01, "class_weights": "balanced"},
 }
 
 

@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest_tensor import LargestTensor
 
 from medseg_supcon.losses import MemoryBank, SupConLoss
 
 OPTIONS = [
     {"similarity": s, "positives": p, "denominator": d, "keys": k}
     for s, p, d, k in itertools.product(
-        ("cosine", "dot", "euclidean"),
+        ("cosine", "euclidean"),
         ("same_class", "same_voxel"),
         ("all", "same_class", "other_class"),
         ("all", "other_view"),
@@ -58,7 +57,7 @@ def test_tiles_change_nothing(options, temperature):
 def test_the_order_of_voxels_changes_nothing(options):
     z, ids = batch()
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(1))
-    loss = SupConLoss(0.1, **options, class_weights=[1.0, 2.0, 0.5], key_weights=[1.0, 0.5, 2.0], tile_size=9)
+    loss = SupConLoss(0.1, **options, class_weights=[1.0, 2.0, 0.5], tile_size=9)
     value, gradient = value_and_gradient(loss, z, **ids)
     shuffled = value_and_gradient(loss, z[order], **{key: i[order] for key, i in ids.items()})
     torch.testing.assert_close(shuffled, (value, gradient[order]), rtol=1e-10, atol=1e-12)
@@ -107,18 +106,19 @@ def test_same_voxel_needs_no_labels():
 
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
-def test_finite_at_low_temperature_in_half_precision(options, dtype):
+@pytest.mark.parametrize("temperature", (0.01, 1e-6))
+def test_finite_at_low_temperature_in_any_precision(options, dtype, temperature):
     z, ids = batch(50, 8, dtype=torch.float32)
     z = z * 10.0 ** torch.linspace(-9, 2, 50)[:, None]
     z[3] = 0.0
     z[4:7] = z[7]
-    value, gradient = value_and_gradient(SupConLoss(0.01, **options), z.to(dtype), **ids)
+    value, gradient = value_and_gradient(SupConLoss(temperature, **options), z.to(dtype), **ids)
     assert value.dtype == torch.float32
     assert gradient.dtype == dtype
     assert value.isfinite()
     assert gradient.isfinite().all()
     # What is summed is float32: the same numbers given as float32 lose nothing.
-    wide, _ = value_and_gradient(SupConLoss(0.01, **options), z.to(dtype).float(), **ids)
+    wide, _ = value_and_gradient(SupConLoss(temperature, **options), z.to(dtype).float(), **ids)
     torch.testing.assert_close(value, wide)
 
 
@@ -175,7 +175,7 @@ def test_all_ignored_weightless_or_no_anchor_gives_zero():
     for value in (
         SupConLoss(ignore_index=7)(z, torch.full_like(y, 7)),
         SupConLoss(class_weights=[0.0, 0.0, 0.0])(z, y),
-        SupConLoss(key_weights=[0.0, 0.0, 0.0])(z, y),
+        SupConLoss(class_weights="balanced")(z, torch.arange(10)),
         SupConLoss()(z, y, anchors=torch.zeros(10, dtype=torch.bool)),
     ):
         assert value.item() == 0.0
@@ -254,12 +254,79 @@ def test_a_bank_is_keys_and_positives_but_never_anchors():
     assert SupConLoss()(z[:1], ids["labels"][:1], bank=bank) > 0
 
 
-def test_a_second_derivative_is_refused():
-    z, ids = batch(10)
-    z = z.requires_grad_()
-    (gradient,) = torch.autograd.grad(SupConLoss()(z, ids["labels"]), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
+def test_a_second_derivative_is_refused(options):
+    z, ids = batch(12)
+    x = z.clone().requires_grad_()
+    loss = SupConLoss(**options)
+    sums = {
+        "alone": lambda: loss(x, **ids),
+        "one term of a sum": lambda: loss(x, **ids) + (x**3).sum(),
+        "of a function of x": lambda: loss(x.tanh(), **ids) * x.norm(),
+    }
+    for total in sums.values():
+        for derivative in (
+            lambda g: g.sum().backward(),
+            lambda g: torch.autograd.grad(g.pow(2).sum() + x.sum(), x),
+        ):
+            (gradient,) = torch.autograd.grad(total(), x, create_graph=True)
+            with pytest.raises(RuntimeError, match="differentiated once"):
+                derivative(gradient)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.functional.hessian(lambda v: loss(v, **ids) + (v**3).sum(), z)
+    # Without an anchor the loss is 0 wherever it is, and its second derivative is 0, too.
+    (gradient,) = torch.autograd.grad(
+        loss(x, **ids, anchors=torch.zeros(12, dtype=torch.bool)) + (x**3).sum(), x, create_graph=True
+    )
+    torch.testing.assert_close(torch.autograd.grad(gradient.sum(), x)[0], 6 * x.detach())
+
+
+def test_balanced_gives_every_class_the_same_weight():
+    # 12 voxels of class 1 beside 500 of class 0 and 88 of class 7.
+    g = torch.Generator().manual_seed(0)
+    counts = {0: 500, 1: 12, 7: 88}
+    y = torch.cat([torch.full((n,), c) for c, n in counts.items()])
+    z = torch.randn(600, 5, generator=g, dtype=torch.float64)
+    means = {c: SupConLoss()(z, y, anchors=y == c) for c in counts}
+    plain = SupConLoss()(z, y)
+    torch.testing.assert_close(plain, sum(n * means[c] for c, n in counts.items()) / 600)  # 2 % for class 1
+    balanced = SupConLoss(class_weights="balanced")(z, y)
+    torch.testing.assert_close(balanced, sum(means.values()) / 3)  # a third
+    numbers = [600 / (3 * counts[c]) if c in counts else 0.0 for c in range(8)]
+    torch.testing.assert_close(balanced, SupConLoss(class_weights=numbers)(z, y))
+    # Only anchors count: of class 1 half, and of a class of one voxel none, since it has no positive.
+    may = (y != 1) | (torch.arange(600) % 2 == 0)
+    lone = torch.where(torch.arange(600) == 0, 3, y)
+    half = SupConLoss()(z, lone, anchors=may & (lone == 1))
+    rest = [SupConLoss()(z, lone, anchors=lone == c) for c in (0, 7)]
+    torch.testing.assert_close(
+        SupConLoss(class_weights="balanced")(z, lone, anchors=may), (half + sum(rest)) / 3
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
+def test_balanced_changes_nothing_where_classes_are_equal(options):
+    z, ids = batch(60)
+    ids["labels"] = torch.arange(60) % 3
+    ids["pair_ids"] = torch.arange(60) % 30  # both voxels of a pair are of one class
+    ids["view_ids"] = torch.arange(60) // 30
+    plain = value_and_gradient(SupConLoss(**options), z, **ids)
+    assert plain[0] > 0
+    torch.testing.assert_close(
+        value_and_gradient(SupConLoss(**options, class_weights="balanced"), z, **ids), plain
+    )
+
+
+def test_labels_of_any_size_and_width():
+    z, ids = batch(30)
+    expected = SupConLoss(class_weights="balanced")(z, ids["labels"])
+    for labels in (
+        ids["labels"].to(torch.int32),
+        ids["labels"].to(torch.uint8),
+        ids["labels"] - 5,
+        ids["labels"] * 2**61 - 2**62,
+    ):
+        torch.testing.assert_close(SupConLoss(class_weights="balanced")(z, labels), expected)
 
 
 Z, Y = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
@@ -268,24 +335,28 @@ Z, Y = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"temperature": 0.0}, ValueError, "temperature must be a positive number, got 0.0"),
-        ({"temperature": float("nan")}, ValueError, "got nan"),
-        ({"similarity": "cos"}, ValueError, "similarity must be one of cosine, dot, euclidean, got 'cos'"),
+        ({"temperature": 0.0}, ValueError, "temperature must be at least 1e-06, got 0.0"),
+        ({"temperature": 1e-7}, ValueError, "temperature must be at least 1e-06, got 1e-07"),
+        ({"temperature": -0.1}, ValueError, "temperature must be at least 1e-06, got -0.1"),
+        ({"temperature": float("nan")}, ValueError, "temperature must be finite, got nan"),
+        ({"temperature": float("inf")}, ValueError, "temperature must be finite, got inf"),
+        ({"temperature": torch.tensor(0.1)}, TypeError, "temperature must be a number, got tensor"),
+        ({"similarity": "cos"}, ValueError, "similarity must be one of cosine, euclidean, got 'cos'"),
         ({"positives": "x"}, ValueError, "positives .* got 'x'"),
         ({"denominator": "x"}, ValueError, "denominator .* got 'x'"),
         ({"keys": "x"}, ValueError, "keys .* got 'x'"),
-        ({"positive_mean": "x"}, ValueError, "positive_mean .* got 'x'"),
-        ({"positive_mean": "inside_log", "denominator": "other_class"}, ValueError, "not defined"),
+        ({"similarity": "dot"}, ValueError, "similarity .* got 'dot'"),
         ({"class_weights": [1.0, -1.0]}, ValueError, r"class_weights .* got \[1.0, -1.0\]"),
-        ({"key_weights": torch.ones(2, 2)}, ValueError, r"key_weights .* \(2, 2\)"),
-        ({"key_weights": [float("inf")]}, ValueError, "key_weights must be finite"),
+        ({"class_weights": torch.ones(2, 2)}, ValueError, r"class_weights .* \(2, 2\)"),
+        ({"class_weights": [float("inf")]}, ValueError, "class_weights must be finite"),
         ({"tile_size": 0}, ValueError, "tile_size must be at least 1, got 0"),
         ({"tile_size": 2.5}, TypeError, "tile_size must be an integer, got 2.5"),
         ({"tile_size": "x"}, TypeError, "tile_size must be an integer, got 'x'"),
         ({"temperature": "0.1"}, TypeError, "temperature must be a number, got '0.1'"),
         ({"temperature": None}, TypeError, "temperature must be a number, got None"),
-        ({"class_weights": "ab"}, TypeError, "class_weights must be real numbers.* got 'ab'"),
-        ({"key_weights": torch.tensor([1 + 1j])}, TypeError, "key_weights must be real numbers"),
+        ({"class_weights": "ab"}, ValueError, "class_weights.* balanced, got 'ab'"),
+        ({"class_weights": ["a"]}, TypeError, r"class_weights must be real numbers.* got \['a'\]"),
+        ({"class_weights": torch.tensor([1 + 1j])}, TypeError, "class_weights must be real numbers"),
         ({"ignore_index": "a"}, TypeError, "ignore_index must be an integer, got 'a'"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
         ({"ignore_index": True}, TypeError, "ignore_index must be an integer, got True"),
@@ -318,8 +389,8 @@ def test_bad_options_are_quoted(options, error, words):
         ({}, {"bank": (torch.zeros(3, 2), Y)}, ValueError, "bank labels"),
         ({"positives": "same_voxel"}, {}, ValueError, "pair_ids must be given"),
         ({"keys": "other_view"}, {}, ValueError, "view_ids must be given"),
-        ({"class_weights": [1.0]}, {"labels": Y + 3}, ValueError, "labels must lie in 0 .. 0.* got 3"),
-        ({"key_weights": [1.0]}, {"labels": Y - 1}, ValueError, "labels must lie in 0 .. 0.* got -1"),
+        ({"class_weights": [1.0]}, {"labels": Y + 3}, ValueError, "labels must be in 0 .. 0.* got 3"),
+        ({"class_weights": [1.0]}, {"labels": Y - 1}, ValueError, "labels must be in 0 .. 0.* got -1"),
         (
             {"positives": "same_voxel", "class_weights": [1.0]},
             {"labels": None, "pair_ids": Y},
@@ -334,22 +405,9 @@ def test_bad_arguments_are_quoted(options, arguments, error, words):
 
 
 def test_its_name_tells_every_option():
-    name = repr(SupConLoss(class_weights=[1, 2], ignore_index=255, positive_mean="inside_log"))
-    for words in ("class_weights=(1.0, 2.0)", "ignore_index=255", "positive_mean='inside_log'"):
+    name = repr(SupConLoss(class_weights=[1, 2], ignore_index=255, keys="other_view"))
+    for words in ("class_weights=(1.0, 2.0)", "ignore_index=255", "keys='other_view'"):
         assert words in name
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.numel())
-        return result
 
 
 def test_few_voxels_need_no_large_buffer():

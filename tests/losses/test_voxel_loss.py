@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from medseg_supcon.losses import MemoryBank, SupConLoss, VoxelSampler, VoxelSupConLoss
+from medseg_supcon.losses import DiceSupConLoss, MemoryBank, SupConLoss, VoxelSampler, VoxelSupConLoss
 
 ARTICLE = {"positives": "same_voxel", "denominator": "same_class", "keys": "other_view"}
 ALL = VoxelSampler("all")
@@ -196,6 +196,35 @@ def test_hard_sampling_takes_logits():
     assert not torch.equal(hard, near)
 
 
+def test_balanced_is_right_whatever_the_sampler_finds():
+    # 12 voxels of class 2 beside 8,000 of class 0 and 1: of 300 samples, the quota of each class is 100.
+    g = torch.Generator().manual_seed(0)
+    features, labels = (
+        torch.randn(1, 6, 20, 20, 20, generator=g),
+        torch.randint(2, (1, 1, 20, 20, 20), generator=g),
+    )
+    for rare in (100, 12):
+        labels[labels == 2] = 0
+        labels.view(-1)[torch.randperm(8000, generator=g)[:rare]] = 2
+        voxels = VoxelSampler(max_samples=300, seed=0)(labels[:, 0]).indices
+        z, y = features.flatten(2)[0].t()[voxels], labels.flatten()[voxels]
+        means = [SupConLoss()(z, y, anchors=y == c).item() for c in range(3)]
+        values = []
+        for weights in (None, "balanced"):
+            loss = VoxelSupConLoss(SupConLoss(class_weights=weights), VoxelSampler(max_samples=300, seed=0))
+            both = DiceSupConLoss(lambda logits, labels: logits.mean() * 0, loss, weight=1.0)
+            values.append(both(features, labels, features).item())
+        assert (y == 2).sum() == rare
+        assert values[1] == pytest.approx(sum(means) / 3, rel=1e-5)
+        if rare == 100:
+            assert values[0] == pytest.approx(values[1], rel=1e-6)  # every quota is filled
+        else:
+            share = 12 / 300  # what class 2 gets without weights
+            assert values[0] == pytest.approx(
+                share * means[2] + (1 - share) * (means[0] + means[1]) / 2, rel=1e-5
+            )
+
+
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
@@ -203,8 +232,13 @@ def test_hard_sampling_takes_logits():
         ({"labels": torch.zeros(4, 1, 4, 5, 2)}, {}, r"labels must be .*got \(4, 1, 4, 5, 2\)"),
         ({"labels": torch.full((4, 1, 4, 5, 3), 0.5)}, {}, "whole numbers.* got 0.5"),
         ({"labels": torch.zeros(4, 0, 4, 5, 3)}, {}, r"labels must be .*got shape \(4, 0, 4, 5, 3\)"),
-        ({"pair_ids": None}, ARTICLE, "pair_ids must be given"),
+        (
+            {"pair_ids": None},
+            ARTICLE,
+            r"pair_ids must be \(4, 1, 4, 5, 3\) int64 for positives='same_voxel', got None",
+        ),
         ({"pair_ids": torch.zeros(4, 4, 5, 3, dtype=torch.long)}, ARTICLE, "pair_ids must be .* int64"),
+        ({"pair_ids": torch.full((4, 1, 4, 5, 3), 1 << 40)}, ARTICLE, r"below 2\*\*40 .* got 1099511627776"),
         ({"view_ids": None}, ARTICLE, "view_ids must be given"),
         ({"scan_ids": torch.zeros(3, dtype=torch.long)}, {}, r"scan_ids must be \(4,\) integers"),
     ],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 
 from medseg_supcon.losses import VoxelSampler
 
@@ -156,6 +157,29 @@ def test_labels_of_any_integer_dtype(dtype):
     assert torch.equal(drawn.indices, expected.indices)
 
 
+@pytest.mark.parametrize("strategy", ("stratified", "hard", "uniform", "all"))
+@pytest.mark.parametrize("high", (10**8, 2**31, 2**62))
+@pytest.mark.parametrize("paired", (False, True))
+def test_a_class_id_of_any_size_needs_no_table(strategy, high, paired):
+    small = label_maps([900, 100, 24]).view(2, 8, 8, 8)
+    pair_ids = torch.arange(512).view(1, 8, 8, 8).repeat(2, 1, 1, 1) if paired else None
+    large = torch.where(small == 2, high, small)
+    with LargestTensor() as largest:
+        drawn = VoxelSampler(strategy, 60, seed=0)(large, pair_ids=pair_ids)
+    assert largest.elements <= 1 << 20
+    expected = VoxelSampler(strategy, 60, seed=0)(small, pair_ids=pair_ids)
+    assert torch.equal(drawn.indices, expected.indices)
+
+
+@pytest.mark.parametrize("strategy", ("stratified", "hard", "uniform", "all"))
+@pytest.mark.parametrize("paired", (False, True))
+def test_nothing_to_draw(strategy, paired):
+    for labels in (torch.full((2, 4, 4, 4), -3), torch.zeros(0, 4, 4, 4, dtype=torch.int32)):
+        pair_ids = torch.zeros(labels.shape, dtype=torch.long) if paired else None
+        indices, anchors = VoxelSampler(strategy, 9)(labels, pair_ids=pair_ids)
+        assert len(indices) == len(anchors) == 0
+
+
 def test_complaints():
     for option, value, kind in (
         ("max_samples", 2.5, "an integer"),
@@ -176,7 +200,7 @@ def test_complaints():
         VoxelSampler(background="none")
     with pytest.raises(ValueError, match="max_samples must be at least 1, got 0"):
         VoxelSampler(max_samples=0)
-    with pytest.raises(ValueError, match=r"hard_fraction must lie in 0 .. 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"hard_fraction must be in 0 .. 1, got 1.5"):
         VoxelSampler(hard_fraction=1.5)
     with pytest.raises(ValueError, match=r"pair_ids must match labels \(1, 4, 4\), got \(1, 4, 5\)"):
         VoxelSampler()(

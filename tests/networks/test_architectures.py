@@ -16,7 +16,7 @@ from monai.networks.nets import UNet
 from torch import nn
 
 from medseg_supcon.errors import ConfigError
-from medseg_supcon.networks import ContrastiveNetwork, FeatureTap, build_network, size_divisor
+from medseg_supcon.networks import ContrastiveNetwork, FeatureTap, build_network, chain, size_divisor
 
 CLASSES = 3
 
@@ -149,9 +149,17 @@ class Architecture:
 
 
 class TestUNetWithClassifier(Architecture):
-    network_def = (
-        "$torch.nn.Sequential(monai.networks.nets.UNet(spatial_dims=3, in_channels=1, out_channels=6, "
-        "channels=(4, 8, 16), strides=(2, 2), num_res_units=2), torch.nn.Conv3d(6, 3, 1))"
+    network_def: ClassVar = chain(
+        {
+            "_target_": "monai.networks.nets.UNet",
+            "spatial_dims": 3,
+            "in_channels": 1,
+            "out_channels": 6,
+            "channels": [4, 8, 16],
+            "strides": [2, 2],
+            "num_res_units": 2,
+        },
+        {"_target_": "torch.nn.Conv3d", "in_channels": 6, "out_channels": 3, "kernel_size": 1},
     )
     features, divisor = 6, (4, 4, 4)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.networks import build_network, round_patch, size_divisor
 
+UNET = {"_target_": "monai.networks.nets.UNet", "in_channels": 1, "out_channels": 2}
 CONV = {"_target_": "torch.nn.Conv3d", "in_channels": 2, "out_channels": 3, "kernel_size": 1}
 
 
@@ -29,9 +30,16 @@ CONV = {"_target_": "torch.nn.Conv3d", "in_channels": 2, "out_channels": 3, "ker
 )
 def test_a_wrong_definition_is_a_sentence(definition: object, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
-        build_network(definition)
+        build_network(definition, trust=True)
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith(".")
+
+
+def test_an_expression_needs_trust() -> None:
+    expression = "$torch.nn.Conv3d(2, 3, 1)"
+    with pytest.raises(ConfigError, match="--trust"):
+        build_network(expression)
+    assert isinstance(build_network(expression, trust=True), torch.nn.Conv3d)
 
 
 def test_channels_must_fit_the_plan() -> None:
@@ -51,11 +59,19 @@ def test_the_definition_is_left_as_it_was() -> None:
 
 def test_size_divisor_of_definitions_and_other_ranks() -> None:
     assert size_divisor(CONV, 2) == (1, 1, 1)
-    flat = "$monai.networks.nets.UNet(2, 1, 2, channels=(4, 8, 16), strides=((2, 1), 2))"
+    flat = {**UNET, "spatial_dims": 2, "channels": [4, 8, 16], "strides": [[2, 1], 2]}
     assert size_divisor(flat, 1, spatial_dims=2) == (4, 2)
     with pytest.raises(ConfigError, match="4 channel"):
         size_divisor(CONV, 4)
-    fixed = "$monai.networks.nets.UNETR(1, 2, (32, 32, 32), feature_size=4, hidden_size=12, num_heads=2)"
+    fixed = {
+        "_target_": "UNETR",
+        "in_channels": 1,
+        "out_channels": 2,
+        "img_size": [32, 32, 32],
+        "feature_size": 4,
+        "hidden_size": 12,
+        "num_heads": 2,
+    }
     with pytest.raises(ConfigError, match="any patch size"):
         size_divisor(fixed, 1)
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from tiny_run import TINY
 
+from medseg_supcon.bundle import load_tensors
 from medseg_supcon.datasets import make_phantoms, read_dataset, split_cases
 from medseg_supcon.inference import Predictor
-from medseg_supcon.training import load_tensors, prepare_run, run_config
+from medseg_supcon.training import prepare_run, run_config
 
 
 def trained(
@@ -58,7 +59,7 @@ def main(folder: Path) -> dict[str, Any]:
     found["joint, second GPU"] = trained(
         folder, "joint", "cuda:1", [("amp_dtype", "float16"), ("channels_last", True)]
     )
-    found["semi"] = trained(folder, "semi", "cuda", [("unlabelled_from", 0.0), ("copy_paste", 1.0)])
+    found["semi"] = trained(folder, "semi", "cuda", [("unlabelled_from", 0.0)])
     article = [
         ("positives", "same_voxel"),
         ("denominator", "same_class"),

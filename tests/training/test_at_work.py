@@ -17,11 +17,14 @@ from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.errors import RunError
 from medseg_supcon.training import prepare_run, train_run
 
-LOCKED = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), 2); print(); sys.stdin.read()"
+LOCKED = (
+    "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(); sys.stdin.read()"
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != ".medseg.lock")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def test_a_run_is_trained_by_one_command_at_a_time(trained_run: Path, tmp_path: Path, medseg) -> None:
@@ -29,7 +32,7 @@ def test_a_run_is_trained_by_one_command_at_a_time(trained_run: Path, tmp_path: 
     shutil.copytree(trained_run, run)
     (run / "eval" / "metrics.json").unlink()  # there is something left to do
     before = contents(run)
-    command = [sys.executable, "-c", LOCKED, str(run)]
+    command = [sys.executable, "-c", LOCKED, str(run / ".medseg.lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"\n"
         dataset = read_dataset_of(run)

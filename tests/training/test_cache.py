@@ -14,7 +14,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, Lambda, LoadImaged, N
 
 from medseg_supcon.errors import DataError
 from medseg_supcon.training import CachedDataset, CountDisplay, cached_dataset
-from medseg_supcon.training import cache as _cache
+from medseg_supcon.training import data as _cache
 from medseg_supcon.training import progress as _progress
 
 
@@ -86,7 +86,7 @@ def test_cache_holds_what_memory_allows(budget, held, threads, monkeypatch):
 
 @pytest.mark.parametrize("fault", [ValueError("a broken scan"), KeyboardInterrupt()])
 def test_a_fault_in_one_scan_leaves_no_thread_at_work(fault):
-    """Such a thread makes the program abort if it is still in a C++ library when the program ends."""
+    """Such a thread aborts the program if it is still in a C++ library when the program ends."""
     there, begun = threading.active_count(), []
 
     def load(item):

@@ -11,6 +11,7 @@ from ignite.engine import Engine, Events
 from monai.engines import IterationEvents, SupervisedTrainer
 from torch import nn
 
+from medseg_supcon.bundle import load_tensors
 from medseg_supcon.errors import RunError
 from medseg_supcon.training import (
     Checkpoint,
@@ -20,7 +21,6 @@ from medseg_supcon.training import (
     StepSeed,
     StopOnNaN,
     load_initial,
-    load_tensors,
     save_atomically,
 )
 

@@ -1,4 +1,4 @@
-"""What history.csv and TensorBoard say of a validation."""
+"""What history.csv and TensorBoard record of a validation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from medseg_supcon.training import TrainingLog
 
 
 def test_a_class_that_no_validation_case_shows_has_no_score(tmp_path: Path) -> None:
-    """It is in no mean either; a 0 would look like a class that is always missed."""
+    """It does not enter any mean either; a 0 would look like a class that is always missed."""
     reference = torch.zeros(2, 1, 4, 4, 4)
     reference[:, :, :2] = 1  # class 1 in both cases, class 2 in none
     prediction = reference.clone()

@@ -21,8 +21,9 @@ from monai.bundle import ConfigWorkflow
 from monai.engines import IterationEvents
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from medseg_supcon.bundle import load_tensors
 from medseg_supcon.datasets import read_dataset, split_cases
-from medseg_supcon.training import load_tensors, prepare_run
+from medseg_supcon.training import prepare_run
 
 pytestmark = pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(), reason="processes are forked"

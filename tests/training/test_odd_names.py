@@ -1,4 +1,4 @@
-"""Folders and scans whose names hold the signs of MONAI's configs: # @ % $."""
+"""Folders and scans whose names contain the special characters of MONAI's configs: # @ % $."""
 
 from __future__ import annotations
 

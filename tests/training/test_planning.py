@@ -1,4 +1,4 @@
-"""A run appears whole or not at all, and nothing of a person's is replaced or removed."""
+"""A run appears whole or not at all, and none of the user's files are replaced or removed."""
 
 from __future__ import annotations
 

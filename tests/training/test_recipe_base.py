@@ -29,7 +29,7 @@ def test_a_recipe_goes_over_its_base_and_its_bases_base(tmp_path):
 
 
 def test_numbers_are_numbers_however_they_are_written(tmp_path):
-    """PyYAML takes 1e-3 for text."""
+    """PyYAML reads 1e-3 as a string."""
     text = "learning_rate: 1e-3\noptimizer: {_target_: torch.optim.SGD, betas: [9E-1, +.5e0], name: 1e-x}\n"
     recipe = read_recipe(write(tmp_path, a=text)["a"])
     optimizer = {"_target_": "torch.optim.SGD", "betas": [0.9, 0.5], "name": "1e-x"}

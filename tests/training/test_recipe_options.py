@@ -1,4 +1,4 @@
-"""The options that every recipe has, and the recipe of one's own that docs/recipes.md shows."""
+"""The options that every recipe has, and the user-written recipe that docs/recipes.md shows."""
 
 from __future__ import annotations
 

@@ -16,14 +16,14 @@ from monai.bundle import ConfigWorkflow
 from tiny_run import TINY
 from torch import nn
 
+from medseg_supcon.bundle import load_tensors
 from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.training import (
-    MixedSampler,
+    EpochSampler,
     PseudoLabels,
     SemiSupervisedLoss,
     Teacher,
-    load_tensors,
     prepare_run,
     run_config,
 )
@@ -139,7 +139,7 @@ def test_the_loss_adds_labels_pseudo_labels_and_contrast_with_rising_weights():
 def planned(phantoms, tmp_path_factory):
     """Four epochs of three steps on two labelled and three unlabelled phantoms."""
     dataset, run = read_dataset(phantoms), tmp_path_factory.mktemp("semi") / "run"
-    more = [*TINY, ("plan::batch_size", 2), ("confidence", 0.2), ("teacher_decay", 0.7), ("copy_paste", 1.0)]
+    more = [*TINY, ("plan::batch_size", 2), ("confidence", 0.2), ("teacher_decay", 0.7)]
     split = split_cases(dataset, labels=3)
     prepare_run(dataset, split, run, recipe="semi", epochs=4, settings=more, device="cpu")
     return run
@@ -212,4 +212,4 @@ def test_without_unlabelled_scans_a_sentence_says_how_to_give_some(phantoms, tmp
 
 def test_a_batch_of_one_scan_is_a_sentence():
     with pytest.raises(ConfigError, match="plan::batch_size=2"):
-        iter(MixedSampler(2, 3, 4, 1, share=0.5))
+        iter(EpochSampler(2, 4, 1, unlabelled=3, share=0.5))

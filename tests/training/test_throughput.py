@@ -1,4 +1,4 @@
-"""Options that make a GPU faster, held on the CPU to what they must not change: results, names, checkpoints."""
+"""Options that make a GPU faster, tested on the CPU for what they must not change: results, names, checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from medseg_supcon.training import (
     LossScale,
     amp_dtype,
     compiled,
-    memory_format,
+    load_initial,
     tune_gpu,
     usual_amp_dtype,
 )
@@ -111,8 +111,9 @@ def test_channels_last_is_a_layout_and_nothing_else(trained_run: Path) -> None:
     weights = torch.load(trained_run / "models" / "model.pt", weights_only=True)
     found = []
     for switched in (False, True):
-        network = build_network(plan["network_def"]).to(memory_format=memory_format(switched))
-        network.load_state_dict(weights)
+        network = load_initial(
+            build_network(plan["network_def"]), trained_run / "models" / "model.pt", switched
+        )
         wide = next(p for p in network.parameters() if p.ndim == 5 and min(p.shape) > 1)
         assert wide.is_contiguous(memory_format=torch.channels_last_3d) == switched
         assert network.state_dict().keys() == weights.keys()

@@ -1,4 +1,4 @@
-"""How long a step takes: what a GPU's loader workers do beside it, and what is left behind."""
+"""How long a step takes: what the loader workers do while a GPU works, and what is left behind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from medseg_supcon.networks import ContrastiveNetwork
 from medseg_supcon.training import seconds_per_step, time_training, time_within_memory
-from medseg_supcon.training import timing as _timing
+from medseg_supcon.training import speed as _timing
 
 
 def test_workers_load_beside_the_computation() -> None:

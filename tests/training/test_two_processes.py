@@ -72,7 +72,7 @@ def copy(run: Path, to: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def by_two(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """``trained_run`` trained anew by two processes, and what they said."""
+    """``trained_run`` trained again by two processes, and what they printed."""
     folder = tmp_path_factory.mktemp("two")
     run = copy(trained_run, folder / "run")
     assert json.loads((run / "configs" / "plan.json").read_text())["batch_size"] == 2
@@ -104,7 +104,7 @@ def test_scores_and_documents_follow_the_training(trained_run: Path, by_two: tup
 
 
 def test_a_finished_run_is_resumed_from_its_configs_folder(by_two: tuple[Path, str], tmp_path: Path) -> None:
-    """Nothing to train, so the documents alone are made; the files go by their names."""
+    """Nothing is left to train, so only the documents are written."""
     run = Path(shutil.copytree(by_two[0], tmp_path / "run"))
     weights = (run / "models" / "model.pt").read_bytes()
     shutil.rmtree(run / "eval")

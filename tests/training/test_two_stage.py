@@ -17,13 +17,12 @@ from monai.bundle import ConfigWorkflow
 from monai.optimizers import WarmupCosineSchedule
 from tiny_run import TINY
 
+from medseg_supcon.bundle import load_tensors
 from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.training import (
     EpochSampler,
-    MixedSampler,
     StagedLoss,
-    load_tensors,
     prepare_run,
     run_config,
     stage_at,
@@ -215,7 +214,9 @@ def test_the_learning_rate_starts_anew_in_every_stage():
 )
 @settings(deadline=None, max_examples=60, derandomize=True)
 def test_batches_hold_the_share_of_unlabelled_scans(labelled, unlabelled, batch, share, ranks):
-    sampler = MixedSampler(labelled, unlabelled, 8, batch, 3, share=share, last_epoch=2, world_size=ranks)
+    sampler = EpochSampler(
+        labelled, 8, batch, 3, unlabelled=unlabelled, share=share, last_epoch=2, world_size=ranks
+    )
     order = torch.tensor(sampler.order(2)).view(-1, batch)
     assert len(order) == 8 * ranks
     if share is None:

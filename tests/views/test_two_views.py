@@ -85,7 +85,7 @@ def test_draws_belong_to_the_seed() -> None:
     def draw(views: TwoViewsd, seed: int) -> dict[str, torch.Tensor]:
         return views.set_random_state(seed)(scan)
 
-    policy = standard_view(PATCH, flip_axes=(0, 1, 2), elastic=0.3, low_resolution=0.5)
+    policy = standard_view(PATCH, flip_axes=(0, 1, 2), low_resolution=0.5)
     first, second = TwoViewsd(PATCH, policy), TwoViewsd(PATCH, copy.deepcopy(policy))
     for seed in range(6):
         a = draw(first, seed)
@@ -155,14 +155,27 @@ def test_policies_may_differ_and_be_anything_of_monai() -> None:
     assert torch.equal(item["pair_ids"][1], item["pair_ids"][0].flip(1))
 
 
-def test_coordinates_and_affine_agree() -> None:
-    policy = standard_view(PATCH, flip_axes=(1,), affine_probability=1.0)
-    views = {how: TwoViewsd(PATCH, policy, correspondence=how) for how in ("affine", "coordinates")}
-    for seed in range(4):
-        a, b = (v.set_random_state(seed)(case((20, 20, 20))) for v in views.values())
-        assert torch.equal(a["image"], b["image"])
-        differing = (a["pair_ids"][1] != b["pair_ids"][1]) & (a["pair_ids"][1] >= 0) & (b["pair_ids"][1] >= 0)
-        assert differing.float().mean() < 0.01
+UNTRACKED = {
+    "elastic": standard_view(PATCH, elastic=0.5),
+    "grid distortion": mt.Compose(
+        [
+            mt.CenterSpatialCropd(("image", "label"), PATCH),
+            mt.RandGridDistortiond(("image", "label"), prob=1.0, mode=("bilinear", "nearest")),
+        ]
+    ),
+    "affine with a chance": mt.RandAffined(("image", "label"), prob=0.5, spatial_size=PATCH, rotate_range=1),
+}
+
+
+@pytest.mark.parametrize("name", UNTRACKED)
+def test_views_whose_affine_does_not_tell_have_no_pairs(name: str) -> None:
+    """In either view; images and labels are as usual, and padding has no label."""
+    plain = identity_view(PATCH)
+    for policies in ((UNTRACKED[name], plain), (plain, UNTRACKED[name])):
+        item = TwoViewsd(PATCH, *policies, foreground=0.0).set_random_state(0)(case((5, 5, 5)))
+        assert set(item) == {"image", "label", "name"}
+        assert set(item["label"].unique().tolist()) == {-1, 0, 1, 2}
+        assert (item["label"][item["image"] == 0] == -1).float().mean() > 0.99
 
 
 @pytest.mark.parametrize(
@@ -171,7 +184,6 @@ def test_coordinates_and_affine_agree() -> None:
         ({"foreground": 1.5}, "foreground"),
         ({"jitter": -0.1}, "jitter"),
         ({"context": -1}, "context"),
-        ({"correspondence": "guess"}, "guess"),
         ({"patch_size": (8, 0, 8)}, "patch_size"),
     ],
 )

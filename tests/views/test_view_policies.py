@@ -1,4 +1,4 @@
-"""The policies by themselves: sizes, ranges, and that intensity transforms leave the content where it is."""
+"""The policies on their own: sizes, ranges, and that intensity transforms do not move the content."""
 
 from __future__ import annotations
 

@@ -1,0 +1,221 @@
+"""The fingerprint of a data set: what planning needs to know, from one reading of every file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import numpy.typing as npt
+
+from medseg_supcon.datasets.dataset import Case, Dataset
+from medseg_supcon.datasets.labels import class_indices
+from medseg_supcon.errors import DataError
+from medseg_supcon.scans import Volume, count_values, in_parallel, read_header, read_nifti
+
+SAMPLES_PER_CASE = 10_000
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class CaseFingerprint:
+    """One case.
+
+    Attributes:
+        name: of the case.
+        shape: voxels along right, anterior, superior: of the scan as if stored in RAS.
+        spacing: mm, in the same order.
+        orientation: axis codes as stored, e.g. ``"LPS"`` (the closest ones, for an oblique scan).
+        class_voxels: voxels per class, ignored ones left out; None for an unlabelled case.
+        foreground: (channels, n) evenly drawn intensities of the structures; n is 0 without any.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    orientation: str
+    class_voxels: tuple[int, ...] | None
+    foreground: npt.NDArray[np.float32]
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one voxel in ml."""
+        return float(np.prod(self.spacing)) / 1000
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """All cases of a data set, and what they have in common.
+
+    Attributes:
+        cases: one entry per case.
+        channels: names, in order.
+        classes: names, background first.
+    """
+
+    cases: tuple[CaseFingerprint, ...]
+    channels: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    @property
+    def shapes(self) -> Floats:
+        """(n, 3) voxels in RAS order."""
+        return np.array([case.shape for case in self.cases], dtype=np.float64)
+
+    @property
+    def spacings(self) -> Floats:
+        """(n, 3) mm in RAS order."""
+        return np.array([case.spacing for case in self.cases], dtype=np.float64)
+
+    @property
+    def class_voxels(self) -> Floats:
+        """(C,) voxels per class over the labelled cases."""
+        counts = [case.class_voxels for case in self.cases if case.class_voxels is not None]
+        return np.asarray(np.array(counts, np.float64).reshape(-1, len(self.classes)).sum(axis=0))
+
+    def foreground(self, channel: int) -> dict[str, float]:
+        """Intensities of one channel inside the structures, every case counted alike."""
+        values = np.concatenate([case.foreground[channel] for case in self.cases]).astype(np.float64)
+        if values.size == 0:
+            raise DataError("No case has a labelled structure, so the intensities of structures are unknown.")
+        low, median, high = np.percentile(values, [0.5, 50, 99.5])
+        return {
+            "mean": float(values.mean()),
+            "std": float(values.std()),
+            "percentile_00_5": float(low),
+            "median": float(median),
+            "percentile_99_5": float(high),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The fingerprint as `plan.json` shows it: a few rounded figures."""
+        labelled = [case for case in self.cases if case.class_voxels is not None]
+        volumes, smallest = {}, {}
+        for c, name in enumerate(self.classes[1:], 1):
+            voxels = np.array([case.class_voxels[c] for case in labelled if case.class_voxels is not None])
+            ml = voxels * np.array([case.voxel_ml for case in labelled])
+            volumes[name] = _spread(ml)
+            if voxels.any():
+                i = int(np.where(voxels > 0, ml, np.inf).argmin())
+                smallest[name] = {
+                    "case": labelled[i].name,
+                    "voxels": int(voxels[i]),
+                    "mm3": readable(1000 * ml[i]),
+                }
+        return {
+            "cases": len(self.cases),
+            "labelled": len(labelled),
+            "orientations": dict(Counter(case.orientation for case in self.cases).most_common()),
+            "shape": _spread(self.shapes),
+            "spacing": _spread(self.spacings),
+            "foreground_intensity": {
+                name: {key: readable(value) for key, value in self.foreground(channel).items()}
+                for channel, name in enumerate(_unique_names(self.channels))
+            },
+            "volume_ml": volumes,
+            "smallest": smallest,
+        }
+
+
+def readable(value: float, digits: int = 4) -> float:
+    """A number rounded to some significant digits."""
+    return float(f"{float(value):.{digits}g}")
+
+
+def _unique_names(names: Sequence[str]) -> list[str]:
+    """The names, a repeated one with its number: ``"CT"``, ``"CT (2)"``."""
+    counts = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{name} ({n + 1})" if n else name for name, n in zip(names, counts, strict=True)]
+
+
+def _spread(values: Floats) -> dict[str, Any]:
+    rows = {"min": values.min(axis=0), "median": np.median(values, axis=0), "max": values.max(axis=0)}
+    return {
+        key: [readable(v) for v in row] if np.ndim(row) else readable(float(row)) for key, row in rows.items()
+    }
+
+
+def fingerprint(
+    dataset: Dataset,
+    cases: Sequence[Case] | None = None,
+    known: Mapping[Case, CaseFingerprint] | None = None,
+) -> Fingerprint:
+    """The fingerprint of a data set or of some of its cases; labelled ones are read once, others not at all.
+
+    Args:
+        dataset: says what channels and label values mean.
+        cases: the cases to read, usually those that train; None for all.
+        known: fingerprints of cases that need not be read again: `Report.fingerprints` of `check_dataset`.
+
+    Raises:
+        DataError: no case, a file that cannot be read, a label map of another shape than its scan's, or a
+            label value that is not declared (`check_dataset` lists all such faults at once).
+
+    Example:
+        >>> import tempfile
+        >>> from medseg_supcon.datasets import fingerprint, make_phantoms, read_dataset
+        >>> dataset = read_dataset(make_phantoms(tempfile.mkdtemp() + "/phantoms", cases=2, unseen=0))
+        >>> fingerprint(dataset).class_voxels.shape
+        (6,)
+    """
+    chosen = tuple(dataset.cases if cases is None else cases)
+    if not chosen:
+        raise DataError(f"{dataset.root}: no case to take a fingerprint of.")
+    known = known or {}
+    measured = in_parallel(lambda case: known.get(case) or _of_case(case, dataset), chosen)
+    return Fingerprint(tuple(measured), dataset.channels, tuple(dataset.labels))
+
+
+def _of_case(case: Case, dataset: Dataset) -> CaseFingerprint:
+    if case.label is None:
+        shape, affine = read_header(case.images[0])
+        nothing = np.zeros((len(dataset.channels), 0), dtype=np.float32)
+        return CaseFingerprint(case.name, *_geometry(case.images[0], shape, affine), None, nothing)
+    return measure_case(case, dataset, [read_nifti(path) for path in case.images], read_nifti(case.label))
+
+
+def measure_case(case: Case, dataset: Dataset, volumes: Sequence[Volume], label: Volume) -> CaseFingerprint:
+    """The fingerprint of a labelled case whose images and label map have been read."""
+    channels = [channel for volume in volumes for channel in volume.channels_first]
+    if len(channels) != len(dataset.channels):
+        raise DataError(
+            f"{case.images[0]}: case {case.name} has {len(channels)} channels, the data set declares "
+            f"{len(dataset.channels)} ({', '.join(dataset.channels)}). Correct the data list or the file."
+        )
+    for path, array in zip(case.images * len(channels), channels, strict=False):
+        if array.shape != label.data.shape:
+            raise DataError(
+                f"{case.label}: the label map has {label.data.shape} voxels, its scan {path} has {array.shape}. "
+                f"Export the label map on the grid of the scan."
+            )
+    plan = {"labels": dataset.labels, "ignore_label": dataset.ignore_label}
+    indices = class_indices(label.data, plan, case.label or "label map")
+    voxels = count_values(indices)
+    counts = tuple(voxels.get(float(c), 0) for c in range(len(dataset.labels)))
+    inside = np.flatnonzero(indices.ravel(order="F") > 0)  # NIfTI is stored in Fortran order: no copy
+    inside = inside[:: max(1, len(inside) // SAMPLES_PER_CASE)]  # evenly spread: the plan is reproducible
+    values = np.stack([array.ravel(order="F")[inside].astype(np.float32) for array in channels])
+    values = values[:, np.isfinite(values).all(axis=0)]
+    geometry = _geometry(case.images[0], channels[0].shape, volumes[0].affine)
+    return CaseFingerprint(case.name, *geometry, counts, values)
+
+
+def _geometry(
+    path: Path, shape: Sequence[int], affine: Floats
+) -> tuple[tuple[int, int, int], tuple[float, float, float], str]:
+    """Shape and spacing in RAS order, and the axis codes as stored."""
+    if len(shape) < 3:
+        raise DataError(f"{path}: is {len(shape)}-D. Training needs 3-D scans.")
+    axes = nibabel.orientations.io_orientation(affine)[:, 0]
+    if not np.isfinite(axes).all():
+        raise DataError(f"{path}: its affine has a zero axis. Export the scan again with a valid header.")
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    order = np.argsort(axes)
+    x, y, z = (int(shape[i]) for i in order)
+    sx, sy, sz = (float(round(spacing[i], 6)) for i in order)
+    return (x, y, z), (sx, sy, sz), "".join(nibabel.orientations.aff2axcodes(affine))
