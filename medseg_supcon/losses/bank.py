@@ -20,8 +20,7 @@ class MemoryBank(nn.Module):
         size: embeddings kept per class.
 
     Raises:
-        ValueError: an argument below 1.
-        TypeError: an argument that is not an integer.
+        ValueError, TypeError: an argument is not an integer >= 1.
 
     Example:
         >>> bank = MemoryBank(num_classes=2, dim=3, size=4)
@@ -36,7 +35,7 @@ class MemoryBank(nn.Module):
 
     def __init__(self, num_classes: int, dim: int, size: int) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("dim", dim), ("size", size)):
+        for name, value in {"num_classes": num_classes, "dim": dim, "size": size}.items():
             check_number(name, value, 1, integer=True)
         self.num_classes, self.dim, self.size = num_classes, dim, size
         self.register_buffer("embeddings", torch.zeros(num_classes, size, dim))
@@ -50,8 +49,7 @@ class MemoryBank(nn.Module):
         Labels below 0 are not stored, nor embeddings that are not finite: one overflow would make every later loss NaN.
 
         Raises:
-            ValueError: shapes that do not fit the bank, or a label >= C.
-            TypeError: embeddings that are not floating point, or labels that are not integers.
+            ValueError, TypeError: shapes or dtypes that do not fit the bank, or a label >= C.
         """
         check_tensor("embeddings", embeddings, floating=True)
         check_tensor("labels", labels)

@@ -28,8 +28,7 @@ class DiceSupConLoss(nn.Module):
         step: steps so far, a buffer, so checkpoints contain it.
 
     Raises:
-        ValueError: weight or warmup_steps below 0, or infinite.
-        TypeError: a weight that is not a number, or warmup_steps that is not an integer.
+        ValueError, TypeError: weight is not a finite number >= 0, or warmup_steps not an integer >= 0.
 
     Example:
         >>> dice, contrast = (lambda logits, labels: logits.mean()), (lambda f, labels, **ids: f.sum())
@@ -56,16 +55,9 @@ class DiceSupConLoss(nn.Module):
         self.terms: dict[str, Tensor] = {}
 
     def forward(self, logits: Tensor, labels: Tensor, features: Tensor | None = None, **ids: Tensor | None) -> Tensor:
-        """The weighted sum, a scalar.
+        """The weighted sum, a scalar, of logits (B, C, *spatial), labels (B, 1, *spatial), features (B, F, *spatial).
 
-        Args:
-            logits: (B, C, *spatial).
-            labels: (B, 1, *spatial).
-            features: (B, F, *spatial); may be None where weight is 0.
-            ids: pair_ids, view_ids, scan_ids, as for `VoxelSupConLoss`.
-
-        Raises:
-            ValueError: features missing though weight > 0.
+        Features may be None where weight is 0; `ids` are pair_ids, view_ids, scan_ids as for `VoxelSupConLoss`.
         """
         loss = segmentation = self.segmentation_loss(logits, labels)
         dtype = torch.promote_types(segmentation.dtype, torch.float32)

@@ -34,7 +34,7 @@ def class_indices(labels: Tensor) -> Tensor:
 
 
 def balanced_class_weights(counts: Tensor | Sequence[float]) -> Tensor:
-    """Inverse-frequency class weights, w_c = n / (C n_c), with 0 for an absent class.
+    """Inverse-frequency class weights, w_c = n / (C n_c), (C,) float64, with 0 for an absent class.
 
     They suit voxels sampled in proportion to volume. `SupConLoss(class_weights="balanced")` counts the voxels that
     were sampled instead, so it is right for any sampling.
@@ -42,12 +42,8 @@ def balanced_class_weights(counts: Tensor | Sequence[float]) -> Tensor:
     Args:
         counts: (C,) n_c, voxels per class, or frequencies; n is their sum.
 
-    Returns:
-        (C,) float64 weights.
-
     Raises:
-        ValueError: not one-dimensional, negative or not finite, or nothing but zeros.
-        TypeError: not numbers.
+        ValueError, TypeError: not C finite numbers >= 0 with a positive sum.
 
     Example:
         >>> balanced_class_weights([12, 4, 0, 8]).tolist()

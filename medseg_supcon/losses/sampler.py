@@ -15,8 +15,6 @@ MAX_TABLE = 1 << 12  # class ids below this are counted in a table; one of 1e8 w
 
 
 class VoxelSample(NamedTuple):
-    """Sampled voxels."""
-
     indices: Tensor  # (S,) int64, sorted, distinct, into the flattened (B, *spatial) label maps
     anchors: Tensor  # (S,) bool, False for voxels that serve as keys only
 
@@ -105,6 +103,8 @@ class VoxelSampler:
             drawable = drawable.masked_fill(drawable == 0, -1)
         if pair_ids is not None and self.strategy != "all":
             drawable = drawable.masked_fill(pair_ids.reshape(-1) < 0, -1)
+        if self.strategy == "uniform":
+            drawable = drawable.clamp(max=0)  # one class
         draw = _Draw(labels, drawable, logits, generator or self.generator)
         if self.strategy == "all":
             indices = (drawable >= 0).nonzero()[:, 0]
@@ -122,9 +122,6 @@ class VoxelSampler:
         if self.strategy == "hard" and draw.logits is not None and draw.logits.shape[1] < needed:
             got = draw.logits.shape[1]
             raise ValueError(f"logits must have a channel for each class, at least {needed}, got {got}")
-        if self.strategy == "uniform":
-            voxels = draw.some(None, sum(counts), budget).sort().values
-            return voxels, torch.zeros_like(voxels)
         quotas = _class_quotas(counts, budget)
         wanted = zip(classes.tolist(), counts, quotas, strict=True)
         parts = [self._of_class(draw, c, n, quota) for c, n, quota in wanted if quota > 0]
@@ -198,27 +195,25 @@ class _Draw(NamedTuple):
     def permutation(self, n: int) -> Tensor:
         return torch.randperm(n, generator=self.generator).to(self.labels.device)
 
-    def some(self, c: int | None, n: int, k: int) -> Tensor:
-        """k of the n voxels of class c (None: of any class)."""
+    def some(self, c: int, n: int, k: int) -> Tensor:
+        """k of the n voxels of class c."""
         total = len(self.drawable)
         if n < 32 * k:
-            members = (self.drawable == c if c is not None else self.drawable >= 0).nonzero()[:, 0]
+            members = (self.drawable == c).nonzero()[:, 0]
             return members if k >= n else members[self.permutation(n)[:k]]
         # A class that fills much of the batch is met by chance: no list of its voxels is made.
         drawn = self.drawable[:0]
         while len(drawn) < k:
             tries = int(1.2 * k * total / n) + 16
             more = torch.randint(total, (tries,), generator=self.generator).to(self.labels.device)
-            hit = self.drawable[more] == c if c is not None else self.drawable[more] >= 0
-            drawn = torch.unique(torch.cat((drawn, more[hit])))
+            drawn = torch.unique(torch.cat((drawn, more[self.drawable[more] == c])))
         return drawn[self.permutation(len(drawn))[:k]]
 
     def hardness(self, voxels: Tensor, c: int) -> Tensor:
         """1 - p(true class), or the number of near voxels that have another label; ties at random."""
         where = torch.unravel_index(voxels, self.labels.shape)
         if self.logits is not None:
-            index: tuple[Tensor | slice, ...] = (where[0], slice(None), *where[1:])
-            return 1.0 - self.logits[index].float().softmax(1)[:, c]
+            return 1.0 - self.logits.movedim(1, -1)[where].float().softmax(1)[:, c]
         score = torch.rand(len(voxels), generator=self.generator).to(voxels.device) * 0.5
         for axis in range(1, self.labels.ndim):
             for step in (-2, -1, 1, 2):

@@ -49,8 +49,7 @@ class SupConLoss(nn.Module):
     computed in float32. A second derivative raises RuntimeError.
 
     Raises:
-        ValueError: an option or a weight that is not allowed.
-        TypeError: an argument that is not a number where one is needed.
+        ValueError, TypeError: an option or a weight that is not allowed.
 
     Example:
         >>> loss = SupConLoss(temperature=0.1)
@@ -96,7 +95,7 @@ class SupConLoss(nn.Module):
         bank: Bank | None = None,
         anchors: Tensor | None = None,
     ) -> Tensor:
-        """The mean of L_i over the anchors.
+        """The mean of L_i over the anchors, a scalar, float64 for float64 embeddings, else float32.
 
         Args:
             embeddings: (N, D) floating point.
@@ -108,12 +107,8 @@ class SupConLoss(nn.Module):
                 never anchors, without gradient.
             anchors: (N,) bool, the voxels that may be anchors; the others are keys only. None: all.
 
-        Returns:
-            Scalar, float64 for float64 embeddings, else float32.
-
         Raises:
-            ValueError: shapes that do not fit, ids that an option needs and that are missing, a label outside the
-                range of the weights.
+            ValueError: shapes that do not fit, ids that are needed and missing, a label without a weight.
             TypeError: embeddings that are not floating point, labels or ids that are not integers.
         """
         total, weight = self.terms(embeddings, labels, pair_ids, view_ids, bank, anchors)

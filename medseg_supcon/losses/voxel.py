@@ -77,7 +77,7 @@ class VoxelSupConLoss(nn.Module):
         scan_ids: Tensor | None = None,
         logits: Tensor | None = None,
     ) -> Tensor:
-        """The loss of one batch.
+        """The loss of one batch, a scalar, float32 (float64 for float64 embeddings).
 
         Args:
             features: (B, F, *spatial), any spatial rank.
@@ -88,9 +88,6 @@ class VoxelSupConLoss(nn.Module):
             scan_ids: (B,) integers; elements with equal ids are views of one scan, and pair_ids count within it,
                 below 2^40. None: pair_ids are unique over the batch. Needed for within_scan.
             logits: (B, C, *spatial), for a sampler that looks for voxels where the network is unsure.
-
-        Returns:
-            Scalar, float32; float64 for float64 embeddings.
 
         Raises:
             ValueError: shapes that do not fit, or ids that an option needs and that are missing.
@@ -137,10 +134,11 @@ class VoxelSupConLoss(nn.Module):
 
     def _project(self, rows: Tensor) -> Tensor:
         """Embeddings of the rows, in the dtype of the projection; without one, at least in float32."""
+        wide = torch.promote_types(rows.dtype, torch.float32)
         if self.projection is None:
-            return rows.to(torch.promote_types(rows.dtype, torch.float32))
+            return rows.to(wide)
         dtypes = (p.dtype for p in self.projection.parameters() if p.is_floating_point())
-        embeddings: Tensor = self.projection(rows.to(next(dtypes, torch.promote_types(rows.dtype, torch.float32))))
+        embeddings: Tensor = self.projection(rows.to(next(dtypes, wide)))
         return embeddings
 
     def _labels(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -157,9 +155,9 @@ class VoxelSupConLoss(nn.Module):
 
 
 def _per_element(name: str, ids: Tensor | None, y: Tensor, needed: bool) -> Tensor | None:
+    if ids is None and needed:
+        raise ValueError(f"{name} must be given, (B,) integers, for this loss; got None")
     if ids is None:
-        if needed:
-            raise ValueError(f"{name} must be given, (B,) integers, for this loss; got None")
         return None
     if ids.shape != y.shape[:1] or ids.is_floating_point():
         raise ValueError(f"{name} must be ({len(y)},) integers, got {tuple(ids.shape)} {ids.dtype}")

@@ -12,31 +12,25 @@ from torch import nn
 
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.networks.definition import definition_problem, instantiate, short
-from medseg_supcon.networks.features import CONVOLUTIONS, FeatureTap
+from medseg_supcon.networks.features import CONVOLUTIONS, classifier_name
 
 DIVISORS = (1, 2, 4, 8, 16, 32, 64, 128)
 BASE = 128  # divisible by all of them
+Definition = Mapping[str, Any] | str
 
 
 def build_network(
-    network_def: Mapping[str, Any] | str,
-    *,
-    in_channels: int | None = None,
-    num_classes: int | None = None,
-    trust: bool = False,
+    network_def: Definition, *, in_channels: int | None = None, num_classes: int | None = None, trust: bool = False
 ) -> nn.Module:
     """The network that a plan's ``network_def`` describes.
 
-    Args:
-        network_def: a dict with ``_target_`` (a network of torch or MONAI) and plain arguments, which may be such
-            dicts; with ``trust`` anything that MONAI's config parser can evaluate.
-        in_channels: channels of the scans; ``None``: not checked.
-        num_classes: C, background included; ``None``: not checked.
-        trust: evaluate a definition that is code.
+    It is a dict with ``_target_`` (a network of torch or MONAI) and plain arguments, which may be such dicts; with
+    ``trust`` anything that MONAI's config parser can evaluate. ``in_channels`` of the scans and ``num_classes``
+    (background included) are checked where they are given.
 
     Raises:
         ConfigError: the definition names no class, is code without ``trust``, an argument is wrong, the result is
-            not a network, or it does not take ``in_channels`` or give ``num_classes`` channels.
+            not a network, or has other channels.
 
     Example:
         >>> build_network({"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 2, "kernel_size": 1})
@@ -75,7 +69,8 @@ def build_network(
             f"network_def {shown} takes {taken} channel(s), but the scans have {in_channels}: set in_channels to "
             f"{in_channels}."
         )
-    if num_classes is not None and (given := FeatureTap(network).out_channels) != num_classes:
+    given = network.get_submodule(classifier_name(network)).out_channels if num_classes is not None else None
+    if given != num_classes:
         raise ConfigError(
             f"network_def {shown} gives {given} channel(s), but the plan has {num_classes} classes, background "
             f"included: set its out_channels to {num_classes}."

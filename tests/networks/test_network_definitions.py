@@ -169,7 +169,7 @@ LARGE = [
 @pytest.mark.parametrize("definition", LARGE, ids=["wide", "deep", "long"])
 def test_a_definition_cannot_fill_the_memory(definition: dict[str, object]) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ConfigError, match="more than 2,000,000,000 weights or 20,000 parts|allocate memory"):
+    with pytest.raises(ConfigError, match=r"more than 2,000,000,000 weights or 20,000 parts|allocate memory"):
         build_network(definition)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2_000_000  # KiB
     assert isinstance(build_network(CONV), torch.nn.Conv3d)  # nothing is left of the limit's count
