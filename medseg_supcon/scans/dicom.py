@@ -69,9 +69,7 @@ def series_in(folder: Path, name: str = "") -> tuple[Series, list[Path]]:
     if None in numbers or len(set(numbers)) < len(numbers):
         numbers = list(range(1, len(series) + 1))
     order = sorted(range(len(series)), key=lambda i: numbers[i] or 0)
-    return [
-        (f"{name}_series{numbers[i]}", _files(series[i]), _digest(name, series[i][0])) for i in order
-    ], damaged
+    return [(f"{name}_series{numbers[i]}", _files(series[i]), _digest(name, series[i][0])) for i in order], damaged
 
 
 def _digest(name: str, header: Header) -> str:
@@ -177,13 +175,9 @@ def _check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Aff
 def _readable(file: Path, source: Path) -> Header:
     header = read_dicom_header(file)
     if header is None or not header.frames:
-        raise DataError(
-            f"{file}: cannot be read as a DICOM image. It is damaged, cut short, or holds no image."
-        )
+        raise DataError(f"{file}: cannot be read as a DICOM image. It is damaged, cut short, or holds no image.")
     if header.modality in (*NOT_SCANS, *PICTURES_OF_SCANS):
-        raise DataError(
-            f"{source}: is not a scan (its DICOM modality is {header.modality}). Give the scan itself."
-        )
+        raise DataError(f"{source}: is not a scan (its DICOM modality is {header.modality}). Give the scan itself.")
     if "MOSAIC" in header.image_type.upper():
         raise DataError(
             f"{source}: is a mosaic, all slices tiled in one picture (Siemens). Convert it to NIfTI with dcm2niix."
@@ -284,9 +278,7 @@ def _doubts(header: Header) -> list[Issue]:
     unit, scaled = header.frames[0].unit, header.frames[0].scaling is not None or header.lut is not None
     if header.modality == "CT" and (not scaled or unit not in ("", "HU", "US")):
         what = f"gives values in {unit}" if scaled else "gives no rescale slope and intercept"
-        issues.append(
-            Issue("not_hounsfield", "warning", f"is CT and {what}: they may not be Hounsfield units")
-        )
+        issues.append(Issue("not_hounsfield", "warning", f"is CT and {what}: they may not be Hounsfield units"))
     if header.photometric == "MONOCHROME1" and header.modality != "CT":
         sentence = "is MONOCHROME1 (shown with small values bright): the stored values are used, not inverted"
         issues.append(Issue("monochrome1", "warning", sentence))
@@ -319,9 +311,7 @@ def _stored(header: Header) -> npt.NDArray[Any]:
             dataset.file_meta.TransferSyntaxUID = native if little else uid.ExplicitVRBigEndian
         pixels = None
         if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-            with suppress(
-                RuntimeError
-            ):  # pydicom has a decoder of its own for RLE, others where they are installed
+            with suppress(RuntimeError):  # pydicom has a decoder of its own for RLE, others where they are installed
                 pixels = _decompressed(dataset)
         if pixels is None:
             pixels = library.pixels.pixel_array(dataset, raw=True)

@@ -110,9 +110,7 @@ def looks_like_dicom(file: Path) -> bool:
             start = stream.read(132)
     except OSError:
         return False
-    return start[128:] == b"DICM" or (
-        file.suffix == "" and start[:4] in (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00")
-    )
+    return start[128:] == b"DICM" or (file.suffix == "" and start[:4] in (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00"))
 
 
 def read_dicom_header(file: Path) -> Header | None:
@@ -180,9 +178,7 @@ def _frames(file: Path, dataset: Any, count: int) -> list[Frame]:
     """The frames; what a functional group says counts before the file's own, and a frame's before the shared."""
     shared, each = (list(dataset.get(name) or ()) for name in GROUPS)
     if each and len(each) != count:
-        raise DataError(
-            f"{file}: announces {count} frames and describes {len(each)}. It is damaged: export it again."
-        )
+        raise DataError(f"{file}: announces {count} frames and describes {len(each)}. It is damaged: export it again.")
     frames = []
     for index in range(count):
         groups = [*each[index : index + 1], *shared[:1]]
@@ -198,9 +194,7 @@ def _frames(file: Path, dataset: Any, count: int) -> list[Frame]:
                 file,
                 index,
                 # a position of the whole file is none of its frames
-                _numbers(item("PlanePositionSequence").get("ImagePositionPatient"), 3)
-                if count == 1 or each
-                else None,
+                _numbers(item("PlanePositionSequence").get("ImagePositionPatient"), 3) if count == 1 or each else None,
                 _numbers(item("PlaneOrientationSequence").get("ImageOrientationPatient"), 6),
                 spacing if spacing is not None and spacing.min() > 0 else None,
                 next((float(gap[0]) for gap in gaps if gap is not None and gap[0] > 0), None),

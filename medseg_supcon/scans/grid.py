@@ -14,26 +14,16 @@ import numpy.typing as npt
 
 NEAR = 0.1  # of the smallest voxel edge: two grids, or two slices, that are closer than this count as one
 MAX_SHEAR_DEGREES = 0.6  # check, train and predict refuse more: over 200 mm it is 2 mm
-MM = {"mm": 1.0, "metres": 1000.0, "microns": 0.001}
-UNITS = {1: "metres", 3: "microns"}  # NIfTI's codes; whatever else a header says counts as mm
 # What a NIfTI header says about where the voxels are.
-PLACE = (
-    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
-    *("sform_code", "srow_x", "srow_y", "srow_z"),
-)
+QFORM = ("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
+SFORM = ("sform_code", "srow_x", "srow_y", "srow_z")
 
 Affine = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Issue:
-    """A problem of a scan.
-
-    Attributes:
-        code: short name, as `medseg check` reports it.
-        severity: "error" or "warning", for training.
-        sentence: follows the file's name.
-    """
+    """A problem of a scan: a short name for it, "error" or "warning" (for training), a sentence to follow its name."""
 
     code: str
     severity: str
@@ -75,7 +65,7 @@ class Grid:
 
     def copy_to(self, header: Any) -> None:
         """Puts a mask where the scan is: its forms, codes, voxel sizes and unit of length, to the last bit."""
-        for name in PLACE:
+        for name in (*QFORM, *SFORM):
             header[name] = self.header[name]
         header["pixdim"][:4] = self.header["pixdim"][:4]
         header["xyzt_units"] = int(self.header["xyzt_units"]) & 7
@@ -108,33 +98,20 @@ class Volume:
         return np.moveaxis(self.data, -1, 0) if self.data.ndim == 4 else self.data[None]
 
 
-def unit_of_length(header: Any) -> str:
-    """The unit that a NIfTI header gives lengths in: "mm", "metres" or "microns"."""
-    return UNITS.get(int(header["xyzt_units"]) & 7, "mm")
-
-
-def in_mm(affine: npt.NDArray[Any], header: Any) -> Affine:
-    """(4, 4) voxel indices to world, converted from the unit of a NIfTI header to mm."""
-    scales = np.array([[MM[unit_of_length(header)]]] * 3 + [[1.0]])  # no matrix product: Inf x 0 would warn
-    return np.asarray(np.asarray(affine, dtype=np.float64) * scales)
-
-
 def affine_issue(affine: Affine) -> Issue | None:
     """What makes an affine unusable: it is not finite, flat, or its axes are not perpendicular. None: nothing."""
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     finite = bool(np.isfinite(affine).all() and (lengths > 0).all())
     if not finite or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
-        rows = np.round(affine[:3], 4).tolist()
         sentence = (
-            f"its header gives no usable position in space (affine {rows}): axes must be finite and neither zero nor "
-            "parallel. Correct the header, or export it again."
+            f"its header gives no usable position in space (affine {np.round(affine[:3], 4).tolist()}): axes must be "
+            "finite and neither zero nor parallel. Correct the header, or export it again."
         )
         return Issue("bad_affine", "error", sentence)
     if (degrees := shear_degrees(affine)) > MAX_SHEAR_DEGREES:
         sentence = (
-            f"its affine is sheared (two axes are {degrees:.1f} degrees off a right angle, at most "
-            f"{MAX_SHEAR_DEGREES:g} are accepted; a tilted gantry does this). Resample it, and its label map, onto a "
-            "grid with perpendicular axes."
+            f"its affine is sheared (two axes are {degrees:.1f} degrees off a right angle, at most {MAX_SHEAR_DEGREES:g} "
+            "are accepted; a tilted gantry does this). Resample it, and its label map, onto perpendicular axes."
         )
         return Issue("sheared", "error", sentence)
     return None
@@ -147,19 +124,9 @@ def same_grid(shape: Sequence[int], affine: Affine, other: Affine) -> bool:
 
 
 def farthest_corner(shape: Sequence[int], one: Affine, other: Affine) -> float:
-    """Largest distance between equal corners of a grid under two affines, so that a small turn counts in full.
-
-    Args:
-        shape: (X, Y, Z) voxels; further axes are left out.
-        one: (4, 4) affine, voxel indices to world.
-        other: (4, 4) affine in the same unit of length.
-
-    Returns:
-        The distance between the outer corners of the outermost voxels, in the affines' unit.
+    """Largest distance between equal corners of a grid (X, Y, Z, ...) under two affines, in their unit of length.
 
     Example:
-        >>> import numpy as np
-        >>> from medseg_supcon.scans import farthest_corner
         >>> farthest_corner((10, 1, 1), np.eye(4), np.diag([1.5, 1, 1, 1]))  # from 9.5 mm to 14.25 mm
         4.75
     """
@@ -171,14 +138,8 @@ def farthest_corner(shape: Sequence[int], one: Affine, other: Affine) -> float:
 def shear_degrees(affine: Affine) -> float:
     """How far the two axes that are least perpendicular are off a right angle, in degrees (0 to 90).
 
-    Args:
-        affine: (4, 4), voxel indices to world; no axis of length zero.
-
     Example:
-        >>> import numpy as np
-        >>> from medseg_supcon.scans import shear_degrees
-        >>> tilted = np.array([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-        >>> round(shear_degrees(tilted), 6)
+        >>> round(shear_degrees(np.array([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])), 6)
         45.0
     """
     axes = np.asarray(affine, dtype=np.float64)[:3, :3]

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans.file_faults import not_a_file
 from medseg_supcon.scans.grid import Affine, Grid, Issue, Volume
+from medseg_supcon.scans.nifti import not_a_file
 
 # Named, as ITK itself does not know endings in capitals.
 READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO"}
@@ -179,9 +179,7 @@ def _contradiction(letters: str, affine: Affine) -> list[Issue]:
     axes = "".join(opposite.get(letter, "?") for letter in letters)
     if "?" in axes or not axes or axes == "".join(nibabel.aff2axcodes(affine)):
         return []
-    sentence = (
-        f"its AnatomicalOrientation ({letters}) contradicts its TransformMatrix, which is used: {GUESS}"
-    )
+    sentence = f"its AnatomicalOrientation ({letters}) contradicts its TransformMatrix, which is used: {GUESS}"
     return [Issue("forms_disagree", "warning", sentence)]
 
 

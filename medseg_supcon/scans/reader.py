@@ -10,10 +10,9 @@ import numpy as np
 
 from medseg_supcon.errors import DataError
 from medseg_supcon.scans.dicom import read_dicom, read_series_header
-from medseg_supcon.scans.file_faults import not_a_file
 from medseg_supcon.scans.grid import Affine, Volume, affine_issue, same_grid
 from medseg_supcon.scans.itk import read_itk, read_itk_header
-from medseg_supcon.scans.nifti import read_header, read_nifti
+from medseg_supcon.scans.nifti import not_a_file, read_header, read_nifti
 from medseg_supcon.scans.voxels import as_float32
 
 Kind = Literal["nifti", "itk", "dicom"]
@@ -70,9 +69,7 @@ def read_scan(scan: Scan, channels: int) -> Volume:
         volumes = [_usable(read(file), file) for file in scan.files]
     first = volumes[0]
     for file, volume in zip(scan.files[1:], volumes[1:], strict=False):
-        if volume.data.shape != first.data.shape or not same_grid(
-            first.grid.shape, first.affine, volume.affine
-        ):
+        if volume.data.shape != first.data.shape or not same_grid(first.grid.shape, first.affine, volume.affine):
             raise DataError(
                 f"{file}: its shape or affine differs from that of {scan.files[0]}. Channels must share a grid."
             )
@@ -112,9 +109,7 @@ def _usable(volume: Volume, file: Path) -> Volume:
     if len(shape) < 3:
         raise DataError(f"{file}: expected a 3-D scan, found shape {shape}. 2-D images are not segmented.")
     if len(shape) > 4:
-        raise DataError(
-            f"{file}: expected a 3-D scan or channels in a fourth axis, found shape {shape}. Split it."
-        )
+        raise DataError(f"{file}: expected a 3-D scan or channels in a fourth axis, found shape {shape}. Split it.")
     fatal = [issue for issue in volume.issues if issue.severity == "error" and issue.code not in WARNED_OF]
     if (issue := affine_issue(volume.affine) or next(iter(fatal), None)) is not None:
         raise DataError(f"{file}: {issue.sentence}")

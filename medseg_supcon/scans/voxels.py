@@ -126,9 +126,7 @@ def as_whole(data: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
     return whole if np.array_equal(whole, data) else None
 
 
-def in_parallel(
-    work: Callable[[Item], Result], items: Iterable[Item], jobs: int | None = None
-) -> list[Result]:
+def in_parallel(work: Callable[[Item], Result], items: Iterable[Item], jobs: int | None = None) -> list[Result]:
     """``[work(item) for item in items]`` on a few threads (decompression and numpy release the lock)."""
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
