@@ -110,8 +110,8 @@ def affine_issue(affine: Affine) -> Issue | None:
         return Issue("bad_affine", "error", sentence)
     if (degrees := shear_degrees(affine)) > MAX_SHEAR_DEGREES:
         sentence = (
-            f"its affine is sheared (two axes are {degrees:.1f} degrees off a right angle, at most {MAX_SHEAR_DEGREES:g} "
-            "are accepted; a tilted gantry does this). Resample it, and its label map, onto perpendicular axes."
+            f"its affine is sheared (two axes are {degrees:.1f} degrees off a right angle, at most {MAX_SHEAR_DEGREES:g} are "
+            "accepted; a tilted gantry does this). Resample it, and its label map, onto perpendicular axes."
         )
         return Issue("sheared", "error", sentence)
     return None

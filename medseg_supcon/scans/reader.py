@@ -47,20 +47,14 @@ class Scan:
 
 
 def read_scan(scan: Scan, channels: int) -> Volume:
-    """A scan as the model takes it: finite float32 voxels in a sound grid; its issues are warnings.
-
-    Args:
-        scan: as `find_scans` gives it.
-        channels: how many channels the model takes.
+    """A scan as a model with so many channels takes it: finite float32 voxels in a sound grid; its issues are warnings.
 
     Raises:
         DataError: it cannot be read, is not a 3-D scan, has too many or few channels, its values or its place in
             space are not usable, or the files of its channels have different grids.
     """
-    if scan.problem is not None:
-        raise DataError(scan.problem)
-    for file in scan.files:
-        if (problem := not_a_file(file)) is not None:
+    for problem in (scan.problem, *map(not_a_file, scan.files)):
+        if problem is not None:
             raise DataError(problem)
     if scan.kind == "dicom":
         volumes = [_usable(read_dicom(scan.files), scan.source)]
@@ -75,7 +69,10 @@ def read_scan(scan: Scan, channels: int) -> Volume:
             )
     count = sum(len(volume.channels_first) for volume in volumes)
     if count != channels:
-        raise DataError(_wrong_channels(scan.source, count, channels))
+        found, cure = f"{count} channels", "Give one 4-D file, channels last, or 3-D files NAME_0000, NAME_0001, ..."
+        if channels == 1:
+            found, cure = f"{count} volumes (a time series or several channels)", "Split it and give one volume."
+        raise DataError(f"{scan.source}: holds {found}, and the model takes {channels}. {cure}")
     if len(volumes) == 1:
         return first
     return replace(first, data=np.moveaxis(np.concatenate([v.channels_first for v in volumes]), 0, -1))
@@ -104,25 +101,13 @@ def scan_header(scan: Scan) -> tuple[tuple[int, ...], Affine]:
 
 def _usable(volume: Volume, file: Path) -> Volume:
     shape = volume.data.shape
-    if 0 in shape:
-        raise DataError(f"{file}: expected a 3-D scan, found no voxels (shape {shape}). Export it again.")
-    if len(shape) < 3:
-        raise DataError(f"{file}: expected a 3-D scan, found shape {shape}. 2-D images are not segmented.")
-    if len(shape) > 4:
-        raise DataError(f"{file}: expected a 3-D scan or channels in a fourth axis, found shape {shape}. Split it.")
-    fatal = [issue for issue in volume.issues if issue.severity == "error" and issue.code not in WARNED_OF]
-    if (issue := affine_issue(volume.affine) or next(iter(fatal), None)) is not None:
-        raise DataError(f"{file}: {issue.sentence}")
-    return replace(volume, data=as_float32(volume.data, file))
-
-
-def _wrong_channels(file: Path, count: int, expected: int) -> str:
-    if expected == 1:
-        return (
-            f"{file}: holds {count} volumes (a time series or several channels), and the model takes one 3-D "
-            "scan. Split it and give the volume that you want segmented."
+    if 0 in shape or len(shape) not in (3, 4):
+        raise DataError(
+            f"{file}: expected a 3-D scan, or channels in a fourth axis, found shape {shape}. "
+            "2-D images and time series are not segmented: give one volume."
         )
-    return (
-        f"{file}: holds {count} channels, and the model takes {expected}. Give one 4-D file, channels last, "
-        "or 3-D files called NAME_0000, NAME_0001, ... in the order of the plan's channels."
-    )
+    fatal = [issue for issue in volume.issues if issue.severity == "error" and issue.code not in WARNED_OF]
+    for issue in (affine_issue(volume.affine), *fatal):
+        if issue is not None:
+            raise DataError(f"{file}: {issue.sentence}")
+    return replace(volume, data=as_float32(volume.data, file))
