@@ -8,7 +8,8 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,9 +26,22 @@ NOT_SCANS = ("SR", "PR", "KO", "DOC", "REG", "FID", "AU", "ECG", "HD", "RTSTRUCT
 PICTURES_OF_SCANS = ("SEG", "RTDOSE", "RTIMAGE")
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 HEADER_BYTES = 2**24  # before the voxels, of a deflated file
+SEQUENCES = (
+    *("PixelMeasuresSequence", "PixelValueTransformationSequence"),
+    *("PlanePositionSequence", "PlaneOrientationSequence"),
+)
 GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 TAGS = (
-    *("SOPClassUID", "SeriesInstanceUID", "SeriesNumber", "Modality", "ImageType", "Rows", "Columns"),
+    *(
+        "SOPClassUID",
+        "SeriesInstanceUID",
+        "FrameOfReferenceUID",
+        "SeriesNumber",
+        "Modality",
+        "ImageType",
+        "Rows",
+        "Columns",
+    ),
     *("NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
     *("ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "RescaleType"),
@@ -39,53 +53,31 @@ Numbers = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Frame:
-    """One slice: a file's only one, or one of a multi-frame file. None: the file does not say, or nothing valid.
-
-    Attributes:
-        file: that holds it.
-        index: of the frame in its file.
-        position: (3,) of the first voxel, LPS mm.
-        orientation: (6,) directions of a row and of a column.
-        spacing: (2,) mm between rows and between columns.
-        thickness: mm from this slice to the next, as far as the header says.
-        scaling: slope and intercept; (nan, nan) if they are not valid.
-        unit: of the values after scaling, such as "HU"; "" if it is not given.
-    """
+    """One slice: a file's only one, or one of a multi-frame file. None: the file does not say, or nothing valid."""
 
     file: Path
-    index: int
-    position: Numbers | None
-    orientation: Numbers | None
-    spacing: Numbers | None
-    thickness: float | None
-    scaling: tuple[float, float] | None
-    unit: str
+    index: int  # in its file
+    position: Numbers | None  # (3,) of the first voxel, LPS mm
+    orientation: Numbers | None  # (6,) directions of a row and of a column
+    spacing: Numbers | None  # (2,) mm between rows and between columns
+    thickness: float | None  # mm from this slice to the next, as far as the header says
+    scaling: tuple[float, float] | None  # slope and intercept; one is NaN if it is not valid
+    unit: str  # of the values after scaling, such as "HU"; "" if it is not given
 
 
 @dataclass(frozen=True)
 class Header:
-    """What is read of a DICOM file; nothing of it that names a patient is shown to anybody.
-
-    Attributes:
-        file: the file.
-        series: the series' identifier.
-        number: the series' number, None if it has none.
-        modality: "CT", "MR", ...
-        image_type: "ORIGINAL\\PRIMARY\\..."
-        size: columns, rows, frames; zeros if the file holds no image.
-        photometric: "MONOCHROME2", "RGB", ...
-        lut: the first stored value and the table of a Modality LUT, which stands in for slope and intercept.
-        frames: one per slice.
-    """
+    """What is read of a DICOM file; nothing of it that names a patient is shown to anybody."""
 
     file: Path
-    series: str
-    number: int | None
+    series: str  # identifier
+    space: str  # identifier of the frame of reference, in which the positions are; "" if it is not given
+    number: int | None  # of the series
     modality: str
     image_type: str
-    size: tuple[int, int, int]
+    size: tuple[int, int, int]  # columns, rows, frames; a zero if the file holds no image
     photometric: str
-    lut: tuple[int, Numbers] | None
+    lut: tuple[int, Numbers] | None  # first stored value and table of a Modality LUT, which replaces the scaling
     frames: tuple[Frame, ...]
 
 
@@ -103,14 +95,11 @@ def looks_like_dicom(file: Path) -> bool:
     """By its ending, or by its first bytes: DICOM files often have no ending."""
     if file.name.lower().endswith(DICOM_ENDINGS):
         return True
-    if not file.is_file():  # opening a pipe would wait for ever
-        return False
-    try:
-        with file.open("rb") as stream:
+    start = b""
+    if file.is_file():  # opening a pipe would wait for ever
+        with suppress(OSError), file.open("rb") as stream:
             start = stream.read(132)
-    except OSError:
-        return False
-    return start[128:] == b"DICM" or (file.suffix == "" and start[:4] in (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00"))
+    return start[128:] == b"DICM" or (file.suffix == "" and start[:4] in (b"\x08\0\x05\0", b"\x08\0\x08\0"))
 
 
 def read_dicom_header(file: Path) -> Header | None:
@@ -134,38 +123,37 @@ def open_dicom(file: Path, most: int) -> IO[bytes]:
     """The file; a deflated one inflated, but to no more than `most` bytes: pydicom would inflate whatever comes."""
     stream = file.open("rb")
     start = stream.read(1024)
+    stream.seek(0)
     if start[128:132] != b"DICM" or DEFLATED not in start:
-        stream.seek(0)
         return stream
     with stream:
-        end = 144 + int.from_bytes(start[140:144], "little")  # of the file's meta information
-        stream.seek(0)
-        meta, packed = stream.read(end), stream.read()
-    plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, most)
+        meta = stream.read(144 + int.from_bytes(start[140:144], "little"))  # the file's meta information
+        plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(stream.read(), most)
     return io.BytesIO(meta.replace(DEFLATED, DEFLATED[:-3] + b"\0\0\0") + plain)
 
 
 def _header(file: Path, dataset: Any, pixels: float) -> Header | None:
-    document = str(dataset.get("Modality", "")) in NOT_SCANS or INDEX in (
-        dataset.get("SOPClassUID"),
-        dataset.file_meta.get("MediaStorageSOPClassUID"),
+    modality, syntax = str(dataset.get("Modality", "")), dataset.file_meta.get("TransferSyntaxUID")
+    index = INDEX in (dataset.get("SOPClassUID"), dataset.file_meta.get("MediaStorageSOPClassUID"))
+    columns, rows, frames, samples, bits = (
+        int(dataset.get(key) or default)
+        for key, default in zip(
+            ("Columns", "Rows", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"), (0, 0, 1, 1, 0), strict=True
+        )
     )
-    columns, rows = (int(dataset.get(key) or 0) for key in ("Columns", "Rows"))
-    size = (columns, rows, max(1, int(dataset.get("NumberOfFrames") or 1)))
-    voxels = math.prod(size) * int(dataset.get("SamplesPerPixel") or 1)
-    syntax = dataset.file_meta.get("TransferSyntaxUID")
-    bytes_ = voxels * int(dataset.get("BitsAllocated") or 0) // 8
-    if syntax is not None and syntax.is_encapsulated:
-        bytes_ = 0  # how many there must be shows when they are decompressed
-    if not document and (voxels == 0 or pixels <= bytes_):
+    size = (columns, rows, max(1, frames))
+    voxels = math.prod(size) * samples
+    # how many bytes there must be of compressed voxels shows when they are decompressed
+    least = 0 if syntax is not None and syntax.is_encapsulated else voxels * bits // 8
+    if not (index or modality in NOT_SCANS) and (voxels == 0 or pixels <= least):
         return None
-    number = str(dataset.get("SeriesNumber", ""))
-    image_type = dataset.get("ImageType") or ""
+    number, image_type = str(dataset.get("SeriesNumber", "")), dataset.get("ImageType") or ""
     return Header(
         file,
         str(dataset.get("SeriesInstanceUID", "")),
+        str(dataset.get("FrameOfReferenceUID") or ""),
         int(number) if number.lstrip("-").isdigit() else None,
-        "index" if document and not dataset.get("Modality") else str(dataset.get("Modality", "")),
+        modality or ("index" if index else ""),
         image_type if isinstance(image_type, str) else "\\".join(map(str, image_type)),
         size,
         str(dataset.get("PhotometricInterpretation", "")),
@@ -174,45 +162,34 @@ def _header(file: Path, dataset: Any, pixels: float) -> Header | None:
     )
 
 
-def _frames(file: Path, dataset: Any, count: int) -> list[Frame]:
+def _frames(file: Path, dataset: Any, count: int) -> Iterator[Frame]:
     """The frames; what a functional group says counts before the file's own, and a frame's before the shared."""
     shared, each = (list(dataset.get(name) or ()) for name in GROUPS)
     if each and len(each) != count:
         raise DataError(f"{file}: announces {count} frames and describes {len(each)}. It is damaged: export it again.")
-    frames = []
     for index in range(count):
         groups = [*each[index : index + 1], *shared[:1]]
-
-        def item(name: str, groups: Sequence[Any] = groups) -> Any:
-            return next((group[name].value[0] for group in groups if group.get(name)), dataset)
-
-        measures, values = item("PixelMeasuresSequence"), item("PixelValueTransformationSequence")
-        spacing = _numbers(measures.get("PixelSpacing"), 2)
-        gaps = [_numbers(measures.get(name), 1) for name in ("SpacingBetweenSlices", "SliceThickness")]
-        frames.append(
-            Frame(
-                file,
-                index,
-                # a position of the whole file is none of its frames
-                _numbers(item("PlanePositionSequence").get("ImagePositionPatient"), 3) if count == 1 or each else None,
-                _numbers(item("PlaneOrientationSequence").get("ImageOrientationPatient"), 6),
-                spacing if spacing is not None and spacing.min() > 0 else None,
-                next((float(gap[0]) for gap in gaps if gap is not None and gap[0] > 0), None),
-                _scaling(values),
-                str(values.get("RescaleType") or ""),
-            )
+        measures, values, position, orientation = (
+            next((group[name].value[0] for group in groups if group.get(name)), dataset) for name in SEQUENCES
         )
-    return frames
+        spacing = _numbers(measures.get("PixelSpacing"), 2)
+        gaps = [_number(measures.get(name)) for name in ("SpacingBetweenSlices", "SliceThickness")]
+        yield Frame(
+            file,
+            index,
+            # a position of the whole file is not one of its frames'
+            _numbers(position.get("ImagePositionPatient"), 3) if count == 1 or each else None,
+            _numbers(orientation.get("ImageOrientationPatient"), 6),
+            spacing if spacing is not None and spacing.min() > 0 else None,
+            next((gap for gap in gaps if gap > 0), None),
+            _scaling(values),
+            str(values.get("RescaleType") or ""),
+        )
 
 
 def _scaling(values: Any) -> tuple[float, float] | None:
     given = [values.get(name) for name in ("RescaleSlope", "RescaleIntercept")]
-    if all(value in (None, "") for value in given):
-        return None
-    numbers = [_numbers(value, 1) for value in given]
-    if numbers[0] is None or numbers[1] is None or numbers[0][0] == 0:
-        return math.nan, math.nan
-    return float(numbers[0][0]), float(numbers[1][0])
+    return None if all(value in (None, "") for value in given) else (_number(given[0]) or math.nan, _number(given[1]))
 
 
 def _lut(dataset: Any) -> tuple[int, Numbers] | None:
@@ -221,20 +198,25 @@ def _lut(dataset: Any) -> tuple[int, Numbers] | None:
     if not sequence:
         return None
     count, first, bits = (int(value) for value in sequence[0].LUTDescriptor)
-    data = sequence[0].LUTData
+    data, count = sequence[0].LUTData, count or 2**16
     if isinstance(data, bytes):
         order = "<" if dataset.original_encoding[1] else ">"
-        data = np.frombuffer(data, order + "u2" if bits > 8 or len(data) >= 2 * (count or 2**16) else "u1")
-    table = np.asarray(data, dtype=np.float64).ravel()[: count or 2**16]
-    if len(table) != (count or 2**16):
+        data = np.frombuffer(data, order + "u2" if bits > 8 or len(data) >= 2 * count else "u1")
+    table = np.asarray(data, dtype=np.float64).ravel()[:count]
+    if len(table) != count:
         raise ValueError("a Modality LUT that is cut short")
     signed = int(dataset.get("PixelRepresentation") or 0) == 1
     return first - 2**16 if signed and first >= 2**15 else first, table
 
 
+def _number(value: Any) -> float:
+    numbers = _numbers([value], 1)
+    return math.nan if numbers is None else float(numbers[0])
+
+
 def _numbers(value: Any, count: int) -> Numbers | None:
     try:
-        numbers = np.array([float(part) for part in ([value] if count == 1 else value)])
+        numbers = np.array([float(part) for part in value])
     except (TypeError, ValueError):
         return None
     return numbers if len(numbers) == count and np.isfinite(numbers).all() else None
