@@ -49,36 +49,28 @@ def series_in(folder: Path, name: str = "") -> tuple[Series, list[Path]]:
     shown: they identify a patient's examination. A digest tells a series from others of a folder of that name, and
     shows which it is only to those who hold the identifier. Reports, plans and drawings are passed over.
     """
-    files = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and not p.is_dir()]
     by_series: dict[str, list[Header]] = {}
     damaged = []
-    for file in filter(looks_like_dicom, files):
-        try:
+    for file in sorted(folder.iterdir()):
+        if file.name.startswith(".") or file.is_dir() or not looks_like_dicom(file):
+            continue
+        header = None
+        with suppress(DataError):
             header = read_dicom_header(file)
-        except DataError:
-            header = None
         if header is None:
             damaged.append(file)
         elif header.frames and header.modality not in (*NOT_SCANS, *PICTURES_OF_SCANS):
             by_series.setdefault(header.series, []).append(header)
-    series = list(by_series.values())
     name = name or folder.resolve().name or "scan"
-    if len(series) <= 1:
-        return [(name, _files(headers), _digest(name, headers[0])) for headers in series], damaged
-    numbers = [headers[0].number for headers in series]
+    numbers = [headers[0].number for headers in by_series.values()]
     if None in numbers or len(set(numbers)) < len(numbers):
-        numbers = list(range(1, len(series) + 1))
-    order = sorted(range(len(series)), key=lambda i: numbers[i] or 0)
-    return [(f"{name}_series{numbers[i]}", _files(series[i]), _digest(name, series[i][0])) for i in order], damaged
-
-
-def _digest(name: str, header: Header) -> str:
-    return hashlib.sha256(f"{name}\0{header.series}".encode()).hexdigest()[:16]
-
-
-def _files(headers: Sequence[Header]) -> list[Path]:
-    frames = _in_order([header.frames[0] for header in headers])
-    return [frame.file for frame in frames]
+        numbers = list(range(1, len(numbers) + 1))
+    series = []
+    for number, (uid, headers) in sorted(zip(numbers, by_series.items(), strict=True), key=lambda pair: pair[0] or 0):
+        files = [frame.file for frame in _in_order([header.frames[0] for header in headers])]
+        digest = hashlib.sha256(f"{name}\0{uid}".encode()).hexdigest()[:16]
+        series.append((name if len(numbers) == 1 else f"{name}_series{number}", files, digest))
+    return series, damaged
 
 
 def _in_order(frames: Sequence[Frame]) -> list[Frame]:
@@ -113,10 +105,17 @@ def read_dicom(files: Sequence[Path]) -> Volume:
     data = np.empty((len(frames), rows, columns), dtype=np.float32)
     place = {(frame.file, frame.index): k for k, frame in enumerate(frames)}
     for header in headers:
-        for frame, values in zip(header.frames, _stored(header), strict=True):
-            data[place[frame.file, frame.index]] = _scaled(values, header, frame)
+        for frame, stored in zip(header.frames, _stored(header), strict=True):
+            k = place[frame.file, frame.index]
+            if header.lut is not None:
+                first, table = header.lut
+                data[k] = table[np.clip(stored.astype(np.int64) - first, 0, len(table) - 1)]
+            elif frame.scaling is not None and frame.scaling != (1.0, 0.0):
+                data[k] = stored * np.float64(frame.scaling[0]) + frame.scaling[1]
+            else:
+                data[k] = stored
     grid = Grid.at((columns, rows, len(frames)), affine)
-    return Volume(data.transpose(2, 1, 0), grid, affine, tuple(_doubts(headers[0])))
+    return Volume(data.transpose(2, 1, 0), grid, affine, tuple(_doubts(headers)))
 
 
 def read_series_header(files: Sequence[Path]) -> tuple[tuple[int, ...], Affine]:
@@ -129,46 +128,38 @@ def _check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Aff
     """Headers as the files, frames in the order of their places, and the affine to RAS+ mm; raises as `read_dicom`."""
     source = files[0].parent if len(files) > 1 else files[0]
     headers = [_readable(file, source) for file in files]
-    first = headers[0]
-    if first.size[2] > 1 and len(files) > 1:
-        raise DataError(
-            f"{source}: the series holds {len(files)} volumes, a file each. Give the file that you want segmented."
-        )
+    if headers[0].size[2] > 1 and len(files) > 1:
+        raise DataError(f"{source}: the series holds {len(files)} volumes, a file each. Give the file to be segmented.")
     frames = _in_order([frame for header in headers for frame in header.frames])
     _check_alike(headers, frames)
     _check_scales(headers)
-    orientation, spacing = frames[0].orientation, frames[0].spacing
-    if orientation is None or any(frame.position is None for frame in frames):
+    first, positions = frames[0], np.array([frame.position for frame in frames if frame.position is not None])
+    if first.orientation is None or len(positions) < len(frames):
         what = "not every slice says" if len(frames) > 1 else "does not say"
         raise DataError(
             f"{source}: {what} where it is in the body (one ImagePositionPatient per slice, and an "
             "ImageOrientationPatient). If it is a scan and not a picture, convert it to NIfTI with dcm2niix."
         )
-    positions = np.array([frame.position for frame in frames])
-    if spacing is None:
+    if first.spacing is None:
         raise DataError(
-            f"{frames[0].file}: its header does not say how large a pixel is (PixelSpacing missing or not valid; an "
-            "ImagerPixelSpacing is not measured in the body). Export the series again, or convert it to NIfTI with "
-            "the right voxel size."
+            f"{first.file}: its header does not say how large a pixel is (PixelSpacing missing or not valid; an "
+            "ImagerPixelSpacing is not measured in the body). Export it again, or convert it with the right voxel size."
         )
-    row, column = orientation[:3], orientation[3:]
+    row, column = first.orientation[:3], first.orientation[3:]
     axes = np.array([row, column, np.cross(row, column)])
     if np.abs(axes @ axes.T - np.eye(3)).max() > 10 * SAME_TURN:
         raise DataError(
-            f"{frames[0].file}: its ImageOrientationPatient is not a pair of perpendicular directions. Export it again."
+            f"{first.file}: its ImageOrientationPatient is not a pair of perpendicular directions. Export it again."
         )
-    if len(frames) == 1:
-        thickness = frames[0].thickness
-        if thickness is None:
-            raise DataError(
-                f"{source}: is a single slice, and its header does not say how thick it is. Give the whole series."
-            )
-        step = axes[2] * thickness
-    else:
-        _check_even(positions, orientation, float(spacing.min()), source)
+    if len(frames) > 1:
+        _check_even(positions, axes[2], float(first.spacing.min()), source)
         step = (positions[-1] - positions[0]) / (len(frames) - 1)
+    elif first.thickness is not None:
+        step = axes[2] * first.thickness
+    else:
+        raise DataError(f"{source}: is a single slice, and does not say how thick it is. Give the whole series.")
     lps = np.eye(4)
-    lps[:3] = np.stack([row * spacing[1], column * spacing[0], step, positions[0]], axis=1)
+    lps[:3] = np.stack([row * first.spacing[1], column * first.spacing[0], step, positions[0]], axis=1)
     return headers, frames, ras_affine(lps)
 
 
@@ -183,9 +174,9 @@ def _readable(file: Path, source: Path) -> Header:
             f"{source}: is a mosaic, all slices tiled in one picture (Siemens). Convert it to NIfTI with dcm2niix."
         )
     if header.photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        found = header.photometric or "no PhotometricInterpretation"
         raise DataError(
-            f"{file}: is a picture in colour ({header.photometric or 'no PhotometricInterpretation'}), expected grey "
-            "values. Give the scan that it was made of."
+            f"{file}: is a picture in colour ({found}), expected grey values. Give the scan it was made of."
         )
     return header
 
@@ -203,10 +194,9 @@ def _check_alike(headers: Sequence[Header], frames: Sequence[Frame]) -> None:
     for i in _odd([frame.spacing for frame in frames], SAME_SIZE):
         own = frames[i].spacing
         given = "not given" if own is None else f"{own[0]:g} x {own[1]:g} mm"
-        where = f"frame {frames[i].index + 1}: " if size[2] > 1 else ""
+        where = f"{frames[i].file}: frame {i + 1}" if size[2] > 1 else frames[i].file
         raise DataError(
-            f"{frames[i].file}: {where}its PixelSpacing is {given}, and other slices of its series have another. Export "
-            "the series again."
+            f"{where}: its PixelSpacing is {given}, and other slices have another. Export the series again."
         )
 
 
@@ -221,78 +211,76 @@ def _odd(values: Sequence[Numbers | None], limit: float) -> list[int]:
 
 def _check_scales(headers: Sequence[Header]) -> None:
     """Whether the values of all slices are on one scale: slopes may differ, as PET's do, but none may be missing."""
-    seen: dict[bool, dict[str, Path]] = {True: {}, False: {}}  # rules, units
+    rules: dict[str, Path] = {}
+    units: dict[str, Path] = {}
     for header in headers:
         for frame in header.frames:
-            if frame.scaling is not None and (header.lut is not None or not np.isfinite(frame.scaling).all()):
-                besides = "there is a Modality LUT besides" if header.lut else "one is missing or not valid"
-                raise DataError(
-                    f"{header.file}: its RescaleSlope and RescaleIntercept are contradictory ({besides}, frame "
-                    f"{frame.index + 1}). Export the series again."
-                )
             rule = "no rescale slope and intercept" if header.lut is None else "a Modality LUT"
-            rule = rule if frame.scaling is None else "a rescale slope and intercept"
-            seen[True].setdefault(rule, header.file)
+            if frame.scaling is not None:
+                rule = "a rescale slope and intercept"
+                if header.lut is not None or not np.isfinite(frame.scaling).all():
+                    besides = "there is a Modality LUT besides" if header.lut else "one is missing or not valid"
+                    raise DataError(
+                        f"{header.file}: its RescaleSlope and RescaleIntercept are contradictory ({besides}, frame "
+                        f"{frame.index + 1}). Export the series again."
+                    )
+            rules.setdefault(rule, header.file)
             if frame.unit:
-                seen[False].setdefault(f"values in {frame.unit}", header.file)
-    for what in seen.values():
-        if len(what) > 1:
-            (one, first), (other, second) = list(what.items())[:2]
+                units.setdefault(f"values in {frame.unit}", header.file)
+    for seen in (rules, units):
+        if len(seen) > 1:
+            (one, first), (other, second) = list(seen.items())[:2]
             raise DataError(
                 f"{second}: has {other}, and {first} {one}: the values of a series must be on one scale. Export it again."
             )
 
 
-def _check_even(positions: Numbers, orientation: Numbers, edge: float, source: Path) -> None:
+def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) -> None:
     """Whether positions in order make one volume with even gaps."""
-    count = len(positions)
-    normal = np.cross(orientation[:3], orientation[3:])
+    count, way = len(positions), positions - positions[0]
     places = len(np.unique(np.round(positions / SAME_PLACE), axis=0))
     if places < count:
         raise DataError(
             f"{source}: holds several volumes: {count} slices at {places} places (a time series, echoes, or a copy of "
             "slices). Export one volume."
         )
-    step = (positions[-1] - positions[0]) / (count - 1)
+    step = way[-1] / (count - 1)
     limit = NEAR * min(edge, float(np.linalg.norm(step)))
-    sideways = (positions - positions[0]) - np.outer((positions - positions[0]) @ normal, normal)
-    if np.linalg.norm(sideways, axis=1).max() > limit:
+    sideways = np.linalg.norm(way - np.outer(way @ normal, normal), axis=1)
+    if sideways.max() > limit:
         raise DataError(
-            f"{source}: each slice is shifted sideways against the one before, {np.linalg.norm(sideways[-1]):.1f} mm in "
-            "all (the gantry was tilted). Resample the scan onto a straight grid first, for example with dcm2niix."
+            f"{source}: each slice is shifted sideways against the one before, {sideways[-1]:.1f} mm in all (the gantry "
+            "was tilted). Resample the scan onto a straight grid first, for example with dcm2niix."
         )
-    off = np.linalg.norm(positions - positions[0] - np.outer(np.arange(count), step), axis=1)
-    if off.max() > limit:
+    if np.linalg.norm(way - np.outer(np.arange(count), step), axis=1).max() > limit:
         gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
         usual = float(np.median(gaps))
         worst = int(np.abs(gaps - usual).argmax())
         raise DataError(
             f"{source}: the slices are not evenly spaced: number {worst + 1} and {worst + 2} of {count} are "
-            f"{gaps[worst]:.2f} mm apart, others {usual:.2f} mm. A slice is missing, or was taken twice: export the "
-            "whole series."
+            f"{gaps[worst]:.2f} mm apart, others {usual:.2f} mm. A slice is missing or double: export the whole series."
         )
 
 
-def _doubts(header: Header) -> list[Issue]:
-    issues = []
-    unit, scaled = header.frames[0].unit, header.frames[0].scaling is not None or header.lut is not None
-    if header.modality == "CT" and (not scaled or unit not in ("", "HU", "US")):
-        what = f"gives values in {unit}" if scaled else "gives no rescale slope and intercept"
-        issues.append(Issue("not_hounsfield", "warning", f"is CT and {what}: they may not be Hounsfield units"))
-    if header.photometric == "MONOCHROME1" and header.modality != "CT":
-        sentence = "is MONOCHROME1 (shown with small values bright): the stored values are used, not inverted"
-        issues.append(Issue("monochrome1", "warning", sentence))
-    return issues
-
-
-def _scaled(stored: npt.NDArray[Any], header: Header, frame: Frame) -> npt.NDArray[Any]:
-    if header.lut is not None:
-        first, table = header.lut
-        return table[np.clip(stored.astype(np.int64) - first, 0, len(table) - 1)]
-    if frame.scaling in (None, (1.0, 0.0)):
-        return stored
-    slope, intercept = frame.scaling
-    return stored * np.float64(slope) + intercept
+def _doubts(headers: Sequence[Header]) -> list[Issue]:
+    first = headers[0]
+    unit, scaled = first.frames[0].unit, first.frames[0].scaling is not None or first.lut is not None
+    ct, spaces = first.modality == "CT", len({header.space for header in headers if header.space})
+    what = f"gives values in {unit}" if scaled else "gives no rescale slope and intercept"
+    doubts = {
+        ("not_hounsfield", f"is CT and {what}: they may not be Hounsfield units"): (
+            ct and (not scaled or unit not in ("", "HU", "US"))
+        ),
+        ("monochrome1", "is MONOCHROME1 (small values are shown bright): the stored values are used, not inverted"): (
+            not ct and first.photometric == "MONOCHROME1"
+        ),
+        (
+            "frames_of_reference",
+            f"its slices are from {spaces} frames of reference (FrameOfReferenceUID): the patient may have moved between "
+            "them, and they may not make one volume. Check that they fit together",
+        ): spaces > 1,
+    }
+    return [Issue(code, "warning", sentence) for (code, sentence), doubtful in doubts.items() if doubtful]
 
 
 def _stored(header: Header) -> npt.NDArray[Any]:
@@ -305,13 +293,12 @@ def _stored(header: Header) -> npt.NDArray[Any]:
         if int(dataset.get("HighBit", 0)) != int(dataset.get("BitsStored", 1)) - 1:
             raise DataError(f"{header.file}: its HighBit and BitsStored disagree. Export the series again.")
         if dataset.file_meta.get("TransferSyntaxUID") is None:
-            little, implicit = dataset.original_encoding[1], dataset.original_encoding[0]
-            uid = library.uid
-            native = uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
-            dataset.file_meta.TransferSyntaxUID = native if little else uid.ExplicitVRBigEndian
+            implicit, little = dataset.original_encoding
+            native = library.uid.ImplicitVRLittleEndian if implicit else library.uid.ExplicitVRLittleEndian
+            dataset.file_meta.TransferSyntaxUID = native if little else library.uid.ExplicitVRBigEndian
         pixels = None
         if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-            with suppress(RuntimeError):  # pydicom has a decoder of its own for RLE, others where they are installed
+            with suppress(RuntimeError):  # pydicom decodes RLE, and others where a decoder is installed
                 pixels = _decompressed(dataset)
         if pixels is None:
             pixels = library.pixels.pixel_array(dataset, raw=True)
