@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans.dicom_header import (
-    HEADER_BYTES,
+from medseg_supcon.scans.dicom_file import (
     NOT_SCANS,
-    PICTURES_OF_SCANS,
     Frame,
     Header,
     Numbers,
     looks_like_dicom,
-    open_dicom,
-    pydicom,
     read_dicom_header,
+    read_stored,
 )
 from medseg_supcon.scans.grid import NEAR, Affine, Grid, Issue, Volume
 from medseg_supcon.scans.itk import ras_affine
@@ -33,11 +26,6 @@ from medseg_supcon.scans.itk import ras_affine
 SAME_PLACE = 1e-3  # mm
 SAME_TURN = 1e-3  # of a unit vector
 SAME_SIZE = 1e-3  # of a pixel's edge
-PIXEL_TAGS = (
-    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated"),
-    *("BitsStored", "HighBit", "PixelRepresentation", "PixelData", "FloatPixelData", "DoubleFloatPixelData"),
-)
-SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 
 Series = list[tuple[str, list[Path], str]]
 
@@ -59,7 +47,7 @@ def series_in(folder: Path, name: str = "") -> tuple[Series, list[Path]]:
             header = read_dicom_header(file)
         if header is None:
             damaged.append(file)
-        elif header.frames and header.modality not in (*NOT_SCANS, *PICTURES_OF_SCANS):
+        elif header.frames and header.modality not in NOT_SCANS:
             by_series.setdefault(header.series, []).append(header)
     name = name or folder.resolve().name or "scan"
     numbers = [headers[0].number for headers in by_series.values()]
@@ -105,17 +93,12 @@ def read_dicom(files: Sequence[Path]) -> Volume:
     data = np.empty((len(frames), rows, columns), dtype=np.float32)
     place = {(frame.file, frame.index): k for k, frame in enumerate(frames)}
     for header in headers:
-        for frame, stored in zip(header.frames, _stored(header), strict=True):
+        for frame, stored in zip(header.frames, read_stored(header), strict=True):
             k = place[frame.file, frame.index]
-            if header.lut is not None:
-                first, table = header.lut
-                data[k] = table[np.clip(stored.astype(np.int64) - first, 0, len(table) - 1)]
-            elif frame.scaling is not None and frame.scaling != (1.0, 0.0):
-                data[k] = stored * np.float64(frame.scaling[0]) + frame.scaling[1]
-            else:
-                data[k] = stored
+            slope, intercept = frame.scaling or (1.0, 0.0)
+            data[k] = stored if (slope, intercept) == (1.0, 0.0) else stored * np.float64(slope) + intercept
     grid = Grid.at((columns, rows, len(frames)), affine)
-    return Volume(data.transpose(2, 1, 0), grid, affine, tuple(_doubts(headers)))
+    return Volume(data.transpose(2, 1, 0), grid, affine, _doubts(headers))
 
 
 def read_series_header(files: Sequence[Path]) -> tuple[tuple[int, ...], Affine]:
@@ -167,9 +150,9 @@ def _readable(file: Path, source: Path) -> Header:
     header = read_dicom_header(file)
     if header is None or not header.frames:
         raise DataError(f"{file}: cannot be read as a DICOM image. It is damaged, cut short, or holds no image.")
-    if header.modality in (*NOT_SCANS, *PICTURES_OF_SCANS):
+    if header.modality in NOT_SCANS:
         raise DataError(f"{source}: is not a scan (its DICOM modality is {header.modality}). Give the scan itself.")
-    if "MOSAIC" in header.image_type.upper():
+    if header.mosaic:
         raise DataError(
             f"{source}: is a mosaic, all slices tiled in one picture (Siemens). Convert it to NIfTI with dcm2niix."
         )
@@ -215,10 +198,10 @@ def _check_scales(headers: Sequence[Header]) -> None:
     units: dict[str, Path] = {}
     for header in headers:
         for frame in header.frames:
-            rule = "no rescale slope and intercept" if header.lut is None else "a Modality LUT"
+            rule = "a Modality LUT" if header.lut else "no rescale slope and intercept"
             if frame.scaling is not None:
                 rule = "a rescale slope and intercept"
-                if header.lut is not None or not np.isfinite(frame.scaling).all():
+                if header.lut or not np.isfinite(frame.scaling).all():
                     besides = "there is a Modality LUT besides" if header.lut else "one is missing or not valid"
                     raise DataError(
                         f"{header.file}: its RescaleSlope and RescaleIntercept are contradictory ({besides}, frame "
@@ -262,65 +245,17 @@ def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) 
         )
 
 
-def _doubts(headers: Sequence[Header]) -> list[Issue]:
-    first = headers[0]
-    unit, scaled = first.frames[0].unit, first.frames[0].scaling is not None or first.lut is not None
-    ct, spaces = first.modality == "CT", len({header.space for header in headers if header.space})
-    what = f"gives values in {unit}" if scaled else "gives no rescale slope and intercept"
-    doubts = {
-        ("not_hounsfield", f"is CT and {what}: they may not be Hounsfield units"): (
-            ct and (not scaled or unit not in ("", "HU", "US"))
-        ),
-        ("monochrome1", "is MONOCHROME1 (small values are shown bright): the stored values are used, not inverted"): (
-            not ct and first.photometric == "MONOCHROME1"
-        ),
-        (
-            "frames_of_reference",
-            f"its slices are from {spaces} frames of reference (FrameOfReferenceUID): the patient may have moved between "
-            "them, and they may not make one volume. Check that they fit together",
-        ): spaces > 1,
-    }
-    return [Issue(code, "warning", sentence) for (code, sentence), doubtful in doubts.items() if doubtful]
-
-
-def _stored(header: Header) -> npt.NDArray[Any]:
-    """The stored values (frames, rows, columns) of a file, untouched by what its header says about their display."""
-    library = pydicom()
-    columns, rows, frames = header.size
-    try:
-        with open_dicom(header.file, HEADER_BYTES + 8 * math.prod(header.size)) as stream:
-            dataset = library.dcmread(stream, force=True, specific_tags=list(PIXEL_TAGS))
-        if int(dataset.get("HighBit", 0)) != int(dataset.get("BitsStored", 1)) - 1:
-            raise DataError(f"{header.file}: its HighBit and BitsStored disagree. Export the series again.")
-        if dataset.file_meta.get("TransferSyntaxUID") is None:
-            implicit, little = dataset.original_encoding
-            native = library.uid.ImplicitVRLittleEndian if implicit else library.uid.ExplicitVRLittleEndian
-            dataset.file_meta.TransferSyntaxUID = native if little else library.uid.ExplicitVRBigEndian
-        pixels = None
-        if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-            with suppress(RuntimeError):  # pydicom decodes RLE, and others where a decoder is installed
-                pixels = _decompressed(dataset)
-        if pixels is None:
-            pixels = library.pixels.pixel_array(dataset, raw=True)
-        return np.asarray(pixels).reshape(frames, rows, columns)
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:  # pydicom raises a dozen kinds for damaged files
-        raise DataError(
-            f"{header.file}: its voxels cannot be read. It is damaged, cut short, or compressed in a way that is not "
-            "supported. Convert the series to NIfTI with dcm2niix."
-        ) from error
-
-
-def _decompressed(dataset: Any) -> npt.NDArray[Any]:
-    """By ITK's decoders, of a copy without scaling, so that ITK neither rescales nor inverts."""
-    import SimpleITK as sitk
-
-    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = SECONDARY_CAPTURE
-    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
-    dataset.PhotometricInterpretation = "MONOCHROME2"
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, "pixels.dcm")
-        dataset.save_as(copy, enforce_file_format=True)
-        return np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(str(copy), imageIO="GDCMImageIO")))
+def _doubts(headers: Sequence[Header]) -> tuple[Issue, ...]:
+    header, doubts = headers[0], {}
+    unit, scaled = header.frames[0].unit, header.frames[0].scaling is not None or header.lut
+    if header.modality == "CT" and (not scaled or unit not in ("", "HU", "US")):
+        what = f"gives values in {unit}" if scaled else "gives no rescale slope and intercept"
+        doubts["not_hounsfield"] = f"is CT and {what}: they may not be Hounsfield units"
+    if header.photometric == "MONOCHROME1" and header.modality != "CT":
+        doubts["monochrome1"] = "is MONOCHROME1 (shows small values bright): the stored values are used, not inverted"
+    if (count := len({header.space for header in headers if header.space})) > 1:
+        doubts["frames_of_reference"] = (
+            f"its slices are of {count} frames of reference (FrameOfReferenceUID): if the patient moved in between, they "
+            "are not one volume. Check that they fit together"
+        )
+    return tuple(Issue(code, "warning", sentence) for code, sentence in doubts.items())

@@ -1,4 +1,4 @@
-"""What one DICOM file is: of which series, where its frames are, what its values mean, and whether it is a scan."""
+"""One DICOM file: its series, where its frames are, what its values mean, whether it is a scan, and its voxels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import os
+import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -21,11 +22,14 @@ from medseg_supcon.errors import DataError
 
 DICOM_ENDINGS = (".dcm", ".ima")
 INDEX = "1.2.840.10008.1.3.10"  # Media Storage Directory: a DICOMDIR, whatever it is called
-# Files of a study that hold no scan (documents, drawings, plans), and pictures made of a scan.
-NOT_SCANS = ("SR", "PR", "KO", "DOC", "REG", "FID", "AU", "ECG", "HD", "RTSTRUCT", "RTPLAN", "RTRECORD")
-PICTURES_OF_SCANS = ("SEG", "RTDOSE", "RTIMAGE")
+# Files of a study that hold no scan: documents, drawings, plans, and pictures made of a scan.
+NOT_SCANS = (
+    *("SR", "PR", "KO", "DOC", "REG", "FID", "AU", "ECG", "HD", "SEG"),
+    *("RTSTRUCT", "RTPLAN", "RTRECORD", "RTDOSE", "RTIMAGE"),
+)
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 HEADER_BYTES = 2**24  # before the voxels, of a deflated file
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 SEQUENCES = (
     *("PixelMeasuresSequence", "PixelValueTransformationSequence"),
     *("PlanePositionSequence", "PlaneOrientationSequence"),
@@ -46,6 +50,11 @@ TAGS = (
     *("BitsAllocated", "BitsStored", "HighBit", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
     *("ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "RescaleType"),
     *("ModalityLUTSequence", *GROUPS),
+)
+PIXEL_TAGS = (
+    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated"),
+    *("BitsStored", "HighBit", "PixelRepresentation", "PixelData", "FloatPixelData", "DoubleFloatPixelData"),
+    "ModalityLUTSequence",
 )
 
 Numbers = npt.NDArray[np.float64]
@@ -74,10 +83,10 @@ class Header:
     space: str  # identifier of the frame of reference, in which the positions are; "" if it is not given
     number: int | None  # of the series
     modality: str
-    image_type: str
+    mosaic: bool  # all slices tiled in one picture
     size: tuple[int, int, int]  # columns, rows, frames; a zero if the file holds no image
     photometric: str
-    lut: tuple[int, Numbers] | None  # first stored value and table of a Modality LUT, which replaces the scaling
+    lut: bool  # whether a Modality LUT replaces the scaling
     frames: tuple[Frame, ...]
 
 
@@ -132,32 +141,74 @@ def open_dicom(file: Path, most: int) -> IO[bytes]:
     return io.BytesIO(meta.replace(DEFLATED, DEFLATED[:-3] + b"\0\0\0") + plain)
 
 
+def read_stored(header: Header) -> npt.NDArray[Any]:
+    """The values (frames, rows, columns) of a file, through its Modality LUT, but not scaled or inverted."""
+    library = pydicom()
+    columns, rows, frames = header.size
+    try:
+        with open_dicom(header.file, HEADER_BYTES + 8 * math.prod(header.size)) as stream:
+            dataset = library.dcmread(stream, force=True, specific_tags=list(PIXEL_TAGS))
+        table = dataset.pop("ModalityLUTSequence", None)
+        if int(dataset.get("HighBit", 0)) != int(dataset.get("BitsStored", 1)) - 1:
+            raise DataError(f"{header.file}: its HighBit and BitsStored disagree. Export the series again.")
+        if dataset.file_meta.get("TransferSyntaxUID") is None:
+            implicit, little = dataset.original_encoding
+            native = library.uid.ImplicitVRLittleEndian if implicit else library.uid.ExplicitVRLittleEndian
+            dataset.file_meta.TransferSyntaxUID = native if little else library.uid.ExplicitVRBigEndian
+        pixels = None
+        if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+            with suppress(RuntimeError):  # what ITK cannot, pydicom may, where a decoder is installed
+                pixels = _decompressed(dataset)
+        if pixels is None:
+            pixels = library.pixels.pixel_array(dataset, raw=True)
+        if table is not None:
+            dataset[table.tag] = table
+            pixels = library.pixels.apply_modality_lut(pixels, dataset)
+        return np.asarray(pixels).reshape(frames, rows, columns)
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # pydicom raises a dozen kinds for damaged files
+        raise DataError(
+            f"{header.file}: its voxels cannot be read. It is damaged, cut short, or compressed in a way that is not "
+            "supported. Convert the series to NIfTI with dcm2niix."
+        ) from error
+
+
+def _decompressed(dataset: Any) -> npt.NDArray[Any]:
+    """By ITK's decoders, of a copy without scaling, so that ITK neither rescales nor inverts."""
+    import SimpleITK as sitk
+
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = SECONDARY_CAPTURE
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "pixels.dcm")
+        dataset.save_as(copy, enforce_file_format=True)
+        return np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(str(copy), imageIO="GDCMImageIO")))
+
+
 def _header(file: Path, dataset: Any, pixels: float) -> Header | None:
     modality, syntax = str(dataset.get("Modality", "")), dataset.file_meta.get("TransferSyntaxUID")
     index = INDEX in (dataset.get("SOPClassUID"), dataset.file_meta.get("MediaStorageSOPClassUID"))
-    columns, rows, frames, samples, bits = (
-        int(dataset.get(key) or default)
-        for key, default in zip(
-            ("Columns", "Rows", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"), (0, 0, 1, 1, 0), strict=True
-        )
-    )
-    size = (columns, rows, max(1, frames))
-    voxels = math.prod(size) * samples
-    # how many bytes there must be of compressed voxels shows when they are decompressed
-    least = 0 if syntax is not None and syntax.is_encapsulated else voxels * bits // 8
+    size = (int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0), int(dataset.get("NumberOfFrames") or 1))
+    voxels = math.prod(size) * int(dataset.get("SamplesPerPixel") or 1)
+    least = voxels * int(dataset.get("BitsAllocated") or 0) // 8
+    if syntax is not None and syntax.is_encapsulated:
+        least = 0  # how many bytes there must be shows when they are decompressed
     if not (index or modality in NOT_SCANS) and (voxels == 0 or pixels <= least):
         return None
-    number, image_type = str(dataset.get("SeriesNumber", "")), dataset.get("ImageType") or ""
+    number = str(dataset.get("SeriesNumber", ""))
     return Header(
         file,
         str(dataset.get("SeriesInstanceUID", "")),
         str(dataset.get("FrameOfReferenceUID") or ""),
         int(number) if number.lstrip("-").isdigit() else None,
-        modality or ("index" if index else ""),
-        image_type if isinstance(image_type, str) else "\\".join(map(str, image_type)),
+        modality,
+        "MOSAIC" in str(dataset.get("ImageType")).upper(),
         size,
         str(dataset.get("PhotometricInterpretation", "")),
-        _lut(dataset),
+        bool(dataset.get("ModalityLUTSequence")),
         tuple(_frames(file, dataset, size[2])) if voxels else (),
     )
 
@@ -190,23 +241,6 @@ def _frames(file: Path, dataset: Any, count: int) -> Iterator[Frame]:
 def _scaling(values: Any) -> tuple[float, float] | None:
     given = [values.get(name) for name in ("RescaleSlope", "RescaleIntercept")]
     return None if all(value in (None, "") for value in given) else (_number(given[0]) or math.nan, _number(given[1]))
-
-
-def _lut(dataset: Any) -> tuple[int, Numbers] | None:
-    """The Modality LUT: values beyond its ends take those of its ends."""
-    sequence = dataset.get("ModalityLUTSequence")
-    if not sequence:
-        return None
-    count, first, bits = (int(value) for value in sequence[0].LUTDescriptor)
-    data, count = sequence[0].LUTData, count or 2**16
-    if isinstance(data, bytes):
-        order = "<" if dataset.original_encoding[1] else ">"
-        data = np.frombuffer(data, order + "u2" if bits > 8 or len(data) >= 2 * count else "u1")
-    table = np.asarray(data, dtype=np.float64).ravel()[:count]
-    if len(table) != count:
-        raise ValueError("a Modality LUT that is cut short")
-    signed = int(dataset.get("PixelRepresentation") or 0) == 1
-    return first - 2**16 if signed and first >= 2**15 else first, table
 
 
 def _number(value: Any) -> float:
