@@ -78,15 +78,10 @@ def is_one_of_many(file: Path, series: Series) -> int:
 
 
 def read_dicom(files: Sequence[Path]) -> Volume:
-    """The volume (X, Y, Z) that the slices of a series, or the frames of a file, make, each scaled by its own rule.
+    """The volume (X, Y, Z) that the slices of a series, or the frames of a file, make; DataError if they make none.
 
-    Values are what the header defines: stored values through the slice's slope and intercept, or through its
+    Values are what the header defines: stored values through the slice's own slope and intercept, or through its
     Modality LUT. MONOCHROME1 says how to show them, and changes none.
-
-    Raises:
-        DataError: a file is damaged, not a scan, a mosaic, a colour picture, or of another grid than the others; its
-            voxel size is unknown; a slice is missing or gives no position; the gantry was tilted; there are
-            several volumes; the slices' values are not on one scale.
     """
     headers, frames, affine = _check_series(files)
     columns, rows, _ = headers[0].size
@@ -120,20 +115,16 @@ def _check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Aff
     if first.orientation is None or len(positions) < len(frames):
         what = "not every slice says" if len(frames) > 1 else "does not say"
         raise DataError(
-            f"{source}: {what} where it is in the body (one ImagePositionPatient per slice, and an "
-            "ImageOrientationPatient). If it is a scan and not a picture, convert it to NIfTI with dcm2niix."
+            f"{source}: {what} where it is in the body (ImagePositionPatient). If it is a scan, convert it with dcm2niix."
         )
     if first.spacing is None:
         raise DataError(
-            f"{first.file}: its header does not say how large a pixel is (PixelSpacing missing or not valid; an "
-            "ImagerPixelSpacing is not measured in the body). Export it again, or convert it with the right voxel size."
+            f"{first.file}: does not say how large a pixel is (no valid PixelSpacing). Export it again, or convert it."
         )
     row, column = first.orientation[:3], first.orientation[3:]
     axes = np.array([row, column, np.cross(row, column)])
     if np.abs(axes @ axes.T - np.eye(3)).max() > 10 * SAME_TURN:
-        raise DataError(
-            f"{first.file}: its ImageOrientationPatient is not a pair of perpendicular directions. Export it again."
-        )
+        raise DataError(f"{first.file}: its ImageOrientationPatient is not a pair of right angles. Export it again.")
     if len(frames) > 1:
         _check_even(positions, axes[2], float(first.spacing.min()), source)
         step = (positions[-1] - positions[0]) / (len(frames) - 1)
@@ -153,9 +144,7 @@ def _readable(file: Path, source: Path) -> Header:
     if header.modality in NOT_SCANS:
         raise DataError(f"{source}: is not a scan (its DICOM modality is {header.modality}). Give the scan itself.")
     if header.mosaic:
-        raise DataError(
-            f"{source}: is a mosaic, all slices tiled in one picture (Siemens). Convert it to NIfTI with dcm2niix."
-        )
+        raise DataError(f"{source}: is a mosaic, all slices tiled in one picture. Convert it with dcm2niix.")
     if header.photometric not in ("MONOCHROME1", "MONOCHROME2"):
         found = header.photometric or "no PhotometricInterpretation"
         raise DataError(
@@ -165,14 +154,13 @@ def _readable(file: Path, source: Path) -> Header:
 
 
 def _check_alike(headers: Sequence[Header], frames: Sequence[Frame]) -> None:
-    """Whether all slices have one size, one direction and one pixel spacing; an odd one is named."""
+    """Whether all slices have one size, one direction and one pixel spacing."""
     size = Counter(header.size for header in headers).most_common(1)[0][0]
     odd = [header.file for header in headers if header.size != size]
     odd += [frames[i].file for i in _odd([frame.orientation for frame in frames], SAME_TURN)]
     if odd:
         raise DataError(
-            f"{odd[0]}: its size or direction differs from that of the other slices of its series (a localiser, or "
-            "another view). Move it out of the folder."
+            f"{odd[0]}: its size or direction differs from that of other slices (a localiser?). Move it out of the folder."
         )
     for i in _odd([frame.spacing for frame in frames], SAME_SIZE):
         own = frames[i].spacing
@@ -203,10 +191,7 @@ def _check_scales(headers: Sequence[Header]) -> None:
                 rule = "a rescale slope and intercept"
                 if header.lut or not np.isfinite(frame.scaling).all():
                     besides = "there is a Modality LUT besides" if header.lut else "one is missing or not valid"
-                    raise DataError(
-                        f"{header.file}: its RescaleSlope and RescaleIntercept are contradictory ({besides}, frame "
-                        f"{frame.index + 1}). Export the series again."
-                    )
+                    raise DataError(f"{header.file}: its rescale slope is contradictory ({besides}). Export it again.")
             rules.setdefault(rule, header.file)
             if frame.unit:
                 units.setdefault(f"values in {frame.unit}", header.file)
@@ -214,7 +199,7 @@ def _check_scales(headers: Sequence[Header]) -> None:
         if len(seen) > 1:
             (one, first), (other, second) = list(seen.items())[:2]
             raise DataError(
-                f"{second}: has {other}, and {first} {one}: the values of a series must be on one scale. Export it again."
+                f"{second}: has {other}, and {first} {one}: values must be on one scale. Export the series again."
             )
 
 
@@ -224,25 +209,22 @@ def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) 
     places = len(np.unique(np.round(positions / SAME_PLACE), axis=0))
     if places < count:
         raise DataError(
-            f"{source}: holds several volumes: {count} slices at {places} places (a time series, echoes, or a copy of "
-            "slices). Export one volume."
+            f"{source}: holds several volumes: {count} slices at {places} places (times, echoes or copies). Export one."
         )
     step = way[-1] / (count - 1)
     limit = NEAR * min(edge, float(np.linalg.norm(step)))
     sideways = np.linalg.norm(way - np.outer(way @ normal, normal), axis=1)
     if sideways.max() > limit:
         raise DataError(
-            f"{source}: each slice is shifted sideways against the one before, {sideways[-1]:.1f} mm in all (the gantry "
-            "was tilted). Resample the scan onto a straight grid first, for example with dcm2niix."
+            f"{source}: slices are shifted sideways, {sideways[-1]:.1f} mm in all (the gantry was tilted). "
+            "Resample the scan onto a straight grid first, for example with dcm2niix."
         )
     if np.linalg.norm(way - np.outer(np.arange(count), step), axis=1).max() > limit:
         gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
         usual = float(np.median(gaps))
         worst = int(np.abs(gaps - usual).argmax())
-        raise DataError(
-            f"{source}: the slices are not evenly spaced: number {worst + 1} and {worst + 2} of {count} are "
-            f"{gaps[worst]:.2f} mm apart, others {usual:.2f} mm. A slice is missing or double: export the whole series."
-        )
+        found = f"number {worst + 1} and {worst + 2} of {count} are {gaps[worst]:.2f} mm apart, others {usual:.2f} mm"
+        raise DataError(f"{source}: slices are not evenly spaced: {found}. Export the whole series.")
 
 
 def _doubts(headers: Sequence[Header]) -> tuple[Issue, ...]:
@@ -254,8 +236,6 @@ def _doubts(headers: Sequence[Header]) -> tuple[Issue, ...]:
     if header.photometric == "MONOCHROME1" and header.modality != "CT":
         doubts["monochrome1"] = "is MONOCHROME1 (shows small values bright): the stored values are used, not inverted"
     if (count := len({header.space for header in headers if header.space})) > 1:
-        doubts["frames_of_reference"] = (
-            f"its slices are of {count} frames of reference (FrameOfReferenceUID): if the patient moved in between, they "
-            "are not one volume. Check that they fit together"
-        )
+        moved = "the patient may have moved in between. Check that the slices fit together"
+        doubts["frames_of_reference"] = f"its slices are of {count} frames of reference (FrameOfReferenceUID): {moved}"
     return tuple(Issue(code, "warning", sentence) for code, sentence in doubts.items())

@@ -168,10 +168,8 @@ def read_stored(header: Header) -> npt.NDArray[Any]:
     except (DataError, MemoryError):
         raise
     except Exception as error:  # pydicom raises a dozen kinds for damaged files
-        raise DataError(
-            f"{header.file}: its voxels cannot be read. It is damaged, cut short, or compressed in a way that is not "
-            "supported. Convert the series to NIfTI with dcm2niix."
-        ) from error
+        reason = "It is damaged, cut short, or compressed in an unknown way. Convert the series with dcm2niix."
+        raise DataError(f"{header.file}: its voxels cannot be read. {reason}") from error
 
 
 def _decompressed(dataset: Any) -> npt.NDArray[Any]:

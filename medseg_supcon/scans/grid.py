@@ -14,35 +14,27 @@ import numpy.typing as npt
 
 NEAR = 0.1  # of the smallest voxel edge: two grids, or two slices, that are closer than this count as one
 MAX_SHEAR_DEGREES = 0.6  # check, train and predict refuse more: over 200 mm it is 2 mm
-# What a NIfTI header says about where the voxels are.
-QFORM = ("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
-SFORM = ("sform_code", "srow_x", "srow_y", "srow_z")
+FORMS = "qform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z sform_code srow_x srow_y srow_z".split()
 
 Affine = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Issue:
-    """A problem of a scan: a short name for it, "error" or "warning" (for training), a sentence to follow its name."""
+    """A problem of a scan."""
 
     code: str
-    severity: str
-    sentence: str
+    severity: str  # "error" or "warning", for training
+    sentence: str  # follows the file's name
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the voxels of a scan are.
+    """Where the voxels of a scan are."""
 
-    Attributes:
-        shape: of the file, (X, Y, Z) and any trailing axes of one.
-        affine: (4, 4), voxel indices to RAS+ mm.
-        header: a NIfTI header that says the same; the file's own if it has one.
-    """
-
-    shape: tuple[int, ...]
-    affine: Affine
-    header: Any
+    shape: tuple[int, ...]  # of the file, (X, Y, Z) and any trailing axes of one
+    affine: Affine  # (4, 4), voxel indices to RAS+ mm
+    header: Any  # a NIfTI header that says the same; the file's own if it has one
 
     @property
     def spacing(self) -> npt.NDArray[np.float64]:
@@ -65,7 +57,7 @@ class Grid:
 
     def copy_to(self, header: Any) -> None:
         """Puts a mask where the scan is: its forms, codes, voxel sizes and unit of length, to the last bit."""
-        for name in (*QFORM, *SFORM):
+        for name in FORMS:
             header[name] = self.header[name]
         header["pixdim"][:4] = self.header["pixdim"][:4]
         header["xyzt_units"] = int(self.header["xyzt_units"]) & 7
@@ -73,19 +65,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Volume:
-    """A scan or label map as read.
+    """A scan or label map as read."""
 
-    Attributes:
-        data: voxels (X, Y, Z) or (X, Y, Z, C), scaling applied.
-        grid: where they are.
-        monai_affine: (4, 4), the affine in mm that MONAI uses for the file; a fraction of a voxel from the grid's.
-        issues: what is wrong or doubtful about its header and values.
-    """
-
-    data: npt.NDArray[Any]
+    data: npt.NDArray[Any]  # (X, Y, Z) or (X, Y, Z, C), scaling applied
     grid: Grid
-    monai_affine: Affine
-    issues: tuple[Issue, ...] = ()
+    monai_affine: Affine  # (4, 4) in mm, what MONAI uses for the file; a fraction of a voxel from the grid's
+    issues: tuple[Issue, ...] = ()  # what is wrong or doubtful about its header and values
 
     @property
     def affine(self) -> Affine:
@@ -101,19 +86,16 @@ class Volume:
 def affine_issue(affine: Affine) -> Issue | None:
     """What makes an affine unusable: it is not finite, flat, or its axes are not perpendicular. None: nothing."""
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    finite = bool(np.isfinite(affine).all() and (lengths > 0).all())
-    if not finite or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
+    if not np.isfinite(affine).all() or lengths.min() == 0 or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
+        rows = np.round(affine[:3], 4).tolist()
         sentence = (
-            f"its header gives no usable position in space (affine {np.round(affine[:3], 4).tolist()}): axes must be "
-            "finite and neither zero nor parallel. Correct the header, or export it again."
+            f"its affine {rows} is not usable: axes must be finite, not zero and not parallel. Correct its header."
         )
         return Issue("bad_affine", "error", sentence)
     if (degrees := shear_degrees(affine)) > MAX_SHEAR_DEGREES:
-        sentence = (
-            f"its affine is sheared (two axes are {degrees:.1f} degrees off a right angle, at most {MAX_SHEAR_DEGREES:g} are "
-            "accepted; a tilted gantry does this). Resample it, and its label map, onto perpendicular axes."
-        )
-        return Issue("sheared", "error", sentence)
+        found = f"two axes are {degrees:.1f} degrees off a right angle, at most {MAX_SHEAR_DEGREES:g} are accepted"
+        cure = "a tilted gantry does this. Resample it, and its label map, onto perpendicular axes."
+        return Issue("sheared", "error", f"its affine is sheared ({found}): {cure}")
     return None
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from medseg_supcon.errors import DataError
 from medseg_supcon.scans.grid import Affine, Grid, Issue, Volume
-from medseg_supcon.scans.nifti import not_a_file
+from medseg_supcon.scans.nifti import GUESS, not_a_file
 
 # Named, as ITK itself does not know endings in capitals.
 READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO"}
@@ -25,7 +25,6 @@ MOST_FILES = 100_000
 SPACES = ("leftposteriorsuperior", "lps", "rightanteriorsuperior", "ras", "leftanteriorsuperior", "las")
 MILLIMETRES = {"mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "???", "none"}
 OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
-GUESS = "left and right are a guess. Convert it again from its source, or check that left is left."
 
 Fields = dict[str, str]
 
@@ -40,11 +39,7 @@ def ras_affine(lps: npt.NDArray[Any]) -> Affine:
 
 
 def read_itk(file: Path) -> Volume:
-    """Voxels (X, Y, Z) or (X, Y, Z, C), the grid, and what its header leaves open.
-
-    Raises:
-        DataError: it is damaged, not a 3-D scan, or its header does not say how large a voxel is.
-    """
+    """Voxels (X, Y, Z) or (X, Y, Z, C), the grid, and what its header leaves open."""
     import SimpleITK as sitk
 
     issues, letters = _check_header(file)
@@ -52,10 +47,7 @@ def read_itk(file: Path) -> Volume:
     while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
         image = image[..., 0]
     if image.GetDimension() != 3:
-        raise DataError(
-            f"{file}: expected a 3-D scan, found {image.GetDimension()} dimensions {image.GetSize()}. "
-            "2-D images and time series are not segmented: give one volume."
-        )
+        raise DataError(f"{file}: expected a 3-D scan, found shape {image.GetSize()}. Give one volume.")
     array: npt.NDArray[Any] = sitk.GetArrayFromImage(image)  # (z, y, x) or (z, y, x, c)
     data = array.transpose((2, 1, 0, 3)[: array.ndim])
     affine = _affine(image)
@@ -88,10 +80,8 @@ def _itk(file: Path, method: Literal["Execute", "ReadImageInformation"]) -> Any:
     except RuntimeError as error:
         if "allocat" in str(error).lower():  # ITK's own words for a full memory
             raise MemoryError(str(file)) from error
-        raise DataError(
-            f"{file}: cannot be read. It is damaged or not the format that its name says, or the file that holds its "
-            "voxels is damaged."
-        ) from error
+        reason = "It, or the file that holds its voxels, is damaged or not of the format that its name says."
+        raise DataError(f"{file}: cannot be read. {reason}") from error
     return reader if image is None else image
 
 
@@ -109,9 +99,6 @@ def _check_header(file: Path) -> tuple[list[Issue], str]:
     """What the text of a header leaves open, and MetaImage's second orientation in letters (where axes come from).
 
     ITK fills in what is missing: voxels of 1 mm, and axes that lead to the left, to the back and up.
-
-    Raises:
-        DataError: it says no voxel size, or names a file of voxels that is missing or not a file.
     """
     if (problem := not_a_file(file)) is not None:
         raise DataError(problem)
@@ -182,10 +169,8 @@ def _nrrd_doubt(file: Path, fields: Fields) -> str:
 def _check_size(file: Path, sizes: Sequence[float], name: str, dimensions: str | None) -> None:
     """Three sizes at least: an axis of channels, or a further axis of one, may have none. 2-D is refused as such."""
     if dimensions not in ("1", "2") and sum(math.isfinite(size) and size > 0 for size in sizes) < 3:
-        raise DataError(
-            f"{file}: its header does not say how large a voxel is ({name} missing, 0, negative or not a number). Add "
-            "it, in mm per axis, or convert the scan again from its source."
-        )
+        reason = f"its header does not say how large a voxel is ({name} missing, 0, negative or not a number)"
+        raise DataError(f"{file}: {reason}. Add it, in mm per axis, or convert the scan again from its source.")
 
 
 def _numbers(text: str) -> list[float]:

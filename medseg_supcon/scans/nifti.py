@@ -33,6 +33,7 @@ MOST_BEFORE = 2**26  # bytes of header and extensions before the voxels
 MOST_BEHIND = 2**20  # bytes that may follow the voxels: some programs pad
 UNITS = {1: ("metres", 1000.0), 3: ("microns", 0.001)}  # whatever else a header says counts as mm
 SAME_SIZE = 0.01  # by how much sform and pixdim may differ in a voxel's edge
+GUESS = "left and right are a guess. Convert it again from its source, or check that left is left."
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -74,11 +75,8 @@ def read_header(path: Path) -> tuple[tuple[int, ...], Affine]:
 def read_nifti(path: Path) -> Volume:
     """Voxels as stored, grid, and what is wrong with the header.
 
-    Whether the shape, the values and the grid can be used is for the caller to decide: `medseg check` reports
-    what `read_scan` refuses.
-
-    Raises:
-        DataError: the file is missing, not NIfTI, damaged, cut short, or holds colours or complex numbers.
+    Whether shape, values and grid can be used is for the caller to decide. Raises DataError for a file that is
+    missing, not NIfTI, damaged, or cut short, and for colours and complex numbers.
     """
     image = _open(path)
     try:
@@ -197,19 +195,15 @@ def _wrong_size(path: Path, image: Any) -> str | None:
     offset = int(image.dataobj.offset)
     bytes_ = image.dataobj.dtype.itemsize * math.prod(int(n) for n in image.shape)
     if offset > MOST_BEFORE or bytes_ > size * (MOST_PACKED if packed else 1):
-        return (
-            f"{path}: cannot be read as NIfTI (its header announces {bytes_:,} bytes of voxels after byte {offset:,}, "
-            f"the file has {size:,} bytes). It is damaged or cut short: copy or export it again."
-        )
+        found = f"its header announces {bytes_:,} bytes of voxels after byte {offset:,}, the file has {size:,} bytes"
+        return f"{path}: cannot be read as NIfTI ({found}). It is damaged or cut short: copy or export it again."
     most = (offset + bytes_) * (1.01 if packed else 1) + MOST_BEHIND  # deflate adds less than 1 % to noise
     return _too_long(path) if size > most else None
 
 
 def _too_long(path: Path) -> str:
-    return (
-        f"{path}: cannot be read as NIfTI (the file goes on for more than {MOST_BEHIND:,} bytes after the voxels that "
-        "its header announces). Its header is wrong, or it is damaged: export it again."
-    )
+    found = f"the file goes on for more than {MOST_BEHIND:,} bytes after the voxels that its header announces"
+    return f"{path}: cannot be read as NIfTI ({found}). Its header is wrong, or it is damaged: export it again."
 
 
 def _unreadable(path: Path, error: Exception) -> str:
@@ -232,14 +226,11 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def _check_header(image: Any) -> tuple[Affine, tuple[Issue, ...]]:
-    """The affine that MONAI uses for a NIfTI image as nibabel loads it, and what may be wrong with its place.
+    """The affine that MONAI uses (in the header's unit, near `image.affine`), and what may be wrong with the place.
 
     nibabel's affine is the sform, or without one the qform. MONAI, which reads the scans of a training, takes
     the qform if pixdim fits it better: an error if that is elsewhere. The NIfTI standard leaves to the reader
     which of two forms to believe. `read_scan` warns instead: a mask is right in both forms.
-
-    Returns:
-        (4, 4) in the header's unit, within a fraction of a voxel of `image.affine`; issues.
     """
     affine, shape, header = np.array(image.affine, dtype=np.float64), image.shape[:3], image.header
     if not np.isfinite(affine).all():
@@ -254,24 +245,17 @@ def _check_header(image: Any) -> tuple[Affine, tuple[Issue, ...]]:
     theirs, monai_apart = _apart(shape, affine, lambda: _as_monai_reads(image, affine))
     sizes = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
     if q_code <= 0 and s_code <= 0:
-        sentence = (
-            "its header gives no orientation (qform and sform codes 0): left and right are a guess. Convert it again "
-            "from its source, or check that left is left."
-        )
+        sentence = f"its header gives no orientation (qform and sform codes 0): {GUESS}"
         issues.append(Issue("no_orientation", "warning", sentence))
     elif not np.allclose(edges, sizes, rtol=SAME_SIZE, atol=0):
         by_sform, by_pixdim = (" x ".join(f"{size:.4g}" for size in three) for three in (edges, sizes))
         sentence = (
-            f"its header gives two voxel sizes, {by_sform} by its sform and {by_pixdim} by its pixdim. Correct the one "
-            "that is wrong."
+            f"its header gives two voxel sizes, {by_sform} by its sform and {by_pixdim} by its pixdim. Correct it."
         )
         issues.append(Issue("two_voxel_sizes", "error", sentence))
     # an edge rounded in pixdim moves corners a little: no fault
     elif s_code > 0 and not monai_apart <= near + SAME_SIZE * float(np.linalg.norm(edges[: len(shape)] * shape)):
-        sentence = (
-            "its qform and sform disagree, and its pixdim fits the qform better: programs read it in different "
-            "places. Make the two forms equal."
-        )
+        sentence = "its qform and sform disagree, and its pixdim fits the qform better. Make the two forms equal."
         issues.append(Issue("two_places", "error", sentence))
     elif s_code > 0 and q_code > 0 and not (apart := _apart(shape, affine, header.get_qform)[1]) <= near:
         how = f"{apart:.3g} mm apart" if np.isfinite(apart) else "the qform is not a rotation"

@@ -22,23 +22,14 @@ WARNED_OF = ("unit", "two_places")
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan to segment.
+    """One scan to segment."""
 
-    Attributes:
-        name: of its mask, ``<name>.nii.gz``: the file's name without its ending, or the DICOM folder's.
-        files: one file, one per channel, or the slices of a DICOM series.
-        kind: which reader takes it.
-        problem: why it cannot be read at all (a sentence), or None.
-        series: of a DICOM folder: what tells its series from the others; "" of a file.
-        warnings: what a person should know about the folder it was found in.
-    """
-
-    name: str
-    files: tuple[Path, ...]
+    name: str  # of its mask, <name>.nii.gz: the file's name without its ending, or the DICOM folder's
+    files: tuple[Path, ...]  # one file, one per channel, or the slices of a DICOM series
     kind: Kind = "nifti"
-    problem: str | None = None
-    series: str = ""
-    warnings: tuple[str, ...] = ()
+    problem: str | None = None  # why it cannot be read at all, as a sentence
+    series: str = ""  # of a DICOM folder: what tells its series from the others
+    warnings: tuple[str, ...] = ()  # what a person should know about the folder it was found in
 
     @property
     def source(self) -> Path:
@@ -64,9 +55,7 @@ def read_scan(scan: Scan, channels: int) -> Volume:
     first = volumes[0]
     for file, volume in zip(scan.files[1:], volumes[1:], strict=False):
         if volume.data.shape != first.data.shape or not same_grid(first.grid.shape, first.affine, volume.affine):
-            raise DataError(
-                f"{file}: its shape or affine differs from that of {scan.files[0]}. Channels must share a grid."
-            )
+            raise DataError(f"{file}: its shape or affine differs from {scan.files[0]}'s. Channels must share a grid.")
     count = sum(len(volume.channels_first) for volume in volumes)
     if count != channels:
         found, cure = f"{count} channels", "Give one 4-D file, channels last, or 3-D files NAME_0000, NAME_0001, ..."
@@ -89,11 +78,7 @@ def is_mask_of(mask: Path, scan: Scan) -> bool:
 
 
 def scan_header(scan: Scan) -> tuple[tuple[int, ...], Affine]:
-    """Shape (X, Y, Z) or (X, Y, Z, C), and affine to RAS+ mm, of a scan's first file or its series, without voxels.
-
-    Raises:
-        DataError: the header cannot be read.
-    """
+    """Shape (X, Y, Z) or (X, Y, Z, C), and affine to RAS+ mm, of a scan's first file or its series, without voxels."""
     if scan.kind == "dicom":
         return read_series_header(scan.files)
     return (read_header if scan.kind == "nifti" else read_itk_header)(scan.files[0])
@@ -103,8 +88,7 @@ def _usable(volume: Volume, file: Path) -> Volume:
     shape = volume.data.shape
     if 0 in shape or len(shape) not in (3, 4):
         raise DataError(
-            f"{file}: expected a 3-D scan, or channels in a fourth axis, found shape {shape}. "
-            "2-D images and time series are not segmented: give one volume."
+            f"{file}: expected a 3-D scan, or a fourth axis of channels, found {shape}. 2-D images are not read."
         )
     fatal = [issue for issue in volume.issues if issue.severity == "error" and issue.code not in WARNED_OF]
     for issue in (affine_issue(volume.affine), *fatal):

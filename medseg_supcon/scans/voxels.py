@@ -24,11 +24,7 @@ Result = TypeVar("Result")
 
 
 def as_float32(data: npt.NDArray[Any], file: object) -> npt.NDArray[np.float32]:
-    """The voxels as float32.
-
-    Raises:
-        DataError: colours, complex numbers, NaN, infinity, or numbers beyond 3.4e38.
-    """
+    """The voxels as float32; DataError for colours, complex numbers, NaN, infinity, and numbers beyond 3.4e38."""
     check_real(data, file)
     with np.errstate(over="ignore", invalid="ignore"):
         values = np.asarray(data, dtype=np.float32)
@@ -37,12 +33,9 @@ def as_float32(data: npt.NDArray[Any], file: object) -> npt.NDArray[np.float32]:
         odd = ~np.isfinite(values)
         if bad := int(np.count_nonzero(odd & ~np.isfinite(data))):
             raise DataError(f"{file}: {bad} voxels are NaN or infinite. Replace them, for example by 0.")
-        if odd.any():
-            largest = float(data.flat[np.abs(data).argmax()])
-            raise DataError(
-                f"{file}: {int(np.count_nonzero(odd))} voxels do not fit into a 32-bit float (the largest is "
-                f"{largest:.3g}, at most 3.4e38 fits). Replace them, or scale the values down."
-            )
+        found = f"{np.count_nonzero(odd)} voxels do not fit into a 32-bit float"
+        largest = float(data.flat[np.abs(data).argmax()])
+        raise DataError(f"{file}: {found} (the largest is {largest:.3g}, at most 3.4e38 fits). Scale the values down.")
     return values
 
 
@@ -58,9 +51,6 @@ def outliers(data: npt.NDArray[Any]) -> tuple[float, int] | None:
     An outlier is more than ten usual ranges (from the 0.5 to the 99.5 percentile) away from them, and 30
     times as far away as the next nearer voxel. Outliers are reported if the standard deviation is more than twice as large
     with them as without: a normalisation by it then leaves almost nothing of everything else.
-
-    Args:
-        data: finite numbers, any shape.
 
     Example:
         >>> scan = np.random.default_rng(0).normal(size=(20, 20, 20))
