@@ -11,16 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans.dicom_file import (
-    NOT_SCANS,
-    Frame,
-    Header,
-    Numbers,
-    looks_like_dicom,
-    read_dicom_header,
-    read_stored,
-)
-from medseg_supcon.scans.grid import NEAR, Affine, Grid, Issue, Volume
+from medseg_supcon.scans.dicom_file import NOT_SCANS, Frame, Header, looks_like_dicom, read_dicom_header, read_stored
+from medseg_supcon.scans.grid import NEAR, Affine, Grid, Issue, Numbers, Volume
 from medseg_supcon.scans.itk import ras_affine
 
 SAME_PLACE = 1e-3  # mm
@@ -83,7 +75,7 @@ def read_dicom(files: Sequence[Path]) -> Volume:
     Values are what the header defines: stored values through the slice's own slope and intercept, or through its
     Modality LUT. MONOCHROME1 says how to show them, and changes none.
     """
-    headers, frames, affine = _check_series(files)
+    headers, frames, affine = check_series(files)
     columns, rows, _ = headers[0].size
     data = np.empty((len(frames), rows, columns), dtype=np.float32)
     place = {(frame.file, frame.index): k for k, frame in enumerate(frames)}
@@ -96,13 +88,7 @@ def read_dicom(files: Sequence[Path]) -> Volume:
     return Volume(data.transpose(2, 1, 0), grid, affine, _doubts(headers))
 
 
-def read_series_header(files: Sequence[Path]) -> tuple[tuple[int, ...], Affine]:
-    """Shape (X, Y, Z), and affine to RAS+ mm, without the voxels; raises as `read_dicom`."""
-    headers, frames, affine = _check_series(files)
-    return (*headers[0].size[:2], len(frames)), affine
-
-
-def _check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Affine]:
+def check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Affine]:
     """Headers as the files, frames in the order of their places, and the affine to RAS+ mm; raises as `read_dicom`."""
     source = files[0].parent if len(files) > 1 else files[0]
     headers = [_readable(file, source) for file in files]
@@ -114,17 +100,15 @@ def _check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Aff
     first, positions = frames[0], np.array([frame.position for frame in frames if frame.position is not None])
     if first.orientation is None or len(positions) < len(frames):
         what = "not every slice says" if len(frames) > 1 else "does not say"
-        raise DataError(
-            f"{source}: {what} where it is in the body (ImagePositionPatient). If it is a scan, convert it with dcm2niix."
-        )
+        raise DataError(f"{source}: {what} where it is in the body (ImagePositionPatient). Convert it with dcm2niix.")
     if first.spacing is None:
-        raise DataError(
-            f"{first.file}: does not say how large a pixel is (no valid PixelSpacing). Export it again, or convert it."
-        )
+        raise DataError(f"{first.file}: does not say how large a pixel is (no valid PixelSpacing). Export it again.")
     row, column = first.orientation[:3], first.orientation[3:]
     axes = np.array([row, column, np.cross(row, column)])
     if np.abs(axes @ axes.T - np.eye(3)).max() > 10 * SAME_TURN:
-        raise DataError(f"{first.file}: its ImageOrientationPatient is not a pair of right angles. Export it again.")
+        raise DataError(
+            f"{first.file}: its ImageOrientationPatient is not a pair of perpendicular axes. Export it again."
+        )
     if len(frames) > 1:
         _check_even(positions, axes[2], float(first.spacing.min()), source)
         step = (positions[-1] - positions[0]) / (len(frames) - 1)
@@ -147,9 +131,7 @@ def _readable(file: Path, source: Path) -> Header:
         raise DataError(f"{source}: is a mosaic, all slices tiled in one picture. Convert it with dcm2niix.")
     if header.photometric not in ("MONOCHROME1", "MONOCHROME2"):
         found = header.photometric or "no PhotometricInterpretation"
-        raise DataError(
-            f"{file}: is a picture in colour ({found}), expected grey values. Give the scan it was made of."
-        )
+        raise DataError(f"{file}: is in colour ({found}), expected grey values. Give the scan it was made of.")
     return header
 
 
@@ -160,15 +142,13 @@ def _check_alike(headers: Sequence[Header], frames: Sequence[Frame]) -> None:
     odd += [frames[i].file for i in _odd([frame.orientation for frame in frames], SAME_TURN)]
     if odd:
         raise DataError(
-            f"{odd[0]}: its size or direction differs from that of other slices (a localiser?). Move it out of the folder."
+            f"{odd[0]}: its size or direction differs from that of other slices. Move it out of the folder."
         )
     for i in _odd([frame.spacing for frame in frames], SAME_SIZE):
         own = frames[i].spacing
         given = "not given" if own is None else f"{own[0]:g} x {own[1]:g} mm"
         where = f"{frames[i].file}: frame {i + 1}" if size[2] > 1 else frames[i].file
-        raise DataError(
-            f"{where}: its PixelSpacing is {given}, and other slices have another. Export the series again."
-        )
+        raise DataError(f"{where}: its PixelSpacing is {given}, and other slices have another. Export it again.")
 
 
 def _odd(values: Sequence[Numbers | None], limit: float) -> list[int]:
@@ -182,7 +162,7 @@ def _odd(values: Sequence[Numbers | None], limit: float) -> list[int]:
 
 def _check_scales(headers: Sequence[Header]) -> None:
     """Whether the values of all slices are on one scale: slopes may differ, as PET's do, but none may be missing."""
-    rules: dict[str, Path] = {}
+    rules: dict[str, Path] = {}  # to the first file that has it
     units: dict[str, Path] = {}
     for header in headers:
         for frame in header.frames:
@@ -198,9 +178,7 @@ def _check_scales(headers: Sequence[Header]) -> None:
     for seen in (rules, units):
         if len(seen) > 1:
             (one, first), (other, second) = list(seen.items())[:2]
-            raise DataError(
-                f"{second}: has {other}, and {first} {one}: values must be on one scale. Export the series again."
-            )
+            raise DataError(f"{second}: has {other}, {first} {one}: values must be on one scale. Export it again.")
 
 
 def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) -> None:
@@ -208,17 +186,14 @@ def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) 
     count, way = len(positions), positions - positions[0]
     places = len(np.unique(np.round(positions / SAME_PLACE), axis=0))
     if places < count:
-        raise DataError(
-            f"{source}: holds several volumes: {count} slices at {places} places (times, echoes or copies). Export one."
-        )
+        found = f"{count} slices at {places} places (a time series, echoes, or copies)"
+        raise DataError(f"{source}: holds several volumes: {found}. Export one volume.")
     step = way[-1] / (count - 1)
     limit = NEAR * min(edge, float(np.linalg.norm(step)))
     sideways = np.linalg.norm(way - np.outer(way @ normal, normal), axis=1)
     if sideways.max() > limit:
-        raise DataError(
-            f"{source}: slices are shifted sideways, {sideways[-1]:.1f} mm in all (the gantry was tilted). "
-            "Resample the scan onto a straight grid first, for example with dcm2niix."
-        )
+        found = f"its slices are shifted sideways, {sideways[-1]:.1f} mm in all (the gantry was tilted)"
+        raise DataError(f"{source}: {found}. Resample it onto a straight grid first, for example with dcm2niix.")
     if np.linalg.norm(way - np.outer(np.arange(count), step), axis=1).max() > limit:
         gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
         usual = float(np.median(gaps))

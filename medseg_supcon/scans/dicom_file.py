@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg_supcon.errors import DataError
+from medseg_supcon.scans.grid import Numbers
 
 DICOM_ENDINGS = (".dcm", ".ima")
 INDEX = "1.2.840.10008.1.3.10"  # Media Storage Directory: a DICOMDIR, whatever it is called
@@ -30,34 +31,18 @@ NOT_SCANS = (
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 HEADER_BYTES = 2**24  # before the voxels, of a deflated file
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-SEQUENCES = (
-    *("PixelMeasuresSequence", "PixelValueTransformationSequence"),
-    *("PlanePositionSequence", "PlaneOrientationSequence"),
-)
 GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-TAGS = (
-    *(
-        "SOPClassUID",
-        "SeriesInstanceUID",
-        "FrameOfReferenceUID",
-        "SeriesNumber",
-        "Modality",
-        "ImageType",
-        "Rows",
-        "Columns",
-    ),
-    *("NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation"),
-    *("BitsAllocated", "BitsStored", "HighBit", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
-    *("ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "RescaleType"),
-    *("ModalityLUTSequence", *GROUPS),
-)
-PIXEL_TAGS = (
+SEQUENCES = ("PixelMeasures", "PixelValueTransformation", "PlanePosition", "PlaneOrientation")  # in each group
+IMAGE_TAGS = (
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated"),
-    *("BitsStored", "HighBit", "PixelRepresentation", "PixelData", "FloatPixelData", "DoubleFloatPixelData"),
-    "ModalityLUTSequence",
+    *("BitsStored", "HighBit", "PixelRepresentation", "ModalityLUTSequence"),
 )
-
-Numbers = npt.NDArray[np.float64]
+PIXEL_TAGS = [*IMAGE_TAGS, "PixelData", "FloatPixelData", "DoubleFloatPixelData"]
+HEADER_TAGS = [
+    *(*IMAGE_TAGS, *GROUPS, "SOPClassUID", "SeriesInstanceUID", "SeriesNumber", "FrameOfReferenceUID", "Modality"),
+    *("ImageType", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices", "ImageOrientationPatient"),
+    *("ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "RescaleType"),
+]
 
 
 @dataclass(frozen=True)
@@ -117,7 +102,7 @@ def read_dicom_header(file: Path) -> Header | None:
         return None
     try:
         with open_dicom(file, HEADER_BYTES) as stream:
-            dataset = pydicom().dcmread(stream, force=True, stop_before_pixels=True, specific_tags=list(TAGS))
+            dataset = pydicom().dcmread(stream, force=True, stop_before_pixels=True, specific_tags=HEADER_TAGS)
             # of what was deflated only a part is here
             start = -math.inf if isinstance(stream, io.BytesIO) else stream.tell()
             pixels = stream.seek(0, os.SEEK_END) - start
@@ -147,7 +132,7 @@ def read_stored(header: Header) -> npt.NDArray[Any]:
     columns, rows, frames = header.size
     try:
         with open_dicom(header.file, HEADER_BYTES + 8 * math.prod(header.size)) as stream:
-            dataset = library.dcmread(stream, force=True, specific_tags=list(PIXEL_TAGS))
+            dataset = library.dcmread(stream, force=True, specific_tags=PIXEL_TAGS)
         table = dataset.pop("ModalityLUTSequence", None)
         if int(dataset.get("HighBit", 0)) != int(dataset.get("BitsStored", 1)) - 1:
             raise DataError(f"{header.file}: its HighBit and BitsStored disagree. Export the series again.")
@@ -155,10 +140,7 @@ def read_stored(header: Header) -> npt.NDArray[Any]:
             implicit, little = dataset.original_encoding
             native = library.uid.ImplicitVRLittleEndian if implicit else library.uid.ExplicitVRLittleEndian
             dataset.file_meta.TransferSyntaxUID = native if little else library.uid.ExplicitVRBigEndian
-        pixels = None
-        if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-            with suppress(RuntimeError):  # what ITK cannot, pydicom may, where a decoder is installed
-                pixels = _decompressed(dataset)
+        pixels = _decompressed(dataset) if dataset.file_meta.TransferSyntaxUID.is_encapsulated else None
         if pixels is None:
             pixels = library.pixels.pixel_array(dataset, raw=True)
         if table is not None:
@@ -172,18 +154,19 @@ def read_stored(header: Header) -> npt.NDArray[Any]:
         raise DataError(f"{header.file}: its voxels cannot be read. {reason}") from error
 
 
-def _decompressed(dataset: Any) -> npt.NDArray[Any]:
-    """By ITK's decoders, of a copy without scaling, so that ITK neither rescales nor inverts."""
+def _decompressed(dataset: Any) -> npt.NDArray[Any] | None:
+    """By ITK's decoders, of a copy without scaling, so that ITK neither rescales nor inverts; None if it has none."""
     import SimpleITK as sitk
 
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = SECONDARY_CAPTURE
     dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
     dataset.PhotometricInterpretation = "MONOCHROME2"
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, suppress(RuntimeError):
         copy = Path(folder, "pixels.dcm")
         dataset.save_as(copy, enforce_file_format=True)
         return np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(str(copy), imageIO="GDCMImageIO")))
+    return None
 
 
 def _header(file: Path, dataset: Any, pixels: float) -> Header | None:
@@ -219,7 +202,8 @@ def _frames(file: Path, dataset: Any, count: int) -> Iterator[Frame]:
     for index in range(count):
         groups = [*each[index : index + 1], *shared[:1]]
         measures, values, position, orientation = (
-            next((group[name].value[0] for group in groups if group.get(name)), dataset) for name in SEQUENCES
+            next((group[key].value[0] for group in groups if group.get(key)), dataset)
+            for key in (f"{name}Sequence" for name in SEQUENCES)
         )
         spacing = _numbers(measures.get("PixelSpacing"), 2)
         gaps = [_number(measures.get(name)) for name in ("SpacingBetweenSlices", "SliceThickness")]

@@ -14,9 +14,13 @@ import numpy.typing as npt
 
 NEAR = 0.1  # of the smallest voxel edge: two grids, or two slices, that are closer than this count as one
 MAX_SHEAR_DEGREES = 0.6  # check, train and predict refuse more: over 200 mm it is 2 mm
-FORMS = "qform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z sform_code srow_x srow_y srow_z".split()
+FORMS = (  # of a NIfTI header
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z"),
+)
 
-Affine = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.float64]
+Affine = Numbers
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,13 @@ class Volume:
 def affine_issue(affine: Affine) -> Issue | None:
     """What makes an affine unusable: it is not finite, flat, or its axes are not perpendicular. None: nothing."""
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or lengths.min() == 0 or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
-        rows = np.round(affine[:3], 4).tolist()
-        sentence = (
-            f"its affine {rows} is not usable: axes must be finite, not zero and not parallel. Correct its header."
-        )
+    axes = affine[:3, :3] / np.where(lengths > 0, lengths, 1)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(axes)) < 1e-3:
+        found = f"its header gives no usable position in space (affine {np.round(affine[:3], 4).tolist()})"
+        sentence = f"{found}: axes must be finite, not zero and not parallel. Correct the header."
         return Issue("bad_affine", "error", sentence)
-    if (degrees := shear_degrees(affine)) > MAX_SHEAR_DEGREES:
+    degrees = math.degrees(math.asin(min(1.0, float(np.abs(axes.T @ axes - np.eye(3)).max()))))
+    if degrees > MAX_SHEAR_DEGREES:
         found = f"two axes are {degrees:.1f} degrees off a right angle, at most {MAX_SHEAR_DEGREES:g} are accepted"
         cure = "a tilted gantry does this. Resample it, and its label map, onto perpendicular axes."
         return Issue("sheared", "error", f"its affine is sheared ({found}): {cure}")
@@ -115,16 +119,3 @@ def farthest_corner(shape: Sequence[int], one: Affine, other: Affine) -> float:
     corners = np.array(list(itertools.product(*((-0.5, n - 0.5) for n in shape[:3]))))
     change = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
     return float(np.linalg.norm(corners @ change[:3, :3].T + change[:3, 3], axis=1).max())
-
-
-def shear_degrees(affine: Affine) -> float:
-    """How far the two axes that are least perpendicular are off a right angle, in degrees (0 to 90).
-
-    Example:
-        >>> round(shear_degrees(np.array([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])), 6)
-        45.0
-    """
-    axes = np.asarray(affine, dtype=np.float64)[:3, :3]
-    axes = axes / np.linalg.norm(axes, axis=0)
-    cosine = float(np.abs(axes.T @ axes - np.eye(3)).max())
-    return math.degrees(math.asin(min(1.0, cosine)))

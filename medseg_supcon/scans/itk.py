@@ -47,7 +47,7 @@ def read_itk(file: Path) -> Volume:
     while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
         image = image[..., 0]
     if image.GetDimension() != 3:
-        raise DataError(f"{file}: expected a 3-D scan, found shape {image.GetSize()}. Give one volume.")
+        raise DataError(f"{file}: expected a 3-D scan, found {image.GetDimension()} dimensions. Give one volume.")
     array: npt.NDArray[Any] = sitk.GetArrayFromImage(image)  # (z, y, x) or (z, y, x, c)
     data = array.transpose((2, 1, 0, 3)[: array.ndim])
     affine = _affine(image)
@@ -80,7 +80,7 @@ def _itk(file: Path, method: Literal["Execute", "ReadImageInformation"]) -> Any:
     except RuntimeError as error:
         if "allocat" in str(error).lower():  # ITK's own words for a full memory
             raise MemoryError(str(file)) from error
-        reason = "It, or the file that holds its voxels, is damaged or not of the format that its name says."
+        reason = "It, or the file that holds its voxels, is damaged or not the format that its name says."
         raise DataError(f"{file}: cannot be read. {reason}") from error
     return reader if image is None else image
 
@@ -113,7 +113,7 @@ def _check_header(file: Path) -> tuple[list[Issue], str]:
             raise DataError(f"{file}: the file that holds its voxels cannot be read. {problem}")
     if not ("ElementDataFile" in fields if meta else lines[0].startswith("NRRD")):
         return [], ""  # not of this format: ITK says so
-    doubt = _meta_doubt(file, fields) if meta else _nrrd_doubt(file, fields)
+    doubt = (_meta_doubt if meta else _nrrd_doubt)(file, fields)
     issues = [Issue("no_orientation", "warning", f"its header {doubt}: {GUESS}")] if doubt else []
     return issues, fields.get("AnatomicalOrientation", "")
 

@@ -6,7 +6,6 @@ import gzip
 import math
 import os
 import stat
-import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,8 +24,8 @@ from medseg_supcon.scans.grid import NEAR, Affine, Grid, Issue, Volume, farthest
 from medseg_supcon.scans.voxels import check_real, slabs
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
-NIFTI_2 = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # a header's first bytes: that it has 540
-NIFTI_1 = tuple(struct.pack(order + "i", 348) for order in "<>")
+NIFTI_1 = (b"\x5c\x01\0\0", b"\0\0\x01\x5c")  # a header's first bytes: it has 348
+NIFTI_2 = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # it has 540
 GZIP = b"\x1f\x8b"
 MOST_PACKED = 1032  # bytes that deflate can make of one
 MOST_BEFORE = 2**26  # bytes of header and extensions before the voxels
@@ -82,7 +81,13 @@ def read_nifti(path: Path) -> Volume:
     try:
         if (problem := _wrong_size(path, image)) is not None:
             raise DataError(problem)
-        data = _read_voxels(image, path)
+        if path.name.lower().endswith(".gz"):
+            with gzip.open(path) as stream:
+                data = _scaled(type(image).from_file_map({"image": nibabel.FileHolder(fileobj=stream)}).dataobj)
+                if not _ends_soon(stream):
+                    raise DataError(_too_long(path))
+        else:
+            data = _scaled(image.dataobj)
         check_real(data, path)
         shape = tuple(int(n) for n in image.shape)
         data = data.reshape(_squeezed(shape), order="F")
@@ -137,17 +142,6 @@ def _open(path: Path) -> Any:
         return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_filename(path)
     except Exception as error:  # nibabel raises a dozen kinds for broken headers
         raise DataError(_unreadable(path, error)) from error
-
-
-def _read_voxels(image: Any, path: Path) -> npt.NDArray[Any]:
-    if not path.name.lower().endswith(".gz"):
-        return _scaled(image.dataobj)
-    with gzip.open(path) as stream:
-        holder = nibabel.FileHolder(fileobj=stream)
-        voxels = _scaled(type(image).from_file_map({"image": holder}).dataobj)
-        if not _ends_soon(stream):
-            raise DataError(_too_long(path))
-    return voxels
 
 
 def _ends_soon(stream: gzip.GzipFile) -> bool:
@@ -238,42 +232,34 @@ def _check_header(image: Any) -> tuple[Affine, tuple[Issue, ...]]:
     edges = np.linalg.norm(affine[:3, :3], axis=0)
     near = NEAR * float(edges.min())
     q_code, s_code = int(header["qform_code"]), int(header["sform_code"])
-    issues = []
+    errors, warnings = {}, {}
     if (unit := _unit(header)[0]) != "mm":
-        sentence = f"its header gives lengths in {unit}, expected mm. Correct the header, or convert it."
-        issues.append(Issue("unit", "error", sentence))
-    theirs, monai_apart = _apart(shape, affine, lambda: _as_monai_reads(image, affine))
+        errors["unit"] = f"its header gives lengths in {unit}, expected mm. Correct the header, or convert it."
+    hollow = type(image)(np.broadcast_to(np.uint8(0), image.shape), affine, header.copy())  # MONAI changes an image
+    theirs, monai_apart = _apart(shape, affine, lambda: correct_nifti_header_if_necessary(hollow).affine)
     sizes = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
     if q_code <= 0 and s_code <= 0:
-        sentence = f"its header gives no orientation (qform and sform codes 0): {GUESS}"
-        issues.append(Issue("no_orientation", "warning", sentence))
+        warnings["no_orientation"] = f"its header gives no orientation (qform and sform codes 0): {GUESS}"
     elif not np.allclose(edges, sizes, rtol=SAME_SIZE, atol=0):
-        by_sform, by_pixdim = (" x ".join(f"{size:.4g}" for size in three) for three in (edges, sizes))
-        sentence = (
-            f"its header gives two voxel sizes, {by_sform} by its sform and {by_pixdim} by its pixdim. Correct it."
-        )
-        issues.append(Issue("two_voxel_sizes", "error", sentence))
+        one, other = (" x ".join(f"{size:.4g}" for size in three) for three in (edges, sizes))
+        found = f"{one} by its sform and {other} by its pixdim"
+        errors["two_voxel_sizes"] = f"its header gives two voxel sizes, {found}. Correct the one that is wrong."
     # an edge rounded in pixdim moves corners a little: no fault
     elif s_code > 0 and not monai_apart <= near + SAME_SIZE * float(np.linalg.norm(edges[: len(shape)] * shape)):
-        sentence = "its qform and sform disagree, and its pixdim fits the qform better. Make the two forms equal."
-        issues.append(Issue("two_places", "error", sentence))
+        found = "its qform and sform disagree, and its pixdim fits the qform better"
+        errors["two_places"] = f"{found}: programs read it in different places. Make the two forms equal."
     elif s_code > 0 and q_code > 0 and not (apart := _apart(shape, affine, header.get_qform)[1]) <= near:
         how = f"{apart:.3g} mm apart" if np.isfinite(apart) else "the qform is not a rotation"
-        sentence = f"its qform and sform disagree ({how}): the sform is used. Check that left is left."
-        issues.append(Issue("forms_disagree", "warning", sentence))
-    return (theirs if monai_apart <= near else affine), tuple(issues)
+        warnings["forms_disagree"] = f"its qform and sform disagree ({how}): the sform is used. Check left and right."
+    found_issues = [Issue(code, "error", text) for code, text in errors.items()]
+    found_issues += [Issue(code, "warning", text) for code, text in warnings.items()]
+    return (theirs if monai_apart <= near else affine), tuple(found_issues)
 
 
 def _apart(shape: Sequence[int], affine: Affine, read: Callable[[], Affine]) -> tuple[Affine, float]:
     """A second affine, and how far it puts a corner from the first; infinity if it is not valid."""
     try:
-        other = read()
+        other = np.asarray(read(), dtype=np.float64)
         return other, farthest_corner((*shape, 1, 1)[:3], affine, other)
     except (ValueError, HeaderDataError):  # a quaternion that is not a rotation
         return affine, float("inf")
-
-
-def _as_monai_reads(image: Any, affine: Affine) -> Affine:
-    """The affine that LoadImage takes; its correction changes an image, so it gets a hollow one."""
-    hollow = type(image)(np.broadcast_to(np.uint8(0), image.shape), affine, image.header.copy())
-    return np.asarray(correct_nifti_header_if_necessary(hollow).affine, dtype=np.float64)

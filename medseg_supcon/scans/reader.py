@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans.dicom import read_dicom, read_series_header
+from medseg_supcon.scans.dicom import check_series, read_dicom
 from medseg_supcon.scans.grid import Affine, Volume, affine_issue, same_grid
 from medseg_supcon.scans.itk import read_itk, read_itk_header
 from medseg_supcon.scans.nifti import not_a_file, read_header, read_nifti
@@ -38,12 +38,7 @@ class Scan:
 
 
 def read_scan(scan: Scan, channels: int) -> Volume:
-    """A scan as a model with so many channels takes it: finite float32 voxels in a sound grid; its issues are warnings.
-
-    Raises:
-        DataError: it cannot be read, is not a 3-D scan, has too many or few channels, its values or its place in
-            space are not usable, or the files of its channels have different grids.
-    """
+    """A scan as a model of so many channels takes it: finite float32 voxels in a sound grid. DataError says why not."""
     for problem in (scan.problem, *map(not_a_file, scan.files)):
         if problem is not None:
             raise DataError(problem)
@@ -80,16 +75,15 @@ def is_mask_of(mask: Path, scan: Scan) -> bool:
 def scan_header(scan: Scan) -> tuple[tuple[int, ...], Affine]:
     """Shape (X, Y, Z) or (X, Y, Z, C), and affine to RAS+ mm, of a scan's first file or its series, without voxels."""
     if scan.kind == "dicom":
-        return read_series_header(scan.files)
+        headers, frames, affine = check_series(scan.files)
+        return (*headers[0].size[:2], len(frames)), affine
     return (read_header if scan.kind == "nifti" else read_itk_header)(scan.files[0])
 
 
 def _usable(volume: Volume, file: Path) -> Volume:
     shape = volume.data.shape
     if 0 in shape or len(shape) not in (3, 4):
-        raise DataError(
-            f"{file}: expected a 3-D scan, or a fourth axis of channels, found {shape}. 2-D images are not read."
-        )
+        raise DataError(f"{file}: expected 3 axes, or channels as a fourth axis, found {shape}. 2-D images do not fit.")
     fatal = [issue for issue in volume.issues if issue.severity == "error" and issue.code not in WARNED_OF]
     for issue in (affine_issue(volume.affine), *fatal):
         if issue is not None:

@@ -115,8 +115,5 @@ def in_parallel(work: Callable[[Item], Result], items: Iterable[Item], jobs: int
     """``[work(item) for item in items]`` on a few threads (decompression and numpy release the lock)."""
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    jobs = jobs or min(4, os.cpu_count() or 1)
-    if jobs == 1:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs or min(4, os.cpu_count() or 1)) as pool:
         return list(pool.map(work, items))
