@@ -26,8 +26,7 @@ def series_in(folder: Path, name: str = "") -> tuple[Series, list[Path]]:
     """The DICOM series directly in a folder, (name, slices in order, digest) each, and the damaged files.
 
     One series is called as the folder, or `name`, several ``<folder>_series<number>``. Series identifiers are never
-    shown: they identify a patient's examination. A digest tells a series from others of a folder of that name, and
-    shows which it is only to those who hold the identifier. Reports, plans and drawings are passed over.
+    shown: they identify a patient's examination. A digest tells series apart. Reports, plans and drawings are skipped.
     """
     by_series: dict[str, list[Header]] = {}
     damaged = []

@@ -206,6 +206,7 @@ def _frames(file: Path, dataset: Any, count: int) -> Iterator[Frame]:
             for key in (f"{name}Sequence" for name in SEQUENCES)
         )
         spacing = _numbers(measures.get("PixelSpacing"), 2)
+        scaling = [values.get(name) for name in ("RescaleSlope", "RescaleIntercept")]
         gaps = [_number(measures.get(name)) for name in ("SpacingBetweenSlices", "SliceThickness")]
         yield Frame(
             file,
@@ -215,14 +216,9 @@ def _frames(file: Path, dataset: Any, count: int) -> Iterator[Frame]:
             _numbers(orientation.get("ImageOrientationPatient"), 6),
             spacing if spacing is not None and spacing.min() > 0 else None,
             next((gap for gap in gaps if gap > 0), None),
-            _scaling(values),
+            None if all(v in (None, "") for v in scaling) else (_number(scaling[0]) or math.nan, _number(scaling[1])),
             str(values.get("RescaleType") or ""),
         )
-
-
-def _scaling(values: Any) -> tuple[float, float] | None:
-    given = [values.get(name) for name in ("RescaleSlope", "RescaleIntercept")]
-    return None if all(value in (None, "") for value in given) else (_number(given[0]) or math.nan, _number(given[1]))
 
 
 def _number(value: Any) -> float:

@@ -88,11 +88,10 @@ def _itk(file: Path, method: Literal["Execute", "ReadImageInformation"]) -> Any:
 def _affine(image: Any) -> Affine:
     """Voxel indices to RAS+ mm of a SimpleITK image, or reader; of more than 3 dimensions the first three."""
     n = image.GetDimension()
-    lps, size = np.eye(max(4, n + 1)), image.GetSpacing()
-    lps[:n, :n] = np.reshape(image.GetDirection(), (n, n)) * size
-    lps[:n, -1] = image.GetOrigin()
-    lps[:3, 3] = lps[:3, -1]
-    return ras_affine(np.vstack([lps[:3, :4], [0, 0, 0, 1]]))
+    lps, m = np.eye(4), min(n, 3)
+    lps[:m, :m] = (np.reshape(image.GetDirection(), (n, n)) * image.GetSpacing())[:m, :m]
+    lps[:m, 3] = image.GetOrigin()[:m]
+    return ras_affine(lps)
 
 
 def _check_header(file: Path) -> tuple[list[Issue], str]:
@@ -113,7 +112,7 @@ def _check_header(file: Path) -> tuple[list[Issue], str]:
             raise DataError(f"{file}: the file that holds its voxels cannot be read. {problem}")
     if not ("ElementDataFile" in fields if meta else lines[0].startswith("NRRD")):
         return [], ""  # not of this format: ITK says so
-    doubt = (_meta_doubt if meta else _nrrd_doubt)(file, fields)
+    doubt = _doubt(file, fields, meta)
     issues = [Issue("no_orientation", "warning", f"its header {doubt}: {GUESS}")] if doubt else []
     return issues, fields.get("AnatomicalOrientation", "")
 
@@ -147,30 +146,26 @@ def _data_files(value: str, below: Sequence[str]) -> list[str]:
     return [f"{pattern[1]}{n:{pattern[2]}d}{pattern[3]}" for n in numbers]
 
 
-def _meta_doubt(file: Path, fields: Fields) -> str:
-    sizes = _numbers(fields.get("ElementSpacing", fields.get("ElementSize", "")))
-    _check_size(file, sizes, "ElementSpacing", fields.get("NDims"))
-    return "" if {"TransformMatrix", "Rotation", "Orientation"} & set(fields) else "gives no TransformMatrix"
-
-
-def _nrrd_doubt(file: Path, fields: Fields) -> str:
-    units = set(re.findall(r'"([^"]*)"', fields.get("spaceunits", fields.get("units", ""))))
-    if odd := units - MILLIMETRES:
+def _doubt(file: Path, fields: Fields, meta: bool) -> str:
+    """What a header leaves open about the orientation; DataError if it gives no voxel size, or not in mm."""
+    if odd := set(re.findall(r'"([^"]*)"', fields.get("spaceunits", fields.get("units", "")))) - MILLIMETRES:
         raise DataError(f"{file}: its header gives lengths in {min(odd)}, expected mm. Convert it.")
     vectors = [_numbers(v) for v in re.findall(r"\(([^)]*)\)", fields.get("spacedirections", ""))]
-    if not vectors:
-        _check_size(file, _numbers(fields.get("spacings", "")), "spacings", fields.get("dimension"))
-        return "gives no space directions"
-    _check_size(file, [math.hypot(*v) for v in vectors], "space directions", fields.get("dimension"))
-    space = fields.get("space", "").lower().replace("-", "").replace(" ", "")
-    return "" if space in SPACES else "does not name its space"
-
-
-def _check_size(file: Path, sizes: Sequence[float], name: str, dimensions: str | None) -> None:
-    """Three sizes at least: an axis of channels, or a further axis of one, may have none. 2-D is refused as such."""
-    if dimensions not in ("1", "2") and sum(math.isfinite(size) and size > 0 for size in sizes) < 3:
+    if meta:
+        name, sizes = "ElementSpacing", _numbers(fields.get("ElementSpacing", fields.get("ElementSize", "")))
+        doubt = "" if {"TransformMatrix", "Rotation", "Orientation"} & set(fields) else "gives no TransformMatrix"
+    elif vectors:
+        name, sizes = "space directions", [math.hypot(*v) for v in vectors]
+        space = fields.get("space", "").lower().replace("-", "").replace(" ", "")
+        doubt = "" if space in SPACES else "does not name its space"
+    else:
+        name, sizes, doubt = "spacings", _numbers(fields.get("spacings", "")), "gives no space directions"
+    # an axis of channels, or a further axis of one, may have no size; 2-D is refused as such
+    flat = fields.get("NDims" if meta else "dimension") in ("1", "2")
+    if not flat and sum(math.isfinite(size) and size > 0 for size in sizes) < 3:
         reason = f"its header does not say how large a voxel is ({name} missing, 0, negative or not a number)"
         raise DataError(f"{file}: {reason}. Add it, in mm per axis, or convert the scan again from its source.")
+    return doubt
 
 
 def _numbers(text: str) -> list[float]:

@@ -26,7 +26,6 @@ from medseg_supcon.scans.voxels import check_real, slabs
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 NIFTI_1 = (b"\x5c\x01\0\0", b"\0\0\x01\x5c")  # a header's first bytes: it has 348
 NIFTI_2 = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # it has 540
-GZIP = b"\x1f\x8b"
 MOST_PACKED = 1032  # bytes that deflate can make of one
 MOST_BEFORE = 2**26  # bytes of header and extensions before the voxels
 MOST_BEHIND = 2**20  # bytes that may follow the voxels: some programs pad
@@ -44,12 +43,7 @@ def stem(path: str | Path) -> str:
 
 
 def not_a_file(path: Path) -> str | None:
-    """A sentence if there is nothing to read at `path`, or nothing that ends; None for a plain file.
-
-    Example:
-        >>> not_a_file(Path("/nowhere/scan.nii.gz"))
-        '/nowhere/scan.nii.gz: there is no such file or folder. Check the path.'
-    """
+    """A sentence if there is nothing to read at `path`, or nothing that ends; None for a plain file."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -72,10 +66,9 @@ def read_header(path: Path) -> tuple[tuple[int, ...], Affine]:
 
 
 def read_nifti(path: Path) -> Volume:
-    """Voxels as stored, grid, and what is wrong with the header.
+    """Voxels as stored, grid, and what is wrong with the header; whether they can be used is for the caller to decide.
 
-    Whether shape, values and grid can be used is for the caller to decide. Raises DataError for a file that is
-    missing, not NIfTI, damaged, or cut short, and for colours and complex numbers.
+    Raises DataError for a file that is missing, not NIfTI, damaged or cut short, and for colours and complex numbers.
     """
     image = _open(path)
     try:
@@ -213,7 +206,7 @@ def _unreadable(path: Path, error: Exception) -> str:
         return f"{path}: the file is empty (0 bytes). Copy or export it again."
     if packed and start in (*NIFTI_1, *NIFTI_2):
         return f"{path}: is called .gz, but is not compressed. Rename it to .nii."
-    if not packed and start.startswith(GZIP):
+    if not packed and start.startswith(b"\x1f\x8b"):
         return f"{path}: is compressed, but is not called .gz. Rename it to .nii.gz."
     reason = " ".join(str(error).split())[:120] or type(error).__name__
     return f"{path}: cannot be read as NIfTI ({reason}). It is damaged or cut short: copy or export it again."

@@ -51,12 +51,6 @@ def outliers(data: npt.NDArray[Any]) -> tuple[float, int] | None:
     An outlier is more than ten usual ranges (from the 0.5 to the 99.5 percentile) away from them, and 30
     times as far away as the next nearer voxel. Outliers are reported if the standard deviation is more than twice as large
     with them as without: a normalisation by it then leaves almost nothing of everything else.
-
-    Example:
-        >>> scan = np.random.default_rng(0).normal(size=(20, 20, 20))
-        >>> scan[3, 4, 5] = 1e6
-        >>> outliers(scan)
-        (1000000.0, 1)
     """
     flat = data.ravel(order="K")
     if flat.size == 0:
