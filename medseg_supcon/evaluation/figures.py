@@ -9,13 +9,11 @@ from typing import Any
 
 import nibabel
 import numpy as np
-import numpy.typing as npt
 
 from medseg_supcon.datasets import snap_labels
 from medseg_supcon.errors import DataError, RunError
+from medseg_supcon.evaluation.metrics import Array, Labels
 from medseg_supcon.scans import read_nifti
-
-Array = npt.NDArray[Any]
 
 INK, GRID = "#222222", "#dddddd"
 # Okabe and Ito's palette, which colour-blind people can distinguish, and then matplotlib's tab20.
@@ -69,7 +67,7 @@ def legend_below(figure: Any, handles: Sequence[Any], most: int = 6, **style: An
     letters = np.array([len(handle.get_label()) for handle in handles])
 
     def inches(columns: int) -> float:  # roughly; a column is as wide as its longest name and the mark before it
-        return sum(0.075 * part.max() + 0.6 for part in np.array_split(letters, columns))
+        return float(sum(0.075 * part.max() + 0.6 for part in np.array_split(letters, columns)))
 
     columns = max(min(most, len(handles)), 1)  # matplotlib has no handle for a name that begins with _
     while columns > 1 and inches(columns) > figure.get_figwidth():
@@ -153,27 +151,25 @@ def _columns(file: Path) -> dict[str, list[str]]:
 # (name, the axis that the plane cuts, horizontal axis, vertical axis) of a scan turned to RAS+
 PLANES = (("axial", 2, 0, 1), ("coronal", 1, 0, 2), ("sagittal", 0, 1, 2))
 ENDS = (("L", "R"), ("P", "A"), ("I", "S"))
+PLACES = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.05), (0.5, 0.95))  # left, right, bottom, top
 NARROWEST = 0.25  # share of the whole width: a title needs room
-ON_DARK = {"frameon": True, "facecolor": "#555555", "edgecolor": "none", "labelcolor": "white"}  # of a legend
+SHADE = {"facecolor": "black", "alpha": 0.45, "edgecolor": "none", "pad": 1.2}
+LETTER: Any = {"fontsize": 8, "color": "white", "bbox": SHADE, "ha": "center", "va": "center"}
+ON_DARK: Any = {"frameon": True, "facecolor": "#555555", "edgecolor": "none", "labelcolor": "white"}  # of a legend
 
 
 def overlay_figure(
-    scan: str | Path,
-    reference: str | Path | None,
-    prediction: str | Path,
-    path: str | Path,
-    labels: Mapping[str, float],
+    scan: str | Path, reference: str | Path | None, prediction: str | Path, path: str | Path, labels: Labels
 ) -> None:
-    """Draws the axial, coronal and sagittal plane with most foreground, with masks, as a PNG.
+    """Draws the axial, coronal and sagittal plane with most foreground, with masks, as a PNG; its folder is made.
 
     The reference is above, the prediction with the reference's outline below. Axes are in mm, so that anisotropic voxels
     look right; letters mark the ends of each axis.
 
     Args:
         scan: NIfTI file, (X, Y, Z) or with channels last (the first is shown).
-        reference: NIfTI label map on the scan's grid, or None.
-        prediction: NIfTI mask on the scan's grid.
-        path: the PNG; its folder is made.
+        reference, prediction: NIfTI masks on the scan's grid; the reference may be None.
+        path: the PNG.
         labels: class name -> value in the masks, background first.
 
     Raises:
@@ -195,7 +191,7 @@ def overlay_figure(
 
     def plane(volume: Array, cut: int) -> Array:
         """(vertical, horizontal), first row at the bottom."""
-        return volume.take(slices[cut], axis=cut).T
+        return np.asarray(volume.take(slices[cut], axis=cut)).T
 
     low, high = np.percentile(np.concatenate([plane(image, cut).ravel() for cut in range(3)]), (0.5, 99.8))
     size = np.array(image.shape) * spacing
@@ -204,28 +200,26 @@ def overlay_figure(
     height = max(size[vertical] for *_, vertical in PLANES) * 9.0 / sum(widths)
     figure = new_figure(9.4, min(max(height, 1.2), 9.0) * len(masks) + 1.1)
     axes = figure.subplots(len(masks), 3, squeeze=False, gridspec_kw={"width_ratios": widths})
-    drawn = set()
+    drawn: set[float] = set()
     for (title, mask), line in zip(masks.items(), axes, strict=True):
-        outline = masks.get("reference") if title == "prediction" else None
         for (name, cut, horizontal, vertical), axis in zip(PLANES, line, strict=True):
             box = (0, size[horizontal], 0, size[vertical])
-            grey = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
-            axis.imshow(plane(image, cut), origin="lower", extent=box, **grey)
+            axis.imshow(plane(image, cut), "gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", extent=box)
             for number, (_, value) in enumerate(foreground):
-                if (inside := plane(mask, cut) == value).any():
-                    _draw(axis, inside, box, colors=[color_of(number)], linewidths=1.0)
-                    drawn.add(number)
-                if outline is not None and (inside := plane(outline, cut) == value).any():
-                    _draw(axis, inside, box, colors=["white"], linewidths=1.3)
+                _outline(axis, plane(mask, cut) == value, box, color_of(number), fill=True)
+                if title == "prediction" and "reference" in masks:
+                    _outline(axis, plane(masks["reference"], cut) == value, box, "white")
+            drawn.update(np.unique(plane(mask, cut)).tolist())
             axis.set(xlim=box[:2], ylim=box[2:], anchor="N", facecolor="black")
             dress_image(axis, f"{title}, {name}")
-            _letters(axis, horizontal, vertical)
-    handles: list[Any] = [Patch(color=color_of(n), label=foreground[n][0], alpha=0.8) for n in sorted(drawn)]
+            for place, letter in zip(PLACES, ENDS[horizontal] + ENDS[vertical], strict=True):
+                axis.text(*place, letter, transform=axis.transAxes, **LETTER)
+    marks = [(color_of(number), *of_class) for number, of_class in enumerate(foreground)]
+    handles: list[Any] = [Patch(color=color, label=name, alpha=0.8) for color, name, value in marks if value in drawn]
     if "reference" in masks:
-        line = Line2D([], [], color="white", linewidth=1.6, label="reference's outline")
-        legend_below(figure, [*handles, line], **ON_DARK)
-    elif handles:
-        legend_below(figure, handles)
+        handles.append(Line2D([], [], color="white", linewidth=1.6, label="reference's outline"))
+    if handles:
+        legend_below(figure, handles, **(ON_DARK if "reference" in masks else {}))
     save(figure, Path(path))
 
 
@@ -246,26 +240,12 @@ def _best_slice(mask: Array, foreground: Sequence[tuple[str, float]], axis: int)
     return int(score.argmax()) if score.any() else mask.shape[axis] // 2
 
 
-def _draw(axis: Any, mask: Array, box: tuple[float, ...], colors: Sequence[Any], linewidths: float) -> None:
-    """The outline of a mask, and its area unless white."""
+def _outline(axis: Any, mask: Array, box: tuple[float, ...], color: Any, fill: bool = False) -> None:
+    if not mask.any():
+        return
     # Padded and magnified, so that outlines follow the voxels' edges, at the border too.
     fine = np.kron(np.pad(mask, 1), np.ones((4, 4)))
-    x, y = (
-        ((np.arange(n) + 0.5) / 4 - 1) * edge / (n / 4 - 2)
-        for n, edge in zip(fine.shape[::-1], (box[1], box[3]), strict=True)
-    )
-    if colors != ["white"]:
-        axis.contourf(x, y, fine, levels=[0.5, 1.5], colors=colors, alpha=0.45)
-    axis.contour(x, y, fine, levels=[0.5], colors=colors, linewidths=linewidths)
-
-
-def _letters(axis: Any, horizontal: int, vertical: int) -> None:
-    shade = {"facecolor": "black", "alpha": 0.45, "edgecolor": "none", "pad": 1.2}
-    (left, right), (bottom, top) = ENDS[horizontal], ENDS[vertical]
-    for x, y, letter, ha, va in (
-        (0.02, 0.5, left, "left", "center"),
-        (0.98, 0.5, right, "right", "center"),
-        (0.5, 0.03, bottom, "center", "bottom"),
-        (0.5, 0.97, top, "center", "top"),
-    ):
-        axis.text(x, y, letter, transform=axis.transAxes, fontsize=8, color="white", bbox=shade, ha=ha, va=va)
+    y, x = (((np.arange(4 * n + 8) + 0.5) / 4 - 1) / n for n in mask.shape)
+    if fill:
+        axis.contourf(x * box[1], y * box[3], fine, levels=[0.5, 1.5], colors=[color], alpha=0.45)
+    axis.contour(x * box[1], y * box[3], fine, levels=[0.5], colors=[color], linewidths=1.0 if fill else 1.3)
