@@ -11,7 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans.dicom_file import NOT_SCANS, Frame, Header, looks_like_dicom, read_dicom_header, read_stored
+from medseg_supcon.scans.dicom_file import (
+    NOT_SCANS,
+    Frame,
+    Header,
+    looks_like_dicom,
+    read_dicom_header,
+    read_stored,
+)
 from medseg_supcon.scans.grid import NEAR, Affine, Grid, Issue, Numbers, Volume
 from medseg_supcon.scans.itk import ras_affine
 
