@@ -124,9 +124,11 @@ def compare(
         axes=config_file.variants,
     )
     used = {c.name: c for s in design.splits.values() for c in (*s.unlabelled, *s.validation, *s.training)}
-    report = check_dataset(
-        replace(data, cases=(*used.values(), *design.test)), allow_affine_mismatch=allow_affine_mismatch
-    )
+    trained = {case.name for split in design.splits.values() for case in split.training}
+    cases_used = (*used.values(), *design.test)
+    held_out = frozenset(case.name for case in cases_used) - trained
+    checked = replace(data, cases=cases_used, validation=held_out)
+    report = check_dataset(checked, allow_affine_mismatch=allow_affine_mismatch)
     if report.has_errors:
         print_report(report, err)
         raise MedsegError(

@@ -15,7 +15,7 @@ from medseg_supcon.comparison.design import Cell, Design
 from medseg_supcon.datasets import items
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import read_json, write_text
-from medseg_supcon.plan import read_plan, write_plan
+from medseg_supcon.plan import plan_warnings, read_plan, write_plan
 from medseg_supcon.training import is_of_plan, prepare_run
 
 Settings = Sequence[tuple[str, Any]]
@@ -64,6 +64,8 @@ def make_plans(
                 design.dataset, split, draft, recipe=design.files[design.recipes[0]], settings=settings,
                 epochs=epochs, device=device, trust_scan_affine=trust_scan_affine,
             )  # fmt: skip
+            for warning in plan_warnings(plan):
+                say(f"Warning: {warning}")
             shutil.rmtree(draft)
             write_text(record, json.dumps({"definition": definition}, indent=1) + "\n")
             path.parent.mkdir(parents=True, exist_ok=True)

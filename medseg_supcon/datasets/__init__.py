@@ -2,7 +2,7 @@
 
 from medseg_supcon.datasets.case_report import Finding
 from medseg_supcon.datasets.check import Report, check_dataset
-from medseg_supcon.datasets.data_list import items, load_items, read_datalist, trained_on, write_datalist
+from medseg_supcon.datasets.data_list import items, load_items, read_datalist, write_datalist
 from medseg_supcon.datasets.dataset import Case, Dataset, normalisation, read_case_names
 from medseg_supcon.datasets.fingerprint import CaseFingerprint, Fingerprint, fingerprint, readable
 from medseg_supcon.datasets.labels import class_indices, label_type, reorient, snap_labels, value_text

@@ -15,7 +15,7 @@ from medseg_supcon.datasets.dataset import Case, Dataset
 from medseg_supcon.datasets.fingerprint import CaseFingerprint, measure_case
 from medseg_supcon.datasets.labels import TOLERANCE, reorient, value_text
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans import Volume, affine_issue, count_values, farthest_corner, read_nifti
+from medseg_supcon.scans import Volume, affine_issue, count_values, farthest_corner, outliers, read_nifti
 
 NEAR = 0.01  # voxels by which a corner of a label map's grid may be off its scan's
 MOST_VALUES = 64  # undeclared values above which a label map looks like a scan
@@ -131,8 +131,12 @@ def _check_channels(report: CaseReport, images: list[tuple[Path, Volume]], datas
 def _check_intensities(report: CaseReport, path: Path, volume: Volume) -> None:
     for number, channel in enumerate(volume.channels_first):
         where = f"channel {number} " if len(volume.channels_first) > 1 else ""
-        if channel.dtype.kind == "f" and (bad := int(np.count_nonzero(~np.isfinite(channel)))):
-            sentence = f"{where}holds {bad} voxels that are NaN or Inf. Repair or leave it out."
+        with np.errstate(over="ignore"):
+            voxels = np.ascontiguousarray(channel.T, dtype=np.float32)  # NIfTI is stored in Fortran order
+        if bad := int(np.count_nonzero(~np.isfinite(voxels))):
+            sentence = (
+                f"{where}holds {bad} voxels that are NaN, Inf or beyond 3.4e38. Repair or leave it out."
+            )
             report.add_finding(path, "not_finite", sentence)
             continue
         low = float(channel.min())
@@ -140,7 +144,12 @@ def _check_intensities(report: CaseReport, path: Path, volume: Volume) -> None:
             sentence = f"{where}has the value {low:g} everywhere: an empty scan. Leave it out."
             report.add_finding(path, "constant_image", sentence)
             continue
-        voxels = np.ascontiguousarray(channel.T, dtype=np.float32)  # NIfTI is stored in Fortran order
+        if (outlier := outliers(voxels)) is not None:
+            sentence = (
+                f"{where}has {outlier[1]} voxels far outside all others (up to {outlier[0]:.3g}): after normalisation the "
+                "others hardly differ. Repair these voxels, or leave the case out."
+            )
+            report.add_finding(path, "outlier_voxels", sentence, "warning")
         sample = voxels.ravel()[:: max(1, voxels.size // SAMPLE)]
         usual = np.percentile(sample, [0.5, 99.5]).astype(np.float64)
         report.intensities.append((low, float(usual[0]), float(usual[1])))

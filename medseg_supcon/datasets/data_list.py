@@ -257,18 +257,3 @@ def load_items(entries: Iterable[Mapping[str, Any]], dataset_dir: str | Path) ->
             f"{source}: a list of cases is empty (data folder {root}). Name at least one case in it."
         )
     return loaded
-
-
-def trained_on(datalist: Path, cases: Iterable[Case]) -> frozenset[str]:
-    """Names of the cases that a run was trained on: those with name and scan file of a training case.
-
-    Args:
-        datalist: ``configs/datalist.json`` of the run.
-        cases: of a data set, which may be in another folder now.
-    """
-
-    def key(name: object, image: Any) -> tuple[object, ...]:
-        return (name, *(Path(text).name for text in _texts(image)))
-
-    known = {key(item.get("name"), item.get("image", ())) for item in read_datalist(datalist)["training"]}
-    return frozenset(case.name for case in cases if key(case.name, case.images) in known)

@@ -93,6 +93,18 @@ FAULTS = {
     "one NaN": ("image", "error", "not_finite", lambda p, d, w: w(p, changed(d, np.nan))),
     "one Inf": ("image", "error", "not_finite", lambda p, d, w: w(p, changed(d, np.inf))),
     "label NaN": ("label", "error", "not_finite", lambda p, d, w: w(p, changed(d.astype("f4"), np.nan))),
+    "one beyond float32": (
+        "image",
+        "error",
+        "not_finite",
+        lambda p, d, w: w(p, changed(d.astype("f8"), 1e300)),
+    ),
+    "one of 1e20": (
+        "image",
+        "warning",
+        "outlier_voxels",
+        lambda p, d, w: w(p, changed(d.astype("f4"), 1e20)),
+    ),
     "constant": ("image", "error", "constant_image", lambda p, d, w: w(p, np.full(d.shape, 7, "i2"))),
     "undeclared": ("label", "error", "undeclared_label", lambda p, d, w: w(p, changed(d, 9))),
     "negative": ("label", "error", "undeclared_label", lambda p, d, w: w(p, changed(d.astype("i2"), -3))),

@@ -13,10 +13,7 @@ from medseg_supcon.datasets import (
     fingerprint,
     normalisation,
     read_dataset,
-    trained_on,
-    write_datalist,
 )
-from medseg_supcon.datasets import split_cases as split
 from medseg_supcon.errors import ConfigError, DataError
 from medseg_supcon.plan import make_plan
 
@@ -230,17 +227,6 @@ def test_nnunets_names_of_normalisations(tmp_path, disk):
         out = Compose(steps)({"image": image})["image"].numpy()
         expected = np.stack([formulas[name](scan[i]) for i, name in enumerate(names)])
         np.testing.assert_allclose(out, expected, atol=1e-4)
-
-
-def test_cases_that_a_run_trained_on(tmp_path, disk):
-    dataset = read_dataset(disk.decathlon(tmp_path / "a"))
-    parts = split(dataset)
-    write_datalist(parts, tmp_path / "datalist.json", dataset.root)
-    moved = read_dataset(disk.decathlon(tmp_path / "b"))
-    for one in (dataset, moved):
-        names = trained_on(tmp_path / "datalist.json", one.cases)
-        assert names == {case.name for case in parts.training}
-    assert not names & {case.name for case in parts.validation}
 
 
 def test_many_digits_stay_apart_and_no_more_than_float64_can_tell(tmp_path, disk):
