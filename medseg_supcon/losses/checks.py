@@ -41,11 +41,9 @@ def check_ids(name: str, ids: Tensor | None, embeddings: Tensor, needed_for: str
     if ids is None:
         raise ValueError(f"{name} must be given for {needed_for}, got None")
     check_tensor(name, ids)
-    expected, device = tuple(embeddings.shape[:1]), embeddings.device
-    if ids.shape != expected or ids.device != device:
-        raise ValueError(
-            f"{name} must be {expected} on {device}, like the embeddings, got {tuple(ids.shape)} on {ids.device}"
-        )
+    expected, got = (f"{tuple(t.shape[:n])} on {t.device}" for t, n in ((embeddings, 1), (ids, ids.ndim)))
+    if got != expected:
+        raise ValueError(f"{name} must be {expected}, like the embeddings, got {got}")
     return ids.long()
 
 

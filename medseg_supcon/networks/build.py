@@ -101,7 +101,7 @@ def size_divisor(network: nn.Module | Mapping[str, Any], in_channels: int, spati
             f"{name} does not run on a patch of {base} voxels with {in_channels} channel(s): {failure}. Give a "
             "network that takes any patch size, with in_channels as the scans have."
         )
-    found = []
+    divisors = []
     for axis in range(spatial_dims):
         # an odd multiple, about as large as the base, is divisible by nothing more
         sizes = ((d, (*base[:axis], BASE + d, *base[axis + 1 :])) for d in DIVISORS)
@@ -111,8 +111,8 @@ def size_divisor(network: nn.Module | Mapping[str, Any], in_channels: int, spati
                 f"{name} takes 128 voxels along axis {axis} but no other size that was tried "
                 f"({', '.join(str(BASE + d) for d in DIVISORS)}): give a network that takes any patch size."
             )
-        found.append(divisor)
-    return tuple(found)
+        divisors.append(divisor)
+    return tuple(divisors)
 
 
 def round_patch(

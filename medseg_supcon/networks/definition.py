@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import monai.networks.nets  # noqa: F401
@@ -38,11 +37,7 @@ def chain(*definitions: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def definition_problem(node: Any, level: int = 0) -> str | None:
-    """Why a ``network_def`` is not plain data that names a stock network; None where it is.
-
-    >>> definition_problem({"_target_": "os.system", "command": "true"})
-    "network_def names 'os.system', which is not a network of torch.nn or monai.networks"
-    """
+    """Why a ``network_def`` is not plain data that names a stock network; None where it is."""
     if not isinstance(node, Mapping) or "_target_" not in node:
         return f"network_def is {short(node)}, not a mapping with _target_"
     target, arguments = node["_target_"], {key: value for key, value in node.items() if key != "_target_"}
@@ -60,17 +55,34 @@ def definition_problem(node: Any, level: int = 0) -> str | None:
     return _arguments_problem(arguments, level)
 
 
-def instantiate(definition: Mapping[str, Any]) -> nn.Module:
-    """The network of a definition without `definition_problem`; raises whatever the class raises for its arguments."""
-    with _limited():
-        network: nn.Module = _made(definition)
-    return network
-
-
 def short(value: object, most: int = 100) -> str:
     """The value as it is written, cut after `most` characters."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def instantiate(definition: Mapping[str, Any]) -> nn.Module:
+    """The network of a definition without `definition_problem`; raises whatever the class raises for its arguments.
+
+    A construction that grows too large is ended before its weights are written to memory.
+    """
+    weights = parts = 0
+
+    def count(module: nn.Module, name: str, value: Any) -> None:
+        nonlocal weights, parts
+        weights, parts = weights + (value.numel() if isinstance(value, torch.Tensor) else 0), parts + 1
+        if weights > MOST_WEIGHTS or parts > MOST_PARTS:
+            raise ValueError(f"it has more than {MOST_WEIGHTS:,} weights or {MOST_PARTS:,} parts")
+
+    hooks = [
+        getattr(registry, f"register_module_{of}_registration_hook")(count) for of in ("module", "parameter", "buffer")
+    ]
+    try:
+        network: nn.Module = _made(definition)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return network
 
 
 def _made(node: Any) -> Any:
@@ -88,27 +100,6 @@ def _made(node: Any) -> Any:
     if made is None:
         raise ValueError(definition_problem(node))
     return made(**arguments)
-
-
-@contextmanager
-def _limited() -> Iterator[None]:
-    """Ends a construction that grows too large, before its weights are written to memory."""
-    weights = parts = 0
-
-    def count(module: nn.Module, name: str, value: Any) -> None:
-        nonlocal weights, parts
-        weights, parts = weights + (value.numel() if isinstance(value, torch.Tensor) else 0), parts + 1
-        if weights > MOST_WEIGHTS or parts > MOST_PARTS:
-            raise ValueError(f"it has more than {MOST_WEIGHTS:,} weights or {MOST_PARTS:,} parts")
-
-    hooks = [
-        getattr(registry, f"register_module_{of}_registration_hook")(count) for of in ("module", "parameter", "buffer")
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _arguments_problem(node: Any, level: int) -> str | None:

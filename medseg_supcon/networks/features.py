@@ -18,11 +18,7 @@ _CURE = (
 
 
 def classifier_name(network: nn.Module) -> str:
-    """Name of the classifier: the last layer with weights that the network defines, a 1x1x1 convolution.
-
-    Raises:
-        ConfigError: the network ends in another layer.
-    """
+    """Name of the classifier: the last layer with weights that the network defines, a 1x1x1 convolution."""
     name, last = "", None
     for path, module in network.named_modules():
         if any(True for _ in module.parameters(recurse=False)) and _SIDE_OUTPUTS not in path.split("."):

@@ -23,9 +23,6 @@ class ProjectionHead(nn.Module):
         normalise_input: scale the features to unit length first.
         normalise_output: scale the projected vectors to unit length.
 
-    Shape:
-        (N, F) to (N, D), float32.
-
     Raises:
         ValueError: a width is not positive, or the features do not have F channels.
 
