@@ -168,8 +168,7 @@ def _odd(values: Sequence[Numbers | None], limit: float) -> list[int]:
 
 def _check_scales(headers: Sequence[Header]) -> None:
     """Whether the values of all slices are on one scale: slopes may differ, as PET's do, but none may be missing."""
-    rules: dict[str, Path] = {}  # to the first file that has it
-    units: dict[str, Path] = {}
+    rules, units = dict[str, Path](), dict[str, Path]()  # to the first file of each
     for header in headers:
         for frame in header.frames:
             rule = "a Modality LUT" if header.lut else "no rescale slope and intercept"
@@ -217,6 +216,5 @@ def _doubts(headers: Sequence[Header]) -> tuple[Issue, ...]:
     if header.photometric == "MONOCHROME1" and header.modality != "CT":
         doubts["monochrome1"] = "is MONOCHROME1 (shows small values bright): the stored values are used, not inverted"
     if (count := len({header.space for header in headers if header.space})) > 1:
-        moved = "the patient may have moved in between. Check that the slices fit together"
-        doubts["frames_of_reference"] = f"its slices are of {count} frames of reference (FrameOfReferenceUID): {moved}"
+        doubts["frame_of_reference"] = f"its slices have {count} FrameOfReferenceUIDs. Check that they fit together"
     return tuple(Issue(code, "warning", sentence) for code, sentence in doubts.items())

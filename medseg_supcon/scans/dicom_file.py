@@ -174,9 +174,8 @@ def _header(file: Path, dataset: Any, pixels: float) -> Header | None:
     index = INDEX in (dataset.get("SOPClassUID"), dataset.file_meta.get("MediaStorageSOPClassUID"))
     size = (int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0), int(dataset.get("NumberOfFrames") or 1))
     voxels = math.prod(size) * int(dataset.get("SamplesPerPixel") or 1)
-    least = voxels * int(dataset.get("BitsAllocated") or 0) // 8
-    if syntax is not None and syntax.is_encapsulated:
-        least = 0  # how many bytes there must be shows when they are decompressed
+    packed = syntax is not None and syntax.is_encapsulated  # how many bytes there must be shows later
+    least = 0 if packed else voxels * int(dataset.get("BitsAllocated") or 0) // 8
     if not (index or modality in NOT_SCANS) and (voxels == 0 or pixels <= least):
         return None
     number = str(dataset.get("SeriesNumber", ""))

@@ -26,8 +26,6 @@ SPACES = ("leftposteriorsuperior", "lps", "rightanteriorsuperior", "ras", "lefta
 MILLIMETRES = {"mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "???", "none"}
 OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 
-Fields = dict[str, str]
-
 
 def ras_affine(lps: npt.NDArray[Any]) -> Affine:
     """A (4, 4) affine to LPS mm as one to RAS+ mm, to the precision that NIfTI stores.
@@ -95,10 +93,7 @@ def _affine(image: Any) -> Affine:
 
 
 def _check_header(file: Path) -> tuple[list[Issue], str]:
-    """What the text of a header leaves open, and MetaImage's second orientation in letters (where axes come from).
-
-    ITK fills in what is missing: voxels of 1 mm, and axes that lead to the left, to the back and up.
-    """
+    """What the text of a header leaves open, where ITK would guess, and MetaImage's second orientation in letters."""
     if (problem := not_a_file(file)) is not None:
         raise DataError(problem)
     with file.open("rb") as stream:
@@ -117,9 +112,9 @@ def _check_header(file: Path) -> tuple[list[Issue], str]:
     return issues, fields.get("AnatomicalOrientation", "")
 
 
-def _fields(lines: Sequence[str], meta: bool) -> tuple[Fields, list[str]]:
+def _fields(lines: Sequence[str], meta: bool) -> tuple[dict[str, str], list[str]]:
     """What a MetaImage or NRRD header says, and the files of voxels; NRRD's keys in small letters without spaces."""
-    fields: Fields = {}
+    fields: dict[str, str] = {}
     for number, line in enumerate(lines):
         key, _, value = line.partition("=" if meta else ":")
         if not meta and not line.strip():  # the end
@@ -146,7 +141,7 @@ def _data_files(value: str, below: Sequence[str]) -> list[str]:
     return [f"{pattern[1]}{n:{pattern[2]}d}{pattern[3]}" for n in numbers]
 
 
-def _doubt(file: Path, fields: Fields, meta: bool) -> str:
+def _doubt(file: Path, fields: dict[str, str], meta: bool) -> str:
     """What a header leaves open about the orientation; DataError if it gives no voxel size, or not in mm."""
     if odd := set(re.findall(r'"([^"]*)"', fields.get("spaceunits", fields.get("units", "")))) - MILLIMETRES:
         raise DataError(f"{file}: its header gives lengths in {min(odd)}, expected mm. Convert it.")

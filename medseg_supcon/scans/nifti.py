@@ -32,6 +32,7 @@ MOST_BEHIND = 2**20  # bytes that may follow the voxels: some programs pad
 UNITS = {1: ("metres", 1000.0), 3: ("microns", 0.001)}  # whatever else a header says counts as mm
 SAME_SIZE = 0.01  # by how much sform and pixdim may differ in a voxel's edge
 GUESS = "left and right are a guess. Convert it again from its source, or check that left is left."
+ERRORS = ("unit", "two_voxel_sizes", "two_places")  # for a training; the rest are warnings
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -225,28 +226,26 @@ def _check_header(image: Any) -> tuple[Affine, tuple[Issue, ...]]:
     edges = np.linalg.norm(affine[:3, :3], axis=0)
     near = NEAR * float(edges.min())
     q_code, s_code = int(header["qform_code"]), int(header["sform_code"])
-    errors, warnings = {}, {}
+    found: dict[str, str] = {}
     if (unit := _unit(header)[0]) != "mm":
-        errors["unit"] = f"its header gives lengths in {unit}, expected mm. Correct the header, or convert it."
+        found["unit"] = f"its header gives lengths in {unit}, expected mm. Correct the header, or convert it."
     hollow = type(image)(np.broadcast_to(np.uint8(0), image.shape), affine, header.copy())  # MONAI changes an image
     theirs, monai_apart = _apart(shape, affine, lambda: correct_nifti_header_if_necessary(hollow).affine)
     sizes = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
     if q_code <= 0 and s_code <= 0:
-        warnings["no_orientation"] = f"its header gives no orientation (qform and sform codes 0): {GUESS}"
+        found["no_orientation"] = f"its header gives no orientation (qform and sform codes 0): {GUESS}"
     elif not np.allclose(edges, sizes, rtol=SAME_SIZE, atol=0):
         one, other = (" x ".join(f"{size:.4g}" for size in three) for three in (edges, sizes))
-        found = f"{one} by its sform and {other} by its pixdim"
-        errors["two_voxel_sizes"] = f"its header gives two voxel sizes, {found}. Correct the one that is wrong."
+        found["two_voxel_sizes"] = f"its voxel size is {one} by its sform and {other} by its pixdim. Correct one."
     # an edge rounded in pixdim moves corners a little: no fault
     elif s_code > 0 and not monai_apart <= near + SAME_SIZE * float(np.linalg.norm(edges[: len(shape)] * shape)):
-        found = "its qform and sform disagree, and its pixdim fits the qform better"
-        errors["two_places"] = f"{found}: programs read it in different places. Make the two forms equal."
+        why = "its pixdim fits the qform better: programs read it in different places"
+        found["two_places"] = f"its qform and sform disagree, and {why}. Make the two forms equal."
     elif s_code > 0 and q_code > 0 and not (apart := _apart(shape, affine, header.get_qform)[1]) <= near:
         how = f"{apart:.3g} mm apart" if np.isfinite(apart) else "the qform is not a rotation"
-        warnings["forms_disagree"] = f"its qform and sform disagree ({how}): the sform is used. Check left and right."
-    found_issues = [Issue(code, "error", text) for code, text in errors.items()]
-    found_issues += [Issue(code, "warning", text) for code, text in warnings.items()]
-    return (theirs if monai_apart <= near else affine), tuple(found_issues)
+        found["forms_disagree"] = f"its qform and sform disagree ({how}): the sform is used. Check left and right."
+    issues = tuple(Issue(code, "error" if code in ERRORS else "warning", found[code]) for code in found)
+    return (theirs if monai_apart <= near else affine), issues
 
 
 def _apart(shape: Sequence[int], affine: Affine, read: Callable[[], Affine]) -> tuple[Affine, float]:

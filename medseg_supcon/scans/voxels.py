@@ -50,11 +50,9 @@ def outliers(data: npt.NDArray[Any]) -> tuple[float, int] | None:
 
     An outlier is more than ten usual ranges (from the 0.5 to the 99.5 percentile) away from them, and 30
     times as far away as the next nearer voxel. Outliers are reported if the standard deviation is more than twice as large
-    with them as without: a normalisation by it then leaves almost nothing of everything else.
+    with them as without: a normalisation by it then leaves almost nothing of everything else. Finite voxels, any shape.
     """
     flat = data.ravel(order="K")
-    if flat.size == 0:
-        return None
     low, high = (float(v) for v in np.percentile(flat[:: max(1, flat.size // SAMPLE)], [0.5, 99.5]))
     reach = FAR * (high - low)
     if reach == 0 or (flat.min() >= low - reach and flat.max() <= high + reach):
