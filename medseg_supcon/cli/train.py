@@ -153,10 +153,10 @@ def read_selected(path: Path, cases: Path | None) -> Any:
 
 def _go_on(dataset: Path, run: Path, request: Request, resume: bool, trust: bool) -> None:
     """A planned folder is trained as it is: say so where something else was asked for."""
-    from medseg_supcon.bundle import check_configs_trusted, plain_text, read_plain
+    from medseg_supcon.bundle import check_configs_trusted, plain_text, read_config
 
     check_configs_trusted(run, trust)
-    folder = plain_text(read_plain(run / "configs" / "train.yaml").get("dataset_dir"))
+    folder = plain_text(read_config(run / "configs" / "train.yaml").get("dataset_dir"))
     if folder is None:
         raise RunError(f"{run / 'configs' / 'train.yaml'}: dataset_dir must be the path of a folder.")
     planned = Path(folder)

@@ -5,6 +5,7 @@ from medseg_supcon.inference.find_scans import find_scans
 from medseg_supcon.inference.manifest import Manifest
 from medseg_supcon.inference.memory import attempts, is_out_of_memory, keep_freed_memory
 from medseg_supcon.inference.predictor import Predictor
+from medseg_supcon.inference.prepare import Prediction
 from medseg_supcon.inference.read import read_scan
-from medseg_supcon.inference.resample import Way
+from medseg_supcon.inference.resample import GridMapping
 from medseg_supcon.inference.sliding_window import batch_on, windows

@@ -82,7 +82,7 @@ def test_a_mask_of_another_model_is_kept_and_said_so(
     other = Predictor(make_run("other", seed=3), device="cpu")
     entry = other.run([scans], tmp_path / "out")["scans"][0]
     assert entry["status"] == "skipped"
-    assert entry["warnings"] == ["the mask was there already, made by another model"]
+    assert entry["warnings"] == ["the mask already existed; another model made it"]
     assert other.run([scans], tmp_path / "out", overwrite=True)["summary"]["done"] == 3
     assert other.run([scans], tmp_path / "out")["scans"][0]["warnings"] == []
 
@@ -111,7 +111,7 @@ def test_a_mask_made_with_other_settings_is_kept_and_said_so(
     (threshold_run / "configs" / "plan.json").write_text(json.dumps(plan_of(**change)))
     (entry,) = Predictor(threshold_run, device="cpu", tta=tta).run([scan], out)["scans"]
     assert entry["status"] == "skipped"
-    note = "the mask was there already, made with other settings (plan.json or --tta)"
+    note = "the mask already existed; it was made with other settings (plan.json or --tta)"
     assert entry["warnings"] == ([note] if said else [])
 
 
@@ -128,7 +128,7 @@ def test_a_failure_does_not_hide_what_made_the_mask_that_stays(
     assert sorted(entry["status"] for entry in written["scans"]) == ["done", "failed"]
     scan.write_bytes(content)
     (entry,) = other.run([scan], out)["scans"]
-    assert entry["warnings"] == ["the mask was there already, made by another model"]
+    assert entry["warnings"] == ["the mask already existed; another model made it"]
     assert entry["labels"]
     assert len(json.loads((out / "manifest.json").read_text())["scans"]) == 1
 
@@ -338,7 +338,7 @@ def test_scans_of_one_name_are_refused_however_they_were_found(threshold_run: Pa
 
 def test_one_prediction_is_of_one_scan(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
     predictor = Predictor(threshold_run, device="cpu")
-    with pytest.raises(DataError, match=r"holds 3 scans \(s0, s1, s2, \.\.\.\), expected one"):
+    with pytest.raises(DataError, match=r"contains 3 scans \(s0, s1, s2, \.\.\.\), expected one"):
         predictor.predict(scans)
     save_nifti(tmp_path / "single" / "a.nii", blobs((6, 5, 4)))
     assert predictor.predict(tmp_path / "single").name == "a"
