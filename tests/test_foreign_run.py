@@ -144,8 +144,8 @@ def arguments(command: str, run: Path, phantoms: Path, out: Path) -> list[object
     return {
         "predict": ["predict", run, scan, "--out", out / "masks", "--device", "cpu"],
         "evaluate": ["evaluate", run, phantoms, "--out", out / "scores", "--cases", one, "--device", "cpu"],
-        "embed": ["embed", run, phantoms, "--out", out / "e", "--cases", one, "--voxels", 20, "--device", "cpu"],
-        "export": ["export", run, "--out", out / "model.ts"],
+        "embed": ["embed", run, phantoms, "--out", out / "e", "--cases", one, "--voxels", 20, "--device", "cpu", "--overwrite"],
+        "export": ["export", run, "--out", out / "model.ts", "--overwrite"],
         "init": ["plan", phantoms, "--init", run, *new],
         "resume": ["train", phantoms, "--out", run, "--resume", "--device", "cpu"],
     }[command]  # fmt: skip

@@ -232,4 +232,4 @@ def test_too_little_memory(start: Start, trained_run: Path, scans: Path, tmp_pat
     )
     assert code == 3, said
     assert whole(tmp_path / "out") == ["s00.nii.gz"]
-    assert f"{scans / 'large.nii'}: there is too little memory" in said
+    assert f"{scans / 'large.nii'}: not enough memory" in said

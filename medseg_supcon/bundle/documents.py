@@ -19,6 +19,7 @@ from medseg_supcon.bundle.folder import shared_folder
 from medseg_supcon.bundle.metadata import loss_in_words, metadata_of, train_config
 from medseg_supcon.files import read_json, write_text
 from medseg_supcon.networks import build_network
+from medseg_supcon.text import markdown_text
 
 TEMPLATE = "segmentation/docs/README.md.j2"
 
@@ -50,7 +51,7 @@ def write_model_card(run: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=_in_markdown,
+        finalize=markdown_text,
     )
     plan = read_json(run / "configs" / "plan.json")
     config, cases = train_config(run), _optional_json(run / "configs" / "datalist.json")
@@ -68,13 +69,6 @@ def write_model_card(run: Path) -> None:
         curves=(run / "docs" / "curves.png").is_file(),
     )
     write_text(run / "docs" / "README.md", card)
-
-
-def _in_markdown(value: Any) -> Any:
-    """Names of classes and data sets as text: no markup, no table cells, no lines of their own."""
-    if not isinstance(value, str):
-        return value
-    return " ".join(value.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").split())
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""The commands that measure: ``medseg compare`` and ``medseg embed``."""
+"""The command ``medseg compare``: recipes against one another."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +12,12 @@ from medseg_supcon.cli.options import (
     DatasetArg,
     DeviceOption,
     MismatchOption,
-    RunArg,
     SettingsOption,
     TrustOption,
     ValidationOption,
 )
-from medseg_supcon.cli.terminal import err, out, print_report
-from medseg_supcon.errors import ConfigError, MedsegError
+from medseg_supcon.cli.terminal import err, out, print_report, printable
+from medseg_supcon.errors import ConfigError
 
 
 def compare(
@@ -99,8 +97,8 @@ def compare(
     from medseg_supcon.bundle import parse_setting
     from medseg_supcon.comparison import ComparisonConfig, design_comparison, make_variants, read_comparison
     from medseg_supcon.comparison import compare as run_comparison
-    from medseg_supcon.datasets import VALIDATION, check_dataset, read_case_names, read_dataset
-    from medseg_supcon.training import check_device
+    from medseg_supcon.datasets import VALIDATION, read_case_names, read_dataset
+    from medseg_supcon.training import check_device, refuse_errors
 
     check_device(device)
     if robustness and no_robustness:
@@ -124,15 +122,11 @@ def compare(
         own=said.own,
         variants=make_variants(said.variants),
     )
-    used = {c.name: c for s in design.splits.values() for c in (*s.unlabelled, *s.validation, *s.training)}
-    report = check_dataset(
-        replace(data, cases=(*used.values(), *design.test)), allow_affine_mismatch=allow_affine_mismatch
-    )
-    if report.has_errors:
-        print_report(report, err)
-        raise MedsegError(
-            f"The data set has errors (above): mend them and run 'medseg check {dataset}' until it is content."
-        )
+    used = [c for s in design.splits.values() for c in (*s.unlabelled, *s.validation, *s.training)]
+    by_name = {
+        case.name: case for case in used
+    }  # a case without its label map in one budget, with it in another
+    refuse_errors(data, [*by_name.values(), *design.test], dataset, print_report, allow_affine_mismatch)
     err.print(f"Testing on {len(design.test)} scans: {design.tested_on}.")
     found = run_comparison(
         design,
@@ -148,47 +142,8 @@ def compare(
         say=err.print,
     )
     for sentence in [*found["answers"], *(f"Note: {text}" for text in found["caveats"])]:
-        out.print(sentence)
-    out.print(f"\nThe report: {out_dir / 'report.html'}; tables: {out_dir / 'summary.md'}")
-
-
-def embed(
-    run: RunArg,
-    dataset: DatasetArg,
-    out_dir: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="Folder for pictures and figures.")
-    ],
-    cases: CasesOption = None,
-    voxels: Annotated[
-        int, typer.Option(min=20, metavar="N", help="Voxels to sample, over all cases.")
-    ] = 1500,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sample and of t-SNE.")] = 0,
-    device: DeviceOption = None,
-    trust: TrustOption = False,
-) -> None:
-    """What the network's features look like, before and after training: pictures, class separation."""
-    from medseg_supcon.datasets import read_case_names, read_dataset
-    from medseg_supcon.embedding import embed_run
-    from medseg_supcon.training import check_device
-
-    check_device(device)
-    names = None if cases is None else read_case_names(cases)
-    found = embed_run(
-        run,
-        read_dataset(dataset),
-        out_dir,
-        cases=names,
-        voxels=voxels,
-        seed=seed,
-        device=device,
-        trust=trust,
-    )
-    for sentence in found["sentences"]:
-        out.print(sentence)
-    out.print(
-        f"\nPictures: {out_dir / 'pca.png'}, {out_dir / 'tsne.png'}; figures: {out_dir / 'separation.csv'}\n"
-        f"To turn the points: tensorboard --logdir {out_dir / 'projector'}",
-    )
+        out.print(printable(sentence))
+    out.print(f"\nReport: {printable(out_dir / 'report.html')}. Tables: {printable(out_dir / 'summary.md')}.")
 
 
 def _separated(text: str, option: str) -> list[str]:
