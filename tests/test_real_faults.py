@@ -34,7 +34,7 @@ def start() -> Iterator[Start]:
             *prefix,
             sys.executable,
             "-m",
-            "medseg_supcon.cli.commands",
+            "medseg_supcon.cli",
             *map(str, arguments),
             "--device",
             "cpu",
@@ -176,7 +176,7 @@ def test_export_to_a_full_disk(trained_run: Path, small_disk: Callable[[str], Pa
     command = [
         sys.executable,
         "-m",
-        "medseg_supcon.cli.commands",
+        "medseg_supcon.cli",
         "export",
         str(trained_run),
         "--out",

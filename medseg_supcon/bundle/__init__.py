@@ -6,6 +6,7 @@ from medseg_supcon.bundle.configs import (
     leaves,
     plain_text,
     read_config,
+    read_datalist,
     read_yaml,
     settings_at_fault,
 )

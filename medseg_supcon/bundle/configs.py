@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
+from medseg_supcon.files import read_json
 
 MOST_BYTES = 2**20
 SEPARATOR = "::"
@@ -60,6 +61,23 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RunError(f"{path} must map keys to values, found {type(content).__name__}. Restore the file.")
     return content
+
+
+def read_datalist(run: Path) -> dict[str, list[dict[str, Any]]]:
+    """The cases in ``configs/datalist.json`` of a run: list -> items; empty if the file does not exist.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    path = run / "configs" / "datalist.json"
+    if not path.is_file():
+        return {}
+    lists = read_json(path)
+    if not isinstance(lists, dict) or not all(
+        isinstance(items, list) and all(isinstance(item, dict) for item in items) for items in lists.values()
+    ):
+        raise RunError(f"{path} must map training, validation and unlabelled to lists of cases. Correct it.")
+    return lists
 
 
 def read_yaml(text: str, source: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from medseg_supcon import __version__
-from medseg_supcon.bundle.configs import read_config
+from medseg_supcon.bundle.configs import read_config, read_datalist
 from medseg_supcon.bundle.folder import shared_folder
 from medseg_supcon.bundle.metadata import loss_in_words, metadata_of, train_config
 from medseg_supcon.files import read_json, write_text
@@ -54,25 +54,22 @@ def write_model_card(run: Path) -> None:
         finalize=markdown_text,
     )
     plan = read_json(run / "configs" / "plan.json")
-    config, cases = train_config(run), _optional_json(run / "configs" / "datalist.json")
+    metrics = run / "eval" / "metrics.json"
+    config, cases = train_config(run), read_datalist(run)
     card = environment.from_string(text).render(
         plan=plan,
         version=__version__,
         cases={name: len(items) for name, items in cases.items()},
-        seen=sum(item in cases["training"] for item in cases.get("validation", ())),
+        seen=sum(item in cases.get("training", ()) for item in cases.get("validation", ())),
         recipe=_recipe(config),
         loss=loss_in_words(config),
         network=_network_name(plan["network_def"]),
         parameters=sum(p.numel() for p in build_network(plan["network_def"], trust=True).parameters()),
         history=_history(run / "logs" / "history.csv"),
-        metrics=_optional_json(run / "eval" / "metrics.json"),
+        metrics=read_json(metrics) if metrics.is_file() else {},
         curves=(run / "docs" / "curves.png").is_file(),
     )
     write_text(run / "docs" / "README.md", card)
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.is_file() else {}
 
 
 def _recipe(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def load_model(run: str | Path, trust: bool = False) -> Model:
     except MedsegError:
         raise
     except Exception as error:  # other names or shapes, or not a mapping of tensors at all
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200].rstrip(".")
         raise RunError(f"{weights} does not contain the weights of the plan's network: {reason}.") from error
     simple = all(isinstance(t, SIMPLE) or type(t).__module__ == intensity.__name__ for t in transforms[1:])
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -206,13 +206,13 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
             raise RunError(f"{path} is damaged: {error}. Copy it again.") from error
         raise RunError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
     except Exception as error:  # torch raises many kinds for a damaged or unsafe file
-        reason = " ".join(str(error).split())
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in reason:
+        reason = " ".join(str(error).split())[:150].rstrip(".") or "it is empty or cut short"
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
             raise RunError(  # without torch's message, which advises to run what is in the file
                 f"{path} was not loaded: it is damaged, or it contains more than weights and could run any code. Get "
                 "the weights (a state dict) from a source that you trust."
             ) from error
-        raise RunError(f"{path} is damaged or not a file of weights: {reason[:200]}.") from error
+        raise RunError(f"{path} is damaged or not a file of weights: {reason}.") from error
     if name := _not_finite(content, ""):
         raise RunError(
             f"{path}: {name} contains NaN or infinity, so the network is useless. Copy the file again, or train again."

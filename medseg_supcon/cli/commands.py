@@ -177,7 +177,3 @@ def _quieten() -> None:
         warnings.simplefilter("ignore")
     logging.captureWarnings(True)
     logging.disable(logging.WARNING)
-
-
-if __name__ == "__main__":
-    main()

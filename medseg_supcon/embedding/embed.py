@@ -1,4 +1,4 @@
-"""``medseg embed``: what a run's network makes of voxels, before training and after."""
+"""``medseg embed``: the features of voxels before and after training."""
 
 from __future__ import annotations
 
@@ -35,14 +35,16 @@ from medseg_supcon.embedding.separation import (
 )
 from medseg_supcon.embedding.voxels import sample_features
 from medseg_supcon.errors import DataError, RunError
-from medseg_supcon.files import read_json, write_csv, write_text
+from medseg_supcon.files import write_csv, write_text
+from medseg_supcon.inference import trained_on
 from medseg_supcon.networks import ContrastiveNetwork, ProjectionHead, build_network, definition_problem
 from medseg_supcon.plan import literal, read_plan
+from medseg_supcon.text import counted
 from medseg_supcon.training import load_initial
 
 BEFORE, AFTER = "before training", "after training"
-HEAD = "projection."  # its part of the names in checkpoint.pt
-# What train.yaml says of the projection head, but for plain values.
+HEAD = "projection."  # in the names of checkpoint.pt
+# The projection head in train.yaml, apart from plain values.
 HEAD_CODE = {
     "_target_": "medseg_supcon.networks.ProjectionHead",
     "in_channels": "$@train::network.in_channels",
@@ -50,49 +52,55 @@ HEAD_CODE = {
 
 
 def networks_of(run: Path, device: torch.device, trust: bool = False) -> dict[str, ContrastiveNetwork]:
-    """The run's network as its seed (and its ``--init``) made it, and as training left it; in evaluation mode.
+    """The run's network before training (from its seed and ``--init``) and after it, in evaluation mode.
 
     Raises:
-        RunError: the weights do not fit the plan's network, or the run needs trust.
+        RunError: the weights do not match the plan's network, or the run needs trust.
     """
     made = {BEFORE: _begun(run, trust)[0], AFTER: load_model(run, trust).network}
     return {when: ContrastiveNetwork(network).to(device).eval() for when, network in made.items()}
 
 
 def heads_of(run: Path, trust: bool = False) -> tuple[dict[str, nn.Module], str]:
-    """The projection head before and after training, or none and a sentence that says why."""
+    """The projection head before and after training, or nothing and a sentence that says why."""
     config = read_config(run / "configs" / "train.yaml")
     checkpoint = run / "models" / "checkpoint.pt"
     if config.get("projection") is None:
-        return {}, "The run has no projection head: features only."
+        return {}, "The run has no projection head: only features are shown."
     if config.get("contrast_weight") == 0:
-        return {}, "The run's contrast weight is 0, its projection head was not trained: features only."
+        return (
+            {},
+            "The run's contrast weight is 0, so its projection head was not trained: only features are shown.",
+        )
     if not checkpoint.exists():
-        return {}, "The run has no models/checkpoint.pt, which holds the projection head: features only."
+        return (
+            {},
+            "The run has no models/checkpoint.pt, which contains the projection head: only features are shown.",
+        )
     try:
         saved = load_tensors(checkpoint)["state"]["loss"]
         prefixes = sorted({key.split(HEAD, 1)[0] for key in saved if HEAD in key}, key=len)
     except (KeyError, TypeError, AttributeError):
         raise RunError(f"{checkpoint} is not a checkpoint of a training. Copy it again.") from None
     if not prefixes:
-        return {}, "The run has not kept its projection head: features only."
+        return {}, "The checkpoint does not contain the projection head: only features are shown."
     prefix = prefixes[0] + HEAD
     made = {when: _begun(run, trust)[1] for when in (BEFORE, AFTER)}
     heads = {when: head.eval() for when, head in made.items() if head is not None}
-    if not heads:  # an expression that gives none
-        return {}, "The run has no projection head: features only."
+    if not heads:  # an expression that gives None
+        return {}, "The run has no projection head: only features are shown."
     try:
         heads[AFTER].load_state_dict(
             {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise RunError(f"{checkpoint} does not fit the projection head of train.yaml: {reason}") from None
+        raise RunError(f"{checkpoint} does not match the projection head of train.yaml: {reason}") from None
     return heads, ""
 
 
 def _begun(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
-    """Network and projection head (None: the run has none) as the run's seed makes them, one after the other."""
+    """Network and projection head (None: no head) as the run's seed makes them, one after the other."""
     config = read_config(run / "configs" / "train.yaml")
     plan = read_plan(run / "configs" / "plan.json")
     head, seed = config.get("projection"), config.get("seed")
@@ -109,7 +117,9 @@ def _begun(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
         options = {key: value for key, value in head.items() if key not in HEAD_CODE}
         return network, ProjectionHead(ContrastiveNetwork(network).in_channels, **options)
     except (TypeError, ValueError) as error:  # an option that the head does not have, or of a wrong size
-        raise RunError(f"{run / 'configs' / 'train.yaml'}: projection cannot be made ({error}).") from None
+        raise RunError(
+            f"{run / 'configs' / 'train.yaml'}: the projection head cannot be built ({error})."
+        ) from None
     finally:
         set_determinism(seed=None)
 
@@ -123,12 +133,12 @@ def _is_plain_head(head: Any) -> bool:
 
 
 def _evaluated(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
-    """The same from train.yaml as MONAI evaluates it, where a recipe of one's own has another start or head."""
+    """The same from train.yaml as MONAI evaluates it, for recipes with another start or head."""
     check_configs_trusted(run, trust)
     parser = ConfigParser()
     parser.read_config(str(run / "configs" / "train.yaml"))
     parser["bundle_root"] = literal(str(run))
-    # What a run began from does not depend on where it is looked at.
+    # The start of a run does not depend on the device.
     parser["device"] = "$torch.device('cpu')"
     set_determinism(seed=int(parser.get_parsed_content("seed")))
     network, head = parser.get_parsed_content("network"), parser.get_parsed_content("projection")
@@ -153,23 +163,23 @@ def embed_run(
     device: str | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Dense and projected features of sampled voxels before and after training: pictures and class separation.
+    """Dense and projected features of sampled voxels before and after training: plots and class separation.
 
-    Before training is the run's network as its seed (and its ``--init``) made it. Voxels are drawn once, evenly
-    over classes, and are the same in all sets.
+    Before training the network is as its seed (and ``--init``) made it. Voxels are drawn once, evenly over the
+    classes, and are the same in all sets.
 
     Args:
         run: a trained run.
         dataset: scans with label maps.
         out: folder for ``pca.png``, ``tsne.png``, ``separation.csv``, ``separation.json`` and ``projector/``.
         cases: names; by default up to 8 labelled cases that the run did not train on.
-        voxels: over all cases.
+        voxels: how many over all cases.
         seed: of the draw and of t-SNE.
         device: where the network runs.
         trust: run code in the run's configs that medseg did not write on this computer.
 
     Returns:
-        what ``separation.json`` holds.
+        the content of ``separation.json``.
 
     Raises:
         RunError: not a trained run, or one that needs trust. DataError: no labelled case, or other channels than the run's.
@@ -177,10 +187,10 @@ def embed_run(
     if not (is_planned(run) and is_started(run)):
         raise RunError(f"{run} is not a trained run. Train it first: medseg train DATASET --out {run}.")
     plan = read_plan(run / "configs" / "plan.json")
-    chosen, told = _choose(run, dataset, cases)
+    chosen, sentence = _choose(run, dataset, cases)
     if len(dataset.channels) != len(plan["channels"]):
         raise DataError(
-            f"{dataset.root} has {len(dataset.channels)} channel(s) per scan, the run {len(plan['channels'])}."
+            f"{dataset.root} has {counted(len(dataset.channels), 'channel')} per scan, but the run was trained with {len(plan['channels'])}."
         )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     networks = networks_of(run, where, trust)
@@ -201,37 +211,34 @@ def embed_run(
     out.mkdir(parents=True, exist_ok=True)
     _draw(sets, labels, classes, seed, out)
     _write_projector(sets, labels, [chosen[i].name for i in scans], classes, out / "projector")
-    found = {
+    result = {
         "run": str(run),
         "cases": [case.name for case in chosen],
         "voxels": {name: int((labels == c).sum()) for c, name in enumerate(classes)},
         "separation": rows,
-        "sentences": [told, *([note] if note else []), *(_sentence(row) for row in rows)],
+        "sentences": [sentence, *([note] if note else []), *(_sentence(row) for row in rows)],
     }
-    write_text(out / "separation.json", json.dumps(found, indent=1) + "\n")
+    write_text(out / "separation.json", json.dumps(result, indent=1) + "\n")
     write_csv(out / "separation.csv", list(rows[0]), rows)
-    return found
+    return result
 
 
 def _choose(run: Path, dataset: Dataset, names: Iterable[str] | None) -> tuple[list[Case], str]:
     if names is not None:
         labelled = dataset.select(names).labelled
-        told = f"{_scans(labelled)}, as named."
+        sentence = f"{counted(len(labelled), 'scan')}, as named."
     else:
-        lists = read_json(run / "configs" / "datalist.json")
-        trained = {item["name"] for item in lists["training"]}
+        trained = trained_on(run, dataset)
         unseen = tuple(case for case in dataset.labelled if case.name not in trained)
         labelled = (unseen or dataset.labelled)[:DEFAULT_CASES]
-        told = f"{_scans(labelled)} that the run {'did not train' if unseen else 'trained'} on."
+        sentence = (
+            f"{counted(len(labelled), 'scan')} that the run {'did not train' if unseen else 'trained'} on."
+        )
     if not labelled:
         raise DataError(
-            f"{dataset.root}: none of the cases has a label map. Classes are needed to tell voxels apart."
+            f"{dataset.root}: none of the cases has a label map. Label maps are needed to compare classes."
         )
-    return list(labelled), told
-
-
-def _scans(cases: Sequence[Case]) -> str:
-    return f"{len(cases)} scan{'' if len(cases) == 1 else 's'}"
+    return list(labelled), sentence
 
 
 def _draw(sets: Sequence[Embedding], labels: Any, classes: Sequence[str], seed: int, out: Path) -> None:

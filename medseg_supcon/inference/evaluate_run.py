@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.bundle import plain_text, read_config
+from medseg_supcon.bundle import plain_text, read_config, read_datalist
 from medseg_supcon.datasets import Dataset, check_dataset, items, load_items
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation import Row, add_problems, score_mask, write_metrics
-from medseg_supcon.files import read_json
 from medseg_supcon.inference.find_scans import Scan
 from medseg_supcon.inference.folder import make_writable, read_ahead
 from medseg_supcon.inference.predictor import Predictor
@@ -75,13 +74,12 @@ def evaluate_dataset(
 
 def trained_on(run: Path, dataset: Dataset) -> set[str]:
     """Names of the cases of a data set that a run was trained on: the same image, or the same name in that data set."""
-    configs = run / "configs"
-    folder = plain_text(read_config(configs / "train.yaml").get("dataset_dir", "")) or ""
-    training = [dict(item) for item in read_json(configs / "datalist.json").get("training") or ()]
+    training, config = read_datalist(run).get("training"), run / "configs" / "train.yaml"
     if not training:
         return set()
-    images = {Path(file).resolve() for item in load_items(training, folder) for file in _images(item)}
-    same = read_plan(configs / "plan.json")["name"] == dataset.name
+    folder = plain_text(read_config(config).get("dataset_dir", "")) if config.is_file() else ""
+    images = {Path(file).resolve() for item in load_items(training, folder or "") for file in _images(item)}
+    same = read_plan(run / "configs" / "plan.json")["name"] == dataset.name
     names = {item.get("name") for item in training} if same else set()
     return {
         case.name
@@ -99,7 +97,7 @@ def evaluate_validation(run: Path, *, device: str | None = None, trust: bool = F
     folder = plain_text(config.get("dataset_dir", ""))
     if folder is None:
         raise RunError(f"{run / 'configs' / 'evaluate.yaml'}: dataset_dir must be the path of a folder.")
-    entries = load_items(read_json(run / "configs" / "datalist.json")["validation"], folder)
+    entries = load_items(read_datalist(run).get("validation", ()), folder)
     tolerance = config.get("tolerance_mm", TOLERANCE_MM)
     return evaluate_items(
         Predictor(run, device=device, trust=trust), entries, run / "eval", tolerance_mm=tolerance

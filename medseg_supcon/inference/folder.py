@@ -139,7 +139,7 @@ def _failed(scan: Scan, error: Exception, writing: bool = False) -> dict[str, An
     if isinstance(error, MedsegError):
         sentence = str(error)
     elif is_out_of_memory(error):
-        sentence = f"{scan.source}: not enough memory for this scan. Free memory, or use a larger machine."
+        sentence = f"{scan.source}: not enough memory for this scan. Close other programs, or use a machine with more memory."
     elif isinstance(error, OSError) and writing:
         cure = CURES.get(error.errno or 0, "Choose another --out.")
         sentence = f"{scan.source}: the mask {scan.name}.nii.gz could not be written ({error.strerror or error}). {cure}"
@@ -167,9 +167,9 @@ def _without_work(
     theirs = manifest.earlier.get(scan.name, {}).get("series")
     other_series = bool(scan.series and theirs) and theirs != scan.series
     if other_series or not is_mask_of(mask, scan):
-        why = "it belongs to another DICOM series" if other_series else "its shape or affine differs"
+        why = "it is another DICOM series" if other_series else "shape or affine differ"
         sentence = (
-            f"{scan.source}: {mask} already exists and is the mask of another scan: {why}. Choose another --out, "
+            f"{scan.source}: {mask} already exists and belongs to another scan ({why}). Choose another --out, "
             "or replace it with --overwrite."
         )
         return {"name": scan.name, "status": "failed", "error": sentence}

@@ -98,7 +98,11 @@ class Manifest:
         self.due = time.monotonic()
         self.earlier, damaged = _read(path)
         if damaged:
-            logger.warning("%s: %d of its entries are not valid and are left out", path, damaged)
+            logger.warning(
+                "%s: %d of its entries are not in the format that medseg writes, and are ignored",
+                path,
+                damaged,
+            )
 
     def add(self, entry: dict[str, Any]) -> None:
         """Add an entry, and write the file if that is due.
@@ -134,8 +138,8 @@ class Manifest:
                 write_whole(self.path, lambda file: file.write(text.encode()))
         except OSError as error:
             raise RunError(
-                f"{self.path} could not be written ({error.strerror}). Free disk space, or choose another --out; "
-                "finished masks stay."
+                f"{self.path} could not be written ({error.strerror}). Free disk space, or choose another --out. "
+                "Finished masks are kept."
             ) from error
         self.due = time.monotonic() + PAUSE
 
@@ -151,11 +155,11 @@ class Manifest:
             entry |= _mask_facts(mask, spacing, voxel_ml, self.head["labels"])
         made_by = {key: earlier.get(key) for key in self._made_by()}
         if None in made_by.values():
-            note = "the mask already existed, and the manifest does not say which model made it"
+            note = "the mask already existed; the manifest does not say which model made it"
         elif made_by["models"] != self._made_by()["models"]:
-            note = "the mask already existed; another model made it"
+            note = "the mask already existed and was made by another model"
         elif made_by != self._made_by():
-            note = "the mask already existed; it was made with other settings (plan.json or --tta)"
+            note = "the mask already existed and was made with other settings (plan.json or --tta)"
         else:
             return entry
         warnings = [w for w in earlier.get("warnings", []) if not w.startswith("the mask already existed")]

@@ -78,7 +78,7 @@ class Predictor:
                 if json.dumps(model.plan[key]) != json.dumps(self.plan[key]):
                     raise RunError(
                         f"{path} and {runs[0]} differ in {key} ({model.plan[key]}, {self.plan[key]}). "
-                        "Only runs for one task can predict together."
+                        "An ensemble needs runs of the same task."
                     )
 
     @property
@@ -166,7 +166,7 @@ class Predictor:
         keep = [i for i, name in enumerate(self.labels) if name in self.plan["keep_largest"]]
         keep_largest(classes, keep)
         if not classes.any():
-            warnings.append("the mask is empty: no structure was found")
+            warnings.append("no structure was found: the mask is empty")
         values = np.array(list(self.labels.values()), dtype=label_type(self.labels.values()))
         seconds = prepared.seconds + time.perf_counter() - started
         return Prediction(prepared.name, values[classes], scores, prepared.grid, seconds, warnings)

@@ -69,8 +69,8 @@ def _check_size(model: Model, volume: Volume, scan: Scan) -> None:
         sizes = " x ".join(f"{s:.3g}" for s in spacing)
         wanted = " x ".join(f"{s:.3g}" for s in model.plan["spacing"])
         raise DataError(
-            f"{scan.source}: its voxels are {sizes} mm by its header, and the model works at {wanted} mm: one of the two "
-            "is far off. Correct the header (NIfTI's unit is mm)."
+            f"{scan.source}: its header gives voxels of {sizes} mm, but the model works at {wanted} mm. The header is "
+            "probably wrong: correct it (NIfTI's unit is mm)."
         )
 
 

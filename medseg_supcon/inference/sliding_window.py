@@ -42,8 +42,8 @@ def network_outputs(
         output = output[0] if isinstance(output, tuple | list) else output
         if output.shape[1] != classes:
             raise RunError(
-                f"{model.name}: the network gives {output.shape[1]} channels, but the plan has {classes} classes. "
-                "network_def and labels of plan.json must agree."
+                f"{model.name}: the network outputs {output.shape[1]} channels, but the plan has {classes} labels. "
+                "Correct network_def or labels in plan.json."
             )
         return torch.as_tensor(output)
 

@@ -20,10 +20,12 @@ from medseg_supcon.bundle import (
     drafted,
     dump_commented,
     load_commented,
+    load_tensors,
     merge,
     parse_setting,
     plain_text,
     read_config,
+    read_datalist,
     read_recipe,
     record_run,
     refuse_others,
@@ -50,7 +52,6 @@ from medseg_supcon.datasets import (
     write_datalist,
 )
 from medseg_supcon.errors import ConfigError, DataError, RunError
-from medseg_supcon.files import read_json
 from medseg_supcon.networks import build_network, round_patch, size_divisor
 from medseg_supcon.plan import fingerprint, literal, make_plan, read_plan, validate_plan, write_plan
 from medseg_supcon.training.timing import default_minutes, epochs_within, time_within_memory
@@ -77,6 +78,7 @@ def inherit(plan: dict[str, Any], init: Path, trust: bool = False) -> None:
             f"--init {init} knows {len(earlier['labels'])} classes ({', '.join(earlier['labels'])}), this data set has "
             f"{len(plan['labels'])}. Fine-tune on a data set with the same classes."
         )
+    load_tensors(init / "models" / "model.pt")  # damaged weights are refused before there is a run
     plan.update({key: earlier[key] for key in FROM_INIT})
 
 
@@ -384,7 +386,7 @@ def check_planned(
             f"{'it' if len(options) == 1 else 'them'} out, edit the run's configs, or choose another --out."
         )
     cases = []
-    for entries in filter(None, read_json(run / "configs" / "datalist.json").values()):
+    for entries in filter(None, read_datalist(run).values()):
         for item in load_items(entries, dataset.root):
             images = [item["image"]] if isinstance(item["image"], str) else item["image"]
             label = Path(item["label"]) if item.get("label") else None

@@ -41,13 +41,13 @@ def test_scans_in_subfolders_are_named(tmp_path: Path, caplog: pytest.LogCapture
     save_nifti(tmp_path / "sub" / "deep" / "a.nii", ONE)
     (scan,) = find_scans([tmp_path])
     assert str(tmp_path) in str(scan.problem)
-    assert f"{Path('sub') / 'deep'} hold other scans" in str(scan.problem)
+    assert f"{Path('sub') / 'deep'} contain other scans" in str(scan.problem)
     save_nifti(tmp_path / "b.nii", ONE)
     assert not caplog.records
     (scan,) = find_scans([tmp_path])
     assert scan.problem is None
     (record,) = caplog.records
-    assert f"{Path('sub') / 'deep'} hold other scans" in record.getMessage()
+    assert f"{Path('sub') / 'deep'} contain other scans" in record.getMessage()
 
 
 def test_what_is_no_scan_takes_no_name(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_the_mask_of_a_series_is_not_another_ones(threshold_run: Path, tmp_path:
     assert predictor.run([tmp_path / "a" / "DICOM"], out)["summary"]["done"] == 1
     for _ in range(2):
         (entry,) = predictor.run([tmp_path / "b" / "DICOM"], out)["scans"]
-        assert entry["status"] == "failed" and "it belongs to another DICOM series" in entry["error"]
+        assert entry["status"] == "failed" and "it is another DICOM series" in entry["error"]
     assert predictor.run([tmp_path / "a" / "DICOM"], out)["summary"]["skipped"] == 1
     assert predictor.run([tmp_path / "b" / "DICOM"], out, overwrite=True)["summary"]["done"] == 1
     assert predictor.run([tmp_path / "b" / "DICOM"], out)["summary"]["skipped"] == 1

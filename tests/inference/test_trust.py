@@ -279,7 +279,7 @@ def test_a_network_with_other_classes_than_the_plan(make_run: Callable[..., Path
     manifest = Predictor(run, device="cpu").run(
         [save_nifti(tmp_path / "a.nii", blobs((8, 8, 8)))], tmp_path / "o"
     )
-    assert "3 channels, but the plan has 2 classes" in manifest["scans"][0]["error"]
+    assert "3 channels, but the plan has 2 labels" in manifest["scans"][0]["error"]
 
 
 def test_devices_that_do_not_exist(threshold_run: Path) -> None:
