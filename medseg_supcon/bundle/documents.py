@@ -24,19 +24,15 @@ from medseg_supcon.text import markdown_text
 TEMPLATE = "segmentation/docs/README.md.j2"
 
 
-def write_metadata(run: Path, metrics: Mapping[str, Any] | None = None) -> None:
+def write_metadata(run: Path) -> None:
     """Write ``configs/metadata.json``, valid against MONAI's ``meta_schema_20240725``.
 
     Keys that a user may have edited in an earlier one (version, changelog, authors, references, ...) are kept.
 
-    Args:
-        run: a planned run.
-        metrics: scores for ``eval_metrics``; default: those of ``eval/metrics.json``, if it exists.
-
     Raises:
         RunError: ``configs/plan.json`` is missing or damaged.
     """
-    write_text(run / "configs" / "metadata.json", _json(metadata_of(run, metrics)))
+    write_text(run / "configs" / "metadata.json", _json(metadata_of(run)))
 
 
 def write_model_card(run: Path) -> None:

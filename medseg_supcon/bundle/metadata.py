@@ -43,15 +43,14 @@ REFERENCES = [
 ]
 
 
-def metadata_of(run: Path, metrics: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def metadata_of(run: Path) -> dict[str, Any]:
     """The content of ``configs/metadata.json``, see `write_metadata`."""
     plan = read_json(run / "configs" / "plan.json")
     path = run / "configs" / "metadata.json"
     earlier = read_json(path) if path.is_file() else {}
     if not isinstance(earlier, dict):
         raise RunError(f"{path} must contain a JSON object. Correct it, or delete it: it is written again.")
-    if metrics is None and (run / "eval" / "metrics.json").is_file():
-        metrics = read_json(run / "eval" / "metrics.json")
+    metrics = run / "eval" / "metrics.json"
     structures = ", ".join(list(plan["labels"])[1:])
     modality = " + ".join(plan["channels"])
     fresh = {
@@ -78,7 +77,7 @@ def metadata_of(run: Path, metrics: Mapping[str, Any] | None = None) -> dict[str
         + ", ".join(f"{value} is {name}" for name, value in plan["labels"].items()),
         "pred_classes": f"{len(plan['labels'])} channels of logits: "
         + ", ".join(f"channel {i} is {name}" for i, name in enumerate(plan["labels"])),
-        "eval_metrics": scores(metrics or {}),
+        "eval_metrics": scores(read_json(metrics) if metrics.is_file() else {}),
         "intended_use": INTENDED_USE,
         "references": REFERENCES,
         "network_data_format": _data_format(plan),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import io
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -149,7 +151,8 @@ def _end(error: Exception) -> NoReturn:
     if hasattr(error, "format_message"):  # a usage error of the command line parser
         context = getattr(error, "ctx", None)
         command = getattr(context, "command_path", "medseg")
-        _stop(f"{error.format_message().rstrip('.')}. See: {command} --help", 2)
+        text = str(error.format_message())
+        _stop(f"{text}{'' if text.endswith(('.', '?')) else '.'} See: {command} --help", 2)
     if is_out_of_memory(error):
         _stop(out_of_memory(error), 2)
     if isinstance(error, OSError):
@@ -168,7 +171,11 @@ def _stop(message: str, code: int) -> NoReturn:
 
 
 def _quieten() -> None:
-    """Hide third-party warnings: users cannot act on them."""
+    """Hide third-party warnings, since users cannot act on them, and let MONAI and rich start in any environment."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # a container's --user without a passwd entry: importing MONAI would fail
+        os.environ["USER"] = str(os.getuid())
     for stream in (sys.stdout, sys.stderr):  # a file name may contain bytes that are not valid text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -95,7 +95,8 @@ def print_metrics(path: Path) -> dict[str, Any]:
     for name, row in {**summary["classes"], "mean": summary["mean"]}.items():
         scores = [number(row[m], d) for m, d in (("dice", 4), ("hd95_mm", 2), ("surface_dice", 4))]
         table.add_row(printable(name), *scores, str(row["n"]) if name in summary["classes"] else "")
-    out.print(table, width=None if out.is_terminal else 10_000)  # names are not cut in a file
+    wide = Console(width=10_000, highlight=False, markup=False)  # in a file names are not cut
+    (out if out.is_terminal else wide).print(table)
     for problem in report["problems"]:
         say(err, "not scored", "yellow", f"{problem['case']}: {problem['problem']}")
     seen = {row["case"] for row in report["rows"] if row.get("trained_on")}

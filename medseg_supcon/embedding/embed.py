@@ -190,7 +190,8 @@ def embed_run(
     chosen, sentence = _choose(run, dataset, cases)
     if len(dataset.channels) != len(plan["channels"]):
         raise DataError(
-            f"{dataset.root} has {counted(len(dataset.channels), 'channel')} per scan, but the run was trained with {len(plan['channels'])}."
+            f"{dataset.root} has {counted(len(dataset.channels), 'channel')} per scan, but the run was trained with "
+            f"{len(plan['channels'])}."
         )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     networks = networks_of(run, where, trust)
@@ -198,7 +199,7 @@ def embed_run(
     features, labels, scans = sample_features(
         preprocessing, plan, dataset, chosen, networks, voxels, seed, where
     )
-    classes = list(plan["labels"])
+    classes = [name.encode(errors="backslashreplace").decode() for name in plan["labels"]]
     sets = [Embedding(f"{FEATURES}, {when}", rows.numpy()) for when, rows in features.items()]
     heads, note = heads_of(run, trust)
     with torch.no_grad():
