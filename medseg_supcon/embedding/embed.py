@@ -24,7 +24,7 @@ from medseg_supcon.bundle import (
     load_model,
     load_tensors,
     plain_text,
-    read_plain,
+    read_config,
     scan_preprocessing,
 )
 from medseg_supcon.datasets import Case, Dataset, items, load_items
@@ -55,7 +55,7 @@ def networks_of(run: Path, device: torch.device, trust: bool = False) -> dict[st
 
 def heads_of(run: Path, trust: bool = False) -> tuple[dict[str, nn.Module], str]:
     """The projection head before and after training, or none and a sentence that says why."""
-    config = read_plain(run / "configs" / "train.yaml")
+    config = read_config(run / "configs" / "train.yaml")
     checkpoint = run / "models" / "checkpoint.pt"
     reasons = {
         "has no projection head": config.get("projection") is None,
@@ -86,7 +86,7 @@ def heads_of(run: Path, trust: bool = False) -> tuple[dict[str, nn.Module], str]
 
 def _begun(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
     """Network and projection head (None: the run has none) as the run's seed makes them, one after the other."""
-    config = read_plain(run / "configs" / "train.yaml")
+    config = read_config(run / "configs" / "train.yaml")
     plan = read_plan(run / "configs" / "plan.json")
     head, seed = config.get("projection"), config.get("seed")
     weights = config.get("init_weights") and plain_text(config["init_weights"])

@@ -85,8 +85,9 @@ def write_report(report: dict[str, Any], folder: str | Path) -> dict[str, Any]:
         RunError: the folder cannot be written to.
     """
     folder = Path(folder)
+    columns = [*COLUMNS, *(["trained_on"] if any("trained_on" in row for row in report["rows"]) else [])]
     try:
-        write_csv(folder / "metrics.csv", COLUMNS, report["rows"])
+        write_csv(folder / "metrics.csv", columns, report["rows"])
         write_text(folder / "metrics.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise RunError(f"{folder}: metrics could not be written ({error.strerror}). Choose another --out.") from error
