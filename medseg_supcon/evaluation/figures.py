@@ -72,8 +72,7 @@ def legend_below(figure: Any, handles: Sequence[Any], most: int = 6, **style: An
     columns = max(min(most, len(handles)), 1)  # matplotlib has no handle for a name that begins with _
     while columns > 1 and inches(columns) > figure.get_figwidth():
         columns -= 1
-    rows = -(-len(handles) // columns)
-    figure.set_figheight(figure.get_figheight() + 0.2 * (rows - 1))
+    figure.set_figheight(figure.get_figheight() + 0.2 * (-(-len(handles) // columns) - 1))
     style = {"ncols": columns, "fontsize": 9, "frameon": False} | style
     figure.legend(handles=handles, loc="outside lower center", **style)
 
@@ -100,8 +99,8 @@ def curves_figure(history: str | Path | Mapping[str, Sequence[Any]], path: str |
     """Draws the training loss and its terms (left) and validation Dice per class (right), as a PNG.
 
     Args:
-        history: ``history.csv`` of a run, or its columns: ``epoch``, loss terms under any name,
-            ``val_mean_dice``, and ``val_dice_<class>``; cells may be empty.
+        history: a run's ``history.csv`` or its columns: ``epoch``, loss terms under any name, ``val_mean_dice`` and
+            ``val_dice_<class>``; cells may be empty.
         path: the PNG; its folder is made.
 
     Raises:
@@ -195,9 +194,9 @@ def overlay_figure(
 
     low, high = np.percentile(np.concatenate([plane(image, cut).ravel() for cut in range(3)]), (0.5, 99.8))
     size = np.array(image.shape) * spacing
-    widths = [size[horizontal] for _, _, horizontal, _ in PLANES]
-    widths = [max(width, NARROWEST * sum(widths)) for width in widths]
-    height = max(size[vertical] for *_, vertical in PLANES) * 9.0 / sum(widths)
+    widths = size[[horizontal for _, _, horizontal, _ in PLANES]]
+    widths = np.maximum(widths, NARROWEST * widths.sum())
+    height = max(size[vertical] for *_, vertical in PLANES) * 9.0 / widths.sum()
     figure = new_figure(9.4, min(max(height, 1.2), 9.0) * len(masks) + 1.1)
     axes = figure.subplots(len(masks), 3, squeeze=False, gridspec_kw={"width_ratios": widths})
     drawn: set[float] = set()
@@ -214,8 +213,8 @@ def overlay_figure(
             dress_image(axis, f"{title}, {name}")
             for place, letter in zip(PLACES, ENDS[horizontal] + ENDS[vertical], strict=True):
                 axis.text(*place, letter, transform=axis.transAxes, **LETTER)
-    marks = [(color_of(number), *of_class) for number, of_class in enumerate(foreground)]
-    handles: list[Any] = [Patch(color=color, label=name, alpha=0.8) for color, name, value in marks if value in drawn]
+    shown = [(number, name) for number, (name, value) in enumerate(foreground) if value in drawn]
+    handles: list[Any] = [Patch(color=color_of(number), label=name, alpha=0.8) for number, name in shown]
     if "reference" in masks:
         handles.append(Line2D([], [], color="white", linewidth=1.6, label="reference's outline"))
     if handles:

@@ -58,10 +58,9 @@ def case_metrics(
     spacing = tuple(float(s) for s in spacing_mm)
     if prediction.shape != reference.shape or prediction.ndim != 3:
         raise ValueError(f"expected two label maps of one 3-D shape, got {prediction.shape}, {reference.shape}")
-    if len(spacing) != 3 or not all(s > 0 for s in spacing):
-        raise ValueError(f"spacing_mm must be three positive numbers, got {spacing_mm!r}")
-    if not tolerance_mm > 0:
-        raise ValueError(f"tolerance_mm must be positive, got {tolerance_mm!r}")
+    if len(spacing) != 3 or not all(s > 0 for s in (*spacing, tolerance_mm)):
+        sizes = f"spacing_mm={spacing_mm!r}, tolerance_mm={tolerance_mm!r}"
+        raise ValueError(f"spacing_mm must be three positive numbers and tolerance_mm must be positive, got {sizes}")
     worst = (0.0, float(np.linalg.norm(np.multiply(prediction.shape, spacing))), 0.0)
     voxel_ml = float(np.prod(spacing)) / 1000
     counted = True if ignore_mask is None else ~ignore_mask
