@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from matplotlib.lines import Line2D
 from monai.metrics import EmbeddingCollapseMetric
 
 from medseg_supcon.evaluation import INK, color_of, dress_image, legend_below, new_figure, save
@@ -117,8 +118,6 @@ def scatter_figure(
     panels: Sequence[tuple[str, Floats]], labels: Integers, classes: Sequence[str], title: str, path: Path
 ) -> None:
     """Draws points (N, 2) by their class index, each panel with its title and two in a row, as a PNG."""
-    from matplotlib.lines import Line2D
-
     rows = -(-len(panels) // 2)
     figure = new_figure(9.4, 4.5 * rows + 0.9)
     axes = figure.subplots(rows, 2, squeeze=False).ravel()

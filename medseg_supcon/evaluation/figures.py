@@ -9,6 +9,12 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 from medseg_supcon.datasets import snap_labels
 from medseg_supcon.errors import DataError, RunError
@@ -22,17 +28,11 @@ PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0
 
 def color_of(number: int) -> Any:
     """The colour of the n-th foreground class, from 0."""
-    if number < len(PALETTE):
-        return PALETTE[number]
-    from matplotlib import colormaps
-
-    return colormaps["tab20"]((number - len(PALETTE)) % 20)
+    return PALETTE[number] if number < len(PALETTE) else colormaps["tab20"]((number - len(PALETTE)) % 20)
 
 
 def new_figure(width: float, height: float) -> Any:
     """A matplotlib figure, size in inches, with automatic layout."""
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
@@ -48,8 +48,6 @@ def dress(axis: Any, title: str, below: str) -> None:
 
 def dress_epochs(axis: Any, title: str, epochs: Sequence[int]) -> None:
     """As `dress`, for a training's epochs: all of them are on the axis, and its ticks are whole epochs."""
-    from matplotlib.ticker import MaxNLocator
-
     dress(axis, title, "epoch")
     axis.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -79,8 +77,6 @@ def legend_below(figure: Any, handles: Sequence[Any], most: int = 6, **style: An
 
 def save(figure: Any, path: Path) -> None:
     """Writes a PNG; a `RunError` if it cannot be written."""
-    from matplotlib.text import Text
-
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # names may have $ signs
     try:
@@ -174,9 +170,6 @@ def overlay_figure(
     Raises:
         DataError: a file cannot be read, or a mask has another shape than the scan.
     """
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     image, spacing = _canonical(scan)
     masks: dict[str, Array] = {}
     for title, file in (("reference", reference), ("prediction", prediction)):

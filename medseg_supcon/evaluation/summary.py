@@ -28,9 +28,9 @@ COLUMNS = ("case", "class", *METRICS, "tolerance_mm", "volume_ml", "reference_vo
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Statistics per class over cases, and the mean over classes of the classes' means.
 
-    ``classes`` maps a class to its mean ``dice``, ``hd95_mm`` and ``surface_dice``, each also with ``_std``
-    (population) and ``_median``, ``n`` (cases with a score) and ``empty`` (cases that the rule for empty
-    classes caught, by kind). ``mean`` holds the three scores over ``n`` classes. None: no score.
+    ``classes`` maps a class to its mean ``dice``, ``hd95_mm`` and ``surface_dice``, each also with ``_std`` (population)
+    and ``_median``, ``n`` (cases with a score) and ``empty`` (cases with empty masks, by kind). ``mean`` holds the three
+    scores over ``n`` classes. None: no score.
 
     Example:
         >>> row = {"case": "a", "class": "organ", "dice": 0.5, "hd95_mm": 2.0, "surface_dice": 1.0}
