@@ -134,9 +134,7 @@ def _check_intensities(report: CaseReport, path: Path, volume: Volume) -> None:
         with np.errstate(over="ignore"):
             voxels = np.ascontiguousarray(channel.T, dtype=np.float32)  # NIfTI is stored in Fortran order
         if bad := int(np.count_nonzero(~np.isfinite(voxels))):
-            sentence = (
-                f"{where}holds {bad} voxels that are NaN, Inf or beyond 3.4e38. Repair or leave it out."
-            )
+            sentence = f"{where}holds {bad} voxels that are NaN, Inf or beyond 3.4e38. Repair or leave it out."
             report.add_finding(path, "not_finite", sentence)
             continue
         low = float(channel.min())
@@ -176,9 +174,7 @@ def _check_geometry(report: CaseReport, path: Path, volume: Volume) -> bool:
     return True
 
 
-def _check_grid(
-    report: CaseReport, path: Path, volume: Volume, scan: tuple[Path, Volume], mismatch: str
-) -> None:
+def _check_grid(report: CaseReport, path: Path, volume: Volume, scan: tuple[Path, Volume], mismatch: str) -> None:
     """Whether a label map, or a further channel, is on the grid of the scan."""
     file, reference = scan
     own, expected = volume.data.shape[:3], reference.data.shape[:3]
@@ -248,9 +244,7 @@ def _check_values(report: CaseReport, path: Path, data: npt.NDArray[Any], datase
     known = ", ".join(map(value_text, declared[:20])) + ", ..." * (len(declared) > 20)
     if stray:
         fractional = [value for value in stray if value != round(value)]
-        few = ", ".join(
-            f"{value_text(value)} ({counts[value]} voxels)" for value in (fractional or stray)[:5]
-        )
+        few = ", ".join(f"{value_text(value)} ({counts[value]} voxels)" for value in (fractional or stray)[:5])
         report.add_finding(
             path,
             "fractional_label" if fractional else "undeclared_label",

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from medseg_supcon.datasets.case_report import CaseReport, Finding, case_report
-from medseg_supcon.datasets.dataset import Case, Dataset, normalisation
+from medseg_supcon.datasets.dataset import Case, Dataset, normalisation, patient_on_both_sides
 from medseg_supcon.datasets.fingerprint import CaseFingerprint
 from medseg_supcon.datasets.labels import value_text
-from medseg_supcon.datasets.split import patient_on_both_sides
 from medseg_supcon.scans import in_parallel
 
 OUTLIER = 2.5  # factor from the median, of voxel size and field of view
@@ -121,9 +120,7 @@ def check_dataset(dataset: Dataset, *, allow_affine_mismatch: bool = False) -> R
     order = {case.name: number for number, case in enumerate(dataset.cases)}
     findings.sort(key=lambda f: (f.severity != "error", order.get(f.case, len(order))))
     measured = {report.case: report.fingerprint for report in reports if report.fingerprint is not None}
-    return Report(
-        dataset.name, dataset.root, len(dataset.cases), len(dataset.labelled), tuple(findings), measured
-    )
+    return Report(dataset.name, dataset.root, len(dataset.cases), len(dataset.labelled), tuple(findings), measured)
 
 
 def _of_all(code: str, message: str, severity: str = "warning") -> Finding:
@@ -160,9 +157,7 @@ def _geometry_outliers(reports: Sequence[CaseReport]) -> list[Finding]:
         return []
     findings = []
     spacings, extents = (np.array([getattr(r, what) for r in measured]) for what in ("spacing", "extent"))
-    lost: Any = (abs(spacings - 1) < 1e-4).all(
-        axis=1
-    )  # 1 x 1 x 1 mm is what programs write if they lose the size
+    lost: Any = (abs(spacings - 1) < 1e-4).all(axis=1)  # 1 x 1 x 1 mm is what programs write if they lose the size
     if lost.sum() > len(lost) // 4 or (abs(np.median(spacings, axis=0) - 1) < 0.2).all():
         lost[:] = False
     for code, what, values, odd, cure in (
@@ -174,9 +169,7 @@ def _geometry_outliers(reports: Sequence[CaseReport]) -> list[Finding]:
         odd = odd | (ratio > OUTLIER).any(axis=1) | (ratio < 1 / OUTLIER).any(axis=1)
         for report, value, is_odd in zip(measured, values, odd, strict=True):
             if is_odd:
-                sentence = (
-                    f"its {what} is {_mm(value)}, usual is {_mm(median)}. {cure}, or leave the case out."
-                )
+                sentence = f"its {what} is {_mm(value)}, usual is {_mm(median)}. {cure}, or leave the case out."
                 findings.append(_of_image(report, code, sentence))
     return findings
 

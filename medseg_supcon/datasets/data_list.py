@@ -10,8 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.datasets.dataset import Case
-from medseg_supcon.datasets.split import Split
+from medseg_supcon.datasets.dataset import Case, Split
 from medseg_supcon.errors import DataError, nearest
 from medseg_supcon.files import read_json
 from medseg_supcon.scans import NIFTI_ENDINGS, stem
@@ -52,10 +51,7 @@ def check_keys(content: Mapping[str, Any], source: Path) -> list[str]:
 
 def _count_cases(value: object) -> int:
     entries = value if isinstance(value, list) else []
-    return sum(
-        "image" in one if isinstance(one, dict) else str(one).lower().endswith(NIFTI_ENDINGS)
-        for one in entries
-    )
+    return sum("image" in one if isinstance(one, dict) else str(one).lower().endswith(NIFTI_ENDINGS) for one in entries)
 
 
 def _unknown(keys: Collection[str], known: Sequence[str], where: str, source: Path) -> list[str]:
@@ -125,9 +121,7 @@ def list_cases(
     for number, item in enumerate(items, 1):
         image = item.get("image")
         if not image:
-            raise DataError(
-                f'{source}: item {number} of "{key}" has no "image". Give it the path of its scan.'
-            )
+            raise DataError(f'{source}: item {number} of "{key}" has no "image". Give it the path of its scan.')
         images = tuple(inside(root, text, source) for text in _texts(image))
         if any(path.name.startswith("._") for path in images):
             continue
@@ -182,8 +176,7 @@ def validation_of_folds(listed: Listed, source: Path) -> frozenset[str]:
 def write_datalist(split: Split, path: str | Path, dataset_dir: str | Path) -> None:
     """Write ``{"training": [item], "validation": [item], "unlabelled": [item]}``."""
     content = {
-        section: items(getattr(split, section), dataset_dir)
-        for section in ("training", "validation", "unlabelled")
+        section: items(getattr(split, section), dataset_dir) for section in ("training", "validation", "unlabelled")
     }
     Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -253,7 +246,5 @@ def load_items(entries: Iterable[Mapping[str, Any]], dataset_dir: str | Path) ->
                 item[key] = paths[0] if len(paths) == 1 else paths
         loaded.append(item)
     if not loaded:
-        raise DataError(
-            f"{source}: a list of cases is empty (data folder {root}). Name at least one case in it."
-        )
+        raise DataError(f"{source}: a list of cases is empty (data folder {root}). Name at least one case in it.")
     return loaded

@@ -135,9 +135,7 @@ def _unique_names(names: Sequence[str]) -> list[str]:
 
 def _spread(values: Floats) -> dict[str, Any]:
     rows = {"min": values.min(axis=0), "median": np.median(values, axis=0), "max": values.max(axis=0)}
-    return {
-        key: [readable(v) for v in row] if np.ndim(row) else readable(float(row)) for key, row in rows.items()
-    }
+    return {key: [readable(v) for v in row] if np.ndim(row) else readable(float(row)) for key, row in rows.items()}
 
 
 def fingerprint(

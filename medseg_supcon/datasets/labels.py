@@ -77,9 +77,7 @@ def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple
             )
         name, value = (entry, _number(key)) if by_value else (key, _number(entry))
         if value is None or abs(value) > LARGEST:
-            raise DataError(
-                f"{source}: label {key!r} must have a number up to 2^53 as its value, found {entry!r}."
-            )
+            raise DataError(f"{source}: label {key!r} must have a number up to 2^53 as its value, found {entry!r}.")
         pairs.append((check_name(name, source, "labels"), value))
     ignored = _number(ignore)
     if ignore is not None and ignored is None:
@@ -90,9 +88,7 @@ def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple
         entries: list[str | float] = [pair[which] for pair in pairs]
         twice = next((entry for entry in entries if entries.count(entry) > 1), None)
         if twice is not None:
-            raise DataError(
-                f'{source}: "labels" uses the {kind} {twice!r} twice. Give each class its own {kind}.'
-            )
+            raise DataError(f'{source}: "labels" uses the {kind} {twice!r} twice. Give each class its own {kind}.')
     ground = next((pair for pair in pairs if pair[0].lower() == "background"), None)
     ground = ground or next((pair for pair in pairs if pair[1] == 0), None) or ("background", 0.0)
     rest = sorted((pair for pair in pairs if pair != ground), key=lambda pair: pair[1])
@@ -112,9 +108,7 @@ def _plain(value: float) -> int | float:
     return int(value) if value.is_integer() else value
 
 
-def scan_labels(
-    files: Iterable[Path], source: Path, ignore: object = None
-) -> tuple[Labels, int | float | None]:
+def scan_labels(files: Iterable[Path], source: Path, ignore: object = None) -> tuple[Labels, int | float | None]:
     """Labels as the label files themselves show them: ``{"background": 0, "label 1": 1, ...}``.
 
     Files that cannot be read are passed over; `check_dataset` reports them.
@@ -137,9 +131,7 @@ def scan_labels(
         )
     declared = {f"label {int(value)}": value for value in values if value != 0}
     if not declared:
-        raise DataError(
-            f"{source}: the label files hold no value other than 0. At least one structure must be drawn."
-        )
+        raise DataError(f"{source}: the label files hold no value other than 0. At least one structure must be drawn.")
     return parse_labels({"background": 0, **declared}, source, ignore)
 
 

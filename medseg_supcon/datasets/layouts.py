@@ -205,9 +205,7 @@ def _nifti_files(folder: Path) -> list[Path]:
     return sorted(f for f in files if f.name.lower().endswith(NIFTI_ENDINGS) and not f.name.startswith("."))
 
 
-def _scans(
-    folder: Path, channels: int | None, *, suffixed: bool | None = None
-) -> dict[str, tuple[Path, ...]]:
+def _scans(folder: Path, channels: int | None, *, suffixed: bool | None = None) -> dict[str, tuple[Path, ...]]:
     """Case name -> its files; with suffixes, the files that the channels demand, existing or not."""
     files = _nifti_files(folder)
     if suffixed is None:  # patient_0001 and patient_0002 are not channels: none is _0000
@@ -229,9 +227,7 @@ def _scans(
 def _folder_cases(root: Path, source: Path, content: Mapping[str, Any]) -> list[Case]:
     ending = str(content.get("file_ending", ".nii.gz"))
     if ending not in NIFTI_ENDINGS:
-        raise DataError(
-            f'{source}: "file_ending" is {ending!r}. Training data must be NIfTI (.nii.gz): convert them.'
-        )
+        raise DataError(f'{source}: "file_ending" is {ending!r}. Training data must be NIfTI (.nii.gz): convert them.')
     images = _image_folder(root)
     if images is None:
         raise DataError(f'{source}: has no "training" list, and {root} holds no imagesTr. Give {LAYOUTS}.')

@@ -26,9 +26,7 @@ AIR, TISSUE, BRIGHT = 0.05, 0.5, 0.85
 Floats = npt.NDArray[np.float64]
 
 
-def make_phantoms(
-    folder: str | Path, *, cases: int = 12, unseen: int = 4, seed: int = 0, size: float = 56.0
-) -> Path:
+def make_phantoms(folder: str | Path, *, cases: int = 12, unseen: int = 4, seed: int = 0, size: float = 56.0) -> Path:
     """Write a data set of phantoms in the decathlon's format, the same one for the same arguments.
 
     Each scan shows a body with a capsule round a core, a horn whose anterior and posterior halves are two

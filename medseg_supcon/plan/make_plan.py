@@ -93,9 +93,7 @@ def make_plan(
     budget = int(GPU_PATCH_VOXELS * room) if on_gpu else CPU_PATCH_VOXELS
     counts = fingerprint.class_voxels
     if counts[1:].sum() == 0:
-        raise DataError(
-            f"{dataset.root}: the label maps of the training cases hold no structure. Add labelled cases."
-        )
+        raise DataError(f"{dataset.root}: the label maps of the training cases hold no structure. Add labelled cases.")
 
     spacing = target_spacing(fingerprint.spacings)
     extents = fingerprint.shapes * fingerprint.spacings
@@ -137,9 +135,7 @@ def make_plan(
         "expected": {
             "minutes": minutes,
             "memory_gib": readable(1.5 + 2 * batch * voxels * 4e-6, 2),
-            "machine": f"{device} (an estimate, nothing measured yet)"
-            if on_gpu
-            else f"{cores} CPU cores (estimate)",
+            "machine": f"{device} (an estimate, nothing measured yet)" if on_gpu else f"{cores} CPU cores (estimate)",
         },
         "fingerprint": fingerprint.summary(),
     }

@@ -106,17 +106,11 @@ def write_plan(plan: Mapping[str, Any], path: str | Path) -> None:
 
 def _pretty(value: Any, depth: int) -> str:
     line = json.dumps(value, ensure_ascii=False)
-    if (
-        not isinstance(value, Mapping | list | tuple)
-        or (depth > 0 and len(line) + 2 * depth <= 100)
-        or not value
-    ):
+    if not isinstance(value, Mapping | list | tuple) or (depth > 0 and len(line) + 2 * depth <= 100) or not value:
         return line
     pad = "  " * (depth + 1)
     if isinstance(value, Mapping):
-        rows = [
-            f"{json.dumps(str(key), ensure_ascii=False)}: {_pretty(v, depth + 1)}" for key, v in value.items()
-        ]
+        rows = [f"{json.dumps(str(key), ensure_ascii=False)}: {_pretty(v, depth + 1)}" for key, v in value.items()]
         start, end = "{}"
     else:
         rows = [_pretty(entry, depth + 1) for entry in value]

@@ -72,9 +72,7 @@ def plan_preprocessing(plan: Mapping[str, Any]) -> Compose:
         getattr(monai.transforms, _name(step))(**{k: v for k, v in step.items() if k != "_target_"})
         for step in plan["intensity"]
     ]
-    load = LoadImaged(
-        "image", reader="NibabelReader", squeeze_non_spatial_dims=True, ensure_channel_first=True
-    )
+    load = LoadImaged("image", reader="NibabelReader", squeeze_non_spatial_dims=True, ensure_channel_first=True)
     return Compose(
         [
             load,
@@ -123,9 +121,7 @@ def read_preprocessing(bundle_root: str | Path) -> Compose:
     """
     path = Path(bundle_root) / "configs" / "inference.yaml"
     if not path.is_file():
-        raise RunError(
-            f"{path} does not exist: {bundle_root} is not a run. Make one with medseg plan or medseg train."
-        )
+        raise RunError(f"{path} does not exist: {bundle_root} is not a run. Make one with medseg plan or medseg train.")
     parser = ConfigParser()
     parser.read_config(str(path))
     parser["bundle_root"] = literal(str(bundle_root))

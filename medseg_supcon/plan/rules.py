@@ -88,9 +88,7 @@ def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[in
     return [int(n) for n in size]
 
 
-def intensity_transforms(
-    channels: Sequence[str], foreground: Sequence[Mapping[str, float]]
-) -> list[dict[str, Any]]:
+def intensity_transforms(channels: Sequence[str], foreground: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
     """Transform configs for key ``image`` that normalise a scan, usually to about zero mean and unit variance.
 
     CT is in absolute units: clipped to the 0.5 and 99.5 percentiles of the structures' intensities, then shifted and
