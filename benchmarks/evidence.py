@@ -165,7 +165,7 @@ def main() -> None:
             print("medseg", shlex.join(words), flush=True)
             if given.print:
                 continue
-            subprocess.run([sys.executable, "-m", "medseg_supcon.cli.commands", *words], check=True)
+            subprocess.run([sys.executable, "-m", "medseg_supcon.cli", *words], check=True)
             made = (given.out / f"{name}_{part.folder}" / "summary.md").read_text()
             (RESULTS / f"evidence_{name}_{title}.md").write_text(made)
 

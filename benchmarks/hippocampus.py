@@ -28,7 +28,7 @@ TASK = "Task04_Hippocampus"
 def medseg(*arguments: object) -> float:
     """Run a command of the package; return the seconds that it took."""
     start = perf_counter()
-    subprocess.run([sys.executable, "-m", "medseg_supcon.cli.commands", *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-m", "medseg_supcon.cli", *map(str, arguments)], check=True)
     return perf_counter() - start
 
 

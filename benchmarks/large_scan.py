@@ -44,7 +44,7 @@ def main() -> None:
             command = [
                 sys.executable,
                 "-m",
-                "medseg_supcon.cli.commands",
+                "medseg_supcon.cli",
                 "predict",
                 run_folder,
                 scan,

@@ -62,7 +62,8 @@ def write_text(path: Path, text: str) -> None:
     """A text file in UTF-8 that appears whole or not at all; its folder is made, and rid of leftovers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
-    write_whole(path, lambda file: file.write(text.encode()))
+    # half a character (a lone surrogate) as its escape, which is also that of JSON
+    write_whole(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -109,7 +113,7 @@ def test_where_all_labelled_scans_train_each_is_checked_once(medseg, phantoms, t
     run = tmp_path / "run"
     words = ("--labels", 3, "--validation", 0)
     code, shown, error = medseg("plan", phantoms, "--out", run, *words)
-    assert code == 0 and "3 to train on" in shown + error and "same voxels" not in error
+    assert code == 0 and "3 for training" in shown + error and "same voxels" not in error
     lists = json.loads((run / "configs" / "datalist.json").read_text())
     assert len(lists["training"]) == 3 and lists["validation"] == lists["training"]
     code, _, error = medseg("train", phantoms, "--out", run, "--validation", 0.2)
@@ -177,7 +181,7 @@ def test_tta_without_an_axis_to_mirror_says_so(medseg, trained_run, phantoms, tm
     scan = sorted((phantoms / "imagesTs").glob("*.nii.gz"))[0]
     for which, told in ((run, True), (trained_run, False)):
         code, _, error = medseg("predict", which, scan, "--out", tmp_path / which.name / "masks", "--tta")
-        assert code == 0 and ("--tta changes nothing" in error) == told
+        assert code == 0 and ("--tta has no effect" in error) == told
 
 
 def test_some_failed_and_all_failed_have_their_codes(medseg, trained_run, phantoms, tmp_path):
@@ -350,3 +354,113 @@ def test_a_recipe_may_choose_the_network(medseg, phantoms, tmp_path):
     assert medseg("plan", phantoms, "--out", tmp_path / "run", "--recipe", own)[0] == 0
     plan = json.loads((tmp_path / "run" / "configs" / "plan.json").read_text())
     assert plan["network_def"] == settings["network_def"] and plan["epochs"] == 1
+
+
+def test_control_characters_of_a_name_stay_out_of_the_terminal(medseg, trained_run, phantoms, tmp_path):
+    scans = tmp_path / "scans\n\x1b[2J"
+    scans.mkdir()
+    good = sorted((phantoms / "imagesTs").glob("*.nii.gz"))[0]
+    shutil.copy(good, scans / "a\rb.nii.gz")
+    (scans / "c\x07\u202e.nii.gz").write_bytes(b"damaged")
+    out = tmp_path / "masks\n\x1b[31m"
+    code, shown, error = medseg("predict", trained_run, scans, "--out", out, "--device", "cpu")
+    assert code == 3 and r"c\x07\u202e.nii.gz" in error and r"masks\n\x1b[31m" in shown
+    assert (out / "a\rb.nii.gz").exists()
+    for text in (
+        shown + error,
+        *medseg("check", tmp_path / "no\nsuch\x1b[0m")[1:],
+        *medseg("predict", trained_run, "--nonsense\x1b[31m")[1:],
+    ):
+        assert all(character.isprintable() or character == "\n" for character in text), text
+        assert all(
+            line.startswith(("medseg: ", "failed ", "warning ", str(tmp_path))) for line in text.splitlines()
+        )
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["--help"]])
+def test_a_closed_pipe_ends_quietly(phantoms, arguments):
+    words = [sys.executable, "-m", "medseg_supcon.cli", *arguments]
+    with subprocess.Popen(
+        [*words, str(phantoms)] if arguments == ["check"] else words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+    assert process.returncode in (0, 141) and error == ""
+
+
+def test_long_class_names_are_not_cut_off_a_terminal(medseg, trained_run, phantoms, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    plan = run / "configs" / "plan.json"
+    name = "a_structure_with_a_name_that_is_longer_than_a_terminal_is_wide_" * 3
+    plan.write_text(plan.read_text().replace('"capsule"', f'"{name}"'))
+    code, shown, error = medseg("evaluate", run, phantoms, "--out", tmp_path / "out", "--device", "cpu")
+    assert code == 0 and name in shown
+    assert "trained on 5 of 6 cases" in error
+
+
+def test_embed_and_export_replace_a_file_only_if_asked(medseg, trained_run, phantoms, tmp_path):
+    file, folder = tmp_path / "model.ts", tmp_path / "plots"
+    folder.mkdir()
+    for existing in (file, folder / "separation.json"):
+        existing.write_text("mine")
+    export = ("export", trained_run, "--out", file)
+    for words in (export, ("embed", trained_run, phantoms, "--out", folder)):
+        code, _, error = medseg(*words)
+        assert code == 2 and "already exists. Replace it with --overwrite" in error
+    assert file.read_text() == (folder / "separation.json").read_text() == "mine"
+    assert medseg(*export, "--overwrite")[0] == 0 and file.read_bytes() != b"mine"
+
+
+def test_a_recipe_that_is_not_utf8_or_refers_to_itself_a_billion_times(medseg, phantoms, tmp_path):
+    own = tmp_path / "own.yaml"
+    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60))]
+    for content, says in ((b"# f\xfcr\nseed: 1\n", "UTF-8"), ("\n".join(lines).encode(), "alias")):
+        own.write_bytes(content)
+        code, _, error = medseg("plan", phantoms, "--out", tmp_path / "run", "--recipe", own)
+        assert code == 2 and says in error and str(own) in error
+
+
+@pytest.mark.parametrize("content", ["[]", '{"training": 3}', '{"training": [3]}', "{", "[" * 100_000])
+def test_a_damaged_datalist_is_a_sentence(medseg, trained_run, phantoms, tmp_path, content):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    (run / "configs" / "datalist.json").write_text(content)
+    (run / "eval" / "metrics.json").unlink()
+    for words in (
+        ("evaluate", run, phantoms, "--out", tmp_path / "out", "--device", "cpu"),
+        ("embed", run, phantoms, "--out", tmp_path / "plots", "--device", "cpu"),
+        ("train", phantoms, "--out", run, "--resume", "--device", "cpu"),
+    ):
+        code, _, error = medseg(*words)
+        assert code == 2 and "datalist.json" in error, words
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to become another user"
+)
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="there is no setpriv")
+def test_a_user_without_a_name_or_a_home(trained_run, phantoms):
+    """As in a container that runs with --user 12345: no passwd entry, no HOME, no USER."""
+    scan = sorted((phantoms / "imagesTs").glob("*.nii.gz"))[0]
+    with tempfile.TemporaryDirectory() as name:  # pytest's folders are closed to other users
+        folder = Path(name)
+        words = ["predict", shutil.copytree(trained_run, folder / "run"), shutil.copy(scan, folder)]
+        words += ["--out", folder / "masks", "--device", "cpu"]
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o777)
+        program = [sys.executable, "-m", "medseg_supcon.cli", *map(str, words)]
+        done = subprocess.run(
+            ["setpriv", "--reuid", "12345", "--clear-groups", *program],
+            env={
+                "PATH": "/usr/bin:/bin",
+                "PYTHONPATH": str(Path(__file__).parents[1]),
+                "OMP_NUM_THREADS": "1",
+            },
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (folder / "masks" / scan.name).exists()

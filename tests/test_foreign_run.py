@@ -140,12 +140,13 @@ def arguments(command: str, run: Path, phantoms: Path, out: Path) -> list[object
     one = out / "one.txt"
     one.write_text("phantom_01\n")
     scan = sorted((phantoms / "imagesTs").glob("*.nii.gz"))[0]
+    cpu = ["--device", "cpu"]
     new = ["--out", out / "new", "--device", "cpu", "--epochs", 1, "--set", "plan::steps_per_epoch=1"]
     return {
         "predict": ["predict", run, scan, "--out", out / "masks", "--device", "cpu"],
         "evaluate": ["evaluate", run, phantoms, "--out", out / "scores", "--cases", one, "--device", "cpu"],
-        "embed": ["embed", run, phantoms, "--out", out / "e", "--cases", one, "--voxels", 20, "--device", "cpu"],
-        "export": ["export", run, "--out", out / "model.ts"],
+        "embed": ["embed", run, phantoms, "--out", out / "e", "--cases", one, "--voxels", 20, "--overwrite", *cpu],
+        "export": ["export", run, "--out", out / "model.ts", "--overwrite"],
         "init": ["plan", phantoms, "--init", run, *new],
         "resume": ["train", phantoms, "--out", run, "--resume", "--device", "cpu"],
     }[command]  # fmt: skip

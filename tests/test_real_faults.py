@@ -34,7 +34,7 @@ def start() -> Iterator[Start]:
             *prefix,
             sys.executable,
             "-m",
-            "medseg_supcon.cli.commands",
+            "medseg_supcon.cli",
             *map(str, arguments),
             "--device",
             "cpu",
@@ -118,7 +118,7 @@ def test_killed_while_it_writes(start: Start, trained_run: Path, scans: Path, tm
     assert 1 < len(finished) < 12
     (out / finished[0]).write_bytes((out / finished[0]).read_bytes()[:-30])  # as a copy cut short leaves it
     code, said = finish(start("predict", trained_run, scans, "--out", out, "--probabilities"))
-    assert code == 0 and "there already" in said, said
+    assert code == 0 and "already exist" in said, said
     assert len(whole(out)) == len(whole(out / "probabilities")) == 12
     assert not list(out.rglob(".*"))
 
@@ -162,7 +162,7 @@ def test_a_full_disk(start: Start, trained_run: Path, scans: Path, small_disk: C
     assert hidden <= {".medseg-manifest.jsonl"}  # entries that the manifest had no room for
     subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
     code, said = finish(start("predict", trained_run, scans, "--out", out))
-    assert code == 0 and f"{before} there already" in said, said
+    assert code == 0 and f"{before} already exist" in said, said
     entries = json.loads((out / "manifest.json").read_text())["scans"]
     assert sorted(entry["status"] for entry in entries) == ["done"] * (12 - before) + ["skipped"] * before
     # what made a mask is known of all but the one whose entry met the full disk
@@ -176,7 +176,7 @@ def test_export_to_a_full_disk(trained_run: Path, small_disk: Callable[[str], Pa
     command = [
         sys.executable,
         "-m",
-        "medseg_supcon.cli.commands",
+        "medseg_supcon.cli",
         "export",
         str(trained_run),
         "--out",
@@ -232,4 +232,4 @@ def test_too_little_memory(start: Start, trained_run: Path, scans: Path, tmp_pat
     )
     assert code == 3, said
     assert whole(tmp_path / "out") == ["s00.nii.gz"]
-    assert f"{scans / 'large.nii'}: there is too little memory" in said
+    assert f"{scans / 'large.nii'}: not enough memory" in said

@@ -1,4 +1,4 @@
-"""What a run says about itself: metadata.json, the model card, and the JSON twins of its configs."""
+"""What follows from the rest of a run: metadata.json, the model card, the network in the configs, JSON twins."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from medseg_supcon import __version__
-from medseg_supcon.bundle.metadata import loss_in_words, metadata_of, read_config, train_config
-from medseg_supcon.bundle.recipes import shared_folder
+from medseg_supcon.bundle.configs import cases_of, read_config
+from medseg_supcon.bundle.folder import shared_folder
+from medseg_supcon.bundle.metadata import loss_in_words, metadata_of, train_config
 from medseg_supcon.files import read_json, write_text
 from medseg_supcon.networks import build_network
 from medseg_supcon.text import markdown_text
@@ -23,8 +24,23 @@ from medseg_supcon.text import markdown_text
 TEMPLATE = "segmentation/docs/README.md.j2"
 
 
-def model_card(run: Path) -> str:
-    """The text of the model card, see :func:`write_model_card`."""
+def write_metadata(run: Path) -> None:
+    """Write ``configs/metadata.json``, valid against MONAI's ``meta_schema_20240725``.
+
+    Keys that a user may have edited in an earlier one (version, changelog, authors, references, ...) are kept.
+
+    Raises:
+        RunError: ``configs/plan.json`` is missing or damaged.
+    """
+    write_text(run / "configs" / "metadata.json", _json(metadata_of(run)))
+
+
+def write_model_card(run: Path) -> None:
+    """Write ``docs/README.md`` from the plan, the lists of cases, the history and the evaluation.
+
+    Raises:
+        RunError: ``configs/plan.json`` is missing or damaged.
+    """
     text = (shared_folder("bundles") / TEMPLATE).read_text(encoding="utf-8")
     environment = Environment(
         undefined=StrictUndefined,
@@ -34,31 +50,28 @@ def model_card(run: Path) -> str:
         finalize=markdown_text,
     )
     plan = read_json(run / "configs" / "plan.json")
-    config, metrics = train_config(run), _optional_json(run / "eval" / "metrics.json")
-    cases = _optional_json(run / "configs" / "datalist.json")
-    return environment.from_string(text).render(
+    metrics = run / "eval" / "metrics.json"
+    config, cases = train_config(run), cases_of(run)
+    card = environment.from_string(text).render(
         plan=plan,
         version=__version__,
         cases={name: len(items) for name, items in cases.items()},
-        seen=sum(item in cases["training"] for item in cases.get("validation", ())),
+        seen=sum(item in cases.get("training", ()) for item in cases.get("validation", ())),
         recipe=_recipe(config),
         loss=loss_in_words(config),
         network=_network_name(plan["network_def"]),
         parameters=sum(p.numel() for p in build_network(plan["network_def"], trust=True).parameters()),
         history=_history(run / "logs" / "history.csv"),
-        metrics=metrics,
+        metrics=read_json(metrics) if metrics.is_file() else {},
         curves=(run / "docs" / "curves.png").is_file(),
     )
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.is_file() else {}
+    write_text(run / "docs" / "README.md", card)
 
 
 def _recipe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values of train.yaml that a reader of the card asks for; expressions and unused keys are left out."""
+    """Values of train.yaml that readers of the card want; without expressions and keys that nothing uses."""
     wanted = ("recipe", "seed", "learning_rate", "contrast_weight", "temperature", "contrast_samples")
-    used = {"recipe", *re.findall(r"@(\w+)", repr(config))}  # two_stage has no use for the contrast's weight
+    used = {"recipe", *re.findall(r"@(\w+)", repr(config))}  # two_stage does not use the contrast's weight
     if "contrast_weight" in used and config.get("contrast_weight") == 0:
         used -= {"temperature", "contrast_samples"}
     return {k: config[k] for k in wanted if k in used and not str(config.get(k, "$")).startswith(("$", "@"))}
@@ -68,11 +81,11 @@ def _network_name(network_def: Mapping[str, Any] | str) -> str:
     named = re.findall(r"\bnets\.(\w+)", str(network_def))
     if not named and isinstance(network_def, Mapping):
         named = [str(network_def["_target_"]).rsplit(".", 1)[-1]]
-    return " and ".join(named) if named else "as network_def of configs/plan.json says"
+    return " and ".join(named) if named else "see network_def in configs/plan.json"
 
 
 def _history(path: Path) -> dict[str, Any]:
-    """Length, time and best validation Dice of the training so far; empty before it."""
+    """Length, time and best validation Dice of the training so far; empty before training."""
     if not path.is_file():
         return {}
     with path.open(newline="", encoding="utf-8") as stream:
@@ -90,37 +103,13 @@ def _history(path: Path) -> dict[str, Any]:
     }
 
 
-def write_metadata(run: Path, metrics: Mapping[str, Any] | None = None) -> None:
-    """Write ``configs/metadata.json``, valid against MONAI's ``meta_schema_20240725``.
-
-    What a person put into an earlier one (version, changelog, authors, references, ...) is kept.
-
-    Args:
-        run: a planned run.
-        metrics: scores for ``eval_metrics``; by default those of ``eval/metrics.json``, where there is one.
-
-    Raises:
-        RunError: ``configs/plan.json`` is missing or broken.
-    """
-    write_text(run / "configs" / "metadata.json", _json(metadata_of(run, metrics)))
-
-
-def write_model_card(run: Path) -> None:
-    """Write ``docs/README.md`` from the plan, the lists of cases, the history and the evaluation.
-
-    Raises:
-        RunError: ``configs/plan.json`` is missing or broken.
-    """
-    write_text(run / "docs" / "README.md", model_card(run))
-
-
 def write_network(run: Path) -> None:
-    """Write the plan's network into the configs that carry it (``network_def``), comments left as they are.
+    """Write the plan's network into the configs that repeat it (``network_def``); comments stay.
 
     Raises:
-        RunError: ``configs/plan.json`` is missing or broken.
+        RunError: ``configs/plan.json`` is missing or damaged.
     """
-    text = json.dumps(read_json(run / "configs" / "plan.json")["network_def"])  # JSON is YAML, too
+    text = json.dumps(read_json(run / "configs" / "plan.json")["network_def"])  # JSON is YAML
     for path in sorted((run / "configs").glob("*.yaml")):
         old = path.read_text(encoding="utf-8")
         new = re.sub(r"(?m)^network_def:.*(\n[ -].*)*$", lambda _: f"network_def: {text}", old)
@@ -129,10 +118,10 @@ def write_network(run: Path) -> None:
 
 
 def write_twins(run: Path) -> None:
-    """Write a ``.json`` of equal content beside every ``.yaml`` of ``configs``, for tools that read JSON.
+    """Write a ``.json`` of equal content for every ``.yaml`` of ``configs``, for tools that read JSON.
 
     Raises:
-        ConfigError: a config is not YAML.
+        RunError: a config is not YAML.
     """
     for path in sorted((run / "configs").glob("*.yaml")):
         write_text(path.with_suffix(".json"), _json(read_config(path)))

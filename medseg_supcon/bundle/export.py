@@ -1,4 +1,4 @@
-"""A run's network as TorchScript or ONNX, held against the network itself before it is handed out."""
+"""A run's network as TorchScript or ONNX, compared with the network before the file is handed out."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
-import yaml
-from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
+from medseg_supcon.bundle.configs import read_config
 from medseg_supcon.bundle.model import load_model
 from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.files import remove_leftovers, write_whole
@@ -24,17 +23,24 @@ from medseg_supcon.networks import size_divisor
 from medseg_supcon.plan import literal
 
 CONFIGS = ("inference", "evaluate", "train")
+SCRIPTS = "scripts/inference.py"
+TOLERANCE = 1e-4  # of a logit, relative to the largest if that is above 1
+ONNX_OPSET = 17
+
+Size = tuple[int, ...]
+Attempt = tuple[str, bool, Callable[[Path], None], Callable[[Path], Callable[[Tensor], Tensor]]]
 
 
-def self_contained(config: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A bundle config whose ``plan`` is the plan's content instead of a file's.
+def self_contained(config: Mapping[str, Any], plan: Mapping[str, Any], scripts: str = "") -> dict[str, Any]:
+    """A bundle config that contains the plan and the scripts instead of reading their files.
 
     The plan becomes an expression, not a sub-tree: its ``_target_`` entries must stay data until the config
     builds them.
 
     Args:
-        config: a config's content with a key ``plan``; one without is copied as it is.
+        config: a config's content; its keys ``plan`` and ``scripts`` are replaced, if it has them.
         plan: the content of ``plan.json``.
+        scripts: the text of ``scripts/inference.py``.
 
     Example:
         >>> from monai.bundle import ConfigParser
@@ -45,36 +51,25 @@ def self_contained(config: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[s
     whole = copy.deepcopy(dict(config))
     if "plan" in whole:
         whole["plan"] = literal(dict(plan))
+    if "scripts" in whole:
+        source = literal(scripts)
+        text = source[1:] if source.startswith("$") else repr(source)
+        whole["scripts"] = f"$(lambda names: exec({text}, names) or names)({{'__name__': 'scripts'}})"
     return whole
 
 
 def extra_files(run: Path, plan: Mapping[str, Any]) -> dict[str, str]:
     """name -> JSON text of a run's plan, metadata and configs, each config self-contained."""
     files = {"plan.json": json.dumps(plan)}
-    metadata = run / "configs" / "metadata.json"
+    metadata, scripts = run / "configs" / "metadata.json", run / SCRIPTS
     if metadata.is_file():
         files["metadata.json"] = metadata.read_text(encoding="utf-8")
+    source = scripts.read_text(encoding="utf-8") if scripts.is_file() else ""
     for name in CONFIGS:
         path = run / "configs" / f"{name}.yaml"
         if path.is_file():
-            files[f"{name}.json"] = json.dumps(self_contained(_config(path), plan))
+            files[f"{name}.json"] = json.dumps(self_contained(read_config(path), plan, source))
     return files
-
-
-def _config(path: Path) -> Mapping[str, Any]:
-    try:
-        config = ConfigParser.load_config_file(str(path))
-    except (yaml.YAMLError, ValueError) as error:
-        raise RunError(f"{path} is not YAML ({' '.join(str(error).split())[:120]}). Restore it.") from error
-    if not isinstance(config, Mapping):
-        raise RunError(f"{path} holds no config, but {type(config).__name__}. Restore it.")
-    return config
-
-
-TOLERANCE = 1e-4  # of a logit, relative to the largest where that is above 1
-ONNX_OPSET = 17
-
-Size = tuple[int, ...]
 
 
 def export_model(
@@ -94,30 +89,30 @@ def export_model(
         trust: build the network of a run even if its plan or inference config is code.
 
     Returns:
-        ``file``, ``format``, ``method`` ("script", "trace", "onnx", ...), ``max_abs_difference`` (the
-        largest of a logit from the network's), ``sizes`` (that were compared) and ``any_size`` (False: the
+        ``file``, ``format``, ``method`` ("script", "trace", "onnx", ...), ``max_abs_difference`` (the largest
+        difference of a logit from the network's), ``sizes`` (that were compared) and ``any_size`` (False: the
         file takes patches of the plan's size only).
 
     Raises:
-        ConfigError: an unknown format, a plan that no plan can be, or a package for ONNX is not installed.
-        RunError: no trained weights, they do not fit, or the exported network gives other values.
+        ConfigError: the format is unknown, the plan is invalid, or a package for ONNX is not installed.
+        RunError: no trained weights, they do not match the plan, or the exported network gives other values.
     """
     if format not in ("torchscript", "onnx"):
-        raise ConfigError(f"--format {format}: known are torchscript and onnx.")
-    if format == "onnx":
-        _need("onnx", "onnxruntime")
+        raise ConfigError(f"--format {format} is unknown. Use torchscript or onnx.")
+    missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if format == "onnx" and missing:
+        raise ConfigError(
+            f"Export to ONNX needs {' and '.join(missing)}, which is not installed. Run: "
+            "pip install 'medseg-supcon[export]'"
+        )
     model = load_model(run, trust)
     plan, network = model.plan, model.network
-    sizes = _probe_sizes(network, plan)
-    attempts = (
-        _torchscript_attempts(run, network, plan)
-        if format == "torchscript"
-        else _onnx_attempts(run, network, plan)
-    )
+    attempts_for = _torchscript_attempts if format == "torchscript" else _onnx_attempts
+    attempts = attempts_for(run, network, plan)
     result: dict[str, Any] = {}
 
     def write(file: IO[bytes]) -> None:  # the exporters open it by its name
-        result.update(_first_that_agrees(attempts, Path(file.name), network, plan, sizes))
+        result.update(_first_that_agrees(attempts, Path(file.name), network, plan))
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -125,25 +120,21 @@ def export_model(
         write_whole(out, write)
     except OSError as error:
         raise RunError(
-            f"{out} could not be written ({error.strerror or error}). Free space, or choose another --out."
+            f"{out} could not be written ({error.strerror or error}). Free disk space, or choose another --out."
         ) from error
     return {"file": str(out), "format": format, **result}
 
 
-Attempt = tuple[str, bool, Callable[[Path], None], Callable[[Path], Callable[[Tensor], Tensor]]]
-
-
 def _first_that_agrees(
-    attempts: Sequence[Attempt],
-    file: Path,
-    network: nn.Module,
-    plan: Mapping[str, Any],
-    sizes: Sequence[Size],
+    attempts: Sequence[Attempt], file: Path, network: nn.Module, plan: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write the file in the first of several ways that gives the network's values."""
+    patch = tuple(int(n) for n in plan["patch_size"])
+    divisors = size_divisor(network, in_channels=len(plan["channels"]), spatial_dims=len(patch))
+    sizes = [patch, tuple(n + d for n, d in zip(patch, divisors, strict=True))]
     faults = []
     for method, any_size, write, load in attempts:
-        compared = list(sizes) if any_size else list(sizes[:1])
+        compared = sizes if any_size else sizes[:1]
         try:
             with _quiet():
                 write(file)
@@ -151,9 +142,8 @@ def _first_that_agrees(
         except OSError:
             raise
         except Exception as error:  # exporters refuse a network in whatever way the part they meet does
-            faults.append(
-                f"{method}: {str(error).strip().partition(chr(10))[0][:200] or type(error).__name__}"
-            )
+            reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+            faults.append(f"{method}: {reason}")
             continue
         if difference <= TOLERANCE * max(1.0, scale):
             return {
@@ -165,7 +155,7 @@ def _first_that_agrees(
         faults.append(
             f"{method}: differs by {difference:.3g} from the network, whose largest logit is {scale:.3g}"
         )
-    raise RunError(f"The network cannot be exported so that it gives the same values. {'; '.join(faults)}.")
+    raise RunError(f"No exported file gives the same values as the network. {'; '.join(faults)}.")
 
 
 def _torchscript_attempts(run: Path, network: nn.Module, plan: Mapping[str, Any]) -> list[Attempt]:
@@ -195,8 +185,13 @@ def _torchscript_attempts(run: Path, network: nn.Module, plan: Mapping[str, Any]
 
 
 def _onnx_attempts(run: Path, network: nn.Module, plan: Mapping[str, Any]) -> list[Attempt]:
+    extra = extra_files(run, plan)
+    properties: dict[str, str] = {
+        name: extra[name] for name in ("plan.json", "metadata.json") if name in extra
+    }
+
     def writer(axes: dict[int, str] | None) -> Callable[[Path], None]:
-        return lambda file: _write_onnx(file, network, plan, axes, extra_files(run, plan))
+        return lambda file: _write_onnx(file, network, plan, axes, properties)
 
     spatial = {2 + i: name for i, name in enumerate("xyz"[: len(plan["patch_size"])])}
     return [
@@ -211,7 +206,7 @@ def _write_onnx(
     network: nn.Module,
     plan: Mapping[str, Any],
     axes: dict[int, str] | None,
-    extra: Mapping[str, str],
+    properties: dict[str, str],
 ) -> None:
     """With ``axes`` by tracing: many times faster, and needs no onnxscript; without by torch.export."""
     import onnx
@@ -227,9 +222,7 @@ def _write_onnx(
         **({"external_data": False, "verbose": False} if axes is None else tracing),
     )
     model = onnx.load(str(file))
-    onnx.helper.set_model_props(
-        model, {name: extra[name] for name in ("plan.json", "metadata.json") if name in extra}
-    )
+    onnx.helper.set_model_props(model, properties)
     onnx.checker.check_model(model)
     onnx.save(model, str(file))
 
@@ -239,13 +232,6 @@ def _load_onnx(file: Path) -> Callable[[Tensor], Tensor]:
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     return lambda image: torch.from_numpy(session.run(["pred"], {"image": image.numpy()})[0])
-
-
-def _probe_sizes(network: nn.Module, plan: Mapping[str, Any]) -> list[Size]:
-    """The plan's patch, and the next larger one that the network takes."""
-    patch = tuple(int(n) for n in plan["patch_size"])
-    divisors = size_divisor(network, in_channels=len(plan["channels"]), spatial_dims=len(patch))
-    return [patch, tuple(n + d for n, d in zip(patch, divisors, strict=True))]
 
 
 def _noise(plan: Mapping[str, Any], size: Size) -> Tensor:
@@ -269,16 +255,7 @@ def _difference(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch says on every call that TorchScript is old, and prints its graph; what comes out is compared."""
+    """Hide torch's deprecation warnings and printed graphs; the result is compared anyway."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         yield
-
-
-def _need(*packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"Exporting to ONNX needs {' and '.join(missing)}, not installed here. Install it with: "
-            "pip install medseg-supcon[export]"
-        )

@@ -1,4 +1,4 @@
-"""metadata.json of a run: what the bundle is for, what goes in and comes out, and how good it is."""
+"""metadata.json of a run: what the bundle is for, its inputs and outputs, and its scores."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigParser
-
 from medseg_supcon import __version__
+from medseg_supcon.bundle.configs import read_config
 from medseg_supcon.datasets import label_type
-from medseg_supcon.errors import ConfigError
+from medseg_supcon.errors import RunError
 from medseg_supcon.files import read_json
 from medseg_supcon.networks import build_network, size_divisor
 
@@ -22,19 +21,11 @@ SCHEMA = (
 REQUIRED = ("nibabel", "pytorch-ignite")
 # Packages that some stock networks import.
 OF_NETWORKS = {"SwinUNETR": "einops", "UNETR": "einops", "ViT": "einops"}
-# A person's words about a bundle, which writing it again leaves as they are.
+# Keys that a user may edit; writing the file again keeps them.
 KEPT = (
-    "version",
-    "changelog",
-    "name",
-    "task",
-    "description",
-    "authors",
-    "copyright",
-    "data_source",
-    "intended_use",
+    "version", "changelog", "name", "task", "description", "authors", "copyright", "data_source", "intended_use",
     "references",
-)
+)  # fmt: skip
 METRICS = ("dice", "hd95_mm", "surface_dice")
 LOSSES = {  # of train.yaml's loss, in words
     "DiceSupConLoss": "Dice, cross-entropy and a supervised contrastive loss per voxel",
@@ -42,8 +33,8 @@ LOSSES = {  # of train.yaml's loss, in words
     "StagedLoss": "a contrastive loss per voxel, then cross-entropy, then Dice and cross-entropy,",
 }
 INTENDED_USE = (
-    "Research. Not a medical device: not cleared or certified for diagnosis or treatment. Masks need the "
-    "check of a qualified person."
+    "Research. Not a medical device: not cleared or certified for diagnosis or treatment. A qualified person must "
+    "check the masks."
 )
 REFERENCES = [
     "Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, https://arxiv.org/abs/2004.11362",
@@ -52,13 +43,14 @@ REFERENCES = [
 ]
 
 
-def metadata_of(run: Path, metrics: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The content of ``configs/metadata.json``, see :func:`write_metadata`."""
+def metadata_of(run: Path) -> dict[str, Any]:
+    """The content of ``configs/metadata.json``, see `write_metadata`."""
     plan = read_json(run / "configs" / "plan.json")
     path = run / "configs" / "metadata.json"
     earlier = read_json(path) if path.is_file() else {}
-    if metrics is None and (run / "eval" / "metrics.json").is_file():
-        metrics = read_json(run / "eval" / "metrics.json")
+    if not isinstance(earlier, dict):
+        raise RunError(f"{path} must contain a JSON object. Correct it, or delete it: it is written again.")
+    metrics = run / "eval" / "metrics.json"
     structures = ", ".join(list(plan["labels"])[1:])
     modality = " + ".join(plan["channels"])
     fresh = {
@@ -72,7 +64,7 @@ def metadata_of(run: Path, metrics: Mapping[str, Any] | None = None) -> dict[str
         "name": f"{plan['name']} segmentation",
         "task": f"Segmentation of {structures} in 3-D {'' if modality == 'scan' else f'{modality} '}scans",
         "description": (
-            f"Gives every voxel of a 3-D scan ({modality}) one of {len(plan['labels'])} classes "
+            f"Assigns every voxel of a 3-D scan ({modality}) to one of {len(plan['labels'])} classes "
             f"({', '.join(plan['labels'])}). Trained on {plan['name']} with {loss_in_words(train_config(run))} on two "
             "augmented views of each scan."
         ),
@@ -80,12 +72,12 @@ def metadata_of(run: Path, metrics: Mapping[str, Any] | None = None) -> dict[str
         "copyright": "Apache License 2.0, see LICENSE; the training data has its own terms",
         "data_source": plan["name"],
         "data_type": "nibabel",
-        "image_classes": f"{len(plan['channels'])} channel(s), {modality}, normalised as plan.json says",
+        "image_classes": f"{len(plan['channels'])} channel(s), {modality}, normalised as described in plan.json",
         "label_classes": "one channel, "
         + ", ".join(f"{value} is {name}" for name, value in plan["labels"].items()),
         "pred_classes": f"{len(plan['labels'])} channels of logits: "
         + ", ".join(f"channel {i} is {name}" for i, name in enumerate(plan["labels"])),
-        "eval_metrics": scores(metrics or {}),
+        "eval_metrics": scores(read_json(metrics) if metrics.is_file() else {}),
         "intended_use": INTENDED_USE,
         "references": REFERENCES,
         "network_data_format": _data_format(plan),
@@ -94,9 +86,9 @@ def metadata_of(run: Path, metrics: Mapping[str, Any] | None = None) -> dict[str
 
 
 def train_config(run: Path) -> dict[str, Any]:
-    """``train.yaml`` as it stands; empty where there is none."""
+    """The content of ``train.yaml``; empty if the file does not exist."""
     path = run / "configs" / "train.yaml"
-    return dict(read_config(path)) if path.is_file() else {}
+    return read_config(path) if path.is_file() else {}
 
 
 def loss_in_words(config: Mapping[str, Any]) -> str:
@@ -112,7 +104,7 @@ def loss_in_words(config: Mapping[str, Any]) -> str:
 
 
 def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Means of ``eval/metrics.json`` under one name each; what has no score is left out.
+    """The means of ``eval/metrics.json`` in one flat mapping, without missing scores.
 
     >>> summary = {"cases": 2, "mean": {"dice": 0.9}, "classes": {"organ": {"dice": 0.9, "hd95_mm": None}}}
     >>> scores({"summary": summary})
@@ -126,7 +118,7 @@ def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def value_range(intensity: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The range that the intensity transforms clip to; ``[]`` (MONAI's "not known") where they do not.
+    """The range that the intensity transforms clip to; ``[]`` (MONAI's "not known") if they do not clip.
 
     >>> value_range([{"_target_": "ScaleIntensityRanged", "b_min": -2.5, "b_max": 3, "clip": True}])
     [-2.5, 3.0]
@@ -138,47 +130,45 @@ def value_range(intensity: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def _data_format(plan: Mapping[str, Any]) -> dict[str, Any]:
-    shape = _spatial_shape(plan)
-    tensor = {"type": "image", "dtype": "float32", "spatial_shape": shape, "is_patch_data": True}
-    classes = {str(i): name for i, name in enumerate(plan["labels"])}
+    patch = {
+        "type": "image",
+        "dtype": "float32",
+        "spatial_shape": _spatial_shape(plan),
+        "is_patch_data": True,
+    }
     values = [float(value) for value in plan["labels"].values()]
+    image = {
+        "format": "hounsfield" if plan["channels"] == ["CT"] else "magnitude",
+        "modality": plan["channels"][0],
+        "num_channels": len(plan["channels"]),
+        "value_range": value_range(plan["intensity"]),
+        "channel_def": {str(i): name for i, name in enumerate(plan["channels"])},
+    }
+    logits = {
+        "format": "segmentation",
+        "num_channels": len(plan["labels"]),
+        "value_range": [],
+        "channel_def": {str(i): name for i, name in enumerate(plan["labels"])},
+    }
+    mask = {
+        "type": "image",
+        "format": "segmentation",
+        "num_channels": 1,
+        "spatial_shape": ["*", "*", "*"],
+        "dtype": str(label_type(values)),
+        "value_range": [min(values), max(values)],
+        "is_patch_data": False,
+        "channel_def": {"0": "label values"},
+    }
     return {
-        "inputs": {
-            "image": tensor
-            | {
-                "format": "hounsfield" if plan["channels"] == ["CT"] else "magnitude",
-                "modality": plan["channels"][0],
-                "num_channels": len(plan["channels"]),
-                "value_range": value_range(plan["intensity"]),
-                "channel_def": {str(i): name for i, name in enumerate(plan["channels"])},
-            }
-        },
-        "outputs": {
-            "pred": tensor
-            | {
-                "format": "segmentation",
-                "num_channels": len(plan["labels"]),
-                "value_range": [],
-                "channel_def": classes,
-            }
-        },
-        "post_processed_outputs": {
-            "pred": {
-                "type": "image",
-                "format": "segmentation",
-                "num_channels": 1,
-                "spatial_shape": ["*", "*", "*"],
-                "dtype": str(label_type(values)),
-                "value_range": [min(values), max(values)],
-                "is_patch_data": False,
-                "channel_def": {"0": "label values"},
-            }
-        },
+        "inputs": {"image": patch | image},
+        "outputs": {"pred": patch | logits},
+        "post_processed_outputs": {"pred": mask},
     }
 
 
 def _spatial_shape(plan: Mapping[str, Any]) -> list[str]:
-    """Sizes that the network takes, in MONAI's notation: the training patch at n = 1, then larger ones."""
+    """Sizes that the network takes, in MONAI's notation: n = 1 is the training patch."""
     network = build_network(plan["network_def"], trust=True)  # of a run that passed the gate
     divisors = size_divisor(network, in_channels=len(plan["channels"]), spatial_dims=len(plan["patch_size"]))
     return [
@@ -196,21 +186,8 @@ def _required(plan: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _version(package: str) -> str:
-    """The installed version without a build's suffix (2.8.0+cpu), which no package index knows."""
+    """The installed version without a build's suffix: package indexes do not know 2.8.0+cpu."""
     try:
         return version(package).split("+")[0]
     except PackageNotFoundError:
         return ""
-
-
-def read_config(path: Path) -> Any:
-    """A YAML or JSON config of a run.
-
-    Raises:
-        ConfigError: it is no YAML or JSON, or names a key twice.
-    """
-    try:
-        return ConfigParser.load_config_file(str(path))
-    except Exception as error:  # PyYAML and MONAI's duplicate-key check raise several kinds
-        kind = "JSON" if path.suffix == ".json" else "YAML"
-        raise ConfigError(f"{path} is not valid {kind}: {' '.join(str(error).split())}") from error

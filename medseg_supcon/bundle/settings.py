@@ -1,4 +1,4 @@
-"""Changing a commented YAML config without losing its comments: recipes and --set."""
+"""Recipes and ``--set``: changes of a commented YAML config that keep its comments."""
 
 from __future__ import annotations
 
@@ -10,29 +10,85 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.representer import RoundTripRepresenter
 
+from medseg_supcon.bundle.configs import SEPARATOR, read_yaml, read_yaml_file
+from medseg_supcon.bundle.folder import shared_folder
 from medseg_supcon.errors import ConfigError
 
-SEPARATOR = "::"
-MOST_BYTES = 2**20
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(p.stem for p in shared_folder("configs").glob("*.yaml"))
+
+
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """A recipe's overlay on ``train.yaml``: a name from ``configs/``, or a YAML file of your own.
+
+    A recipe with a key ``base`` starts from that recipe (a name, or the path of a file, relative to the recipe's
+    folder) and overrides it.
+
+    Raises:
+        ConfigError: the recipe does not exist, does not map keys to values, or is based on itself.
+    """
+    return _read_recipe(str(name), ())
+
+
+def _read_recipe(name: str, above: tuple[Path, ...]) -> dict[str, Any]:
+    path = _recipe_file(name)
+    if not path.is_file():
+        near = get_close_matches(str(name), recipe_names(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"The recipe {str(name)!r} does not exist.{hint} Use one of {', '.join(recipe_names())}, or the path of a "
+            ".yaml file."
+        )
+    overlay = read_yaml_file(path, f"Recipe {path}") or {}
+    if not isinstance(overlay, dict):
+        raise ConfigError(
+            f"Recipe {path} must map keys of train.yaml to values, found {type(overlay).__name__}."
+        )
+    base = overlay.pop("base", None)
+    if base is None:
+        return overlay
+    if path.resolve() in above:
+        raise ConfigError(f"Recipe {path} is based on itself through {base!r}. Remove one of the bases.")
+    below = path.parent / str(base) if Path(str(base)).suffix in (".yaml", ".yml") else base
+    inherited = _read_recipe(str(below), (*above, path.resolve()))
+    return {key: value for key, value in inherited.items() if key not in overlay} | overlay
+
+
+def describe_recipe(name: str | Path) -> str:
+    """The first sentence of a recipe's first comment, without its name. Empty if it has no comment.
+
+    >>> describe_recipe("dice_ce").split(",")[0]
+    'Dice + cross-entropy alone'
+    """
+    path, comment = _recipe_file(name), []
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
+        if not line.startswith("# "):
+            break
+        comment.append(line[2:].strip())
+    return re.split(r"(?<=[.!?])\s", " ".join(comment).removeprefix(f"{path.stem}: "))[0]
+
+
+def _recipe_file(name: str | Path) -> Path:
+    path = Path(name)
+    return path if path.suffix in (".yaml", ".yml") else shared_folder("configs") / f"{name}.yaml"
 
 
 class _Representer(RoundTripRepresenter):
     """Writes floats so that PyYAML reads them as floats: 1e-05 would come back as a string."""
 
-
-def _float(representer: Any, value: float) -> Any:
-    text = repr(value)
-    if "e" in text and "." not in text:
-        text = text.replace("e", ".0e")
-    return representer.represent_scalar("tag:yaml.org,2002:float", text)
+    def represent_short_float(self, value: float) -> Any:
+        text = repr(value)
+        text = text.replace("e", ".0e") if "e" in text and "." not in text else text
+        return self.represent_scalar("tag:yaml.org,2002:float", text)
 
 
-_Representer.add_representer(float, _float)
+_Representer.add_representer(float, _Representer.represent_short_float)
 
 
 def _yaml() -> YAML:
@@ -44,61 +100,17 @@ def _yaml() -> YAML:
     return tool
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's, but 1e-3 is a number (YAML 1.2), and aliases and keys that are given twice are errors.
-
-    Nested aliases expand a small file into billions of values; of two equal keys PyYAML drops one without a word.
-    """
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it holds an alias (*name); write the value out instead")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if str(key.value) in seen:
-                raise yaml.YAMLError(f"the key {key.value!r} is given twice (line {key.start_mark.line + 1})")
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+def load_commented(path: Path) -> dict[str, Any]:
+    """A YAML file as a tree that remembers its comments."""
+    tree: dict[str, Any] = _yaml().load(path.read_text(encoding="utf-8"))
+    return tree
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(text: str, what: str) -> Any:
-    """The content of a YAML text.
-
-    Raises:
-        ConfigError: it is none; ``what`` names it.
-
-    >>> read_yaml("{lr: 1e-3, name: 1e}", "this")
-    {'lr': 0.001, 'name': '1e'}
-    """
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a 13th month, 5,000 digits, 10,000 levels
-        raise ConfigError(f"{what} is not YAML: {' '.join(str(error).split())[:300]}.") from None
-
-
-def read_yaml_file(path: Path, what: str) -> Any:
-    """The content of a YAML file in UTF-8.
-
-    Raises:
-        ConfigError: it cannot be read, is larger than 1 MiB, or is not YAML; ``what`` names it.
-    """
-    try:
-        content = path.read_bytes()
-        if len(content) > MOST_BYTES:
-            raise ConfigError(f"{what} is larger than 1 MiB: it is not a config.")
-        return read_yaml(content.decode("utf-8-sig"), what)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{what} is not in UTF-8 (byte {error.start + 1}). Save it in UTF-8.") from None
-    except OSError as error:
-        raise ConfigError(f"{what} cannot be read ({error.strerror}).") from None
+def dump_commented(tree: Mapping[str, Any]) -> str:
+    """The text of a tree, comments included, as PyYAML and MONAI read it."""
+    stream = io.StringIO()
+    _yaml().dump(tree, stream)
+    return stream.getvalue()
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -119,54 +131,54 @@ def parse_setting(text: str) -> tuple[str, Any]:
 def set_key(config: Any, key: str, value: Any, where: str, create: bool = False) -> None:
     """Set ``a::b::0`` in nested dicts and lists, in place.
 
-    Where a part belongs to a reference (``view_2: "@view_1"``), the section it names is copied first: the change is
-    the one's alone.
+    If a part belongs to a reference (``view_2: "@view_1"``), the section that it names is copied first, so that only
+    this use of it changes.
 
     Args:
         config: the config's tree.
         key: path with ``::`` (or MONAI's ``#``) between the parts.
-        value: what to put there.
+        value: the new value.
         where: the config's name for messages.
         create: allow a new last part.
 
     Raises:
-        ConfigError: the config has no such key; close names are offered.
+        ConfigError: the config does not have the key; similar names are listed.
     """
     parts = key.replace("#", SEPARATOR).split(SEPARATOR)
     node = config
     for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
+        last, above = depth == len(parts) - 1, SEPARATOR.join(parts[:depth])
+        index: Any = part
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(
-                    f"{where} has no entry {part!r} in {SEPARATOR.join(parts[:depth])} ({len(node)} entries)."
-                )
-            index: Any = int(part)
-        elif isinstance(node, dict):
-            # a component takes arguments that the template does not spell out
-            if part not in node and not (last and (create or "_target_" in node)):
-                raise ConfigError(_unknown(config, node, key, part, where))
-            index = part
-        else:
+                raise ConfigError(f"{where} has no entry {part!r} in {above} ({len(node)} entries).")
+            index = int(part)
+        elif not isinstance(node, dict):
             raise ConfigError(
-                f"{where}: {SEPARATOR.join(parts[:depth])} is the value {node!r} and has no part {part!r}. "
-                f"Set {SEPARATOR.join(parts[:depth])} as a whole."
+                f"{where}: {above} is the value {node!r} and has no key {part!r}. Set {above} as a whole."
             )
-        if last and depth and isinstance(node, CommentedMap) and index not in node:
-            node.insert(
-                min(1, len(node)), index, value
-            )  # at the end it would stand behind the next section's comment
-        elif last:
-            node[index] = value
-        else:
+        # a component takes arguments that the template does not spell out
+        elif part not in node and not (last and (create or "_target_" in node)):
+            near = get_close_matches(part, [str(k) for k in node], n=3, cutoff=0.5)
+            hint = (
+                f"Did you mean {' or '.join(near)}?" if near else f"Keys here: {', '.join(map(str, node))}."
+            )
+            raise ConfigError(f"{where} has no key {key!r}. {hint}")
+        if not last:
             section = _referred(config, node[index])
             if section is not None:
                 _put_copy(node, index, section)
             node = node[index]
+        elif depth and isinstance(node, CommentedMap) and index not in node:
+            node.insert(
+                min(1, len(node)), index, value
+            )  # at the end it would follow the next section's comment
+        else:
+            node[index] = value
 
 
 def _put_copy(node: Any, key: str, section: dict[str, Any]) -> None:
-    """A copy of a section in place of a value; the comment that follows the value stays behind it."""
+    """Put a copy of a section in place of a value; the comment that follows the value stays after it."""
     copied = copy.deepcopy(section)
     if isinstance(node, CommentedMap) and isinstance(copied, CommentedMap) and key in node.ca.items:
         copied.ca.items[list(copied)[-1]] = node.ca.items.pop(key)
@@ -174,7 +186,7 @@ def _put_copy(node: Any, key: str, section: dict[str, Any]) -> None:
 
 
 def _referred(config: Any, value: Any) -> Any:
-    """The section that ``"@a::b"`` names, or None where the value is no reference to a section."""
+    """The section that ``"@a::b"`` names, or None if the value does not refer to a section."""
     if not (isinstance(value, str) and value.startswith("@")):
         return None
     node = config
@@ -183,26 +195,7 @@ def _referred(config: Any, value: Any) -> Any:
     return node if isinstance(node, dict) else _referred(config, node)
 
 
-def _unknown(config: Any, node: Mapping[str, Any], key: str, part: str, where: str) -> str:
-    near = get_close_matches(part, [str(k) for k in node], n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(near)}?" if near else f" Known here: {', '.join(map(str, node))}."
-    return f"{where} has no key {key!r}.{hint}"
-
-
 def merge(config: dict[str, Any], overlay: Mapping[str, Any], where: str) -> None:
     """Lay an overlay over a config, in place: ``a::b`` keys set a part, plain keys replace the whole value."""
     for key, value in overlay.items():
         set_key(config, str(key), value, where, create=True)
-
-
-def load_commented(path: Path) -> dict[str, Any]:
-    """A YAML file as a tree that remembers its comments."""
-    tree: dict[str, Any] = _yaml().load(path.read_text())
-    return tree
-
-
-def dump_commented(tree: Mapping[str, Any]) -> str:
-    """The text of a tree, comments included, as PyYAML and MONAI read it."""
-    stream = io.StringIO()
-    _yaml().dump(tree, stream)
-    return stream.getvalue()

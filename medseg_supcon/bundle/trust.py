@@ -1,8 +1,8 @@
 """The gate: a run from elsewhere is data until it is trusted.
 
-A run's configs and plan are code where they hold more than plain values. They may be evaluated if the person says
-so (``--trust``), or if every piece of code in them is the shipped template's, a shipped recipe's, or was written by
-this user's medseg on this machine, which keeps a record outside the run.
+A run's configs and plan are code if they contain more than plain values. They may be evaluated if the user passed
+``--trust``, or if every piece of code in them is the shipped template's, a shipped recipe's, or was written by this
+user's medseg on this machine, which keeps a record outside the run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.bundle.plain import is_code, leaves, read_plain
+from medseg_supcon.bundle.configs import is_code, leaves, read_config
+from medseg_supcon.bundle.folder import TEMPLATE, shared_folder
+from medseg_supcon.bundle.settings import merge, read_recipe, recipe_names
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import write_text
 from medseg_supcon.networks import definition_problem
@@ -42,7 +44,7 @@ def is_plain_run(run: Path, plan: Mapping[str, Any]) -> bool:
 
 
 def check_plan_trusted(run: Path, plan: Mapping[str, Any], trust: bool) -> None:
-    """Passes where a network and preprocessing of a run may be built by evaluating its plan and inference.yaml.
+    """Passes if a network and preprocessing of a run may be built by evaluating its plan and inference.yaml.
 
     Raises:
         RunError: they are more than plain data, not recorded, and the run is not trusted.
@@ -58,14 +60,16 @@ def check_plan_trusted(run: Path, plan: Mapping[str, Any], trust: bool) -> None:
             )
         if _digest(name, key, value) not in known:
             raise _refusal(run / "configs" / name, key, value)
+    if known is not None:  # the configs are evaluated, and may call the scripts
+        _check_files(run)
 
 
 def check_configs_trusted(run: Path, trust: bool) -> None:
-    """Passes where all configs of a run may be evaluated; called before any of them is.
+    """Passes if all configs of a run may be evaluated; called before any of them is.
 
     Args:
         run: the run's folder.
-        trust: the person said so.
+        trust: the user passed ``--trust``.
 
     Raises:
         RunError: a config, the plan, metadata.json, logging.conf or a script holds code that is neither shipped
@@ -80,18 +84,16 @@ def check_configs_trusted(run: Path, trust: bool) -> None:
         known = known_code() if known is None else known
         if _digest(name, key, value) not in known:
             raise _refusal(run / "configs" / name, key, value)
-    for path, shipped_path in _files_of_code(run):
-        if not (shipped_path.is_file() and shipped_path.read_bytes() == path.read_bytes()):
-            raise RunError(f"{path} is not a file that medseg wrote. {CURE}")
+    _check_files(run)
 
 
 def check_network_trusted(source: Path, plan: Mapping[str, Any], trust: bool) -> None:
-    """Passes where the network and intensity transforms of a plan alone may be built.
+    """Passes if the network and intensity transforms of a plan alone may be built.
 
     Args:
         source: the plan's file, for the message.
         plan: its content.
-        trust: the person said so.
+        trust: the user passed ``--trust``.
 
     Raises:
         RunError: they are code that is not recorded, and the run is not trusted.
@@ -153,7 +155,7 @@ def _code_of(run: Path) -> Iterator[tuple[str, str, Any, bool]]:
         for path in (configs / f"{stem}.yaml", configs / f"{stem}.json"):
             if not path.is_file():
                 continue
-            content = read_plain(path)
+            content = read_config(path)
             if shipped is None:
                 shipped = _shipped(stem, content.get("recipe"))
             network = content.pop(NETWORK, None)
@@ -163,7 +165,7 @@ def _code_of(run: Path) -> Iterator[tuple[str, str, Any, bool]]:
                 if is_code(key, value):
                     yield path.name, key, value, shipped.get(key, ABSENT) == value
     if (configs / "metadata.json").is_file():
-        for key, value in leaves(read_plain(configs / "metadata.json")):
+        for key, value in leaves(read_config(configs / "metadata.json")):
             if is_code(key, value):
                 yield "metadata.json", key, value, False
     for name, key, value in _code_of_plan(read_plan(configs / "plan.json")):
@@ -184,7 +186,7 @@ def _unlike_shipped(run: Path, plan: Mapping[str, Any]) -> Iterator[Code]:
     for path in (run / "configs" / "inference.yaml", run / "configs" / "inference.json"):
         if not path.is_file():
             continue
-        content = read_plain(path)
+        content = read_config(path)
         network = content.pop(NETWORK, ABSENT)
         if network != plan[NETWORK]:
             yield path.name, NETWORK, network
@@ -200,22 +202,17 @@ def _unlike_shipped(run: Path, plan: Mapping[str, Any]) -> Iterator[Code]:
 
 def _shipped(stem: str, recipe: Any) -> dict[str, Any]:
     """The leaves of a template's config; of train.yaml with a shipped recipe laid over it."""
-    from medseg_supcon.bundle.recipes import read_recipe, recipe_names, shared_folder
-    from medseg_supcon.bundle.settings import merge
-
-    tree = read_plain(shared_folder("bundles") / "segmentation" / "configs" / f"{stem}.yaml")
+    tree = read_config(shared_folder("bundles") / TEMPLATE / "configs" / f"{stem}.yaml")
     if stem == "train" and isinstance(recipe, str) and recipe in recipe_names():
         merge(tree, read_recipe(recipe), "train.yaml")
     tree.pop(NETWORK, None)  # the plan's, not the template's
     return dict(leaves(tree))
 
 
-def _files_of_code(run: Path) -> Iterator[tuple[Path, Path]]:
-    """Files that Python may run, each with the shipped one: logging.conf, and what lies in scripts/."""
-    from medseg_supcon.bundle.recipes import shared_folder
-
-    template = shared_folder("bundles") / "segmentation"
-    paths = [run / "configs" / "logging.conf", *sorted((run / "scripts").rglob("*"))]
-    for path in paths:
-        if path.is_file():
-            yield path, template / path.relative_to(run)
+def _check_files(run: Path) -> None:
+    """Refuse a logging.conf or a file of scripts/, which Python may run, that differs from the shipped one."""
+    template = shared_folder("bundles") / TEMPLATE
+    for path in (run / "configs" / "logging.conf", *sorted((run / "scripts").rglob("*"))):
+        shipped = template / path.relative_to(run)
+        if path.is_file() and not (shipped.is_file() and shipped.read_bytes() == path.read_bytes()):
+            raise RunError(f"medseg did not write {path}. {CURE}")

@@ -7,16 +7,15 @@ from typing import Annotated
 
 import typer
 
-from medseg_supcon.cli.options import CasesOption, DeviceOption, TrustOption
-from medseg_supcon.cli.terminal import EXIT_SOME_FAILED, out, print_metrics
-from medseg_supcon.cli.train import read_selected
+from medseg_supcon.cli.options import CasesOption, DeviceOption, TrustOption, read_selected
+from medseg_supcon.cli.terminal import EXIT_SOME_FAILED, out, print_metrics, printable
 from medseg_supcon.errors import ConfigError
 
 
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="A trained run.")] = None,
     dataset: Annotated[
-        Path | None, typer.Argument(help="A data set, whose labelled cases are scored.")
+        Path | None, typer.Argument(help="A data set; its labelled cases are evaluated.")
     ] = None,
     out_dir: Annotated[
         Path, typer.Option("--out", metavar="FOLDER", help="Folder for metrics.csv and metrics.json.")
@@ -30,24 +29,28 @@ def evaluate(
     ] = None,
     ignore_label: Annotated[
         float | None,
-        typer.Option(metavar="VALUE", help="With --references: their value that means 'not annotated'."),
+        typer.Option(
+            metavar="VALUE", help="With --references: the value in the label maps that means 'not annotated'."
+        ),
     ] = None,
     device: DeviceOption = None,
     trust: TrustOption = False,
 ) -> None:
-    """Dice, HD95 (mm), surface Dice and volumes (ml) per case and class, as CSV and JSON.
+    """Write Dice, HD95 (mm), surface Dice and volumes (ml) per case and class, as CSV and JSON.
 
-    Of a run on a data set (with --cases, choose cases that it was not trained on), or of masks that are there
-    (--predictions and --references). Exit code 3 where some cases could not be scored.
+    Pass a run and a data set (choose cases that it was not trained on with --cases), or --predictions and
+    --references for masks that exist. Exit code 3 if some cases could not be scored.
     """
     if (predictions is None) != (references is None):
-        raise ConfigError("--predictions and --references belong together: give both folders.")
+        raise ConfigError("--predictions and --references must be used together: pass both folders.")
     if predictions is not None and references is not None:
         from medseg_supcon.evaluation import evaluate_folders
 
         evaluate_folders(predictions, references, out=out_dir, ignore_label=ignore_label)
     elif ignore_label is not None:
-        raise ConfigError("--ignore-label belongs to --predictions and --references: a run has its own.")
+        raise ConfigError(
+            "--ignore-label needs --predictions and --references; a run has its own ignore label in plan.json."
+        )
     elif run is not None and dataset is not None:
         from medseg_supcon.inference import evaluate_dataset
         from medseg_supcon.training import check_device
@@ -55,8 +58,8 @@ def evaluate(
         check_device(device)
         evaluate_dataset(run, read_selected(dataset, cases), out_dir, device=device, trust=trust)
     else:
-        raise ConfigError("Give RUN and DATASET, or --predictions DIR and --references DIR.")
+        raise ConfigError("Pass RUN and DATASET, or --predictions DIR and --references DIR.")
     report = print_metrics(out_dir / "metrics.json")
-    out.print(f"Every case: {out_dir / 'metrics.csv'}")
+    out.print(f"Scores of every case: {printable(out_dir / 'metrics.csv')}")
     if report["problems"]:
         raise typer.Exit(EXIT_SOME_FAILED)

@@ -1,77 +1,91 @@
-"""What the command line prints: tables and closing sentences."""
+"""What the command line prints: sentences, tables, and nothing that a terminal would take for a command."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from medseg_supcon.errors import RunError
+from medseg_supcon.text import counted
 
-# without markup: names and paths may hold [brackets]
+# without markup: names and paths may contain [brackets]
 out = Console(soft_wrap=True, highlight=False, markup=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
-EXIT_DONE, EXIT_INPUT, EXIT_SOME_FAILED = 0, 2, 3
+EXIT_INPUT, EXIT_SOME_FAILED, EXIT_CLOSED_PIPE = 2, 3, 141
+
+
+def printable(text: object) -> str:
+    """A name or message on one line: control characters and line breaks, which file names may contain, as escapes.
+
+    >>> printable("scan\\x1b[2J\\n.nii")
+    'scan\\\\x1b[2J\\\\n.nii'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def say(console: Console, word: str, color: str, text: str) -> None:
-    """A line that begins with a coloured word."""
-    console.print(Text.assemble((f"{word:<7} ", color), text))
+    """Print a line that begins with a coloured word."""
+    console.print(Text.assemble((f"{word:<7} ", color), printable(text)))
 
 
-def memory_ran_out(error: Exception) -> str:
-    """Whose memory it was, and the cure."""
+def end_at_closed_pipe(*_: object) -> None:
+    """End quietly if nobody reads the output any more, as `head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(EXIT_CLOSED_PIPE)
+
+
+def out_of_memory(error: Exception) -> str:
+    """Which memory was too small, and what to do."""
     if type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
-        return "memory ran out. Close other programs, or use a machine with more of it."
+        return "out of memory. Close other programs, or use a machine with more memory."
     return (
-        "the GPU's memory ran out. Plan with fewer scans per step (--set plan::batch_size=2) or smaller patches (--set "
-        "'plan::patch_size=[96,96,96]'), end what else uses the GPU, or take --device cpu."
+        "out of GPU memory. Plan with fewer scans per step (--set plan::batch_size=2) or smaller patches (--set "
+        "'plan::patch_size=[96,96,96]'), close other programs that use the GPU, or use --device cpu."
     )
 
 
-def print_report(report: Any, console: Console) -> None:
-    """The findings of a data set's check, a table, and a closing sentence."""
+def print_report(report: Any, console: Console = err) -> None:
+    """Print the findings of a data set's check, and a closing sentence."""
     for finding in report.findings:
         color = "red" if finding.severity == "error" else "yellow"
         say(console, finding.severity, color, f"{finding.case or '(all)'}: {finding.message}")
-    console.print(report.summary())
+    console.print(printable(report.summary()))
 
 
 def print_plan(plan: dict[str, Any], split: Any, run: Path) -> None:
-    """The plan in six lines."""
+    """Print the plan in six lines."""
     from medseg_supcon.plan import plan_warnings
 
-    expected = plan["expected"]
-    cases = f"{len(split.training)} to train on, {len(split.validation)} to validate, {len(split.unlabelled)} unlabelled"
-    rows = [
-        ("cases", cases),
-        ("classes", ", ".join(plan["labels"])),
-        ("spacing", " x ".join(f"{s:g}" for s in plan["spacing"]) + f" mm ({plan['orientation']})"),
-        ("patch", " x ".join(map(str, plan["patch_size"])) + f" voxels, {2 * plan['batch_size']} a step"),
-        ("length", f"{plan['epochs']} epochs of {plan['steps_per_epoch']} steps"),
-        (
-            "expected",
-            f"about {expected['minutes']:.0f} min, {expected['memory_gib']:.1f} GiB on {expected['machine']}",
-        ),
-    ]
-    err.print(f"Plan: {run / 'configs' / 'plan.json'}")
-    for name, text in rows:
-        err.print(f"  {name:<9} {text}")
+    expected, minutes = plan["expected"], round(plan["expected"]["minutes"])
+    time = f"about {counted(minutes, 'minute')}" if minutes else "less than a minute"
+    rows = {
+        "cases": f"{len(split.training)} for training, {len(split.validation)} for validation, "
+        f"{len(split.unlabelled)} unlabelled",
+        "classes": ", ".join(plan["labels"]),
+        "spacing": " x ".join(f"{s:g}" for s in plan["spacing"]) + f" mm ({plan['orientation']})",
+        "patch": " x ".join(map(str, plan["patch_size"])) + f" voxels, {2 * plan['batch_size']} per step",
+        "length": f"{counted(plan['epochs'], 'epoch')} of {counted(plan['steps_per_epoch'], 'step')}",
+        "expected": f"{time}, {expected['memory_gib']:.1f} GiB on {expected['machine']}",
+    }
+    err.print(printable(f"Plan: {run / 'configs' / 'plan.json'}"))
+    for name, text in rows.items():
+        err.print(f"  {name:<9} {printable(text)}")
     for warning in (*split.warnings, *plan_warnings(plan)):
         say(err, "warning", "yellow", warning)
 
 
 def print_metrics(path: Path) -> dict[str, Any]:
-    """Mean scores per class and over classes, from ``metrics.json``, whose content is returned."""
+    """Print mean scores per class and over classes from ``metrics.json``, and return its content."""
     try:
-        report: dict[str, Any] = json.loads(path.read_text())
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}).") from None
     table = Table("class", "Dice", "HD95 mm", "surface Dice", "cases", box=None, pad_edge=False)
@@ -82,60 +96,18 @@ def print_metrics(path: Path) -> dict[str, Any]:
     summary = report["summary"]
     for name, row in {**summary["classes"], "mean": summary["mean"]}.items():
         scores = [number(row[m], d) for m, d in (("dice", 4), ("hd95_mm", 2), ("surface_dice", 4))]
-        table.add_row(name, *scores, str(row["n"]) if name in summary["classes"] else "")
-    out.print(table)
+        table.add_row(printable(name), *scores, str(row["n"]) if name in summary["classes"] else "")
+    wide = Console(width=10_000, highlight=False, markup=False)  # in a file names are not cut
+    (out if out.is_terminal else wide).print(table)
     for warning in report.get("warnings", ()):
         say(err, "warning", "yellow", warning)
     for problem in report["problems"]:
         say(err, "not scored", "yellow", f"{problem['case']}: {problem['problem']}")
-    return report
-
-
-def predict_paths(
-    runs: Sequence[Path],
-    scans: Sequence[Path],
-    folder: Path,
-    *,
-    probabilities: bool = False,
-    tta: bool = False,
-    overwrite: bool = False,
-    device: str | None = None,
-    trust: bool = False,
-) -> int:
-    """Predict scans into a folder with a progress display; a failed scan is a sentence on stderr.
-
-    Returns:
-        exit code: 0 all done, 3 some failed, 2 all failed.
-    """
-    from medseg_supcon.inference import Predictor
-
-    predictor = Predictor(list(runs), device=device, tta=tta, trust=trust)
-    if tta and not any(model.plan["flip_axes"] for model in predictor.models):
-        say(
-            err,
-            "note",
-            "yellow",
-            "--tta changes nothing here: plan.json allows no flip_axes (classes that tell left from right).",
+    seen = {row["case"] for row in report["rows"] if row.get("trained_on")}
+    if seen:
+        text = (
+            f"the run was trained on {len(seen)} of {counted(summary['cases'], 'case')} (trained_on in metrics.csv): "
+            "the scores of those say nothing about new scans. Choose other cases with --cases."
         )
-    found = predictor.find_scans(scans)
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err,
-        disable=not err.is_terminal,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("predicting", total=len(found))
-
-        def progress(done: int, total: int, entry: dict[str, Any]) -> None:
-            bar.update(task, completed=done)
-            if entry["status"] == "failed":
-                say(err, "failed", "red", entry["error"])
-            for warning in entry.get("warnings", []):
-                say(err, "warning", "yellow", f"{entry['name']}: {warning}")
-
-        counts = predictor.run(found, folder, probabilities, overwrite, progress)["summary"]
-    parts = [f"{counts['done']} predicted"]
-    parts += [f"{counts['skipped']} there already (redo with --overwrite)"] if counts["skipped"] else []
-    parts += [f"{counts['failed']} failed"] if counts["failed"] else []
-    out.print(f"{folder}: {', '.join(parts)}; manifest.json lists every scan.")
-    if not counts["failed"]:
-        return EXIT_DONE
-    return EXIT_SOME_FAILED if counts["done"] + counts["skipped"] else EXIT_INPUT
+        say(err, "warning", "yellow", text)
+    return report

@@ -195,8 +195,7 @@ def _refuse_missing_scans(files: Mapping[str, str | Path], splits: Mapping[int, 
     """A recipe that needs unlabelled scans would otherwise fail hours later."""
     bare = [labels for labels, split in splits.items() if not split.unlabelled]
     for name, file in files.items() if bare else ():
-        sampler = read_recipe(file).get("train::sampler")
-        if isinstance(sampler, Mapping) and sampler.get("required"):
+        if read_recipe(file).get("train::sampler::required"):
             raise ConfigError(
                 f"The recipe {name} also learns from scans without labels, and with {counted(bare[0], 'labelled scan')} "
                 "none is left: the others are tested on, or all are labelled. Name the scans to test on with "

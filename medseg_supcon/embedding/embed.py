@@ -1,17 +1,19 @@
-"""``medseg embed``: what a run's network makes of voxels, before training and after."""
+"""``medseg embed``: the features that a run's network computes for voxels, before and after training."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from monai.data.utils import dense_patch_slices
+from monai.transforms import Compose, SpatialPadd
 from monai.utils import set_determinism
-from torch import nn
+from torch import Tensor, nn
 
 from medseg_supcon.bundle import (
     check_configs_trusted,
@@ -22,31 +24,23 @@ from medseg_supcon.bundle import (
     load_model,
     load_tensors,
     plain_text,
-    read_plain,
+    read_config,
     scan_preprocessing,
 )
-from medseg_supcon.datasets import Case, Dataset
-from medseg_supcon.embedding.separation import (
-    Embedding,
-    class_separation,
-    principal_components,
-    scatter_figure,
-    t_sne,
-)
-from medseg_supcon.embedding.voxels import sample_features
+from medseg_supcon.datasets import Case, Dataset, items, load_items
+from medseg_supcon.embedding.separation import class_separation, principal_components, scatter_figure, t_sne
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.files import read_json, write_csv, write_text
+from medseg_supcon.losses import IGNORE_INDEX, VoxelSampler
 from medseg_supcon.networks import ContrastiveNetwork, ProjectionHead, build_network, definition_problem
-from medseg_supcon.plan import literal, read_plan
+from medseg_supcon.plan import LabelPreprocessingd, literal, read_plan
 from medseg_supcon.training import load_initial
 
 BEFORE, AFTER = "before training", "after training"
 HEAD = "projection."  # its part of the names in checkpoint.pt
-# What train.yaml says of the projection head, but for plain values.
-HEAD_CODE = {
-    "_target_": "medseg_supcon.networks.ProjectionHead",
-    "in_channels": "$@train::network.in_channels",
-}
+# How train.yaml makes the projection head, apart from plain values.
+HEAD_CODE = {"_target_": "medseg_supcon.networks.ProjectionHead", "in_channels": "$@train::network.in_channels"}
+DEFAULT_CASES = 8
 
 
 def networks_of(run: Path, device: torch.device, trust: bool = False) -> dict[str, ContrastiveNetwork]:
@@ -61,30 +55,29 @@ def networks_of(run: Path, device: torch.device, trust: bool = False) -> dict[st
 
 def heads_of(run: Path, trust: bool = False) -> tuple[dict[str, nn.Module], str]:
     """The projection head before and after training, or none and a sentence that says why."""
-    config = read_plain(run / "configs" / "train.yaml")
+    config = read_config(run / "configs" / "train.yaml")
     checkpoint = run / "models" / "checkpoint.pt"
-    if config.get("projection") is None:
-        return {}, "The run has no projection head: features only."
-    if config.get("contrast_weight") == 0:
-        return {}, "The run's contrast weight is 0, its projection head was not trained: features only."
-    if not checkpoint.exists():
-        return {}, "The run has no models/checkpoint.pt, which holds the projection head: features only."
+    reasons = {
+        "has no projection head": config.get("projection") is None,
+        "has a contrast weight of 0, so that its projection head was not trained": config.get("contrast_weight") == 0,
+        "has no models/checkpoint.pt, which holds the projection head": not checkpoint.exists(),
+    }
+    if any(reasons.values()):
+        return {}, f"The run {next(why for why, applies in reasons.items() if applies)}: features only."
     try:
         saved = load_tensors(checkpoint)["state"]["loss"]
-        prefixes = sorted({key.split(HEAD, 1)[0] for key in saved if HEAD in key}, key=len)
+        prefix = min((key.split(HEAD, 1)[0] for key in saved if HEAD in key), key=len, default=None)
     except (KeyError, TypeError, AttributeError):
         raise RunError(f"{checkpoint} is not a checkpoint of a training. Copy it again.") from None
-    if not prefixes:
-        return {}, "The run has not kept its projection head: features only."
-    prefix = prefixes[0] + HEAD
+    if prefix is None:
+        return {}, "The run's checkpoint does not hold its projection head: features only."
     made = {when: _begun(run, trust)[1] for when in (BEFORE, AFTER)}
     heads = {when: head.eval() for when, head in made.items() if head is not None}
-    if not heads:  # an expression that gives none
+    if not heads:  # an expression that gives None
         return {}, "The run has no projection head: features only."
+    prefix += HEAD
     try:
-        heads[AFTER].load_state_dict(
-            {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
-        )
+        heads[AFTER].load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{checkpoint} does not fit the projection head of train.yaml: {reason}") from None
@@ -93,12 +86,11 @@ def heads_of(run: Path, trust: bool = False) -> tuple[dict[str, nn.Module], str]
 
 def _begun(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
     """Network and projection head (None: the run has none) as the run's seed makes them, one after the other."""
-    config = read_plain(run / "configs" / "train.yaml")
+    config = read_config(run / "configs" / "train.yaml")
     plan = read_plan(run / "configs" / "plan.json")
     head, seed = config.get("projection"), config.get("seed")
-    begins = config.get("init_weights")
-    weights = None if begins is None else plain_text(begins)
-    plain_start = isinstance(seed, int) and (begins is None or weights is not None)
+    weights = config.get("init_weights") and plain_text(config["init_weights"])
+    plain_start = isinstance(seed, int) and (weights is None) == (config.get("init_weights") is None)
     if not (plain_start and _is_plain_head(head) and definition_problem(plan["network_def"]) is None):
         return _evaluated(run, trust)
     set_determinism(seed=seed)
@@ -115,21 +107,19 @@ def _begun(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
 
 
 def _is_plain_head(head: Any) -> bool:
-    if head is None:
-        return True
-    if not isinstance(head, dict) or any(head.get(key) != value for key, value in HEAD_CODE.items()):
-        return False
-    return not any(is_code(key, value) for key, value in leaves(head) if key not in HEAD_CODE)
+    if not isinstance(head, dict):
+        return head is None
+    options = {key: value for key, value in head.items() if key not in HEAD_CODE}
+    return HEAD_CODE.items() <= head.items() and not any(is_code(key, value) for key, value in leaves(options))
 
 
 def _evaluated(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
-    """The same from train.yaml as MONAI evaluates it, where a recipe of one's own has another start or head."""
+    """The same from train.yaml as MONAI evaluates it, for recipes with another start or head than ours."""
     check_configs_trusted(run, trust)
     parser = ConfigParser()
     parser.read_config(str(run / "configs" / "train.yaml"))
     parser["bundle_root"] = literal(str(run))
-    # What a run began from does not depend on where it is looked at.
-    parser["device"] = "$torch.device('cpu')"
+    parser["device"] = "$torch.device('cpu')"  # the start of a run does not depend on the device
     set_determinism(seed=int(parser.get_parsed_content("seed")))
     network, head = parser.get_parsed_content("network"), parser.get_parsed_content("projection")
     set_determinism(seed=None)
@@ -138,8 +128,63 @@ def _evaluated(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
     return network, head
 
 
-DEFAULT_CASES = 8
-FEATURES, PROJECTED = "encoder features", "projected features"
+def _sample_features(
+    prepare: Compose,
+    entries: Iterable[Any],
+    networks: Mapping[str, ContrastiveNetwork],
+    sampler: VoxelSampler,
+    patch: Sequence[int],
+    device: torch.device,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Features (N, F) of the sampled voxels by each network, their class indices (N,) and scans' numbers (N,)."""
+    features: dict[str, list[Tensor]] = {name: [] for name in networks}
+    labels, scans = [], []
+    for number, case in enumerate(map(prepare, entries)):
+        label = torch.as_tensor(case["label"]).long()
+        indices = sampler(label).indices
+        where = torch.stack(torch.unravel_index(indices, label.shape[1:]), 1)
+        for name, rows in voxel_features(networks, torch.as_tensor(case["image"]), where, patch, device).items():
+            features[name].append(rows)
+        labels.append(label.flatten()[indices])
+        scans.append(torch.full_like(indices, number))
+    return {name: torch.cat(parts) for name, parts in features.items()}, torch.cat(labels), torch.cat(scans)
+
+
+@torch.no_grad()
+def voxel_features(
+    networks: Mapping[str, ContrastiveNetwork],
+    image: Tensor,
+    where: Tensor,
+    patch: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """Features of single voxels, patch by patch, so that the memory is one patch's at any size of the scan.
+
+    A voxel's features come from the window whose centre is nearest, of windows that overlap by half.
+
+    Args:
+        networks: by name, on ``device``.
+        image: (C, X, Y, Z), no smaller than a patch.
+        where: (N, 3) voxel indices.
+        patch: voxels per axis.
+        device: of the networks.
+
+    Returns:
+        name -> (N, F) float32, on the CPU.
+    """
+    windows = dense_patch_slices(tuple(image.shape[1:]), tuple(patch), tuple(max(1, p // 2) for p in patch))
+    starts = torch.tensor([[s.start for s in window] for window in windows])
+    size = torch.tensor(list(patch))
+    nearest = ((where[:, None].double() + 0.5 - starts - size / 2) / size).abs().amax(2).argmin(1)
+    result: dict[str, Tensor] = {}
+    for number in torch.unique(nearest).tolist():
+        mine = nearest == number
+        x, y, z = (where[mine] - starts[number]).T
+        part = image[(slice(None), *windows[number])][None].to(device)
+        for name, network in networks.items():
+            rows = network.forward_features(part)[1][0].float().cpu()[:, x, y, z].T
+            result.setdefault(name, rows.new_zeros(len(where), rows.shape[1]))[mine] = rows
+    return result
 
 
 def embed_run(
@@ -155,8 +200,8 @@ def embed_run(
 ) -> dict[str, Any]:
     """Dense and projected features of sampled voxels before and after training: pictures and class separation.
 
-    Before training is the run's network as its seed (and its ``--init``) made it. Voxels are drawn once, evenly
-    over classes, and are the same in all sets.
+    The network before training is as the run's seed (and its ``--init``) made it. Voxels are drawn once, evenly over
+    classes, and are the same in all sets.
 
     Args:
         run: a trained run.
@@ -177,93 +222,83 @@ def embed_run(
     if not (is_planned(run) and is_started(run)):
         raise RunError(f"{run} is not a trained run. Train it first: medseg train DATASET --out {run}.")
     plan = read_plan(run / "configs" / "plan.json")
-    chosen, told = _choose(run, dataset, cases)
+    chosen, chosen_how = _choose(run, dataset, cases)
     if len(dataset.channels) != len(plan["channels"]):
-        raise DataError(
-            f"{dataset.root} has {len(dataset.channels)} channel(s) per scan, the run {len(plan['channels'])}."
-        )
+        channels = f"{len(dataset.channels)} channel(s) per scan, the run {len(plan['channels'])}"
+        raise DataError(f"{dataset.root} has {channels}. Choose a data set with the run's channels.")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    networks = networks_of(run, where, trust)
-    preprocessing = scan_preprocessing(run, trust)
-    features, labels, scans = sample_features(
-        preprocessing, plan, dataset, chosen, networks, voxels, seed, where
-    )
-    classes = list(plan["labels"])
-    sets = [Embedding(f"{FEATURES}, {when}", rows.numpy()) for when, rows in features.items()]
+    networks, classes, patch = networks_of(run, where, trust), list(plan["labels"]), plan["patch_size"]
+    padding = [SpatialPadd("image", patch), SpatialPadd("label", patch, value=IGNORE_INDEX)]
+    prepare = Compose([scan_preprocessing(run, trust), LabelPreprocessingd(plan), *padding])
+    sampler = VoxelSampler("stratified", max(len(classes), -(-voxels // len(chosen))), seed=seed)
+    entries = load_items(items(chosen, dataset.root), dataset.root)
+    features, *which = _sample_features(prepare, entries, networks, sampler, patch, where)
+    labels, scans = (part.numpy() for part in which)
+    if not len(labels):
+        raise DataError(f"{dataset.root}: no labelled voxel in the chosen cases. Choose others with --cases.")
     heads, note = heads_of(run, trust)
+    sets = {f"encoder features, {when}": rows.numpy() for when, rows in features.items()}
     with torch.no_grad():
-        for when, head in heads.items():
-            sets.append(Embedding(f"{PROJECTED}, {when}", head(features[when]).float().numpy()))
+        sets |= {f"projected features, {when}": head(features[when]).float().numpy() for when, head in heads.items()}
     rows = [
-        {"vectors": s.name, "width": s.vectors.shape[1]} | class_separation(s.vectors, labels, scans, seed)
-        for s in sets
+        {"vectors": name, "width": vectors.shape[1]} | class_separation(vectors, labels, scans, seed)
+        for name, vectors in sets.items()
     ]
     out.mkdir(parents=True, exist_ok=True)
     _draw(sets, labels, classes, seed, out)
-    _write_projector(sets, labels, [chosen[i].name for i in scans], classes, out / "projector")
-    found = {
+    metadata = [[classes[int(c)], chosen[int(scan)].name] for c, scan in zip(labels, scans, strict=True)]
+    _write_projector(sets, metadata, out / "projector")
+    result = {
         "run": str(run),
         "cases": [case.name for case in chosen],
         "voxels": {name: int((labels == c).sum()) for c, name in enumerate(classes)},
         "separation": rows,
-        "sentences": [told, *([note] if note else []), *(_sentence(row) for row in rows)],
+        "sentences": [chosen_how, *([note] if note else []), *map(_sentence, rows)],
     }
-    write_text(out / "separation.json", json.dumps(found, indent=1) + "\n")
+    write_text(out / "separation.json", json.dumps(result, indent=1) + "\n")
     write_csv(out / "separation.csv", list(rows[0]), rows)
-    return found
+    return result
 
 
-def _choose(run: Path, dataset: Dataset, names: Iterable[str] | None) -> tuple[list[Case], str]:
+def _choose(run: Path, dataset: Dataset, names: Iterable[str] | None) -> tuple[Sequence[Case], str]:
+    """Labelled cases, and a sentence that says how they were chosen."""
     if names is not None:
-        labelled = dataset.select(names).labelled
-        told = f"{_scans(labelled)}, as named."
+        labelled, how = dataset.select(names).labelled, ", as named"
     else:
-        lists = read_json(run / "configs" / "datalist.json")
-        trained = {item["name"] for item in lists["training"]}
+        trained = {item["name"] for item in read_json(run / "configs" / "datalist.json")["training"]}
         unseen = tuple(case for case in dataset.labelled if case.name not in trained)
-        labelled = (unseen or dataset.labelled)[:DEFAULT_CASES]
-        told = f"{_scans(labelled)} that the run {'did not train' if unseen else 'trained'} on."
-    if not labelled:
-        raise DataError(
-            f"{dataset.root}: none of the cases has a label map. Classes are needed to tell voxels apart."
+        labelled, how = (
+            (unseen or dataset.labelled)[:DEFAULT_CASES],
+            f" that the run {'did not train' if unseen else 'trained'} on",
         )
-    return list(labelled), told
+    if not labelled:
+        raise DataError(f"{dataset.root}: none of the cases has a label map, which the classes are taken from.")
+    return labelled, f"{len(labelled)} scan{'' if len(labelled) == 1 else 's'}{how}."
 
 
-def _scans(cases: Sequence[Case]) -> str:
-    return f"{len(cases)} scan{'' if len(cases) == 1 else 's'}"
-
-
-def _draw(sets: Sequence[Embedding], labels: Any, classes: Sequence[str], seed: int, out: Path) -> None:
+def _draw(sets: Mapping[str, Any], labels: Any, classes: Sequence[str], seed: int, out: Path) -> None:
     panels = []
-    for name, vectors in sets:
+    for name, vectors in sets.items():
         points, shares = principal_components(vectors)
         panels.append((f"{name} ({100 * sum(shares):.0f} % of the variance)", points))
     scatter_figure(panels, labels, classes, "Voxels by their first two principal components", out / "pca.png")
-    maps = [(name, t_sne(vectors, seed)) for name, vectors in sets]
+    maps = [(name, t_sne(vectors, seed)) for name, vectors in sets.items()]
     scatter_figure(maps, labels, classes, "Voxels by t-SNE", out / "tsne.png")
 
 
-def _write_projector(
-    sets: Sequence[Embedding], labels: Any, cases: Sequence[str], classes: Sequence[str], folder: Path
-) -> None:
+def _write_projector(sets: Mapping[str, Any], metadata: list[list[str]], folder: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)  # a projector appends
-    metadata = [[classes[int(c)], case] for c, case in zip(labels, cases, strict=True)]
     with SummaryWriter(str(folder)) as writer:
-        for name, vectors in sets:
+        for name, vectors in sets.items():
             tag = name.replace(", ", "_").replace(" ", "_")
-            writer.add_embedding(
-                torch.from_numpy(vectors), metadata, tag=tag, metadata_header=["class", "case"]
-            )
+            writer.add_embedding(torch.from_numpy(vectors), metadata, tag=tag, metadata_header=["class", "case"])
 
 
 def _sentence(row: dict[str, Any]) -> str:
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    return (
-        f"{row['vectors']}: silhouette {number(row['silhouette'])}, linear probe {number(row['linear_probe'])} "
-        f"(balanced accuracy), collapse {number(row['collapse'])}."
+    silhouette, probe, collapse = (
+        "-" if row[key] is None else f"{row[key]:.3f}" for key in ("silhouette", "linear_probe", "collapse")
     )
+    scores = f"silhouette {silhouette}, linear probe {probe} (balanced accuracy), collapse {collapse}"
+    return f"{row['vectors']}: {scores}."

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from monai.metrics import EmbeddingCollapseMetric
 
-from medseg_supcon.evaluation import INK, color_of, legend_below, new_figure, save
+from medseg_supcon.evaluation import INK, color_of, dress_image, legend_below, new_figure, save
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
 FOLDS = 5
 BACKGROUND_COLOR = "#9a9a9a"
-
-
-class Embedding(NamedTuple):
-    """Vectors of voxels.
-
-    Attributes:
-        name: what the vectors are, e.g. ``"features, after training"``.
-        vectors: (N, D).
-    """
-
-    name: str
-    vectors: Floats
 
 
 def class_separation(vectors: Floats, labels: Integers, groups: Integers, seed: int = 0) -> dict[str, Any]:
@@ -61,9 +49,8 @@ def class_separation(vectors: Floats, labels: Integers, groups: Integers, seed: 
     from sklearn.metrics import silhouette_score
 
     if not len(vectors) == len(labels) == len(groups):
-        raise ValueError(
-            f"vectors, labels and groups must be of one length, got {len(vectors)}, {len(labels)}, {len(groups)}"
-        )
+        lengths = f"{len(vectors)}, {len(labels)}, {len(groups)}"
+        raise ValueError(f"vectors, labels and groups must be of one length, got {lengths}")
     if not np.isfinite(vectors).all():
         raise ValueError("vectors must be finite, found NaN or infinity")
     present, counts = np.unique(labels, return_counts=True)
@@ -79,9 +66,7 @@ def class_separation(vectors: Floats, labels: Integers, groups: Integers, seed: 
     return result | {name: None if scores.get(name) is None else float(scores[name]) for name in collapse}
 
 
-def _linear_probe(
-    vectors: Floats, labels: Integers, groups: Integers, rarest: int, seed: int
-) -> float | None:
+def _linear_probe(vectors: Floats, labels: Integers, groups: Integers, rarest: int, seed: int) -> float | None:
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, StratifiedKFold
     from sklearn.pipeline import make_pipeline
@@ -91,8 +76,7 @@ def _linear_probe(
     if scans > 1:
         folds = GroupKFold(min(FOLDS, scans)).split(vectors, labels, groups)
     elif rarest > 1:
-        kind = StratifiedKFold(min(FOLDS, rarest), shuffle=True, random_state=seed)
-        folds = kind.split(vectors, labels)
+        folds = StratifiedKFold(min(FOLDS, rarest), shuffle=True, random_state=seed).split(vectors, labels)
     else:
         return None
     predicted = np.empty_like(labels)
@@ -113,9 +97,8 @@ def principal_components(vectors: Floats) -> tuple[Floats, list[float]]:
         return np.zeros((len(vectors), 2), np.float32), [0.0, 0.0]
     count = min(2, *vectors.shape)
     pca = PCA(count, svd_solver="full")
-    points = pca.fit_transform(vectors)
-    shares = [float(s) for s in pca.explained_variance_ratio_] + [0.0] * (2 - count)
-    return np.pad(points, ((0, 0), (0, 2 - count))).astype(np.float32), shares
+    points = np.pad(pca.fit_transform(vectors), ((0, 0), (0, 2 - count))).astype(np.float32)
+    return points, [*pca.explained_variance_ratio_.tolist(), 0.0][:2]
 
 
 def t_sne(vectors: Floats, seed: int = 0) -> Floats:
@@ -134,7 +117,7 @@ def t_sne(vectors: Floats, seed: int = 0) -> Floats:
 def scatter_figure(
     panels: Sequence[tuple[str, Floats]], labels: Integers, classes: Sequence[str], title: str, path: Path
 ) -> None:
-    """Points by class, one panel for each set; two panels a row, before training left and after right.
+    """Points by class as a PNG, two panels in a row.
 
     Args:
         panels: (title, (N, 2) points).
@@ -143,32 +126,23 @@ def scatter_figure(
         title: over all panels.
         path: the PNG.
     """
+    from matplotlib.lines import Line2D
+
     rows = -(-len(panels) // 2)
     figure = new_figure(9.4, 4.5 * rows + 0.9)
     axes = figure.subplots(rows, 2, squeeze=False).ravel()
     order = np.random.default_rng(0).permutation(len(labels))  # no class covers the others
-    colors = np.array([BACKGROUND_COLOR if c == 0 else color_of(c - 1) for c in range(len(classes))], object)
+    colors = [BACKGROUND_COLOR, *map(color_of, range(len(classes) - 1))]
     for axis, (name, points) in zip(axes, panels, strict=False):
-        axis.scatter(*points[order].T, c=list(colors[labels[order]]), s=9, alpha=0.75, linewidths=0)
-        axis.set_title(name, fontsize=10, color=INK, loc="left")
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for side in axis.spines.values():
-            side.set_color("#cccccc")
+        axis.scatter(*points[order].T, c=[colors[c] for c in labels[order]], s=9, alpha=0.75, linewidths=0)
+        dress_image(axis, name)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
-    _legend(figure, labels, classes, colors)
-    save(figure, path)
-
-
-def _legend(figure: Any, labels: Integers, classes: Sequence[str], colors: Any) -> None:
-    from matplotlib.lines import Line2D
-
-    counts: Mapping[int, int] = {c: int((labels == c).sum()) for c in range(len(classes))}
     handles = [
-        Line2D([], [], linestyle="", marker="o", color=colors[c], label=f"{name} ({counts[c]})")
-        for c, name in enumerate(classes)
-        if counts[c]
+        Line2D([], [], linestyle="", marker="o", color=color, label=f"{name} ({count})")
+        for color, name, count in zip(colors, classes, np.bincount(labels, minlength=len(classes)), strict=True)
+        if count
     ]
     legend_below(figure, handles)
+    save(figure, path)

@@ -7,13 +7,14 @@ from medseg_supcon.evaluation.figures import (
     curves_figure,
     dress,
     dress_epochs,
+    dress_image,
     legend_below,
     new_figure,
+    overlay_figure,
     save,
 )
 from medseg_supcon.evaluation.folders import evaluate_folders
 from medseg_supcon.evaluation.metrics import Row, case_metrics
-from medseg_supcon.evaluation.overlay import overlay_figure
 from medseg_supcon.evaluation.summary import (
     EMPTY_RULE,
     MetricsReport,

@@ -1,18 +1,21 @@
-"""Training curves: the terms of the loss, and Dice per class."""
+"""Pictures: training curves, masks over their scan, and the style that all figures share."""
 
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 
-from medseg_supcon.errors import RunError
+from medseg_supcon.datasets import snap_labels
+from medseg_supcon.errors import DataError, RunError
+from medseg_supcon.evaluation.metrics import Array, Labels
+from medseg_supcon.scans import read_nifti
 
-BACKGROUND, INK, GRID = "white", "#222222", "#dddddd"
+INK, GRID = "#222222", "#dddddd"
 # Okabe and Ito's palette, which colour-blind people can distinguish, and then matplotlib's tab20.
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 
@@ -30,7 +33,7 @@ def new_figure(width: float, height: float) -> Any:
     """A matplotlib figure, size in inches, with automatic layout."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained", facecolor=BACKGROUND)
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def dress(axis: Any, title: str, below: str) -> None:
@@ -52,23 +55,27 @@ def dress_epochs(axis: Any, title: str, epochs: Sequence[int]) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def legend_below(figure: Any, handles: Sequence[Any], most: int = 6) -> Any:
+def dress_image(axis: Any, title: str) -> None:
+    """Title and a light frame without ticks, for slices and maps."""
+    axis.set_title(title, fontsize=10, color=INK, loc="left")
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_color(GRID)
+
+
+def legend_below(figure: Any, handles: Sequence[Any], most: int = 6, **style: Any) -> None:
     """A legend below a figure, with as many columns (at most ``most``) as fit; more rows make the figure higher."""
-    names = [handle.get_label() for handle in handles]
+    letters = np.array([len(handle.get_label()) for handle in handles])
+
+    def inches(columns: int) -> float:  # roughly; a column is as wide as its longest name and the mark before it
+        return float(sum(0.075 * part.max() + 0.6 for part in np.array_split(letters, columns)))
+
     columns = max(min(most, len(handles)), 1)  # matplotlib has no handle for a name that begins with _
-    while columns > 1 and _inches(names, columns) > figure.get_figwidth():
+    while columns > 1 and inches(columns) > figure.get_figwidth():
         columns -= 1
     rows = -(-len(handles) // columns)
     figure.set_figheight(figure.get_figheight() + 0.2 * (rows - 1))
-    return figure.legend(
-        handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False
-    )
-
-
-def _inches(names: Sequence[str], columns: int) -> float:
-    """The approximate width of a legend; each column is as wide as its longest name and the mark before it."""
-    parts = np.array_split(np.array([len(name) for name in names]), columns)
-    return float(sum(0.075 * part.max() + 0.6 for part in parts))
+    style = {"ncols": columns, "fontsize": 9, "frameon": False} | style
+    figure.legend(handles=handles, loc="outside lower center", **style)
 
 
 def save(figure: Any, path: Path) -> None:
@@ -84,14 +91,12 @@ def save(figure: Any, path: Path) -> None:
         raise RunError(f"{path}: the picture could not be written ({error.strerror}).") from error
 
 
-MEAN, PER_CLASS = "val_mean_dice", "val_dice_"
+PER_CLASS = "val_dice_"
 MOST_NAMED = 10  # classes; the names of more would cover the curves
 NO_LOSS = ("epoch", "step", "seconds", "learning_rate", "stage", "confident")
 
-History = Mapping[str, Sequence[Any]]
 
-
-def curves_figure(history: str | Path | History, path: str | Path) -> None:
+def curves_figure(history: str | Path | Mapping[str, Sequence[Any]], path: str | Path) -> None:
     """Draws the training loss and its terms (left) and validation Dice per class (right), as a PNG.
 
     Args:
@@ -102,26 +107,29 @@ def curves_figure(history: str | Path | History, path: str | Path) -> None:
     Raises:
         RunError: the history is missing or has no epoch.
     """
-    columns = history if isinstance(history, Mapping) else _read(Path(history))
+    columns = history if isinstance(history, Mapping) else _columns(Path(history))
     epochs = [int(float(epoch)) for epoch in columns.get("epoch", [])]
     if not epochs:
         raise RunError(f"{history}: this history has no epoch. Train first.")
+
+    def draw(axis: Any, column: str, **style: Any) -> None:
+        values = np.array([np.nan if cell in ("", None) else float(cell) for cell in columns[column]])
+        finite = np.isfinite(values)
+        style = {"marker": "." if finite.sum() < 3 else "", "linewidth": 1.5} | style
+        axis.plot(np.array(epochs)[finite], values[finite], **style)
+
     figure = new_figure(10.5, 3.9)
     left, right = figure.subplots(1, 2)
     losses = [c for c in columns if c not in NO_LOSS and not c.startswith("val_") and "weight" not in c]
-    losses.sort(key=lambda name: name != "loss")
-    for number, name in enumerate(losses):
-        x, y = _points(epochs, columns[name])
+    for number, name in enumerate(sorted(losses, key=lambda name: name != "loss")):
         style = {"color": INK, "linewidth": 2.0} if name == "loss" else {"color": color_of(number)}
-        left.plot(x, y, label=name.replace("_", " "), marker="." if len(x) < 3 else "", **style)
+        draw(left, name, label=name.replace("_", " "), **style)
     classes = [c for c in columns if c.startswith(PER_CLASS)]
     for number, name in enumerate(classes):
-        x, y = _points(epochs, columns[name])
         label = name.removeprefix(PER_CLASS) if len(classes) <= MOST_NAMED else None
-        right.plot(x, y, label=label, color=color_of(number), marker=".", linewidth=1.2)
-    if MEAN in columns:
-        x, y = _points(epochs, columns[MEAN])
-        right.plot(x, y, label="mean", color=INK, marker=".", linewidth=2.0)
+        draw(right, name, label=label, color=color_of(number), marker=".", linewidth=1.2)
+    if "val_mean_dice" in columns:
+        draw(right, "val_mean_dice", label="mean", color=INK, marker=".", linewidth=2.0)
     right.set_ylim(0, 1)
     many = f", mean and {len(classes)} classes" if len(classes) > MOST_NAMED else ""
     for axis, title in ((left, "Training loss"), (right, f"Validation Dice{many}")):
@@ -131,19 +139,113 @@ def curves_figure(history: str | Path | History, path: str | Path) -> None:
     save(figure, Path(path))
 
 
-def _read(file: Path) -> dict[str, list[str]]:
+def _columns(file: Path) -> dict[str, list[str]]:
     try:
         with file.open(newline="", encoding="utf-8") as stream:
             rows = list(csv.DictReader(stream))
     except OSError as error:
-        raise RunError(
-            f"{file}: the training's history cannot be read ({error.strerror}). Train first."
-        ) from error
+        raise RunError(f"{file}: the training's history cannot be read ({error.strerror}). Train first.") from error
     return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
 
 
-def _points(epochs: Sequence[int], cells: Sequence[Any]) -> tuple[list[int], list[float]]:
-    """The epochs with a finite value, and the values."""
-    pairs = [(e, float(v)) for e, v in zip(epochs, cells, strict=True) if v not in ("", None)]
-    pairs = [(e, v) for e, v in pairs if math.isfinite(v)]
-    return [e for e, _ in pairs], [v for _, v in pairs]
+# (name, the axis that the plane cuts, horizontal axis, vertical axis) of a scan turned to RAS+
+PLANES = (("axial", 2, 0, 1), ("coronal", 1, 0, 2), ("sagittal", 0, 1, 2))
+ENDS = (("L", "R"), ("P", "A"), ("I", "S"))
+PLACES = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.05), (0.5, 0.95))  # left, right, bottom, top
+NARROWEST = 0.25  # share of the whole width: a title needs room
+SHADE = {"facecolor": "black", "alpha": 0.45, "edgecolor": "none", "pad": 1.2}
+LETTER: Any = {"fontsize": 8, "color": "white", "bbox": SHADE, "ha": "center", "va": "center"}
+ON_DARK: Any = {"frameon": True, "facecolor": "#555555", "edgecolor": "none", "labelcolor": "white"}  # of a legend
+
+
+def overlay_figure(
+    scan: str | Path, reference: str | Path | None, prediction: str | Path, path: str | Path, labels: Labels
+) -> None:
+    """Draws the axial, coronal and sagittal plane with most foreground, with masks, as a PNG; its folder is made.
+
+    The reference is above, the prediction with the reference's outline below. Axes are in mm, so that anisotropic voxels
+    look right; letters mark the ends of each axis.
+
+    Args:
+        scan: NIfTI file, (X, Y, Z) or with channels last (the first is shown).
+        reference, prediction: NIfTI masks on the scan's grid; the reference may be None.
+        path: the PNG.
+        labels: class name -> value in the masks, background first.
+
+    Raises:
+        DataError: a file cannot be read, or a mask has another shape than the scan.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    image, spacing = _canonical(scan)
+    masks: dict[str, Array] = {}
+    for title, file in (("reference", reference), ("prediction", prediction)):
+        if file is not None:
+            mask = snap_labels(_canonical(file)[0], labels.values())  # a file with a scaling has 2.9999998 for 3
+            if mask.shape != image.shape:
+                raise DataError(f"{file} has shape {mask.shape} and {scan} {image.shape}. They must share one grid.")
+            masks[title] = mask
+    foreground = list(labels.items())[1:]
+    slices = [_best_slice(next(iter(masks.values())), foreground, cut) for cut in range(3)]
+
+    def plane(volume: Array, cut: int) -> Array:
+        """(vertical, horizontal), first row at the bottom."""
+        return np.asarray(volume.take(slices[cut], axis=cut)).T
+
+    low, high = np.percentile(np.concatenate([plane(image, cut).ravel() for cut in range(3)]), (0.5, 99.8))
+    size = np.array(image.shape) * spacing
+    widths = [size[horizontal] for _, _, horizontal, _ in PLANES]
+    widths = [max(width, NARROWEST * sum(widths)) for width in widths]
+    height = max(size[vertical] for *_, vertical in PLANES) * 9.0 / sum(widths)
+    figure = new_figure(9.4, min(max(height, 1.2), 9.0) * len(masks) + 1.1)
+    axes = figure.subplots(len(masks), 3, squeeze=False, gridspec_kw={"width_ratios": widths})
+    drawn: set[float] = set()
+    for (title, mask), line in zip(masks.items(), axes, strict=True):
+        for (name, cut, horizontal, vertical), axis in zip(PLANES, line, strict=True):
+            box = (0, size[horizontal], 0, size[vertical])
+            axis.imshow(plane(image, cut), "gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", extent=box)
+            for number, (_, value) in enumerate(foreground):
+                _outline(axis, plane(mask, cut) == value, box, color_of(number), fill=True)
+                if title == "prediction" and "reference" in masks:
+                    _outline(axis, plane(masks["reference"], cut) == value, box, "white")
+            drawn.update(np.unique(plane(mask, cut)).tolist())
+            axis.set(xlim=box[:2], ylim=box[2:], anchor="N", facecolor="black")
+            dress_image(axis, f"{title}, {name}")
+            for place, letter in zip(PLACES, ENDS[horizontal] + ENDS[vertical], strict=True):
+                axis.text(*place, letter, transform=axis.transAxes, **LETTER)
+    marks = [(color_of(number), *of_class) for number, of_class in enumerate(foreground)]
+    handles: list[Any] = [Patch(color=color, label=name, alpha=0.8) for color, name, value in marks if value in drawn]
+    if "reference" in masks:
+        handles.append(Line2D([], [], color="white", linewidth=1.6, label="reference's outline"))
+    if handles:
+        legend_below(figure, handles, **(ON_DARK if "reference" in masks else {}))
+    save(figure, Path(path))
+
+
+def _canonical(file: str | Path) -> tuple[Array, Array]:
+    """The (first) volume of a NIfTI file with its axes turned to RAS+, and its voxel sizes in mm."""
+    volume = read_nifti(Path(file))
+    if volume.data.ndim < 3:
+        raise DataError(f"{file}: expected a 3-D scan, found shape {volume.data.shape}.")
+    order = nibabel.io_orientation(volume.affine)
+    data = nibabel.apply_orientation(volume.data.reshape(*volume.data.shape[:3], -1)[..., 0], order)
+    return data, np.linalg.norm(volume.affine[:3, :3], axis=0)[np.argsort(order[:, 0])]
+
+
+def _best_slice(mask: Array, foreground: Sequence[tuple[str, float]], axis: int) -> int:
+    """The slice that shows most: each class counts with its share in the slice."""
+    areas = [(mask == value).sum(axis=tuple({0, 1, 2} - {axis})) for _, value in foreground]
+    score = sum((area / max(area.max(), 1) for area in areas), np.zeros(mask.shape[axis]))
+    return int(score.argmax()) if score.any() else mask.shape[axis] // 2
+
+
+def _outline(axis: Any, mask: Array, box: tuple[float, ...], color: Any, fill: bool = False) -> None:
+    if not mask.any():
+        return
+    # Padded and magnified, so that outlines follow the voxels' edges, at the border too.
+    fine = np.kron(np.pad(mask, 1), np.ones((4, 4)))
+    y, x = (((np.arange(4 * n + 8) + 0.5) / 4 - 1) / n for n in mask.shape)
+    if fill:
+        axis.contourf(x * box[1], y * box[3], fine, levels=[0.5, 1.5], colors=[color], alpha=0.45)
+    axis.contour(x * box[1], y * box[3], fine, levels=[0.5], colors=[color], linewidths=1.0 if fill else 1.3)

@@ -1,4 +1,4 @@
-"""The evaluation's ignite metric: mean Dice for the engine, metrics.csv and metrics.json for people."""
+"""Summary of scores, ``metrics.csv`` and ``metrics.json``, and the ignite metric that writes them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
-import torch.distributed
 from ignite.engine import Engine
 from ignite.metrics import Metric
 
 from medseg_supcon.datasets import snap_labels
 from medseg_supcon.errors import DataError, RunError
-from medseg_supcon.evaluation.metrics import METRICS, Row, case_metrics
+from medseg_supcon.evaluation.metrics import METRICS, Array, Labels, Row, case_metrics
 from medseg_supcon.files import write_csv, write_text
 from medseg_supcon.scans import read_nifti, same_grid
 
@@ -39,28 +39,24 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """
     classes: dict[str, Any] = {}
     for name in dict.fromkeys(row["class"] for row in rows):
-        mine = [row for row in rows if row["class"] == name]
-        of: dict[str, Any] = {}
-        for metric in METRICS:
-            of |= _statistics(metric, [row[metric] for row in mine])
-        of["n"] = sum(row["dice"] is not None for row in mine)
-        kinds = ("both", "prediction", "reference")
-        of["empty"] = {kind: sum(row["empty"] == kind for row in mine) for kind in kinds}
-        classes[name] = of
-    mean: dict[str, Any] = {}
-    for metric in METRICS:
-        mean[metric] = _statistics(metric, [of[metric] for of in classes.values()])[metric]
-    mean["n"] = sum(of["dice"] is not None for of in classes.values())
+        of_class = [row for row in rows if row["class"] == name]
+        empty = {kind: sum(row["empty"] == kind for row in of_class) for kind in ("both", "prediction", "reference")}
+        classes[name] = _statistics(of_class) | {"empty": empty}
+    mean = {key: value for key, value in _statistics(list(classes.values())).items() if key in (*METRICS, "n")}
     return {"cases": len({row["case"] for row in rows}), "mean": mean, "classes": classes}
 
 
-def metrics_report(rows: Sequence[Row], problems: Sequence[dict[str, str]] = ()) -> dict[str, Any]:
-    """What ``metrics.json`` holds. A score that does not exist is None, never NaN.
+def _statistics(rows: Sequence[Row]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for metric in METRICS:
+        scored = np.array([row[metric] for row in rows if row[metric] is not None], dtype=np.float64)
+        for suffix, statistic in (("", np.mean), ("_std", np.std), ("_median", np.median)):
+            result[metric + suffix] = float(statistic(scored)) if scored.size else None
+    return result | {"n": sum(row["dice"] is not None for row in rows)}
 
-    Args:
-        rows: `case_metrics`' rows, each with a ``case``.
-        problems: cases that could not be scored, ``{"case", "problem"}``.
-    """
+
+def metrics_report(rows: Sequence[Row], problems: Sequence[dict[str, str]] = ()) -> dict[str, Any]:
+    """What ``metrics.json`` holds; ``problems`` are the cases that have no scores, ``{"case", "problem"}``."""
     return {
         "summary": {**summarise(rows), "failed": len(problems)},
         "rule_for_empty_classes": EMPTY_RULE,
@@ -70,71 +66,41 @@ def metrics_report(rows: Sequence[Row], problems: Sequence[dict[str, str]] = ())
 
 
 def write_metrics(rows: Sequence[Row], folder: str | Path) -> dict[str, Any]:
-    """Writes ``metrics.csv`` (a row per case and class) and ``metrics.json`` (those, and their summary).
-
-    Args:
-        rows: `case_metrics`' rows, each with a ``case``.
-        folder: made where it does not exist.
-
-    Returns:
-        what the JSON holds.
-
-    Raises:
-        RunError: the folder cannot be written to.
-    """
-    report = metrics_report(rows)
-    write_report(report, folder)
-    return report
+    """Writes `score_case`'s rows and their summary into a folder, and returns the content of ``metrics.json``."""
+    return write_report(metrics_report(rows), folder)
 
 
 def add_problems(folder: str | Path, problems: Mapping[str, str]) -> dict[str, Any]:
-    """Adds cases that could not be scored, name -> why, to the ``metrics.json`` of a folder, and returns its content.
-
-    Raises:
-        RunError: the file cannot be written.
-    """
+    """Adds cases that have no scores, name -> why, to the ``metrics.json`` of a folder, and returns its content."""
     report: dict[str, Any] = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
     report["problems"] += [{"case": case, "problem": problem} for case, problem in problems.items()]
     report["summary"]["failed"] = len(report["problems"])
-    write_report(report, folder)
-    return report
+    return write_report(report, folder)
 
 
-def write_report(report: dict[str, Any], folder: str | Path) -> None:
-    """Writes a `metrics_report`; in the CSV a score that does not exist is an empty field.
+def write_report(report: dict[str, Any], folder: str | Path) -> dict[str, Any]:
+    """Writes a `metrics_report` and returns it; a score that does not exist is an empty field or null, never NaN.
 
     Raises:
         RunError: the folder cannot be written to.
     """
     folder = Path(folder)
+    columns = [*COLUMNS, *(["trained_on"] if any("trained_on" in row for row in report["rows"]) else [])]
     try:
-        write_csv(folder / "metrics.csv", COLUMNS, report["rows"])
+        write_csv(folder / "metrics.csv", columns, report["rows"])
         write_text(folder / "metrics.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     except OSError as error:
-        raise RunError(
-            f"{folder}: the metrics could not be written ({error.strerror}). Choose another --out."
-        ) from error
-
-
-def _statistics(metric: str, values: Sequence[float | None]) -> dict[str, float | None]:
-    scored = np.array([v for v in values if v is not None], dtype=np.float64)
-    if scored.size == 0:
-        return {metric: None, f"{metric}_std": None, f"{metric}_median": None}
-    return {
-        metric: float(scored.mean()),
-        f"{metric}_std": float(scored.std()),
-        f"{metric}_median": float(np.median(scored)),
-    }
+        raise RunError(f"{folder}: metrics could not be written ({error.strerror}). Choose another --out.") from error
+    return report
 
 
 class MetricsReport(Metric):  # type: ignore[misc]  # ignite's stubs are not followed
     """Scores each case in the scan's own grid, and writes ``metrics.csv`` and ``metrics.json`` at the end.
 
-    As an evaluator's ``key_val_metric`` its value is the mean Dice over classes (of the classes' means); NaN
-    where no class has a score. With several ranks the rows of all are gathered and rank 0 writes.
-
-    Takes an evaluator's decollated output, dicts with ``pred`` and ``label`` (1, X, Y, Z), MetaTensors on one
-    grid in the label files' own values, and ``name`` from its batch.
+    As an evaluator's ``key_val_metric`` its value is the mean Dice over classes (of the classes' means); NaN if no
+    class has a score. Takes the evaluator's decollated output, dicts with ``pred`` and ``label`` (1, X, Y, Z),
+    MetaTensors on one grid in the label files' own values, and ``name`` from its batch. With several ranks the rows
+    of all are gathered and rank 0 writes.
 
     Args:
         folder: where the two files go.
@@ -150,133 +116,85 @@ class MetricsReport(Metric):  # type: ignore[misc]  # ignite's stubs are not fol
     def __init__(
         self,
         folder: str | Path,
-        labels: Mapping[str, float],
+        labels: Labels,
         ignore_label: float | None = None,
         tolerance_mm: float = 1.0,
         trust_scan_affine: bool = False,
     ) -> None:
-        self.trust_scan_affine = trust_scan_affine
-        self.folder, self.labels = Path(folder), dict(labels)
-        self.ignore_label, self.tolerance_mm = ignore_label, tolerance_mm
-        self.rows: list[Row] = []
+        self.folder = Path(folder)
+        self.options: tuple[Any, ...] = (labels, ignore_label, tolerance_mm, trust_scan_affine)
         super().__init__()
 
     def reset(self) -> None:
         """Forgets the cases seen."""
-        self.rows = []
+        self.rows: list[Row] = []
 
     def iteration_completed(self, engine: Engine) -> None:
         """Scores the engine's batch: MONAI's output has no place for the case's name, its batch has."""
-        items = zip(engine.state.output, engine.state.batch, strict=True)
-        self.update([{**output, "name": case["name"]} for output, case in items])
+        cases = zip(engine.state.output, engine.state.batch, strict=True)
+        self.update([output | {"name": case["name"]} for output, case in cases])
 
     def update(self, output: list[dict[str, Any]]) -> None:
         """Scores the cases of one batch."""
         for item in output:
-            name, pred, label = str(item["name"]), item["pred"], item["label"]
-            affine = np.asarray(pred.affine, dtype=np.float64)
-            theirs = None if self.trust_scan_affine else np.asarray(label.affine)
-            _check_grids(name, pred.shape[1:], affine, label.shape[1:], theirs)
-            self.rows += score_case(
-                name,
-                pred.cpu().numpy()[0],
-                label.cpu().numpy()[0],
-                np.linalg.norm(affine[:3, :3], axis=0),
-                self.labels,
-                self.ignore_label,
-                self.tolerance_mm,
-            )
+            mask, label = ((item[key].cpu().numpy()[0], np.asarray(item[key].affine)) for key in ("pred", "label"))
+            self.rows += score_mask(str(item["name"]), *mask, label, *self.options)
 
     def compute(self) -> float:
         """Writes the report (rank 0) and returns the mean Dice."""
-        rows = self.rows
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gathered: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, rows)
-            # A sampler that fills up the last batch gives a case to two ranks.
-            unique = {(row["case"], row["class"]): row for part in gathered for row in part}
-            rows = list(unique.values())
-            if torch.distributed.get_rank() != 0:
-                return _mean_dice(rows)
-        write_metrics(sorted(rows, key=lambda row: str(row["case"])), self.folder)
-        return _mean_dice(rows)
+        # A sampler that fills up the last batch gives a case to two ranks.
+        unique = {(row["case"], row["class"]): row for part in idist.all_gather(self.rows) for row in part}
+        rows = sorted(unique.values(), key=lambda row: str(row["case"]))
+        if idist.get_rank() == 0:
+            write_metrics(rows, self.folder)
+        mean = summarise(rows)["mean"]["dice"]
+        return float("nan") if mean is None else float(mean)
 
 
 def score_mask(
     name: str,
-    mask: np.ndarray[Any, Any],
-    affine: np.ndarray[Any, Any],
-    label_file: Path,
-    labels: Mapping[str, float],
-    ignore_label: float | None = None,
-    tolerance_mm: float = 1.0,
-    trust_scan_affine: bool = False,
+    mask: Array,
+    affine: Array,
+    label: Path | tuple[Array, Array],
+    labels: Labels,
+    ignore_label: float | None,
+    tolerance_mm: float,
+    trust_scan_affine: bool,
 ) -> list[Row]:
-    """`case_metrics` of a mask in its scan's grid against a label map's file.
-
-    Args:
-        name: the case's.
-        mask: (X, Y, Z), the label files' own values.
-        affine: (4, 4), the scan's voxel indices to mm.
-        label_file: the label map (NIfTI).
-        labels: class name -> value, background first.
-        ignore_label: value of the label map that means "not annotated", or None.
-        tolerance_mm: of the surface Dice.
-        trust_scan_affine: the label map's own affine may differ.
+    """`score_case` after a check that the label map, a NIfTI file or (voxels, affine), is on the mask's grid.
 
     Raises:
         DataError: the label map cannot be read, has another shape or place, or an undeclared value.
     """
-    label = read_nifti(label_file)
-    theirs = None if trust_scan_affine else label.affine
-    _check_grids(name, mask.shape, affine, label.data.shape, theirs)
+    if isinstance(label, Path):
+        volume = read_nifti(label)
+        label = volume.data, volume.affine
+    voxels, theirs = label
+    if mask.shape != voxels.shape:
+        sizes = f"the label map is {voxels.shape} and the scan {mask.shape} voxels"
+        raise DataError(f"{name}: {sizes}. They must share one grid; check that they belong together.")
+    if not (trust_scan_affine or same_grid(mask.shape, affine, theirs)):
+        raise DataError(
+            f"{name}: the label map is elsewhere in space than its scan (their affines differ). Correct the wrong header."
+        )
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    return score_case(name, mask, label.data, spacing, labels, ignore_label, tolerance_mm)
-
-
-def _check_grids(name: str, shape: Any, affine: Any, label_shape: Any, label_affine: Any) -> None:
-    """A scan and its label map share one grid; ``label_affine`` None: only their shapes are compared."""
-    if tuple(shape) != tuple(label_shape):
-        raise DataError(
-            f"{name}: the label map is {tuple(label_shape)} and the scan {tuple(shape)} voxels. They must share one "
-            "grid; check that they belong together."
-        )
-    if label_affine is not None and not same_grid(shape, affine, label_affine):
-        raise DataError(
-            f"{name}: the label map lies elsewhere in space than its scan (their affines differ). Correct the header "
-            "of the one that is wrong."
-        )
+    return score_case(name, mask, voxels, spacing, labels, ignore_label, tolerance_mm)
 
 
 def score_case(
-    name: str,
-    prediction: np.ndarray[Any, Any],
-    reference: np.ndarray[Any, Any],
-    spacing: Any,
-    labels: Mapping[str, float],
-    ignore_label: float | None,
-    tolerance_mm: float,
+    name: str, mask: Array, label: Array, spacing: Any, labels: Labels, ignore_label: float | None, tolerance_mm: float
 ) -> list[Row]:
-    """`case_metrics` with the case's name, after a check that the reference holds declared values only.
-
-    Values within 1e-3 of a declared one are that one, as in the check and in training.
+    """`case_metrics` with the case's name; values within 1e-3 of a declared one are that one, as in training.
 
     Raises:
         DataError: the reference holds a value that ``labels`` does not name.
     """
     declared = [*labels.values(), *([] if ignore_label is None else [ignore_label])]
-    prediction, reference = snap_labels(prediction, labels.values()), snap_labels(reference, declared)
-    ignore = None if ignore_label is None else reference == ignore_label
-    unknown = sorted(set(np.unique(reference).tolist()) - set(declared))
-    if unknown:
+    mask, label = snap_labels(mask, labels.values()), snap_labels(label, declared)
+    if unknown := sorted(set(np.unique(label).tolist()) - set(declared)):
         raise DataError(
             f"{name}: the label map holds the values {unknown[:5]}, which the data set does not declare "
             f"(declared: {declared}). Add them to the labels, or correct the label map."
         )
-    rows = case_metrics(prediction, reference, spacing, labels, ignore, tolerance_mm)
-    return [{"case": name, **row} for row in rows]
-
-
-def _mean_dice(rows: list[Row]) -> float:
-    mean = summarise(rows)["mean"]["dice"]
-    return float("nan") if mean is None else float(mean)
+    ignored = None if ignore_label is None else label == ignore_label
+    return [{"case": name} | row for row in case_metrics(mask, label, spacing, labels, ignored, tolerance_mm)]

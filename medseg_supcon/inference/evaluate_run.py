@@ -9,17 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.bundle import plain_text, read_plain
+from medseg_supcon.bundle import cases_of, plain_text, read_config
 from medseg_supcon.datasets import Dataset, check_dataset, items, load_items
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation import Row, add_problems, score_mask, write_metrics
-from medseg_supcon.files import read_json
 from medseg_supcon.inference.folder import make_writable, read_ahead
-from medseg_supcon.inference.predictor import Prediction, Predictor
+from medseg_supcon.inference.predictor import Predictor
+from medseg_supcon.inference.prepare import Prediction
 from medseg_supcon.plan import read_plan
 from medseg_supcon.scans import Scan, write_nifti
 
-ONLY_OF_TRAINING = ("duplicate_image", "no_structure")  # errors that do not keep a case from being scored
+ONLY_OF_TRAINING = ("duplicate_image", "no_structure")  # errors that do not prevent scoring
 TOLERANCE_MM = 1.0
 
 
@@ -28,15 +28,17 @@ def evaluate_dataset(
 ) -> dict[str, Any]:
     """Score a run on the labelled cases of a data set; cases with errors become ``problems`` of the report.
 
+    Each row says in ``trained_on`` whether the run was trained on the case.
+
     Args:
         run: a trained run.
         dataset: what was read.
         out: folder for ``metrics.csv``, ``metrics.json`` and the masks (``predictions/``).
-        device: where the network runs; by default a GPU where there is one.
+        device: where the network runs; default: the first GPU, or the CPU.
         trust: the run's plan and inference config may be code.
 
     Returns:
-        what ``metrics.json`` holds.
+        the content of ``metrics.json``.
 
     Raises:
         RunError: not a trained run, or one that needs trust. DataError: no labelled case, other channels than the
@@ -48,7 +50,7 @@ def evaluate_dataset(
             f"{run} is not a trained run: configs/plan.json and models/model.pt are needed. Train it first."
         )
     if not dataset.labelled:
-        raise DataError(f"{dataset.root} has no labelled case to evaluate on.")
+        raise DataError(f"{dataset.root} has no labelled cases. Evaluation needs label maps.")
     plan = read_plan(files[0])
     if len(plan["channels"]) != len(dataset.channels):
         raise DataError(
@@ -65,7 +67,24 @@ def evaluate_dataset(
     if not good:
         raise DataError(f"No case of {dataset.root} can be evaluated. {next(iter(problems.values()))}")
     entries = load_items(items(good, dataset.root), dataset.root)
-    return evaluate_items(Predictor(run, device=device, trust=trust), entries, out, problems=problems)
+    predictor, seen = Predictor(run, device=device, trust=trust), trained_on(run, dataset)
+    return evaluate_items(predictor, entries, out, problems=problems, seen=seen)
+
+
+def trained_on(run: Path, dataset: Dataset) -> set[str]:
+    """Names of the cases of a data set that a run was trained on: the same image, or the same name in that data set."""
+    training, config = cases_of(run).get("training"), run / "configs" / "train.yaml"
+    if not training:
+        return set()
+    folder = plain_text(read_config(config).get("dataset_dir", "")) if config.is_file() else ""
+    images = {Path(file).resolve() for item in load_items(training, folder or "") for file in _images(item)}
+    same = read_plan(run / "configs" / "plan.json")["name"] == dataset.name
+    names = {item.get("name") for item in training} if same else set()
+    return {
+        case.name
+        for case in dataset.cases
+        if case.name in names or not images.isdisjoint(file.resolve() for file in case.images)
+    }
 
 
 def evaluate_validation(run: Path, *, device: str | None = None, trust: bool = False) -> dict[str, Any]:
@@ -73,11 +92,11 @@ def evaluate_validation(run: Path, *, device: str | None = None, trust: bool = F
 
     The cases are those of datalist.json; ``dataset_dir`` and ``tolerance_mm`` are evaluate.yaml's.
     """
-    config = read_plain(run / "configs" / "evaluate.yaml")
+    config = read_config(run / "configs" / "evaluate.yaml")
     folder = plain_text(config.get("dataset_dir", ""))
     if folder is None:
         raise RunError(f"{run / 'configs' / 'evaluate.yaml'}: dataset_dir must be the path of a folder.")
-    entries = load_items(read_json(run / "configs" / "datalist.json")["validation"], folder)
+    entries = load_items(cases_of(run).get("validation", ()), folder)
     tolerance = config.get("tolerance_mm", TOLERANCE_MM)
     return evaluate_items(
         Predictor(run, device=device, trust=trust), entries, run / "eval", tolerance_mm=tolerance
@@ -91,6 +110,7 @@ def evaluate_items(
     *,
     tolerance_mm: float = TOLERANCE_MM,
     problems: dict[str, str] | None = None,
+    seen: set[str] | None = None,
 ) -> dict[str, Any]:
     """Score a predictor on items with absolute paths, each in the scan's own grid.
 
@@ -102,19 +122,19 @@ def evaluate_items(
         out: folder for ``metrics.csv``, ``metrics.json`` and the masks (``predictions/``).
         tolerance_mm: of the surface Dice.
         problems: case -> why it is not among the items; added to the report.
+        seen: names of cases for ``trained_on`` in the rows; None: without that column.
 
     Returns:
-        what ``metrics.json`` holds.
+        the content of ``metrics.json``.
 
     Raises:
-        DataError: a scan or label map cannot be used, or a label map lies elsewhere than its scan.
+        DataError: a scan or label map cannot be used, or they are in different places.
     """
     labels = {}
     for entry in entries:
         if not entry.get("label"):
-            raise DataError(f"{entry.get('name')}: the case has no label map to be scored against.")
-        image = entry["image"]
-        files = tuple(map(Path, [image] if isinstance(image, str) else image))
+            raise DataError(f"{entry.get('name')} has no label map. Evaluation needs one.")
+        files = tuple(map(Path, _images(entry)))
         labels[Scan(str(entry.get("name") or files[0]), files)] = Path(entry["label"])
     make_writable(out)
     make_writable(out / "predictions")
@@ -123,7 +143,7 @@ def evaluate_items(
     def score(prediction: Prediction, label: Path) -> list[Row]:
         write_nifti(out / "predictions" / f"{prediction.name}.nii.gz", prediction.mask, prediction.grid)
         plan = predictor.plan
-        return score_mask(
+        scored = score_mask(
             prediction.name,
             prediction.mask,
             prediction.grid.affine,
@@ -133,22 +153,30 @@ def evaluate_items(
             tolerance_mm,
             plan.get("trust_scan_affine", False),
         )
+        if seen is None:
+            return scored
+        return [row | {"trained_on": prediction.name in seen} for row in scored]
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as scorer:
-        behind: Future[list[Row]] | None = None
+        pending: Future[list[Row]] | None = None
         try:
-            for scan, prepared in read_ahead(reader, predictor, list(labels)):
+            for scan, prepared in read_ahead(reader, predictor.prepare, list(labels)):
                 prediction = predictor.segment(prepared.result())
-                if behind is not None:
-                    rows += behind.result()
-                behind = scorer.submit(score, prediction, labels[scan])
-            if behind is not None:
-                rows += behind.result()
+                if pending is not None:
+                    rows += pending.result()
+                pending = scorer.submit(score, prediction, labels[scan])
+            if pending is not None:
+                rows += pending.result()
         except BaseException:
             reader.shutdown(wait=False, cancel_futures=True)
             with suppress(Exception):
-                if behind is not None:
-                    behind.result()
+                if pending is not None:
+                    pending.result()
             raise
     report = write_metrics(sorted(rows, key=lambda row: str(row["case"])), out)
     return add_problems(out, problems) if problems else report
+
+
+def _images(item: dict[str, Any]) -> list[str]:
+    image = item["image"]
+    return [image] if isinstance(image, str) else list(image)

@@ -1,4 +1,4 @@
-"""Names of masks that stay: a DICOM series keeps the name that it got when its folder held other series."""
+"""Which scans files and folders contain, and the names of their masks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from medseg_supcon.scans import (
 
 
 def group_channels(scans: list[Scan], count: int) -> list[Scan]:
-    """Files ``case_0000``, ``case_0001``, ... of a folder as one scan ``case``; what does not fit stands in its problem."""
+    """Files ``case_0000``, ``case_0001``, ... of a folder as one scan ``case``; what does not fit is its problem."""
     groups: dict[tuple[str, str], list[tuple[int, Scan]]] = {}
     out: list[Scan | tuple[str, str]] = []
     for scan in scans:
@@ -53,18 +53,18 @@ def _one(name: str, numbered: list[tuple[int, Scan]], count: int) -> Scan:
         problem = f"{whole}: there are two files for channel {twice[0]:04d} ({rivals}). Keep one."
     elif len({scan.kind for scan in parts}) > 1:
         names = ", ".join(scan.source.name for scan in parts)
-        problem = f"{whole}: channels must be of one format, found {names}. Convert them to NIfTI."
+        problem = f"{whole}: all channels must have the same format, found {names}. Convert them to NIfTI."
     elif numbers != list(range(count)):
         have = ", ".join(f"{number:04d}" for number in numbers)
         problem = (
-            f"{whole}: the model takes {count} channels, {name}_0000 to {name}_{count - 1:04d}, "
-            f"and there are {have}. Add what is missing or give one 4-D file."
+            f"{whole}: the model needs {count} channels, {name}_0000 to {name}_{count - 1:04d}, "
+            f"but found {have}. Add the missing files, or use one 4-D file."
         )
     return replace(parts[0], name=name, files=tuple(scan.files[0] for scan in parts), problem=problem)
 
 
 def _is_single(scan: Scan) -> bool:
-    """Whether a file holds one channel; also if it cannot be read (reading it will say why)."""
+    """Whether a file contains one channel; also if it cannot be read (reading it will say why)."""
     if scan.kind == "dicom":
         return False
     try:
@@ -73,7 +73,7 @@ def _is_single(scan: Scan) -> bool:
         return True
 
 
-# Scans that are not read: in a folder they are refused by name, while notes and tables are passed over.
+# Formats that are not read: in a folder they are refused by name; notes and tables are passed over.
 FOREIGN = (
     ".hdr", ".mgh", ".mgz", ".mnc", ".par", ".head", ".gipl", ".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip",
     ".mha.gz", ".nrrd.gz", ".dcm.gz", ".gipl.gz",
@@ -82,7 +82,7 @@ FORMATS = "NIfTI (.nii, .nii.gz), MetaImage (.mha, .mhd), NRRD (.nrrd) or a DICO
 
 
 def find_scans(paths: Iterable[str | Path], channels: int | Sequence[str] = 1) -> list[Scan]:
-    """The scans that files and folders hold, in order; what is wrong with one stands in its ``problem``.
+    """The scans in files and folders, in order; what is wrong with one is its ``problem``.
 
     A folder gives every scan directly in it and all DICOM series in and below it, ``PATIENT/STUDY/SERIES`` called
     ``PATIENT_STUDY_SERIES``. Other scans in its subfolders are passed over, as ``warnings`` of the first scan say;
@@ -135,7 +135,7 @@ def _scans_at(path: Path, folders: dict[Path, Series]) -> list[Scan]:
         return [Scan(name, (path,), problem=problem)]
     if problem is not None:
         scans = _scans_in(path)
-        return scans or [_refused(name, path, f"the folder holds no scan. Expected {FORMATS}.")]
+        return scans or [_refused(name, path, f"the folder contains no scans. Expected {FORMATS}.")]
     kind = _kind(path)
     if kind is None:
         return [_refused(name, path, f"this is not a scan. Expected {FORMATS}.")]
@@ -143,7 +143,7 @@ def _scans_at(path: Path, folders: dict[Path, Series]) -> list[Scan]:
         if path.parent not in folders:
             folders[path.parent] = series_in(path.parent)[0]
         if slices := is_one_of_many(path, folders[path.parent]):
-            reason = f"this is one of {slices} slices of a DICOM series. Give its folder."
+            reason = f"this is one of {slices} slices of a DICOM series. Pass the folder of the series."
             return [_refused(name, path, reason)]
     return [Scan(name, (path,), kind)]
 
@@ -164,12 +164,10 @@ def _scans_in(folder: Path) -> list[Scan]:
             scans.append(Scan(scan_name(path), (path,), kind))
         elif path.is_dir() and path.name.lower().endswith((*NIFTI_ENDINGS, *ITK_ENDINGS)):
             scans.append(
-                _refused(scan_name(path), path, "is a folder, expected a file. Give the files in it.")
+                _refused(scan_name(path), path, "is a folder, expected a file. Pass the files in it.")
             )
         elif path.name.lower().endswith(FOREIGN):
-            scans.append(
-                _refused(path.name, path, f"this format is not read: convert it. Expected {FORMATS}.")
-            )
+            scans.append(_refused(path.name, path, f"this format is not supported. Convert it to {FORMATS}."))
     scans += _dicom_scans(folder)
     passed: list[str] = []
     for below in _folders_below(folder):
@@ -179,9 +177,7 @@ def _scans_in(folder: Path) -> list[Scan]:
             passed.append(str(way))
     if passed:
         names = ", ".join(passed[:3]) + (f" and {len(passed) - 3} more" if len(passed) > 3 else "")
-        reason = (
-            f"below a folder only DICOM is looked for, and {names} hold other scans. Give those folders too."
-        )
+        reason = f"in subfolders only DICOM is searched for, but {names} contain other scans. Pass those folders too."
         first = next((i for i, scan in enumerate(scans) if scan.problem is None), None)
         if first is None:
             return [*scans, _refused(folder.resolve().name or "scan", folder, reason)]
@@ -204,7 +200,7 @@ def _folders_below(folder: Path) -> Iterator[Path]:
 
 
 def _holds_files(folder: Path) -> bool:
-    """Whether a folder holds scans that are not DICOM, of a format that is read or not."""
+    """Whether a folder contains scans that are not DICOM, of a format that is read or not."""
     try:
         return any(
             path.name.lower().endswith((*NIFTI_ENDINGS, *ITK_ENDINGS, *FOREIGN))
@@ -222,7 +218,7 @@ def _dicom_scans(folder: Path, name: str = "") -> list[Scan]:
     except OSError as error:
         reason = f"the folder cannot be read ({error.strerror}). Check its permissions."
         return [_refused(folder.name, folder, reason)]
-    bad = "cannot be read as DICOM. It is damaged, cut short, or holds no image: is a slice of a series missing now?"
+    bad = "cannot be read as DICOM. It is damaged, cut short or contains no image, or a slice of the series has disappeared."
     return [
         *(Scan(name, tuple(files), "dicom", series=digest) for name, files, digest in series),
         *(_refused(file.name, file, bad) for file in damaged),
@@ -234,7 +230,7 @@ def _refused(name: str, path: Path, reason: str) -> Scan:
 
 
 def refuse_equal_names(scans: Sequence[Scan]) -> list[Scan]:
-    """The scans, those whose masks would get one name with that as their problem."""
+    """The scans; those whose masks would get the same name have that as their problem."""
     counts = Counter(scan.name for scan in scans if scan.problem is None)
     refused = []
     for scan in scans:
@@ -243,7 +239,7 @@ def refuse_equal_names(scans: Sequence[Scan]) -> list[Scan]:
                 str(s.source) for s in scans if s.name == scan.name and s is not scan and s.problem is None
             )
             problem = (
-                f"{scan.source}: its mask would be called {scan.name}.nii.gz, as that of {rivals}. "
+                f"{scan.source}: its mask would be called {scan.name}.nii.gz, like that of {rivals}. "
                 "Rename one, or predict them into different folders."
             )
             scan = replace(scan, problem=problem)
@@ -252,19 +248,19 @@ def refuse_equal_names(scans: Sequence[Scan]) -> list[Scan]:
 
 
 def keep_names(scans: Sequence[Scan], earlier: Mapping[str, Mapping[str, Any]]) -> list[Scan]:
-    """The scans, DICOM series under the names that an earlier call gave them, new ones under names that are free.
+    """The scans, with DICOM series under the names of an earlier call and new ones under names that are free.
 
-    A folder's only series is called as the folder, and several by their numbers: without this, a series that is
-    added would rename the one that was there.
+    A folder's only series has the folder's name, and several have numbers: without this, an added series would
+    rename the first one.
 
     Args:
-        scans: as `find_scans` gives them.
+        scans: from `find_scans`.
         earlier: name -> entry of the manifest.
     """
     given = {str(entry["series"]): name for name, entry in earlier.items() if entry.get("series")}
     kept = [replace(scan, name=given.get(scan.series, scan.name)) for scan in scans]
     taken = {scan.name for scan in kept if scan.series in given}
-    # names that further new series have, or masks of series that are not there any more
+    # names of other new series, or of masks whose series is gone
     used = {scan.name for scan in kept} | {n for n, entry in earlier.items() if entry["status"] != "failed"}
     settled = []
     for scan in kept:

@@ -10,39 +10,47 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from medseg_supcon.errors import MedsegError, RunError
 from medseg_supcon.files import remove_leftovers, temporary_name
 from medseg_supcon.inference.find_scans import keep_names
-from medseg_supcon.inference.manifest import Manifest, describe, entry_of
+from medseg_supcon.inference.manifest import Manifest, entry_of
 from medseg_supcon.inference.memory import is_out_of_memory
+from medseg_supcon.inference.prepare import Prediction, Prepared
 from medseg_supcon.scans import Scan, is_mask_of, is_whole, write_nifti
-
-if TYPE_CHECKING:
-    from medseg_supcon.inference.predictor import Prediction, Predictor, Prepared
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 CURES = {
     errno.ENAMETOOLONG: "Give the scan a shorter name.",
     errno.EACCES: "Choose another --out, or change its permissions.",
+    errno.ENOSPC: "Free disk space, or choose another --out.",
+    errno.EDQUOT: "Free disk space, or choose another --out.",
 }
 logger = logging.getLogger(__name__)
 
 
 def predict_folder(
-    predictor: Predictor,
+    prepare: Callable[[Scan], Prepared],
+    segment: Callable[[Prepared, bool], Prediction],
+    head: dict[str, Any],
     scans: Sequence[Scan],
     out: Path,
     probabilities: bool,
     overwrite: bool,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """See `Predictor.run`."""
+    """See `Predictor.run`.
+
+    Args:
+        prepare: reads and preprocesses a scan.
+        segment: makes its mask, and probabilities if wanted.
+        head: of the manifest, from `describe`.
+    """
     make_writable(out)
-    manifest = Manifest(out / "manifest.json", describe(predictor))
+    manifest = Manifest(out / "manifest.json", head)
     scans = keep_names(scans, manifest.earlier)
     total, finished = len(scans), 0
 
@@ -62,28 +70,28 @@ def predict_folder(
             report(entry)
     # One thread reads the next scan and one writes the last mask, while this one segments.
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        behind: tuple[Scan, Future[dict[str, Any]]] | None = None
+        pending: tuple[Scan, Future[dict[str, Any]]] | None = None
         try:
-            for scan, prepared in read_ahead(reader, predictor, todo):
+            for scan, prepared in read_ahead(reader, prepare, todo):
                 outcome: Prediction | dict[str, Any]
                 try:
-                    outcome = predictor.segment(prepared.result(), probabilities)
+                    outcome = segment(prepared.result(), probabilities)
                 except Exception as error:
                     outcome = _failed(scan, error)
-                if behind is not None:
-                    report(_written(*behind))
-                    behind = None
+                if pending is not None:
+                    report(_written(*pending))
+                    pending = None
                 if isinstance(outcome, dict):
                     report(outcome)
                 else:
-                    behind = scan, writer.submit(_write, outcome, out, predictor.labels)
-            if behind is not None:
-                report(_written(*behind))
+                    pending = scan, writer.submit(_write, outcome, out, head["labels"])
+            if pending is not None:
+                report(_written(*pending))
         except BaseException:
             reader.shutdown(wait=False, cancel_futures=True)
             with suppress(RunError):
-                if behind is not None:  # Ctrl-C: the mask under way is finished, and listed
-                    manifest.add(_written(*behind))
+                if pending is not None:  # Ctrl-C: the last mask is finished, and listed
+                    manifest.add(_written(*pending))
                 manifest.write()
             raise
     manifest.write()
@@ -91,12 +99,12 @@ def predict_folder(
 
 
 def read_ahead(
-    reader: ThreadPoolExecutor, predictor: Predictor, scans: Sequence[Scan]
+    reader: ThreadPoolExecutor, prepare: Callable[[Scan], Prepared], scans: Sequence[Scan]
 ) -> Iterator[tuple[Scan, Future[Prepared]]]:
-    """Each scan with its future, when the next one's reading has been asked for; no more than that waits."""
+    """Each scan with its future, when the next one is being read; at most two are in memory."""
     coming: deque[tuple[Scan, Future[Prepared]]] = deque()
     for scan in scans:
-        coming.append((scan, reader.submit(predictor.prepare, scan)))
+        coming.append((scan, reader.submit(prepare, scan)))
         if len(coming) == 2:
             yield coming.popleft()
     while coming:
@@ -109,20 +117,20 @@ def _write(prediction: Prediction, out: Path, labels: dict[str, float]) -> dict[
         (out / "probabilities").mkdir(exist_ok=True)
         scores = np.moveaxis(prediction.probabilities, 0, -1)
         write_nifti(out / "probabilities" / f"{prediction.name}.nii.gz", scores, prediction.grid)
-    # The mask comes last: where it is, the scan is finished.
+    # The mask comes last: if it exists, the scan is finished.
     write_nifti(out / f"{prediction.name}.nii.gz", prediction.mask, prediction.grid)
     return entry
 
 
 def _written(scan: Scan, future: Future[dict[str, Any]]) -> dict[str, Any]:
     try:
-        return _of(scan, future.result())
+        return _with_series(scan, future.result())
     except Exception as error:
         return _failed(scan, error, writing=True)
 
 
-def _of(scan: Scan, entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry of a mask that is there, with what the next call needs to find it again."""
+def _with_series(scan: Scan, entry: dict[str, Any]) -> dict[str, Any]:
+    """The next call finds the mask of a DICOM series by its digest."""
     return entry | ({"series": scan.series} if scan.series else {})
 
 
@@ -130,16 +138,9 @@ def _failed(scan: Scan, error: Exception, writing: bool = False) -> dict[str, An
     if isinstance(error, MedsegError):
         sentence = str(error)
     elif is_out_of_memory(error):
-        sentence = (
-            f"{scan.source}: there is too little memory for this scan. Free some, or use a larger machine."
-        )
+        sentence = f"{scan.source}: not enough memory for this scan. Close other programs, or use a machine with more memory."
     elif isinstance(error, OSError) and writing:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        cure = (
-            "Free space, or choose another --out."
-            if full
-            else CURES.get(error.errno or 0, "Choose another --out.")
-        )
+        cure = CURES.get(error.errno or 0, "Choose another --out.")
         sentence = f"{scan.source}: the mask {scan.name}.nii.gz could not be written ({error.strerror or error}). {cure}"
     else:
         reason = " ".join(str(error).split())[:200]
@@ -155,7 +156,7 @@ def _without_work(
     if scan.problem is not None:
         return {"name": scan.name, "status": "failed", "error": scan.problem}
     mask = out / f"{scan.name}.nii.gz"
-    if not os.path.exists(mask):  # noqa: PTH110 - Path.exists raises where a name is too long
+    if not os.path.exists(mask):  # noqa: PTH110 - Path.exists raises if a name is too long
         return None
     if any(os.path.exists(file) and mask.samefile(file) for file in scan.files):  # noqa: PTH110
         sentence = f"{mask}: the mask would replace the scan itself. Choose another --out."
@@ -163,23 +164,21 @@ def _without_work(
     if overwrite or not is_whole(mask):
         return None
     theirs = manifest.earlier.get(scan.name, {}).get("series")
-    other = (
-        bool(scan.series and theirs) and theirs != scan.series
-    )  # of a folder whose name comes again, as DICOM
-    if other or not is_mask_of(mask, scan):
-        why = "it is another DICOM series" if other else "shape or affine differ"
+    other_series = bool(scan.series and theirs) and theirs != scan.series
+    if other_series or not is_mask_of(mask, scan):
+        why = "it is another DICOM series" if other_series else "shape or affine differ"
         sentence = (
-            f"{scan.source}: {mask} is there already, and is the mask of another scan: {why}. Choose another --out, "
-            "or redo it with --overwrite."
+            f"{scan.source}: {mask} already exists and belongs to another scan ({why}). Choose another --out, "
+            "or replace it with --overwrite."
         )
         return {"name": scan.name, "status": "failed", "error": sentence}
     if probabilities and not (out / "probabilities" / mask.name).exists():
         return None
-    return _of(scan, manifest.skipped(scan.name))
+    return _with_series(scan, manifest.skipped(scan.name))
 
 
 def make_writable(out: Path) -> None:
-    """Make a folder for masks, without what a killed process left in it.
+    """Make a folder for masks, without leftovers of a killed process.
 
     Raises:
         RunError: files cannot be written there.

@@ -1,4 +1,4 @@
-"""manifest.json: what became of each scan, with which model. It names scans, and nothing of a patient."""
+"""manifest.json: the outcome of each scan, and which model made it. It names scans, and contains nothing of a patient."""
 
 from __future__ import annotations
 
@@ -7,120 +7,118 @@ import json
 import logging
 import platform
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import nibabel
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from medseg_supcon import __version__
+from medseg_supcon.bundle import Model
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import folder_lock, write_whole
-
-if TYPE_CHECKING:
-    from medseg_supcon.inference.predictor import Prediction, Predictor
+from medseg_supcon.inference.prepare import Prediction
 
 STATUSES = ("done", "skipped", "failed")
-JOURNAL = ".medseg-manifest.jsonl"  # entries that are not in the manifest yet, a line each
-PAUSE = 5.0  # seconds between two writings of the whole manifest
-logger = logging.getLogger(__name__)
+PAUSE = 5.0  # seconds between two writings: rewriting the file after every scan is quadratic
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "pydicom", "SimpleITK", "scipy")
-# What of a plan decides a mask. How many windows go together does not.
+# The parts of a plan that decide a mask. How many windows go together does not.
 DECISIVE = ("channels", "orientation", "spacing", "intensity", "patch_size", "network_def", "keep_largest")
+logger = logging.getLogger(__name__)
 
 
-def describe(predictor: Predictor) -> dict[str, Any]:
-    """The model and the software, for the manifest's head."""
+def describe(models: Sequence[Model], tta: bool, device: torch.device, amp: bool) -> dict[str, Any]:
+    """The head of a manifest: models, settings and software."""
     packages = {"python": platform.python_version(), "medseg-supcon": __version__}
     for package in PACKAGES:
-        try:
+        packages[package] = "unknown"
+        with suppress(PackageNotFoundError):
             packages[package] = version(package)
-        except PackageNotFoundError:
-            packages[package] = "unknown"
+    settings: list[Any] = []
+    for model in models:
+        plan, flips = model.plan, model.plan["flip_axes"] if tta else []
+        settings += [list(plan["labels"].items()), plan["inference"]["overlap"], flips]
+        settings += [model.preprocessing_def, *(plan[key] for key in DECISIVE)]
     return {
-        "models": [{"name": model.name, "sha256": model.sha256} for model in predictor.models],
-        "settings": _settings(predictor),
-        "labels": predictor.labels,
-        "tta": predictor.tta,
-        "device": str(predictor.device),
-        "half_precision": predictor.amp,
+        "models": [{"name": model.name, "sha256": model.sha256} for model in models],
+        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "labels": dict(models[0].plan["labels"]),
+        "tta": tta,
+        "device": str(device),
+        "half_precision": amp,
         "packages": packages,
+        "warnings": [warning for model in models for warning in model.warnings],
     }
 
 
-def _settings(predictor: Predictor) -> str:
-    """SHA-256 of all but the weights that decides a mask: the plans, the preprocessing, --tta."""
-    parts: list[Any] = []
-    for model in predictor.models:
-        plan, flips = model.plan, model.plan["flip_axes"] if predictor.tta else []
-        parts += [list(plan["labels"].items()), plan["inference"]["overlap"], flips, model.preprocessing_def]
-        parts += [plan[key] for key in DECISIVE]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
 def entry_of(prediction: Prediction, labels: dict[str, float]) -> dict[str, Any]:
-    """A finished scan's entry: per foreground label voxels, volume (ml) and whether it touches the border."""
-    mask, found = prediction.mask, {}
-    border = np.concatenate([mask.take(i, axis).ravel() for axis in range(3) for i in (0, -1)])
-    for name, value in list(labels.items())[1:]:
-        voxels = int(np.count_nonzero(mask == value))
-        found[name] = {
-            "value": value,
-            "voxels": voxels,
-            "volume_ml": round(voxels * prediction.grid.voxel_ml, 4),
-            "touches_border": bool((border == value).any()),
-        }
+    """The entry of a segmented scan."""
     return {
         "name": prediction.name,
         "status": "done",
         "seconds": round(prediction.seconds, 3),
-        "shape": list(prediction.grid.shape),
-        "spacing_mm": [round(float(s), 5) for s in prediction.grid.spacing],
-        "labels": found,
+        **_mask_facts(prediction.mask, prediction.grid.spacing, prediction.grid.voxel_ml, labels),
         "warnings": list(prediction.warnings),
     }
 
 
-class Manifest:
-    """The file, no more than a few seconds behind; entries of earlier calls into the folder stay in it.
+def _mask_facts(
+    mask: npt.NDArray[Any], spacing: Any, voxel_ml: float, labels: dict[str, float]
+) -> dict[str, Any]:
+    """Shape, spacing, and per foreground label the voxels, the volume (ml) and whether it touches the border."""
+    border = np.concatenate([mask.take(i, axis).ravel() for axis in range(3) for i in (0, -1)])
+    facts = {}
+    for name, value in list(labels.items())[1:]:
+        voxels = int(np.count_nonzero(mask == value))
+        facts[name] = {
+            "value": value,
+            "voxels": voxels,
+            "volume_ml": round(voxels * voxel_ml, 4),
+            "touches_border": bool((border == value).any()),
+        }
+    spacing_mm = [round(float(s), 5) for s in spacing]
+    return {"shape": list(mask.shape), "spacing_mm": spacing_mm, "labels": facts}
 
-    To write it after each of thousands of scans would take longer and longer. What is not in it yet stands in a journal
-    beside it, which outlives a process that is killed: whoever reads or writes the manifest next takes it over.
+
+class Manifest:
+    """The entries of a folder of masks; those of earlier calls stay in it.
+
+    The file is at most a few seconds behind. A process that is killed can lose the last entries, but not the masks:
+    the next call makes their entries again from the masks.
     """
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         self.path, self.head = path, head
         self.entries: list[dict[str, Any]] = []
         self.due = time.monotonic()
-        self.earlier, odd = _read(path)
-        if odd:
-            logger.warning("%s: %d of its entries are not as medseg writes them and are left out", path, odd)
+        self.earlier, damaged = _read(path)
+        if damaged:
+            logger.warning(
+                "%s: %d of its entries are not in the format that medseg writes, and are ignored",
+                path,
+                damaged,
+            )
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Adds an entry, to the file or to the journal.
+        """Add an entry, and write the file if that is due.
 
         Raises:
             RunError: it cannot be written.
         """
         if entry["status"] == "done":
             entry |= self._made_by()
-        if (
-            entry not in self.entries[-1:]
-        ):  # Ctrl-C may come between this and what follows, and the entry again
+        if entry not in self.entries[-1:]:  # after Ctrl-C the last entry can come again
             self.entries.append(entry)
         if time.monotonic() >= self.due:
             self.write()
-            return
-        try:
-            with folder_lock(self.path.parent), self.journal.open("a", encoding="utf-8") as stream:
-                # begun with a new line: the one before may be a killed process's half
-                stream.write("\n" + json.dumps(entry, allow_nan=False))
-        except OSError as error:
-            raise self._not_written(error) from error
 
     def write(self) -> None:
-        """Writes the file, with what other processes have added to it and to the journal.
+        """Write the file, with what other processes have added to it.
 
         Raises:
             RunError: it cannot be written.
@@ -130,46 +128,41 @@ class Manifest:
         try:
             with folder_lock(self.path.parent):
                 self.earlier, _ = _read(self.path)
-                # The mask of an earlier call is there still where this one failed.
+                # The mask of an earlier call is still there if this one failed.
                 kept = [
                     e
                     for e in self.earlier.values()
                     if e["name"] not in (tried if e["status"] == "failed" else made)
                 ]
-                scans = [*kept, *self.entries]
-                text = json.dumps(self._with(scans), indent=1, allow_nan=False) + "\n"
+                text = json.dumps(self._with([*kept, *self.entries]), indent=1, allow_nan=False) + "\n"
                 write_whole(self.path, lambda file: file.write(text.encode()))
-                self.journal.unlink(missing_ok=True)
         except OSError as error:
-            raise self._not_written(error) from error
+            raise RunError(
+                f"{self.path} could not be written ({error.strerror}). Free disk space, or choose another --out. "
+                "Finished masks are kept."
+            ) from error
         self.due = time.monotonic() + PAUSE
 
-    @property
-    def journal(self) -> Path:
-        """The file of entries that wait."""
-        return self.path.parent / JOURNAL
-
-    def _not_written(self, error: OSError) -> RunError:
-        return RunError(
-            f"{self.path} could not be written ({error.strerror}). Free space or choose another --out; "
-            "finished masks stay."
-        )
-
     def skipped(self, name: str) -> dict[str, Any]:
-        """The entry of a scan whose mask was there already."""
+        """The entry of a scan whose mask exists; made from the mask if the file has none."""
         earlier = self.earlier.get(name, {})
         entry = {**earlier, "name": name, "status": "skipped"}
         entry.pop("error", None)
+        if not isinstance(entry.get("labels"), dict):
+            image: Any = nibabel.load(self.path.parent / f"{name}.nii.gz")
+            mask, spacing = np.asarray(image.dataobj), image.header.get_zooms()[:3]
+            voxel_ml = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000
+            entry |= _mask_facts(mask, spacing, voxel_ml, self.head["labels"])
         made_by = {key: earlier.get(key) for key in self._made_by()}
         if None in made_by.values():
-            note = "the mask was there already, and the manifest does not say what made it"
+            note = "the mask already existed; the manifest does not say which model made it"
         elif made_by["models"] != self._made_by()["models"]:
-            note = "the mask was there already, made by another model"
+            note = "the mask already existed and was made by another model"
         elif made_by != self._made_by():
-            note = "the mask was there already, made with other settings (plan.json or --tta)"
+            note = "the mask already existed and was made with other settings (plan.json or --tta)"
         else:
             return entry
-        warnings = [w for w in earlier.get("warnings", []) if not w.startswith("the mask was there")]
+        warnings = [w for w in earlier.get("warnings", []) if not w.startswith("the mask already existed")]
         return {**entry, **made_by, "warnings": [*warnings, note]}
 
     def _made_by(self) -> dict[str, Any]:
@@ -187,32 +180,29 @@ class Manifest:
 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Entries by name, a finished one before a failed one, and how many are not as they should be."""
-    waiting = _read_journal(path.parent / JOURNAL)  # first: another process may be moving it into the file
+    """Entries by name, a finished one before a failed one, and how many are not valid."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["scans"]
-    except (OSError, ValueError, KeyError, TypeError):
-        entries = []
-    found: dict[str, dict[str, Any]] = {}
-    good = [entry for entry in entries if _is_sound(entry)] if isinstance(entries, list) else []
-    for entry in [*good, *waiting]:
-        if entry["status"] != "failed" or entry["name"] not in found:
-            found[entry["name"]] = entry
-    return found, (len(entries) if isinstance(entries, list) else 1) - len(good)
+    except FileNotFoundError:
+        return {}, 0
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        entries = None
+    if not isinstance(entries, list):
+        return {}, 1
+    valid = [entry for entry in entries if _is_valid(entry)]
+    by_name: dict[str, dict[str, Any]] = {}
+    for entry in valid:
+        if entry["status"] != "failed" or entry["name"] not in by_name:
+            by_name[entry["name"]] = entry
+    return by_name, len(entries) - len(valid)
 
 
-def _read_journal(path: Path) -> list[dict[str, Any]]:
-    """The entries that wait; not a line that a killed process left half written."""
-    found = []
-    with suppress(OSError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                found.append(json.loads(line))
-    return [entry for entry in found if _is_sound(entry)]
-
-
-def _is_sound(entry: Any) -> bool:
-    """Whether an entry has what is read of it."""
+def _is_valid(entry: Any) -> bool:
+    """Whether an entry has the keys that are read, and can be written again."""
+    try:
+        json.dumps([[[[entry]]]], indent=1, allow_nan=False)  # deeper than in the file
+    except (ValueError, RecursionError):  # NaN, infinity, too many levels
+        return False
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("name"), str)

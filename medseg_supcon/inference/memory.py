@@ -1,4 +1,4 @@
-"""What to do when memory runs out: less at a time, then the CPU. Other errors pass."""
+"""If memory runs out: less at a time, then the CPU. Other errors pass."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ USUAL = 2**25  # where glibc's own, growing threshold ends on a 64-bit system
 
 @contextmanager
 def keep_freed_memory(wanted: bool) -> Iterator[None]:
-    """Until the end, large blocks that are freed stay in the process; then they all go back.
+    """Inside, large blocks that are freed stay in the process; at the end they all go back.
 
-    Does nothing if not ``wanted``, or where the C library is not glibc.
+    Does nothing if not ``wanted``, or if the C library is not glibc.
     """
     if not wanted:
         yield
@@ -66,7 +66,7 @@ ALLOCATORS = ("DefaultCPUAllocator", "bad_alloc")
 
 
 class Attempt:
-    """One way to spend memory: where the network works, where windows are stitched, how many go together."""
+    """One use of memory: where the network runs, where windows are stitched, how many go together."""
 
     def __init__(self, device: torch.device, buffers: torch.device, batch: int, last: bool) -> None:
         self.device, self.buffers, self.batch, self.last = device, buffers, batch, last
@@ -81,7 +81,7 @@ class Attempt:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Out of memory on a GPU, in torch's CPU allocator, in numpy, or in what config machinery wrapped around it.
+    """Out of memory on a GPU, in torch's CPU allocator, in numpy, or wrapped in another error.
 
     Example:
         >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("CUDA error: device-side assert"))
@@ -98,13 +98,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 def attempts(device: torch.device, batch: int, warnings: list[str]) -> Iterator[Attempt]:
     """Attempts, each with less memory than the one before, until one ends without running out."""
     cpu = torch.device("cpu")
-    ways = [(device, device, batch), (device, cpu, batch), (device, cpu, 1), (cpu, cpu, 1)]
-    ways = list(dict.fromkeys(ways))
-    for index, way in enumerate(ways):
-        attempt = Attempt(*way, last=index == len(ways) - 1)
+    plans = [(device, device, batch), (device, cpu, batch), (device, cpu, 1), (cpu, cpu, 1)]
+    plans = list(dict.fromkeys(plans))
+    for index, plan in enumerate(plans):
+        attempt = Attempt(*plan, last=index == len(plans) - 1)
         yield attempt
         if not attempt.failed:
             return
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        warnings.append(f"memory ran out on {way[0]}: tried again with less")
+        warnings.append(f"out of memory on {plan[0]}: trying again with less memory")

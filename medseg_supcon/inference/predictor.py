@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.data import MetaTensor
-from nibabel.orientations import axcodes2ornt, io_orientation
+from torch import Tensor
 
 from medseg_supcon.bundle import Model, load_model
 from medseg_supcon.datasets import label_type
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.inference.find_scans import find_scans, refuse_equal_names
-from medseg_supcon.inference.folder import predict_folder
+from medseg_supcon.inference.folder import Progress, predict_folder
+from medseg_supcon.inference.manifest import describe
 from medseg_supcon.inference.memory import attempts, keep_freed_memory
-from medseg_supcon.inference.resample import Way
+from medseg_supcon.inference.prepare import Prediction, Prepared, prepare
+from medseg_supcon.inference.resample import GridMapping
 from medseg_supcon.inference.sliding_window import (
     add,
     add_inverse,
@@ -32,120 +32,30 @@ from medseg_supcon.inference.sliding_window import (
     network_outputs,
     windows,
 )
-from medseg_supcon.scans import Grid, Scan, Volume, outliers, read_scan
-
-MOST_VOXELS = 4e9  # on the model's grid: 16 GB, a scan of 1600 voxels a side
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A scan read and preprocessed for each model, all on the CPU."""
-
-    name: str
-    grid: Grid
-    affine: npt.NDArray[np.float64]
-    images: list[MetaTensor]
-    seconds: float
-    warnings: list[str]
-
-
-def prepare(scan: Scan, models: Sequence[Model]) -> Prepared:
-    """Reads a scan and preprocesses it for each model.
-
-    Raises:
-        DataError: it cannot be read, or is not a scan that the models take.
-    """
-    started = time.perf_counter()
-    volume = read_scan(scan, len(models[0].plan["channels"]))
-    warnings = [*scan.warnings, *(issue.sentence for issue in volume.issues), *_oddities(volume)]
-    for model in models:
-        _check_size(model, volume, scan)
-    images = [_preprocess(model, volume, scan) for model in models]
-    return Prepared(
-        scan.name, volume.grid, volume.monai_affine, images, time.perf_counter() - started, warnings
-    )
-
-
-def _preprocess(model: Model, volume: Volume, scan: Scan) -> MetaTensor:
-    meta = {"original_affine": volume.monai_affine, "spatial_shape": volume.data.shape[:3], "space": "RAS"}
-    image = MetaTensor(
-        torch.from_numpy(volume.channels_first), affine=torch.from_numpy(volume.monai_affine), meta=meta
-    )
-    image.meta["original_channel_dim"] = 0
-    image.meta["filename_or_obj"] = str(scan.files[0])
-    prepared: MetaTensor = model.preprocessing({"image": image})["image"]
-    return prepared
-
-
-def _check_size(model: Model, volume: Volume, scan: Scan) -> None:
-    """A header in the wrong unit would ask for more memory than there is, or shrink the body to a voxel."""
-    target = np.empty(3)  # mm along R, A, S
-    target[axcodes2ornt(model.plan["orientation"])[:, 0].astype(int)] = model.plan["spacing"]
-    spacing = np.linalg.norm(volume.monai_affine[:3, :3], axis=0)
-    size = volume.data.shape[:3] * spacing / target[io_orientation(volume.monai_affine)[:, 0].astype(int)]
-    if np.prod(np.maximum(size, 1)) > MOST_VOXELS or (max(volume.data.shape[:3]) > 3 and size.max() < 1.5):
-        sizes = " x ".join(f"{s:.3g}" for s in spacing)
-        wanted = " x ".join(f"{s:.3g}" for s in model.plan["spacing"])
-        raise DataError(
-            f"{scan.source}: its voxels are {sizes} mm by its header, and the model works at {wanted} mm: one of the two "
-            "is wrong by far. Correct the header (NIfTI's unit is mm)."
-        )
-
-
-def _oddities(volume: Volume) -> list[str]:
-    if volume.data.size and volume.data.min() == volume.data.max():
-        return ["all voxels have one value"]
-    warnings = []
-    for number, channel in enumerate(volume.channels_first):
-        if (outlier := outliers(channel)) is not None:
-            where = f"channel {number}: " if volume.data.ndim == 4 else ""
-            value, count = outlier
-            warnings.append(
-                f"{where}{count} voxels are far outside all others (up to {value:.3g}): after normalisation the others "
-                "hardly differ, and the mask may be wrong. Repair them"
-            )
-    return warnings
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says about one scan.
-
-    Attributes:
-        name: the scan's.
-        mask: (X, Y, Z) in the scan's own grid, the data set's label values, the smallest type for them.
-        probabilities: (K, X, Y, Z) float32 in the classes' order, or None if they were not asked for.
-        grid: where the voxels are.
-        seconds: for preprocessing and inference.
-        warnings: what a person should know before using the mask.
-    """
-
-    name: str
-    mask: npt.NDArray[Any]
-    probabilities: npt.NDArray[np.float32] | None
-    grid: Grid
-    seconds: float
-    warnings: list[str] = field(default_factory=list)
+from medseg_supcon.scans import Scan
 
 
 class Predictor:
     """Masks of scans from one run, or from several as an ensemble (the mean of their probabilities).
 
-    Gives the masks of the bundle's own ``inference.yaml``, but for voxels where two classes tie to within
-    rounding, in bounded memory: with one run and no ``probabilities`` no more than a patch's depth of all
-    classes is held at once.
+    The masks are those of the bundle's own ``inference.yaml``, except for voxels where two classes tie to within
+    rounding. Memory is bounded: with one run and without ``probabilities``, all classes are held for one patch's
+    depth at a time.
 
     Args:
         run: a run's folder, or several.
-        device: "cpu", "cuda", "cuda:1", ...; None: a GPU where there is one.
+        device: "cpu", "cuda", "cuda:1", ...; None: the first GPU, or the CPU.
         tta: average over mirrorings along the plan's ``flip_axes`` (probabilities, per window).
-        trust: accept a run whose config or network is not of the shape that medseg writes; it is code.
+        trust: accept a run whose config or network is not what medseg writes; it may run any code.
         amp: half precision; None: on GPUs.
+
+    Attributes:
+        warnings: what users should know about the runs, such as an interrupted training.
 
     Raises:
         RunError: a run is missing, incomplete, damaged or not trusted; runs of an ensemble differ in labels
             or channels; the device does not exist.
-        ConfigError: a run's plan was edited into what no plan can be.
+        ConfigError: a run's plan is invalid.
 
     Example:
         >>> predictor = Predictor("RUN")  # doctest: +SKIP
@@ -169,13 +79,14 @@ class Predictor:
         self.tta = tta
         self.amp = self.device.type == "cuda" if amp is None else amp
         self.plan = self.models[0].plan
+        self.warnings = [warning for model in self.models for warning in model.warnings]
         for path, model in zip(runs[1:], self.models[1:], strict=True):
             for key in ("labels", "channels"):
                 # As text: classes in another order are other classes.
                 if json.dumps(model.plan[key]) != json.dumps(self.plan[key]):
                     raise RunError(
                         f"{path} and {runs[0]} differ in {key} ({model.plan[key]}, {self.plan[key]}). "
-                        "Only runs for one task can predict together."
+                        "An ensemble needs runs of the same task."
                     )
 
     @property
@@ -188,7 +99,7 @@ class Predictor:
         return find_scans(paths, self.plan["channels"])
 
     def predict(self, scan: Scan | str | Path, probabilities: bool = False) -> Prediction:
-        """Segments one scan.
+        """Segment one scan.
 
         Raises:
             DataError: it cannot be read, is not a scan that the model takes, or is a folder of several.
@@ -198,7 +109,7 @@ class Predictor:
             if len(found) > 1:
                 names = ", ".join(one.name for one in found[:3])
                 raise DataError(
-                    f"{scan}: holds {len(found)} scans ({names}, ...), expected one. Give one of them."
+                    f"{scan} contains {len(found)} scans ({names}, ...), expected one. Pass one of them."
                 )
             scan = found[0]
         return self.segment(self.prepare(scan), probabilities)
@@ -209,20 +120,20 @@ class Predictor:
         out: str | Path,
         probabilities: bool = False,
         overwrite: bool = False,
-        progress: Callable[[int, int, dict[str, Any]], None] | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, Any]:
-        """Segments scans into a folder; a scan that fails is reported and the rest go on.
+        """Segment scans into a folder; a scan that fails is reported, and the rest continue.
 
         Args:
             scans: `Scan`s, or files and folders; two that would get one name are both refused.
             out: gets ``<name>.nii.gz`` per scan, ``manifest.json``, and a folder of ``probabilities``.
             probabilities: write (X, Y, Z, K) float32 NIfTI to ``out/probabilities`` too.
-            overwrite: redo scans that have their files already; otherwise they are skipped, with a warning where
-                another model or other settings made them.
-            progress: called with (scans done, scans in all, the scan's entry of the manifest) after each.
+            overwrite: replace files that exist; otherwise their scans are skipped, with a warning if another model
+                or other settings made them.
+            progress: called with (scans done, scans in total, the scan's entry of the manifest) after each.
 
         Returns:
-            what ``manifest.json`` holds, of this call's scans: ``scans`` (each with ``status`` "done",
+            the content of ``manifest.json`` for this call's scans: ``scans`` (each with ``status`` "done",
             "skipped" or "failed", and ``error``), ``summary`` (how many of each).
 
         Raises:
@@ -232,11 +143,14 @@ class Predictor:
         ready = [scan for scan in given if isinstance(scan, Scan)]
         if len(ready) < len(given):
             ready += self.find_scans(scan for scan in given if not isinstance(scan, Scan))
-        ready = refuse_equal_names(list(dict.fromkeys(ready)))  # one given twice is one
-        return predict_folder(self, ready, Path(out), probabilities, overwrite, progress)
+        ready = refuse_equal_names(list(dict.fromkeys(ready)))  # a scan given twice is one scan
+        head = describe(self.models, self.tta, self.device, self.amp)
+        return predict_folder(
+            self.prepare, self.segment, head, ready, Path(out), probabilities, overwrite, progress
+        )
 
     def prepare(self, scan: Scan) -> Prepared:
-        """Reads and preprocesses a scan; touches no GPU, so that it can go on beside `segment`.
+        """Read and preprocess a scan; needs no GPU, so that it can run beside `segment`.
 
         Raises:
             DataError: it cannot be read, or is not a scan that the model takes.
@@ -244,20 +158,23 @@ class Predictor:
         return prepare(scan, self.models)
 
     def segment(self, prepared: Prepared, probabilities: bool = False) -> Prediction:
-        """The mask of a prepared scan. Runs out of memory on the GPU: tries again with less there.
+        """The mask of a prepared scan; if the GPU's memory is too small, it is tried again with less there.
 
         Raises:
+            DataError: the network's output is NaN or infinite.
             torch.OutOfMemoryError, MemoryError: there is too little memory even for one window on the CPU.
         """
         started = time.perf_counter()
         warnings = list(prepared.warnings)
-        for way in attempts(self.device, self.plan["inference"]["sw_batch_size"], warnings):
-            with way, keep_freed_memory(way.device.type == "cpu"):
-                classes, scores = self._infer(prepared, way.device, way.buffers, way.batch, probabilities)
+        for attempt in attempts(self.device, self.plan["inference"]["sw_batch_size"], warnings):
+            with attempt, keep_freed_memory(attempt.device.type == "cpu"):
+                classes, scores = self._infer(
+                    prepared, attempt.device, attempt.buffers, attempt.batch, probabilities
+                )
         keep = [i for i, name in enumerate(self.labels) if name in self.plan["keep_largest"]]
         keep_largest(classes, keep)
         if not classes.any():
-            warnings.append("no label was found: the mask is empty")
+            warnings.append("no structure was found: the mask is empty")
         values = np.array(list(self.labels.values()), dtype=label_type(self.labels.values()))
         seconds = prepared.seconds + time.perf_counter() - started
         return Prediction(prepared.name, values[classes], scores, prepared.grid, seconds, warnings)
@@ -266,7 +183,7 @@ class Predictor:
     def _infer(
         self, prepared: Prepared, device: torch.device, buffers: torch.device, batch: int, probabilities: bool
     ) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.float32] | None]:
-        """Class indices (X, Y, Z), and probabilities (K, X, Y, Z) where they are wanted."""
+        """Class indices (X, Y, Z), and probabilities (K, X, Y, Z) if they are wanted."""
         shape, count = prepared.grid.shape[:3], len(self.labels)
         classes = np.zeros(shape, dtype=np.uint8 if count <= 256 else np.uint16)
         together = probabilities or len(self.models) > 1
@@ -284,16 +201,19 @@ class Predictor:
                 device,
                 buffers,
             )
+            chunks = _finite(chunks, f"{prepared.name}: the output of the network of {model.name}")
             affine = np.asarray(image.affine, dtype=np.float64)
-            way = Way.between(affine, image.shape[1:], prepared.affine, shape) if model.simple else None
-            if way is None and scores is None:
+            mapping = None
+            if model.simple:
+                mapping = GridMapping.between(affine, image.shape[1:], prepared.affine, shape)
+            if mapping is None and scores is None:
                 scores = np.zeros((count, *shape), dtype=np.float32)
             if scores is None:
-                label(classes, cast(Way, way), chunks, softmax)
-            elif way is None:
+                label(classes, cast(GridMapping, mapping), chunks, softmax)
+            elif mapping is None:
                 add_inverse(scores, model, image, chunks, softmax, len(self.models))
             else:
-                add(scores, way, chunks, softmax, len(self.models))
+                add(scores, mapping, chunks, softmax, len(self.models))
         if scores is not None:
             classes[:] = scores.argmax(axis=0)
         return classes, scores if probabilities else None
@@ -302,6 +222,13 @@ class Predictor:
         if self.amp and device.type == self.device.type:
             return lambda: torch.autocast(device.type)
         return nullcontext
+
+
+def _finite(chunks: Iterable[Tensor], what: str) -> Iterator[Tensor]:
+    for chunk in chunks:
+        if not torch.isfinite(chunk.sum()):  # a sum is one pass, and NaN and infinity stay in it
+            raise DataError(f"{what} contains NaN or infinity. Check the intensities of the scan.")
+        yield chunk
 
 
 def _device(name: str | torch.device | None) -> torch.device:

@@ -1,4 +1,4 @@
-"""From the model's grid back to the scan's, a few rows at a time: what `Invertd` does, without its memory.
+"""From the model's grid back to the scan's, a few rows at a time: `Invertd`'s result in less memory.
 
 The two grids of a scan differ by turning, mirroring and scaling of axes, so trilinear interpolation is linear
 interpolation along one axis after another.
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 2**24  # float32 of one class at a time; more is no faster
-SAME = 5e-3  # voxels: closer grids are the same one (MONAI does not resample at all for 1e-3 of the affine)
+SAME = 5e-3  # voxels: closer grids are equal (MONAI does not resample if affines differ by less than 1e-3)
 
 
 @dataclass(frozen=True)
-class Axis:
-    """Where on an axis of the model's grid the scan's voxels lie: ``w`` of the way from `low` to `high`."""
+class AxisInterpolation:
+    """Positions of the scan's voxels along an axis of the model's grid: between `low` and `high`, weight ``w``."""
 
     low: npt.NDArray[np.int64]
     high: npt.NDArray[np.int64]
     w: npt.NDArray[np.float32]
 
     @classmethod
-    def of(cls, position: npt.NDArray[np.float64], size: int) -> Axis:
+    def of(cls, position: npt.NDArray[np.float64], size: int) -> AxisInterpolation:
         rounded = np.round(position)
         if np.abs(position - rounded).max() < SAME:
             position = rounded
@@ -38,12 +38,11 @@ class Axis:
         return cls(low, np.where(w > 0, low + 1, low), w)
 
     def take(self, values: Tensor, dim: int, offset: int = 0) -> Tensor:
-        """Interpolates ``values``, whose first row along ``dim`` is the model's row ``offset``."""
+        """Interpolate ``values``, whose first row along ``dim`` is the model's row ``offset``."""
         low = torch.from_numpy(self.low - offset).to(values.device)
         if not self.w.any():
-            return (
-                values if _counts_up(self.low - offset, values.shape[dim]) else values.index_select(dim, low)
-            )
+            whole = np.array_equal(self.low - offset, np.arange(values.shape[dim]))
+            return values if whole else values.index_select(dim, low)
         w = torch.from_numpy(self.w).to(values.device)
         if values.device.type == "cpu" and dim == values.ndim - 1:
             # Gathering along the fastest axis is slow on a CPU; a product with a matrix is not.
@@ -58,8 +57,8 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Way:
-    """The way from the model's grid to the scan's.
+class GridMapping:
+    """How the model's grid maps to the scan's.
 
     Attributes:
         order: the scan's axis along each axis of the model's grid.
@@ -67,7 +66,7 @@ class Way:
     """
 
     order: tuple[int, ...]
-    axes: tuple[Axis, ...]
+    axes: tuple[AxisInterpolation, ...]
 
     @classmethod
     def between(
@@ -76,8 +75,8 @@ class Way:
         model_shape: Sequence[int],
         affine: npt.NDArray[np.float64],
         shape: Sequence[int],
-    ) -> Way | None:
-        """None where the axes of the grids are not parallel, so that no axis can be treated alone."""
+    ) -> GridMapping | None:
+        """None if the axes of the grids are not parallel, so that axes cannot be interpolated one by one."""
         matrix = np.linalg.solve(model_affine, affine)
         order = tuple(int(i) for i in np.abs(matrix[:3, :3] * np.asarray(shape)).argmax(axis=1))
         if sorted(order) != [0, 1, 2]:
@@ -87,12 +86,14 @@ class Way:
         if strays.max() > 0.02:  # voxels
             return None
         positions = [matrix[a, order[a]] * np.arange(shape[order[a]]) + matrix[a, 3] for a in range(3)]
-        return cls(order, tuple(Axis.of(p, n) for p, n in zip(positions, model_shape, strict=True)))
+        return cls(
+            order, tuple(AxisInterpolation.of(p, n) for p, n in zip(positions, model_shape, strict=True))
+        )
 
     def blocks(
         self, chunks: Iterable[Tensor], softmax: bool
     ) -> Iterator[tuple[npt.NDArray[np.int64], Iterator[Tensor]]]:
-        """Rows of the scan (turned as the model's grid), as soon as the chunks that they need are there.
+        """Rows of the scan (turned like the model's grid), as soon as the chunks that they need are there.
 
         Args:
             chunks: (K, rows, Y, Z) in order along the first axis of the model's grid.
@@ -126,10 +127,6 @@ class Way:
 
     def _classes(self, part: Tensor, block: npt.NDArray[np.int64], offset: int) -> Iterator[Tensor]:
         x = self.axes[0]
-        here = Axis(x.low[block], x.high[block], x.w[block])
+        here = AxisInterpolation(x.low[block], x.high[block], x.w[block])
         for values in part:
             yield here.take(self.axes[1].take(self.axes[2].take(values, 2), 1), 0, offset)
-
-
-def _counts_up(index: npt.NDArray[np.int64], size: int) -> bool:
-    return len(index) == size and bool((index == np.arange(size)).all())

@@ -1,7 +1,7 @@
-"""Sliding-window inference that gives finished rows of the scan away as it goes.
+"""Sliding-window inference that yields rows of the scan as soon as they are finished.
 
-The result is that of MONAI's `sliding_window_inference` with Gaussian weights, addition for addition; only
-one patch's depth of it is in memory at a time, which bounds the memory for long scans with many classes.
+The result is that of MONAI's `sliding_window_inference` with Gaussian weights, addition for addition. Only one
+patch's depth of it is in memory at a time, which bounds the memory for long scans with many classes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from medseg_supcon.bundle import Model
 from medseg_supcon.errors import RunError
-from medseg_supcon.inference.resample import Way
+from medseg_supcon.inference.resample import GridMapping
 
 
 def network_outputs(
@@ -43,8 +43,8 @@ def network_outputs(
         output = output[0] if isinstance(output, tuple | list) else output
         if output.shape[1] != classes:
             raise RunError(
-                f"{model.name}: the network gives {output.shape[1]} channels and the plan names {classes} "
-                "labels. network_def and labels of plan.json must agree."
+                f"{model.name}: the network outputs {output.shape[1]} channels, but the plan has {classes} labels. "
+                "Correct network_def or labels in plan.json."
             )
         return torch.as_tensor(output)
 
@@ -58,10 +58,10 @@ def network_outputs(
     return mirrored if tta else logits
 
 
-def label(classes: npt.NDArray[Any], way: Way, chunks: Iterable[Tensor], softmax: bool) -> None:
-    """The most probable class, while the rows come in; of equal ones the first, as argmax."""
-    view = classes.transpose(way.order)
-    for rows, planes in way.blocks(chunks, softmax):
+def label(classes: npt.NDArray[Any], mapping: GridMapping, chunks: Iterable[Tensor], softmax: bool) -> None:
+    """Write the most probable class into `classes`, as the rows come in; of equal ones the first, like argmax."""
+    view = classes.transpose(mapping.order)
+    for rows, planes in mapping.blocks(chunks, softmax):
         best = next(planes).clone()
         index_of_best = torch.zeros(best.shape, dtype=torch.int16, device=best.device)
         for index, values in enumerate(planes, start=1):
@@ -71,10 +71,15 @@ def label(classes: npt.NDArray[Any], way: Way, chunks: Iterable[Tensor], softmax
 
 
 def add(
-    scores: npt.NDArray[np.float32], way: Way, chunks: Iterable[Tensor], softmax: bool, members: int
+    scores: npt.NDArray[np.float32],
+    mapping: GridMapping,
+    chunks: Iterable[Tensor],
+    softmax: bool,
+    members: int,
 ) -> None:
-    view = scores.transpose(0, *(axis + 1 for axis in way.order))
-    for rows, planes in way.blocks(chunks, softmax):
+    """Add a share of the probabilities to `scores`, as the rows come in."""
+    view = scores.transpose(0, *(axis + 1 for axis in mapping.order))
+    for rows, planes in mapping.blocks(chunks, softmax):
         for index, values in enumerate(planes):
             view[index, rows] += values.cpu().numpy() / members
 
@@ -87,7 +92,7 @@ def add_inverse(
     softmax: bool,
     members: int,
 ) -> None:
-    """The way back by MONAI's own inverse, for preprocessing that is more than turning and scaling."""
+    """Add by MONAI's own inverse, for preprocessing that is more than turning and scaling."""
     whole = torch.cat([chunk.to("cpu", copy=True) for chunk in chunks], dim=1)
     whole = torch.softmax(whole, dim=0) if softmax else whole
     back = MetaTensor(whole, meta=image.meta, applied_operations=image.applied_operations)
@@ -108,11 +113,11 @@ def keep_largest(classes: npt.NDArray[Any], which: Sequence[int]) -> None:
             part[(components > 0) & (components != sizes.argmax())] = 0
 
 
-CPU_VOXELS = 2**20  # of a batch: more is no faster on a CPU, and takes more memory
+CPU_VOXELS = 2**20  # per batch: more is not faster on a CPU and needs more memory
 
 
 def batch_on(device: torch.device, batch_size: int, patch_size: Sequence[int]) -> int:
-    """Windows per call: on a CPU fewer large ones, but two (torch convolves one alone more slowly)."""
+    """Windows per call: fewer on a CPU if they are large, but at least two (torch is slower with one)."""
     if device.type != "cpu":
         return batch_size
     return min(batch_size, max(2, CPU_VOXELS // math.prod(patch_size)))
@@ -127,7 +132,7 @@ def windows(
     device: torch.device,
     buffer_device: torch.device,
 ) -> Iterator[Tensor]:
-    """Yields the blended output in chunks along the first axis.
+    """Yield the blended output in chunks along the first axis.
 
     Args:
         image: (C, X, Y, Z).
@@ -140,7 +145,7 @@ def windows(
 
     Yields:
         (K, rows, Y, Z) float32 on ``buffer_device``; the rows of all chunks add up to X. A chunk is a view of the
-        buffer: good until the next one is asked for.
+        buffer, valid until the next one is requested.
     """
     shape = tuple(image.shape[1:])
     pad = [max(p - n, 0) for p, n in zip(patch_size, shape, strict=True)]
@@ -158,7 +163,7 @@ def windows(
     inside = [slice(b, b + n) for b, n in zip(before, shape, strict=True)]
     kept = slice(None), slice(None), inside[1], inside[2]
 
-    first, total, count = 0, torch.empty(0), torch.empty(0)  # the rows from `first` on are still growing
+    first, total, count = 0, torch.empty(0), torch.empty(0)  # rows from `first` on are unfinished
 
     def finished(end: int) -> Tensor:
         """The rows of the scan itself in [first, end), blended."""
@@ -186,7 +191,7 @@ def windows(
 
 
 def _advance(buffer: Tensor, rows: int) -> None:
-    """Moves the buffer on by some rows, class by class, so that there is never a second one; new rows are 0."""
+    """Shift the buffer by some rows, class by class, so that no copy of it is needed; new rows are 0."""
     for part in buffer:
         part[:-rows] = part[rows:].clone()
         part[-rows:] = 0

@@ -6,14 +6,3 @@ from medseg_supcon.losses.labels import IGNORE_INDEX, balanced_class_weights
 from medseg_supcon.losses.sampler import VoxelSample, VoxelSampler
 from medseg_supcon.losses.supcon import SupConLoss
 from medseg_supcon.losses.voxel import VoxelSupConLoss
-
-__all__ = [
-    "IGNORE_INDEX",
-    "DiceSupConLoss",
-    "MemoryBank",
-    "SupConLoss",
-    "VoxelSample",
-    "VoxelSampler",
-    "VoxelSupConLoss",
-    "balanced_class_weights",
-]

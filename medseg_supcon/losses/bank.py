@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from medseg_supcon.losses.checks import check_ids, check_integers, check_matrix, check_number
+from medseg_supcon.losses.checks import check_ids, check_number, check_tensor
 
 
 class MemoryBank(nn.Module):
     """A ring buffer of detached embeddings for each class: keys and positives of later steps.
 
-    Every class has room for `size` embeddings and its own write position, so a frequent class never
-    pushes out a rare one. All state is in buffers: it moves with `.to()`, and checkpoints contain it.
+    Every class has room for `size` embeddings and its own write position, so a frequent class never pushes out a
+    rare one. All state is in buffers: it moves with `.to()`, and checkpoints contain it.
 
     Args:
         num_classes: C.
@@ -20,8 +20,7 @@ class MemoryBank(nn.Module):
         size: embeddings kept per class.
 
     Raises:
-        ValueError: an argument below 1.
-        TypeError: an argument that is not an integer.
+        ValueError, TypeError: an argument is not an integer >= 1.
 
     Example:
         >>> bank = MemoryBank(num_classes=2, dim=3, size=4)
@@ -36,7 +35,7 @@ class MemoryBank(nn.Module):
 
     def __init__(self, num_classes: int, dim: int, size: int) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("dim", dim), ("size", size)):
+        for name, value in {"num_classes": num_classes, "dim": dim, "size": size}.items():
             check_number(name, value, 1, integer=True)
         self.num_classes, self.dim, self.size = num_classes, dim, size
         self.register_buffer("embeddings", torch.zeros(num_classes, size, dim))
@@ -47,20 +46,16 @@ class MemoryBank(nn.Module):
     def enqueue(self, embeddings: Tensor, labels: Tensor) -> None:
         """Write embeddings (N, D) of classes (N,) over the oldest of their class; the last `size` stay.
 
-        Labels below 0 are not stored, nor embeddings that are not finite: a single overflow would make every
-        later loss NaN.
+        Labels below 0 are not stored, nor embeddings that are not finite: one overflow would make every later loss NaN.
 
         Raises:
-            ValueError: shapes that do not fit the bank, or a label >= C.
-            TypeError: embeddings that are not floating point, or labels that are not integers.
+            ValueError, TypeError: shapes or dtypes that do not fit the bank, or a label >= C.
         """
-        check_matrix("embeddings", embeddings)
-        check_integers("labels", labels)
+        check_tensor("embeddings", embeddings, floating=True)
+        check_tensor("labels", labels)
         if embeddings.shape[1] != self.dim or labels.shape != embeddings.shape[:1]:
-            raise ValueError(
-                f"embeddings must be (N, {self.dim}) and labels (N,), "
-                f"got {tuple(embeddings.shape)} and {tuple(labels.shape)}"
-            )
+            got = f"{tuple(embeddings.shape)} and {tuple(labels.shape)}"
+            raise ValueError(f"embeddings must be (N, {self.dim}) and labels (N,), got {got}")
         rows = embeddings.detach().to(self.embeddings.dtype)
         stored = (labels >= 0) & rows.isfinite().all(1)
         classes, order = labels[stored].long().sort(stable=True)
@@ -80,9 +75,6 @@ class MemoryBank(nn.Module):
         held = torch.arange(self.size, device=self.filled.device) < self.filled[:, None]
         return self.embeddings[held], held.nonzero()[:, 0]
 
-    def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, dim={self.dim}, size={self.size}"
-
 
 Bank = MemoryBank | tuple[Tensor, Tensor]
 
@@ -94,14 +86,11 @@ def bank_entries(bank: Bank | None, embeddings: Tensor) -> tuple[Tensor, Tensor]
     if isinstance(bank, MemoryBank):
         bank = bank.entries()
     if not isinstance(bank, (tuple, list)) or len(bank) != 2:
-        raise TypeError(
-            f"bank must be a MemoryBank or a pair (embeddings, labels), got {type(bank).__name__}"
-        )
+        raise TypeError(f"bank must be a MemoryBank or a pair (embeddings, labels), got {type(bank).__name__}")
     stored, labels = bank
-    check_matrix("bank embeddings", stored)
+    check_tensor("bank embeddings", stored, floating=True)
     dim, device = embeddings.shape[1], embeddings.device
     if stored.shape[1] != dim or stored.device != device:
-        raise ValueError(
-            f"bank embeddings must be (M, {dim}) on {device}, got {tuple(stored.shape)} on {stored.device}"
-        )
+        got = f"{tuple(stored.shape)} on {stored.device}"
+        raise ValueError(f"bank embeddings must be (M, {dim}) on {device}, got {got}")
     return stored.detach(), check_ids("bank labels", labels, stored, "a bank")

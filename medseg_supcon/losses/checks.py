@@ -25,19 +25,14 @@ def check_number(name: str, value: float, low: float | None = None, integer: boo
         raise ValueError(f"{name} must be at least {low}, got {value}")
 
 
-def check_integers(name: str, value: Tensor) -> None:
+def check_tensor(name: str, value: Tensor, floating: bool = False) -> None:
+    """A tensor of integers, or with `floating` a matrix of floating-point numbers."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers, got {value.dtype}")
-
-
-def check_matrix(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {value.dtype}")
-    if value.ndim != 2:
+    integers = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    if not (value.is_floating_point() if floating else integers):
+        raise TypeError(f"{name} must be {'floating point' if floating else 'integers'}, got {value.dtype}")
+    if floating and value.ndim != 2:
         raise ValueError(f"{name} must be (N, D), got shape {tuple(value.shape)}")
 
 
@@ -45,12 +40,10 @@ def check_ids(name: str, ids: Tensor | None, embeddings: Tensor, needed_for: str
     """`ids` as int64, one for each embedding."""
     if ids is None:
         raise ValueError(f"{name} must be given for {needed_for}, got None")
-    check_integers(name, ids)
-    if ids.shape != embeddings.shape[:1] or ids.device != embeddings.device:
-        raise ValueError(
-            f"{name} must be ({len(embeddings)},) on {embeddings.device}, like the embeddings, "
-            f"got {tuple(ids.shape)} on {ids.device}"
-        )
+    check_tensor(name, ids)
+    expected, got = (f"{tuple(t.shape[:n])} on {t.device}" for t, n in ((embeddings, 1), (ids, ids.ndim)))
+    if got != expected:
+        raise ValueError(f"{name} must be {expected}, like the embeddings, got {got}")
     return ids.long()
 
 

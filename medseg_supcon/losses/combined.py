@@ -13,8 +13,8 @@ from medseg_supcon.losses.checks import check_number
 class DiceSupConLoss(nn.Module):
     """segmentation_loss + w(step) * contrastive_loss, with a linear warm-up of w.
 
-    Step t = 1, 2, ... (one for each forward pass in training mode) has w = weight * min(1, t / warmup_steps).
-    The first is above 0, so every parameter has a gradient from the start, as DDP needs.
+    Step t = 1, 2, ... (one for each forward pass in training mode) has w = weight * min(1, t / warmup_steps). The
+    first is above 0, so every parameter has a gradient from the start, as DDP needs.
 
     Args:
         segmentation_loss: called with (logits, labels): MONAI's DiceCELoss, say.
@@ -28,8 +28,7 @@ class DiceSupConLoss(nn.Module):
         step: steps so far, a buffer, so checkpoints contain it.
 
     Raises:
-        ValueError: weight or warmup_steps below 0, or infinite.
-        TypeError: a weight that is not a number, or warmup_steps that is not an integer.
+        ValueError, TypeError: weight is not a finite number >= 0, or warmup_steps not an integer >= 0.
 
     Example:
         >>> dice, contrast = (lambda logits, labels: logits.mean()), (lambda f, labels, **ids: f.sum())
@@ -55,26 +54,10 @@ class DiceSupConLoss(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.terms: dict[str, Tensor] = {}
 
-    def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        features: Tensor | None = None,
-        *,
-        pair_ids: Tensor | None = None,
-        view_ids: Tensor | None = None,
-        scan_ids: Tensor | None = None,
-    ) -> Tensor:
-        """The weighted sum, a scalar.
+    def forward(self, logits: Tensor, labels: Tensor, features: Tensor | None = None, **ids: Tensor | None) -> Tensor:
+        """The weighted sum, a scalar, of logits (B, C, *spatial), labels (B, 1, *spatial), features (B, F, *spatial).
 
-        Args:
-            logits: (B, C, *spatial).
-            labels: (B, 1, *spatial).
-            features: (B, F, *spatial); may be None where weight is 0.
-            pair_ids, view_ids, scan_ids: as for `VoxelSupConLoss`.
-
-        Raises:
-            ValueError: features missing though weight > 0.
+        Features may be None where weight is 0; `ids` are pair_ids, view_ids, scan_ids as for `VoxelSupConLoss`.
         """
         loss = segmentation = self.segmentation_loss(logits, labels)
         dtype = torch.promote_types(segmentation.dtype, torch.float32)
@@ -85,7 +68,6 @@ class DiceSupConLoss(nn.Module):
         if self.weight > 0:
             if features is None:
                 raise ValueError(f"features must be given where weight > 0 (weight={self.weight}), got None")
-            ids = {"pair_ids": pair_ids, "view_ids": view_ids, "scan_ids": scan_ids}
             contrastive = self.contrastive_loss(features, labels, **ids, logits=logits.detach())
             loss = segmentation + weight * contrastive
         if self.training:
@@ -93,6 +75,3 @@ class DiceSupConLoss(nn.Module):
         terms = {"loss": loss, "segmentation": segmentation, "contrastive": contrastive}
         self.terms = {name: term.detach() for name, term in terms.items()} | {"contrast_weight": weight}
         return loss
-
-    def extra_repr(self) -> str:
-        return f"weight={self.weight}, warmup_steps={self.warmup_steps}"

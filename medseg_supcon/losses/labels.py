@@ -14,26 +14,14 @@ IGNORE_INDEX = -1
 
 
 def class_indices(labels: Tensor) -> Tensor:
-    """Label maps as class indices, without the channel axis.
-
-    Args:
-        labels: (B, 1, *spatial) class indices of any real dtype, or (B, C, *spatial) one-hot; a voxel
-            whose one-hot vector is all zero is unlabelled.
-
-    Returns:
-        (B, *spatial) int64, unlabelled voxels `IGNORE_INDEX`.
-
-    Raises:
-        ValueError: fewer than three axes, no channel, or values that are not whole numbers.
+    """(B, *spatial) int64 of class indices (B, 1, *spatial) or one-hot (B, C, *spatial); unlabelled `IGNORE_INDEX`.
 
     Example:
         >>> class_indices(torch.tensor([[[0.0, 1.0, 0.0]], [[1.0, 0.0, 0.0]]]).movedim(0, 1)).tolist()
         [[1, 0, -1]]
     """
     if labels.ndim < 3 or labels.shape[1] == 0:
-        raise ValueError(
-            f"labels must be (B, 1, *spatial) or (B, C, *spatial), got shape {tuple(labels.shape)}"
-        )
+        raise ValueError(f"labels must be (B, 1, *spatial) or (B, C, *spatial), got shape {tuple(labels.shape)}")
     if labels.shape[1] != 1:
         one_hot = labels > 0.5
         return one_hot.to(torch.uint8).argmax(1).masked_fill_(~one_hot.any(1), IGNORE_INDEX)
@@ -41,30 +29,21 @@ def class_indices(labels: Tensor) -> Tensor:
     whole = indices.long()
     if indices.is_floating_point() and not torch.equal(whole.to(indices.dtype), indices):
         wrong = indices[whole.to(indices.dtype) != indices][0].item()
-        raise ValueError(
-            f"labels must be whole numbers (class indices), got {wrong}; were they interpolated linearly?"
-        )
+        raise ValueError(f"labels must be whole numbers (class indices), got {wrong}; were they interpolated linearly?")
     return whole
 
 
 def balanced_class_weights(counts: Tensor | Sequence[float]) -> Tensor:
-    """Inverse-frequency class weights, w_c = n / (C n_c), with 0 for an absent class.
+    """Inverse-frequency class weights, w_c = n / (C n_c), (C,) float64, with 0 for an absent class.
 
-    Here n_c is the number of voxels of class c, n their sum and C the number of classes, absent ones
-    included. Weighted by w, every class that occurs contributes n / C, whatever its volume.
-
-    These weights suit voxels sampled in proportion to volume. `SupConLoss(class_weights="balanced")` counts
-    the voxels that were sampled instead, so it is right for any sampling.
+    They suit voxels sampled in proportion to volume. `SupConLoss(class_weights="balanced")` counts the voxels that
+    were sampled instead, so it is right for any sampling.
 
     Args:
-        counts: (C,) voxels per class, or frequencies; only their ratios matter.
-
-    Returns:
-        (C,) float64 weights.
+        counts: (C,) n_c, voxels per class, or frequencies; n is their sum.
 
     Raises:
-        ValueError: not one-dimensional, negative or not finite, or nothing but zeros.
-        TypeError: not numbers.
+        ValueError, TypeError: not C finite numbers >= 0 with a positive sum.
 
     Example:
         >>> balanced_class_weights([12, 4, 0, 8]).tolist()

@@ -7,24 +7,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from medseg_supcon.losses.checks import check_choice, check_integers, check_number
+from medseg_supcon.losses.checks import check_choice, check_number, check_tensor
 
-# Of so many random candidates per voxel wanted, `hard` takes the hardest.
-CANDIDATES = 8
+CANDIDATES = 8  # of so many random candidates per voxel wanted, `hard` takes the hardest
 SIEVE = (1 << 20) - 1
 MAX_TABLE = 1 << 12  # class ids below this are counted in a table; one of 1e8 would need gigabytes
 
 
 class VoxelSample(NamedTuple):
-    """Sampled voxels.
-
-    Attributes:
-        indices: (S,) int64, sorted, distinct, into the flattened (B, *spatial) label maps.
-        anchors: (S,) bool, False for voxels that serve as keys only.
-    """
-
-    indices: Tensor
-    anchors: Tensor
+    indices: Tensor  # (S,) int64, sorted, distinct, into the flattened (B, *spatial) label maps
+    anchors: Tensor  # (S,) bool, False for voxels that serve as keys only
 
 
 class VoxelSampler:
@@ -32,21 +24,20 @@ class VoxelSampler:
 
     Args:
         strategy: how `max_samples` are spent:
-            `stratified`: equally over the classes present; a class rarer than its share is taken whole, and
-            what it leaves over goes to the others.
+            `stratified`: equally over the classes present; a class rarer than its share is taken whole, and what it
+            leaves over goes to the others.
             `uniform`: every labelled voxel is equally likely.
-            `hard`: as stratified, with a share of each class from where it is hard: where the network gives
-            the true class the least probability, if logits are given, else near a label boundary.
+            `hard`: as stratified, with a share of each class from where it is hard: where the network gives the true
+            class the least probability, if logits are given, else near a label boundary.
             `all`: every labelled voxel, whatever `max_samples` is.
         max_samples: voxels per call, over the whole batch.
-        background: role of class 0: `anchor`, as any other class; `negatives_only`, keys but not anchors;
-            `exclude`, not sampled.
+        background: role of class 0: `anchor`, as any other class; `negatives_only`, keys but not anchors; `exclude`,
+            not sampled.
         hard_fraction: share of a class's voxels that `hard` picks for hardness, 0 .. 1.
         seed: for a generator of the sampler's own; None: torch's global one, which a trainer seeds.
 
     Raises:
-        ValueError: an argument outside its values.
-        TypeError: an argument of another type.
+        ValueError, TypeError: an argument outside its values, or of another type.
 
     Example:
         >>> labels = torch.zeros(1, 8, 8, 8, dtype=torch.long)
@@ -69,15 +60,13 @@ class VoxelSampler:
         check_choice("background", background, ("anchor", "negatives_only", "exclude"))
         check_number("max_samples", max_samples, 1, integer=True)
         check_number("hard_fraction", hard_fraction)
-        if seed is not None:
-            check_number("seed", seed, integer=True)
         if not 0 <= hard_fraction <= 1:
             raise ValueError(f"hard_fraction must be in 0 .. 1, got {hard_fraction}")
-        self.strategy = strategy
-        self.max_samples = max_samples
-        self.background = background
-        self.hard_fraction = hard_fraction
-        self.generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        self.strategy, self.max_samples, self.background = strategy, max_samples, background
+        self.hard_fraction, self.generator = hard_fraction, None
+        if seed is not None:
+            check_number("seed", seed, integer=True)
+            self.generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
     def __call__(
@@ -88,38 +77,34 @@ class VoxelSampler:
         logits: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> VoxelSample:
-        """Draw voxels.
+        """Draw at most `max_samples` voxels (but for `all`).
 
         Args:
             labels: (B, *spatial) integer class indices of any size; negative: never drawn.
-            pair_ids: (B, *spatial) int64, unique to a physical voxel over the batch, negative: no partner.
-                If given, voxels are drawn together with their partners, and only those that have an id:
-                half of `max_samples` by the strategy, the rest are their partners. Where the partners are
-                more than that, those of a class that the half took whole come before the others.
+            pair_ids: (B, *spatial) int64, unique to a physical voxel over the batch, negative: no partner. If given,
+                voxels are drawn together with their partners, and only those that have an id: half of `max_samples`
+                by the strategy, the rest are their partners. Where the partners are more than that, those of a class
+                that the half took whole come before the others.
             logits: (B, C, *spatial), for `hard`, a channel for every class that occurs.
             generator: on the CPU; in place of the sampler's own.
 
-        Returns:
-            At most `max_samples` voxels (but for `all`).
-
         Raises:
-            ValueError: shapes that do not fit.
-            TypeError: labels that are not integers.
+            ValueError, TypeError: shapes that do not fit, or labels that are not integers.
         """
-        check_integers("labels", labels)
+        check_tensor("labels", labels)
         labels = labels.long()  # uint8 would wrap at -1
-        if pair_ids is not None and pair_ids.shape != labels.shape:
-            raise ValueError(f"pair_ids must match labels {tuple(labels.shape)}, got {tuple(pair_ids.shape)}")
-        if logits is not None and logits.shape[:1] + logits.shape[2:] != labels.shape:
-            raise ValueError(
-                f"logits must be (B, C, *spatial) like labels {tuple(labels.shape)}, "
-                f"got {tuple(logits.shape)}"
-            )
+        shape = tuple(labels.shape)
+        if pair_ids is not None and pair_ids.shape != shape:
+            raise ValueError(f"pair_ids must match labels {shape}, got {tuple(pair_ids.shape)}")
+        if logits is not None and logits.shape[:1] + logits.shape[2:] != shape:
+            raise ValueError(f"logits must be (B, C, *spatial) like labels {shape}, got {tuple(logits.shape)}")
         drawable = labels.reshape(-1)
         if self.background == "exclude":
             drawable = drawable.masked_fill(drawable == 0, -1)
         if pair_ids is not None and self.strategy != "all":
             drawable = drawable.masked_fill(pair_ids.reshape(-1) < 0, -1)
+        if self.strategy == "uniform":
+            drawable = drawable.clamp(max=0)  # one class
         draw = _Draw(labels, drawable, logits, generator or self.generator)
         if self.strategy == "all":
             indices = (drawable >= 0).nonzero()[:, 0]
@@ -127,28 +112,19 @@ class VoxelSampler:
             indices, _ = self._voxels(draw, self.max_samples)
         else:
             indices = self._with_partners(draw, pair_ids.reshape(-1))
-        anchors = torch.ones_like(indices, dtype=torch.bool)
-        if self.background == "negatives_only":
-            anchors = labels.reshape(-1)[indices] != 0
-        return VoxelSample(indices, anchors)
+        anchors = labels.reshape(-1)[indices] != 0
+        return VoxelSample(indices, anchors if self.background == "negatives_only" else torch.ones_like(anchors))
 
     def _voxels(self, draw: _Draw, budget: int) -> tuple[Tensor, Tensor]:
         """Sorted indices of `budget` voxels (or of all) by the strategy, and whose partners come first."""
         classes, counts = _class_counts(draw.drawable)
         needed = int(classes[-1]) + 1 if len(classes) else 0
         if self.strategy == "hard" and draw.logits is not None and draw.logits.shape[1] < needed:
-            raise ValueError(
-                f"logits must have a channel for each class, at least {needed}, got {draw.logits.shape[1]}"
-            )
-        if self.strategy == "uniform":
-            voxels = draw.some(None, sum(counts), budget).sort().values
-            return voxels, torch.zeros_like(voxels)
+            got = draw.logits.shape[1]
+            raise ValueError(f"logits must have a channel for each class, at least {needed}, got {got}")
         quotas = _class_quotas(counts, budget)
-        parts = [
-            self._of_class(draw, c, n, quota)
-            for c, n, quota in zip(classes.tolist(), counts, quotas, strict=True)
-            if quota > 0
-        ]
+        wanted = zip(classes.tolist(), counts, quotas, strict=True)
+        parts = [self._of_class(draw, c, n, quota) for c, n, quota in wanted if quota > 0]
         voxels = torch.cat([draw.drawable[:0], *parts]).sort().values
         # The partners of classes taken whole come first, of the rarest at the head; then those of all others.
         rank = [n if q == n else sum(counts) for q, n in zip(quotas, counts, strict=True)]
@@ -162,9 +138,8 @@ class VoxelSampler:
             return draw.some(c, n, quota)
         candidates = draw.some(c, n, min(n, CANDIDATES * quota))
         hardest = draw.hardness(candidates, c).argsort(descending=True)
-        rest = hardest[hard:]
-        rest = rest[draw.permutation(len(rest))[: quota - hard]]
-        return candidates[torch.cat((hardest[:hard], rest))]
+        rest = hard + draw.permutation(len(hardest) - hard)[: quota - hard]
+        return candidates[torch.cat((hardest[:hard], hardest[rest]))]
 
     def _with_partners(self, draw: _Draw, pair_ids: Tensor) -> Tensor:
         """Half by the strategy and their partners; whole ids of the last ranks go until `max_samples` is kept."""
@@ -182,8 +157,7 @@ class VoxelSampler:
         place = torch.searchsorted(wanted, pair_ids[voxels]).clamp_(max=len(wanted) - 1)
         match = wanted[place] == pair_ids[voxels]
         voxels, order = voxels[match], order[place[match]]
-        members = torch.bincount(order, minlength=len(wanted))
-        fits = members.cumsum(0) <= self.max_samples
+        fits = torch.bincount(order, minlength=len(wanted)).cumsum(0) <= self.max_samples
         return voxels[fits[order]]
 
 
@@ -200,9 +174,8 @@ def _class_counts(labels: Tensor) -> tuple[Tensor, list[int]]:
 def _class_quotas(counts: list[int], budget: int) -> list[int]:
     """Voxels to take of each class: equal shares, except that no class gives more than it has.
 
-    Example:
-        >>> _class_quotas([1000, 3, 50], 60)
-        [28, 3, 29]
+    >>> _class_quotas([1000, 3, 50], 60)
+    [28, 3, 29]
     """
     quotas = [0] * len(counts)
     for position, (n, c) in enumerate(sorted((n, c) for c, n in enumerate(counts))):
@@ -222,27 +195,25 @@ class _Draw(NamedTuple):
     def permutation(self, n: int) -> Tensor:
         return torch.randperm(n, generator=self.generator).to(self.labels.device)
 
-    def some(self, c: int | None, n: int, k: int) -> Tensor:
-        """k of the n voxels of class c (None: of any class)."""
+    def some(self, c: int, n: int, k: int) -> Tensor:
+        """k of the n voxels of class c."""
         total = len(self.drawable)
         if n < 32 * k:
-            members = (self.drawable == c if c is not None else self.drawable >= 0).nonzero()[:, 0]
+            members = (self.drawable == c).nonzero()[:, 0]
             return members if k >= n else members[self.permutation(n)[:k]]
         # A class that fills much of the batch is met by chance: no list of its voxels is made.
         drawn = self.drawable[:0]
         while len(drawn) < k:
             tries = int(1.2 * k * total / n) + 16
             more = torch.randint(total, (tries,), generator=self.generator).to(self.labels.device)
-            hit = self.drawable[more] == c if c is not None else self.drawable[more] >= 0
-            drawn = torch.unique(torch.cat((drawn, more[hit])))
+            drawn = torch.unique(torch.cat((drawn, more[self.drawable[more] == c])))
         return drawn[self.permutation(len(drawn))[:k]]
 
     def hardness(self, voxels: Tensor, c: int) -> Tensor:
         """1 - p(true class), or the number of near voxels that have another label; ties at random."""
         where = torch.unravel_index(voxels, self.labels.shape)
         if self.logits is not None:
-            index: tuple[Tensor | slice, ...] = (where[0], slice(None), *where[1:])
-            return 1.0 - self.logits[index].float().softmax(1)[:, c]
+            return 1.0 - self.logits.movedim(1, -1)[where].float().softmax(1)[:, c]
         score = torch.rand(len(voxels), generator=self.generator).to(voxels.device) * 0.5
         for axis in range(1, self.labels.ndim):
             for step in (-2, -1, 1, 2):

@@ -1,26 +1,29 @@
-"""Networks written as plain data: a ``_target_`` of torch or MONAI with plain arguments, built without evaluating it."""
+"""Networks as plain data: a `_target_` of torch or MONAI with plain arguments, built without evaluating it.
+
+The gate for definitions from elsewhere: what `definition_problem` lets pass reads no file, downloads nothing, calls
+nothing that an argument names, and builds no more than `MOST_WEIGHTS` and `MOST_PARTS`.
+"""
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-import monai.networks.blocks
-import monai.networks.layers
-import monai.networks.nets
+import monai.networks.nets  # noqa: F401
+import torch
 from torch import nn
+from torch.nn.modules import module as registry
 
-STOCK = {
-    "torch.nn": nn,
-    "monai.networks.nets": monai.networks.nets,
-    "monai.networks.blocks": monai.networks.blocks,
-    "monai.networks.layers": monai.networks.layers,
-}
+STOCK = ("torch.nn.modules.", "monai.networks.nets.", "monai.networks.blocks.", "monai.networks.layers.")
+# Their arguments name a function of torchvision to call, or a file or a model on the internet to load.
+REFUSED = ("torchvision_fc", "milmodel", "transchex", "cell_sam_wrapper")
+LOADS_FILES = ("pretrained", "checkpoint", "weights", "path", "filename")  # arguments that load weights, begin so
 # torch.nn.Sequential takes its modules by position, which a config cannot say; this method returns the container.
 CHAIN, EMPTY_CHAIN = "torch.nn.Sequential.extend", {"_target_": "torch.nn.Sequential"}
-LOADS_FILES = ("pretrained", "checkpoint")  # arguments that make a network read or download weights
 MOST_LEVELS = 50
+MOST_WEIGHTS, MOST_PARTS = 2_000_000_000, 20_000  # or a line of text would fill the memory
 
 
 def chain(*definitions: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,40 +37,68 @@ def chain(*definitions: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def definition_problem(node: Any, level: int = 0) -> str | None:
-    """Why a ``network_def`` is not plain data that names a stock network; None where it is.
-
-    >>> definition_problem({"_target_": "os.system", "command": "true"})
-    "network_def names 'os.system', which is not a network of torch.nn or monai.networks"
-    """
+    """Why a ``network_def`` is not plain data that names a stock network; None where it is."""
     if not isinstance(node, Mapping) or "_target_" not in node:
-        return f"network_def is {_short(node)}, not a mapping with _target_"
-    target = node["_target_"]
+        return f"network_def is {short(node)}, not a mapping with _target_"
+    target, arguments = node["_target_"], {key: value for key, value in node.items() if key != "_target_"}
     if target == CHAIN:
-        if set(node) != {"_target_", "self", "sequential"} or node["self"] != EMPTY_CHAIN:
+        if set(arguments) != {"self", "sequential"} or node["self"] != EMPTY_CHAIN:
             return f"network_def has {CHAIN} with other arguments than an empty container and a list"
-    elif _stock_class(target) is None:
-        return f"network_def names {target!r}, which is not a network of torch.nn or monai.networks"
-    return _arguments_problem({key: value for key, value in node.items() if key != "_target_"}, level)
-
-
-def instantiate(definition: Any) -> Any:
-    """The network of a definition without `definition_problem`; the parts are made in the order in which they stand.
-
-    Raises:
-        whatever the class raises for its arguments.
-    """
-    if isinstance(definition, list):
-        return [instantiate(value) for value in definition]
-    if not isinstance(definition, Mapping):
-        return definition
-    arguments = {key: instantiate(value) for key, value in definition.items() if key != "_target_"}
-    if "_target_" not in definition:
-        return arguments
-    if definition["_target_"] == CHAIN:
-        return nn.Sequential(*arguments["sequential"])
-    made = _stock_class(definition["_target_"])
+        return _arguments_problem(arguments, level)
+    made = _stock_class(target)
     if made is None:
-        raise ValueError(definition_problem(definition))
+        return f"network_def names {short(target)}, which is not a network of torch.nn or monai.networks"
+    for name, parameter in inspect.signature(made).parameters.items():
+        loads = name.startswith(LOADS_FILES) and parameter.default not in (False, None, parameter.empty)
+        if loads and name not in arguments:
+            return f"network_def names {target!r}, which loads weights unless {name} is false"
+    return _arguments_problem(arguments, level)
+
+
+def short(value: object, most: int = 100) -> str:
+    """The value as it is written, cut after `most` characters."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def instantiate(definition: Mapping[str, Any]) -> nn.Module:
+    """The network of a definition without `definition_problem`; raises whatever the class raises for its arguments.
+
+    A construction that grows too large is ended before its weights are written to memory.
+    """
+    weights = parts = 0
+
+    def count(module: nn.Module, name: str, value: Any) -> None:
+        nonlocal weights, parts
+        weights, parts = weights + (value.numel() if isinstance(value, torch.Tensor) else 0), parts + 1
+        if weights > MOST_WEIGHTS or parts > MOST_PARTS:
+            raise ValueError(f"it has more than {MOST_WEIGHTS:,} weights or {MOST_PARTS:,} parts")
+
+    hooks = [
+        getattr(registry, f"register_module_{of}_registration_hook")(count) for of in ("module", "parameter", "buffer")
+    ]
+    try:
+        network: nn.Module = _made(definition)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return network
+
+
+def _made(node: Any) -> Any:
+    """The parts are made in the order in which they stand: a seed then gives the weights that MONAI's parser gives."""
+    if isinstance(node, list):
+        return [_made(value) for value in node]
+    if not isinstance(node, Mapping):
+        return node
+    arguments = {key: _made(value) for key, value in node.items() if key != "_target_"}
+    if "_target_" not in node:
+        return arguments
+    if node["_target_"] == CHAIN:
+        return nn.Sequential(*arguments["sequential"])
+    made = _stock_class(node["_target_"])
+    if made is None:
+        raise ValueError(definition_problem(node))
     return made(**arguments)
 
 
@@ -78,36 +109,30 @@ def _arguments_problem(node: Any, level: int) -> str | None:
         if "_target_" in node:
             return definition_problem(node, level + 1)
         for key, value in node.items():
-            if not isinstance(key, str) or key.startswith(("_", *LOADS_FILES)):
-                return f"network_def sets {key!r}"
+            if not isinstance(key, str) or not key.isidentifier() or key.startswith("_"):
+                return f"network_def sets {short(key)}"
+            if key.startswith(LOADS_FILES) and value not in (False, None):
+                return f"network_def sets {key!r}, which loads weights"
             if problem := _arguments_problem(value, level + 1):
                 return problem
-        return None
-    if isinstance(node, list):
+    if isinstance(node, list | tuple):
         return next((p for p in (_arguments_problem(value, level + 1) for value in node) if p), None)
     if isinstance(node, str) and node[:1] in ("$", "@", "%"):
-        return f"network_def holds the expression {_short(node)}"
+        return f"network_def holds the expression {short(node)}"
+    if isinstance(node, int | float) and abs(node) > MOST_WEIGHTS:
+        return f"network_def holds the number {short(node)}"
     return None
 
 
 def _stock_class(target: Any) -> type[nn.Module] | None:
-    """The class that a name stands for: with its module, or a bare name of MONAI's networks."""
+    """The class that a name stands for: with its package or module, or a bare name of MONAI's networks."""
     if not isinstance(target, str):
         return None
-    name = f"monai.networks.nets.{target}" if target.isidentifier() else target
-    package = next((package for package in STOCK if name.startswith(f"{package}.")), None)
-    if package is None:
+    module, _, name = (f"monai.networks.nets.{target}" if target.isidentifier() else target).rpartition(".")
+    # only what those packages hold themselves: no way through them into other packages
+    if name.startswith("_") or not f"{module}.".startswith(("torch.nn.", *STOCK)):
         return None
-    found: Any = STOCK[package]
-    for part in name.removeprefix(f"{package}.").split("."):
-        if not part.isidentifier() or part.startswith("_"):
-            return None
-        found = getattr(found, part, None)
-    if not (inspect.isclass(found) and issubclass(found, nn.Module)):
+    found: Any = vars(sys.modules[module]).get(name) if module in sys.modules else None
+    if not (inspect.isclass(found) and issubclass(found, nn.Module) and found.__module__.startswith(STOCK)):
         return None
-    return found if found.__module__.startswith(("torch.nn.", "monai.networks.")) else None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+    return None if found.__module__.rpartition(".")[2] in REFUSED else found

@@ -10,134 +10,42 @@ from torch import nn
 from medseg_supcon.errors import ConfigError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# extra outputs at lower resolution (DynUNet) are defined after the main one
-_SIDE_OUTPUTS = "deep_supervision_heads"
+OWN = "network."  # how the stock network's names begin in the wrapper
+_SIDE_OUTPUTS = "deep_supervision_heads"  # of DynUNet: at lower resolution, defined after the main output
 _CURE = (
-    "give it one with torch.nn.Sequential(net, torch.nn.Conv3d(features, classes, 1)), "
-    "where net has features output channels"
+    "give it one: torch.nn.Sequential(net, torch.nn.Conv3d(features, classes, 1)), where net gives features channels"
 )
 
 
-class FeatureTap:
-    """Reads a network's dense full-resolution features without changing the network.
+def classifier_name(network: nn.Module) -> str:
+    """Name of the classifier: the last layer with weights that the network defines, a 1x1x1 convolution."""
+    name, last = "", None
+    for path, module in network.named_modules():
+        if any(True for _ in module.parameters(recurse=False)) and _SIDE_OUTPUTS not in path.split("."):
+            name, last = path, module
+    if isinstance(last, CONVOLUTIONS) and {*last.kernel_size, *last.stride, last.groups} == {1}:
+        return name
+    kind = "no layers with weights" if last is None else f"{name!r}, {last}, as its last layer"
+    raise ConfigError(
+        f"{type(network).__name__} has {kind}, not a 1x1x1 convolution whose input are dense features: {_CURE}."
+    )
 
-    The features are the input of the classifier: the 1x1x1 convolution that is the last layer with weights
-    that the network defines (deep-supervision heads left aside). They are taken by a forward pre-hook that
-    lives during the call only, so copying, saving, scripting and exporting the network see nothing of it
-    (:meth:`stay` keeps it).
+
+class ContrastiveNetwork(nn.Module):
+    """A stock network with its dense features, the input of its classifier (see `classifier_name`), beside its logits.
+
+    In training mode ``forward`` gives ``(logits, features)``; in evaluation mode ``logits`` alone, so that a sliding
+    window takes it like any network. Of a network with deep supervision, the full-resolution output is taken and the
+    others are left out: the contrastive loss and Dice speak of the same voxels, and inference uses that output only.
+
+    The features are taken by a forward pre-hook that lives during the call only, so copying, saving, scripting and
+    exporting the stock network see nothing of it. The state dict is the stock network's, under its own names, so that
+    what exchanges weights with a trainer (federated learning, checkpoint loaders) needs to know nothing of this wrapper.
 
     Args:
         network: BasicUNet, DynUNet, SegResNet, SwinUNETR, AttentionUnet, ``Sequential(UNet, Conv3d)``, ...
 
     Attributes:
-        network: the network, as given.
-        name: the classifier's name in the network.
-        in_channels: F, the features per voxel.
-        out_channels: C, the classes.
-
-    Raises:
-        ConfigError: the network does not end in a 1x1x1 convolution.
-
-    Example:
-        >>> net = torch.nn.Sequential(torch.nn.Conv3d(1, 8, 3, padding=1), torch.nn.Conv3d(8, 2, 1))
-        >>> output, features = FeatureTap(net)(torch.zeros(1, 1, 4, 4, 4))
-        >>> output.shape, features.shape
-        (torch.Size([1, 2, 4, 4, 4]), torch.Size([1, 8, 4, 4, 4]))
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self.name = _classifier_name(network)
-        self._stays = False
-        self._caught: list[torch.Tensor] = []
-        self.in_channels = int(self.classifier.in_channels)
-        self.out_channels = int(self.classifier.out_channels)
-
-    @property
-    def classifier(self) -> Any:
-        """The last 1x1x1 convolution, as it stands in the network now."""
-        return self.network.get_submodule(self.name)
-
-    def stay(self) -> None:
-        """Keep the hook between calls: ``torch.compile`` builds it in, and sees no later one."""
-        if not self._stays:
-            self.classifier.register_forward_pre_hook(self._catch)
-            self._stays = True
-
-    def take(self) -> list[torch.Tensor]:
-        """What the hook has caught since the last time."""
-        caught, self._caught = self._caught, []
-        return caught
-
-    def _catch(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        self._caught.append(inputs[0])
-
-    def __call__(self, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        """The network's own output and the features (B, F, *spatial) for ``x`` (B, channels, *spatial).
-
-        Raises:
-            ConfigError: the classifier was not run, or not at the resolution of the input.
-        """
-        self.take()
-        handle = None if self._stays else self.classifier.register_forward_pre_hook(self._catch)
-        try:
-            output = self.network(x)
-        finally:
-            if handle is not None:
-                handle.remove()
-        caught = self.take()
-        if not caught or caught[-1].shape[2:] != x.shape[2:]:
-            found = tuple(caught[-1].shape[2:]) if caught else "nothing"
-            raise ConfigError(
-                f"The layer {self.name!r} of {type(self.network).__name__} was taken for the classifier, but "
-                f"it read {found} where the input has {tuple(x.shape[2:])} voxels; {_CURE}."
-            )
-        return output, caught[-1]
-
-
-def _classifier_name(network: nn.Module) -> str:
-    """Name of the last layer with weights, if it is a pointwise convolution."""
-    last: tuple[str, nn.Module] | None = None
-    for name, module in network.named_modules():
-        has_weights = any(True for _ in module.parameters(recurse=False))
-        if has_weights and _SIDE_OUTPUTS not in name.split("."):
-            last = name, module
-    if last is None or not _is_pointwise(last[1]):
-        kind = "no layers with weights" if last is None else f"{last[0]!r}, {last[1]}, as its last layer"
-        raise ConfigError(
-            f"{type(network).__name__} has {kind}, not a 1x1x1 convolution whose input are dense "
-            f"features: {_CURE}."
-        )
-    return last[0]
-
-
-def _is_pointwise(module: nn.Module) -> bool:
-    if not isinstance(module, CONVOLUTIONS):
-        return False
-    return (
-        all(k == 1 for k in module.kernel_size) and all(s == 1 for s in module.stride) and module.groups == 1
-    )
-
-
-OWN = "network."
-
-
-class ContrastiveNetwork(nn.Module):
-    """A stock network with its dense features beside its logits.
-
-    In training mode ``forward`` gives ``(logits, features)``; in evaluation mode ``logits`` alone, so that a
-    sliding window takes it like any network. Of a network with deep supervision, the full-resolution output
-    is taken and the others are left out: the contrastive loss and Dice speak of the same voxels, and
-    inference uses that output only.
-
-    The state dict is the stock network's, under its own names, so that what exchanges weights with a trainer
-    (federated learning, checkpoint loaders) needs to know nothing of this wrapper.
-
-    Args:
-        network: see :class:`FeatureTap`.
-
-    Attributes:
-        network: the stock network.
         in_channels: F, features per voxel (what a projection head takes in).
         out_channels: C, classes.
 
@@ -153,36 +61,53 @@ class ContrastiveNetwork(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = network
-        self._tap = FeatureTap(network)
-        self.in_channels = self._tap.in_channels
-        self.out_channels = self._tap.out_channels
+        self.network, self._name = network, classifier_name(network)
+        self._stays = False  # the hook, between calls
+        self._caught: list[torch.Tensor] = []
+        self.in_channels, self.out_channels = int(self.classifier.in_channels), int(self.classifier.out_channels)
         self.register_state_dict_post_hook(_without_own_name)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_own_name)  # type: ignore[no-untyped-call]
 
     @property
-    def classifier(self) -> nn.Module:
-        """The network's last 1x1x1 convolution, from features to logits."""
-        classifier: nn.Module = self._tap.classifier
-        return classifier
+    def classifier(self) -> Any:
+        """The network's last 1x1x1 convolution, from features to logits, as it stands in the network now."""
+        return self.network.get_submodule(self._name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """(B, channels, *spatial) to logits (B, C, *spatial), and features (B, F, *spatial) in training."""
         if self.training:
             return self.forward_features(x)
         output = self.network(x)
-        self._tap.take()
+        self._caught = []
         return _main_output(output, x)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """``torch.compile``, in place: names in the state dict stay; arguments as for ``nn.Module.compile``."""
-        self._tap.stay()
+        if not self._stays:  # what is compiled sees no hook that comes later
+            self.classifier.register_forward_pre_hook(self._catch)
+            self._stays = True
         super().compile(*args, **kwargs)
 
     def forward_features(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and features in either mode."""
-        output, features = self._tap(x)
-        return _main_output(output, x), features
+        self._caught = []
+        handle = None if self._stays else self.classifier.register_forward_pre_hook(self._catch)
+        try:
+            output = self.network(x)
+        finally:
+            if handle is not None:
+                handle.remove()
+        caught, self._caught = self._caught, []
+        if not caught or caught[-1].shape[2:] != x.shape[2:]:
+            found = tuple(caught[-1].shape[2:]) if caught else "nothing"
+            raise ConfigError(
+                f"The layer {self._name!r} of {type(self.network).__name__} was taken for the classifier, but it read "
+                f"{found} where the input has {tuple(x.shape[2:])} voxels; {_CURE}."
+            )
+        return _main_output(output, x), caught[-1]
+
+    def _catch(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._caught.append(inputs[0])
 
 
 def _without_own_name(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -200,15 +125,13 @@ def _with_own_name(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
 
 def _main_output(output: Any, x: torch.Tensor) -> torch.Tensor:
     """The full-resolution logits of a network that gives one output, a list of them, or DynUNet's stack."""
-    if isinstance(output, list | tuple):
-        output = output[0]
+    output = output[0] if isinstance(output, list | tuple) else output
     if isinstance(output, torch.Tensor) and output.ndim == x.ndim + 1:
         output = output[:, 0]
-    if not isinstance(output, torch.Tensor) or output.shape[2:] != x.shape[2:]:
-        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise ConfigError(
-            f"The network's output must be logits of the input's {tuple(x.shape[2:])} voxels, but it is "
-            f"{found}: take a segmentation network that ends at full resolution, or a patch size that it "
-            "divides by."
-        )
-    return output
+    if isinstance(output, torch.Tensor) and output.shape[2:] == x.shape[2:]:
+        return output
+    found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    raise ConfigError(
+        f"The network's output must be logits of the input's {tuple(x.shape[2:])} voxels, but it is {found}: take a "
+        "segmentation network that ends at full resolution, or a patch size that it divides by."
+    )

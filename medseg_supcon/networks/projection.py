@@ -13,8 +13,8 @@ _SHORTEST = 1e-4
 class ProjectionHead(nn.Module):
     """A two-layer perceptron (linear, ReLU, linear) on feature vectors, unit length in and out by default.
 
-    Runs in float32 under autocast too, and takes any number of vectors, none and one included: it has no
-    batch statistics.
+    Runs in float32 under autocast too, and takes any number of vectors, none and one included: it has no batch
+    statistics. Khosla et al. 2020, Supervised Contrastive Learning, section 3.
 
     Args:
         in_channels: F, length of a feature vector.
@@ -23,14 +23,8 @@ class ProjectionHead(nn.Module):
         normalise_input: scale the features to unit length first.
         normalise_output: scale the projected vectors to unit length.
 
-    Shape:
-        (N, F) to (N, D), float32.
-
     Raises:
         ValueError: a width is not positive, or the features do not have F channels.
-
-    Source:
-        Khosla et al. 2020, Supervised Contrastive Learning, section 3.
 
     Example:
         >>> ProjectionHead(16)(torch.rand(5, 16)).norm(dim=1).allclose(torch.ones(5))
@@ -49,17 +43,12 @@ class ProjectionHead(nn.Module):
         super().__init__()
         hidden = hidden_channels or 0
         if in_channels < 1 or out_channels < 1 or hidden < 0:
-            raise ValueError(
-                "in_channels and out_channels must be positive and hidden_channels >= 0, "
-                f"got {in_channels}, {out_channels} and {hidden_channels}."
-            )
+            got = f"{in_channels}, {out_channels} and {hidden_channels}"
+            raise ValueError(f"in_channels and out_channels must be positive and hidden_channels >= 0, got {got}.")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.normalise_input, self.normalise_output = normalise_input, normalise_output
-        self.layers = (
-            nn.Sequential(nn.Linear(in_channels, hidden), nn.ReLU(), nn.Linear(hidden, out_channels))
-            if hidden
-            else nn.Sequential(nn.Linear(in_channels, out_channels))
-        )
+        first = [nn.Linear(in_channels, hidden), nn.ReLU()] if hidden else []
+        self.layers = nn.Sequential(*first, nn.Linear(hidden or in_channels, out_channels))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(N, F) features, any floating type, to (N, D) float32."""

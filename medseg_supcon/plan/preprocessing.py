@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import warnings
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,10 @@ from monai.transforms.intensity import dictionary
 from medseg_supcon.datasets import class_indices
 from medseg_supcon.errors import RunError
 from medseg_supcon.losses import IGNORE_INDEX
+
+# MONAI's loader, of NIfTI alone here, makes every reader it has, and that one warns where pydicom is installed.
+warnings.filterwarnings("ignore", "NvImgCodecPydicomReader")
+logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
 
 SIGNS = "#@%$"  # :: in MONAI's eyes, a reference, a macro, an expression
 ESCAPED = {"#": r"\x23", "@": r"\x40", "%": r"\x25", "import": r"\x69mport"}

@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans.dicom_header import (
-    HEADER_BYTES,
+from medseg_supcon.scans.dicom_file import (
     NOT_SCANS,
-    PICTURES_OF_SCANS,
     Frame,
     Header,
-    Numbers,
     looks_like_dicom,
-    open_dicom,
-    pydicom,
     read_dicom_header,
+    read_stored,
 )
-from medseg_supcon.scans.grid import NEAR, Affine, Grid, Issue, Volume
+from medseg_supcon.scans.grid import NEAR, Affine, Grid, Issue, Numbers, Volume
 from medseg_supcon.scans.itk import ras_affine
 
 SAME_PLACE = 1e-3  # mm
 SAME_TURN = 1e-3  # of a unit vector
 SAME_SIZE = 1e-3  # of a pixel's edge
-PIXEL_TAGS = (
-    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated"),
-    *("BitsStored", "HighBit", "PixelRepresentation", "PixelData", "FloatPixelData", "DoubleFloatPixelData"),
-)
-SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 
 Series = list[tuple[str, list[Path], str]]
 
@@ -46,41 +33,30 @@ def series_in(folder: Path, name: str = "") -> tuple[Series, list[Path]]:
     """The DICOM series directly in a folder, (name, slices in order, digest) each, and the damaged files.
 
     One series is called as the folder, or `name`, several ``<folder>_series<number>``. Series identifiers are never
-    shown: they identify a patient's examination. A digest tells a series from others of a folder of that name, and
-    shows which it is only to those who hold the identifier. Reports, plans and drawings are passed over.
+    shown: they identify a patient's examination. A digest tells series apart. Reports, plans and drawings are skipped.
     """
-    files = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and not p.is_dir()]
     by_series: dict[str, list[Header]] = {}
     damaged = []
-    for file in filter(looks_like_dicom, files):
-        try:
+    for file in sorted(folder.iterdir()):
+        if file.name.startswith(".") or file.is_dir() or not looks_like_dicom(file):
+            continue
+        header = None
+        with suppress(DataError):
             header = read_dicom_header(file)
-        except DataError:
-            header = None
         if header is None:
             damaged.append(file)
-        elif header.frames and header.modality not in (*NOT_SCANS, *PICTURES_OF_SCANS):
+        elif header.frames and header.modality not in NOT_SCANS:
             by_series.setdefault(header.series, []).append(header)
-    series = list(by_series.values())
     name = name or folder.resolve().name or "scan"
-    if len(series) <= 1:
-        return [(name, _files(headers), _digest(name, headers[0])) for headers in series], damaged
-    numbers = [headers[0].number for headers in series]
+    numbers = [headers[0].number for headers in by_series.values()]
     if None in numbers or len(set(numbers)) < len(numbers):
-        numbers = list(range(1, len(series) + 1))
-    order = sorted(range(len(series)), key=lambda i: numbers[i] or 0)
-    return [
-        (f"{name}_series{numbers[i]}", _files(series[i]), _digest(name, series[i][0])) for i in order
-    ], damaged
-
-
-def _digest(name: str, header: Header) -> str:
-    return hashlib.sha256(f"{name}\0{header.series}".encode()).hexdigest()[:16]
-
-
-def _files(headers: Sequence[Header]) -> list[Path]:
-    frames = _in_order([header.frames[0] for header in headers])
-    return [frame.file for frame in frames]
+        numbers = list(range(1, len(numbers) + 1))
+    series = []
+    for number, (uid, headers) in sorted(zip(numbers, by_series.items(), strict=True), key=lambda pair: pair[0] or 0):
+        files = [frame.file for frame in _in_order([header.frames[0] for header in headers])]
+        digest = hashlib.sha256(f"{name}\0{uid}".encode()).hexdigest()[:16]
+        series.append((name if len(numbers) == 1 else f"{name}_series{number}", files, digest))
+    return series, damaged
 
 
 def _in_order(frames: Sequence[Frame]) -> list[Frame]:
@@ -100,120 +76,85 @@ def is_one_of_many(file: Path, series: Series) -> int:
 
 
 def read_dicom(files: Sequence[Path]) -> Volume:
-    """The volume (X, Y, Z) that the slices of a series, or the frames of a file, make, each scaled by its own rule.
+    """The volume (X, Y, Z) that the slices of a series, or the frames of a file, make; DataError if they make none.
 
-    Values are what the header defines: stored values through the slice's slope and intercept, or through its
+    Values are what the header defines: stored values through the slice's own slope and intercept, or through its
     Modality LUT. MONOCHROME1 says how to show them, and changes none.
-
-    Raises:
-        DataError: a file is damaged, not a scan, a mosaic, a colour picture, or of another grid than the others; its
-            voxel size is unknown; a slice is missing or gives no position; the gantry was tilted; there are
-            several volumes; the slices' values are not on one scale.
     """
-    headers, frames, affine = _check_series(files)
+    headers, frames, affine = check_series(files)
     columns, rows, _ = headers[0].size
     data = np.empty((len(frames), rows, columns), dtype=np.float32)
     place = {(frame.file, frame.index): k for k, frame in enumerate(frames)}
     for header in headers:
-        for frame, values in zip(header.frames, _stored(header), strict=True):
-            data[place[frame.file, frame.index]] = _scaled(values, header, frame)
+        for frame, stored in zip(header.frames, read_stored(header), strict=True):
+            k = place[frame.file, frame.index]
+            slope, intercept = frame.scaling or (1.0, 0.0)
+            data[k] = stored if (slope, intercept) == (1.0, 0.0) else stored * np.float64(slope) + intercept
     grid = Grid.at((columns, rows, len(frames)), affine)
-    return Volume(data.transpose(2, 1, 0), grid, affine, tuple(_doubts(headers[0])))
+    return Volume(data.transpose(2, 1, 0), grid, affine, _doubts(headers))
 
 
-def read_series_header(files: Sequence[Path]) -> tuple[tuple[int, ...], Affine]:
-    """Shape (X, Y, Z), and affine to RAS+ mm, without the voxels; raises as `read_dicom`."""
-    headers, frames, affine = _check_series(files)
-    return (*headers[0].size[:2], len(frames)), affine
-
-
-def _check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Affine]:
+def check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Affine]:
     """Headers as the files, frames in the order of their places, and the affine to RAS+ mm; raises as `read_dicom`."""
     source = files[0].parent if len(files) > 1 else files[0]
     headers = [_readable(file, source) for file in files]
-    first = headers[0]
-    if first.size[2] > 1 and len(files) > 1:
-        raise DataError(
-            f"{source}: the series holds {len(files)} volumes, a file each. Give the file that you want segmented."
-        )
+    if headers[0].size[2] > 1 and len(files) > 1:
+        raise DataError(f"{source}: the series holds {len(files)} volumes, a file each. Give the file to be segmented.")
     frames = _in_order([frame for header in headers for frame in header.frames])
     _check_alike(headers, frames)
     _check_scales(headers)
-    orientation, spacing = frames[0].orientation, frames[0].spacing
-    if orientation is None or any(frame.position is None for frame in frames):
+    first, positions = frames[0], np.array([frame.position for frame in frames if frame.position is not None])
+    if first.orientation is None or len(positions) < len(frames):
         what = "not every slice says" if len(frames) > 1 else "does not say"
-        raise DataError(
-            f"{source}: {what} where it is in the body (one ImagePositionPatient per slice, and an "
-            "ImageOrientationPatient). If it is a scan and not a picture, convert it to NIfTI with dcm2niix."
-        )
-    positions = np.array([frame.position for frame in frames])
-    if spacing is None:
-        raise DataError(
-            f"{frames[0].file}: its header does not say how large a pixel is (PixelSpacing missing or not valid; an "
-            "ImagerPixelSpacing is not measured in the body). Export the series again, or convert it to NIfTI with "
-            "the right voxel size."
-        )
-    row, column = orientation[:3], orientation[3:]
+        raise DataError(f"{source}: {what} where it is in the body (ImagePositionPatient). Convert it with dcm2niix.")
+    if first.spacing is None:
+        raise DataError(f"{first.file}: does not say how large a pixel is (no valid PixelSpacing). Export it again.")
+    row, column = first.orientation[:3], first.orientation[3:]
     axes = np.array([row, column, np.cross(row, column)])
     if np.abs(axes @ axes.T - np.eye(3)).max() > 10 * SAME_TURN:
         raise DataError(
-            f"{frames[0].file}: its ImageOrientationPatient is not a pair of perpendicular directions. Export it again."
+            f"{first.file}: its ImageOrientationPatient is not a pair of perpendicular axes. Export it again."
         )
-    if len(frames) == 1:
-        thickness = frames[0].thickness
-        if thickness is None:
-            raise DataError(
-                f"{source}: is a single slice, and its header does not say how thick it is. Give the whole series."
-            )
-        step = axes[2] * thickness
-    else:
-        _check_even(positions, orientation, float(spacing.min()), source)
+    if len(frames) > 1:
+        _check_even(positions, axes[2], float(first.spacing.min()), source)
         step = (positions[-1] - positions[0]) / (len(frames) - 1)
+    elif first.thickness is not None:
+        step = axes[2] * first.thickness
+    else:
+        raise DataError(f"{source}: is a single slice, and does not say how thick it is. Give the whole series.")
     lps = np.eye(4)
-    lps[:3] = np.stack([row * spacing[1], column * spacing[0], step, positions[0]], axis=1)
+    lps[:3] = np.stack([row * first.spacing[1], column * first.spacing[0], step, positions[0]], axis=1)
     return headers, frames, ras_affine(lps)
 
 
 def _readable(file: Path, source: Path) -> Header:
     header = read_dicom_header(file)
     if header is None or not header.frames:
-        raise DataError(
-            f"{file}: cannot be read as a DICOM image. It is damaged, cut short, or holds no image."
-        )
-    if header.modality in (*NOT_SCANS, *PICTURES_OF_SCANS):
-        raise DataError(
-            f"{source}: is not a scan (its DICOM modality is {header.modality}). Give the scan itself."
-        )
-    if "MOSAIC" in header.image_type.upper():
-        raise DataError(
-            f"{source}: is a mosaic, all slices tiled in one picture (Siemens). Convert it to NIfTI with dcm2niix."
-        )
+        raise DataError(f"{file}: cannot be read as a DICOM image. It is damaged, cut short, or holds no image.")
+    if header.modality in NOT_SCANS:
+        raise DataError(f"{source}: is not a scan (its DICOM modality is {header.modality}). Give the scan itself.")
+    if header.mosaic:
+        raise DataError(f"{source}: is a mosaic, all slices tiled in one picture. Convert it with dcm2niix.")
     if header.photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise DataError(
-            f"{file}: is a picture in colour ({header.photometric or 'no PhotometricInterpretation'}), expected grey "
-            "values. Give the scan that it was made of."
-        )
+        found = header.photometric or "no PhotometricInterpretation"
+        raise DataError(f"{file}: is in colour ({found}), expected grey values. Give the scan it was made of.")
     return header
 
 
 def _check_alike(headers: Sequence[Header], frames: Sequence[Frame]) -> None:
-    """Whether all slices have one size, one direction and one pixel spacing; an odd one is named."""
+    """Whether all slices have one size, one direction and one pixel spacing."""
     size = Counter(header.size for header in headers).most_common(1)[0][0]
     odd = [header.file for header in headers if header.size != size]
     odd += [frames[i].file for i in _odd([frame.orientation for frame in frames], SAME_TURN)]
     if odd:
         raise DataError(
-            f"{odd[0]}: its size or direction differs from that of the other slices of its series (a localiser, or "
-            "another view). Move it out of the folder."
+            f"{odd[0]}: its size or direction differs from that of other slices. Move it out of the folder."
         )
     for i in _odd([frame.spacing for frame in frames], SAME_SIZE):
         own = frames[i].spacing
         given = "not given" if own is None else f"{own[0]:g} x {own[1]:g} mm"
-        where = f"frame {frames[i].index + 1}: " if size[2] > 1 else ""
-        raise DataError(
-            f"{frames[i].file}: {where}its PixelSpacing is {given}, and other slices of its series have another. Export "
-            "the series again."
-        )
+        where = f"{frames[i].file}: frame {i + 1}" if size[2] > 1 else frames[i].file
+        raise DataError(f"{where}: its PixelSpacing is {given}, and other slices have another. Export it again.")
 
 
 def _odd(values: Sequence[Numbers | None], limit: float) -> list[int]:
@@ -227,123 +168,53 @@ def _odd(values: Sequence[Numbers | None], limit: float) -> list[int]:
 
 def _check_scales(headers: Sequence[Header]) -> None:
     """Whether the values of all slices are on one scale: slopes may differ, as PET's do, but none may be missing."""
-    seen: dict[bool, dict[str, Path]] = {True: {}, False: {}}  # rules, units
+    rules, units = dict[str, Path](), dict[str, Path]()  # to the first file of each
     for header in headers:
         for frame in header.frames:
-            if frame.scaling is not None and (header.lut is not None or not np.isfinite(frame.scaling).all()):
-                besides = "there is a Modality LUT besides" if header.lut else "one is missing or not valid"
-                raise DataError(
-                    f"{header.file}: its RescaleSlope and RescaleIntercept are contradictory ({besides}, frame "
-                    f"{frame.index + 1}). Export the series again."
-                )
-            rule = "no rescale slope and intercept" if header.lut is None else "a Modality LUT"
-            rule = rule if frame.scaling is None else "a rescale slope and intercept"
-            seen[True].setdefault(rule, header.file)
+            rule = "a Modality LUT" if header.lut else "no rescale slope and intercept"
+            if frame.scaling is not None:
+                rule = "a rescale slope and intercept"
+                if header.lut or not np.isfinite(frame.scaling).all():
+                    besides = "there is a Modality LUT besides" if header.lut else "one is missing or not valid"
+                    raise DataError(f"{header.file}: its rescale slope is contradictory ({besides}). Export it again.")
+            rules.setdefault(rule, header.file)
             if frame.unit:
-                seen[False].setdefault(f"values in {frame.unit}", header.file)
-    for what in seen.values():
-        if len(what) > 1:
-            (one, first), (other, second) = list(what.items())[:2]
-            raise DataError(
-                f"{second}: has {other}, and {first} {one}: the values of a series must be on one scale. Export it again."
-            )
+                units.setdefault(f"values in {frame.unit}", header.file)
+    for seen in (rules, units):
+        if len(seen) > 1:
+            (one, first), (other, second) = list(seen.items())[:2]
+            raise DataError(f"{second}: has {other}, {first} {one}: values must be on one scale. Export it again.")
 
 
-def _check_even(positions: Numbers, orientation: Numbers, edge: float, source: Path) -> None:
+def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) -> None:
     """Whether positions in order make one volume with even gaps."""
-    count = len(positions)
-    normal = np.cross(orientation[:3], orientation[3:])
+    count, way = len(positions), positions - positions[0]
     places = len(np.unique(np.round(positions / SAME_PLACE), axis=0))
     if places < count:
-        raise DataError(
-            f"{source}: holds several volumes: {count} slices at {places} places (a time series, echoes, or a copy of "
-            "slices). Export one volume."
-        )
-    step = (positions[-1] - positions[0]) / (count - 1)
+        found = f"{count} slices at {places} places (a time series, echoes, or copies)"
+        raise DataError(f"{source}: holds several volumes: {found}. Export one volume.")
+    step = way[-1] / (count - 1)
     limit = NEAR * min(edge, float(np.linalg.norm(step)))
-    sideways = (positions - positions[0]) - np.outer((positions - positions[0]) @ normal, normal)
-    if np.linalg.norm(sideways, axis=1).max() > limit:
-        raise DataError(
-            f"{source}: each slice is shifted sideways against the one before, {np.linalg.norm(sideways[-1]):.1f} mm in "
-            "all (the gantry was tilted). Resample the scan onto a straight grid first, for example with dcm2niix."
-        )
-    off = np.linalg.norm(positions - positions[0] - np.outer(np.arange(count), step), axis=1)
-    if off.max() > limit:
+    sideways = np.linalg.norm(way - np.outer(way @ normal, normal), axis=1)
+    if sideways.max() > limit:
+        found = f"its slices are shifted sideways, {sideways[-1]:.1f} mm in all (the gantry was tilted)"
+        raise DataError(f"{source}: {found}. Resample it onto a straight grid first, for example with dcm2niix.")
+    if np.linalg.norm(way - np.outer(np.arange(count), step), axis=1).max() > limit:
         gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
         usual = float(np.median(gaps))
         worst = int(np.abs(gaps - usual).argmax())
-        raise DataError(
-            f"{source}: the slices are not evenly spaced: number {worst + 1} and {worst + 2} of {count} are "
-            f"{gaps[worst]:.2f} mm apart, others {usual:.2f} mm. A slice is missing, or was taken twice: export the "
-            "whole series."
-        )
+        found = f"number {worst + 1} and {worst + 2} of {count} are {gaps[worst]:.2f} mm apart, others {usual:.2f} mm"
+        raise DataError(f"{source}: slices are not evenly spaced: {found}. Export the whole series.")
 
 
-def _doubts(header: Header) -> list[Issue]:
-    issues = []
-    unit, scaled = header.frames[0].unit, header.frames[0].scaling is not None or header.lut is not None
+def _doubts(headers: Sequence[Header]) -> tuple[Issue, ...]:
+    header, doubts = headers[0], {}
+    unit, scaled = header.frames[0].unit, header.frames[0].scaling is not None or header.lut
     if header.modality == "CT" and (not scaled or unit not in ("", "HU", "US")):
         what = f"gives values in {unit}" if scaled else "gives no rescale slope and intercept"
-        issues.append(
-            Issue("not_hounsfield", "warning", f"is CT and {what}: they may not be Hounsfield units")
-        )
+        doubts["not_hounsfield"] = f"is CT and {what}: they may not be Hounsfield units"
     if header.photometric == "MONOCHROME1" and header.modality != "CT":
-        sentence = "is MONOCHROME1 (shown with small values bright): the stored values are used, not inverted"
-        issues.append(Issue("monochrome1", "warning", sentence))
-    return issues
-
-
-def _scaled(stored: npt.NDArray[Any], header: Header, frame: Frame) -> npt.NDArray[Any]:
-    if header.lut is not None:
-        first, table = header.lut
-        return table[np.clip(stored.astype(np.int64) - first, 0, len(table) - 1)]
-    if frame.scaling in (None, (1.0, 0.0)):
-        return stored
-    slope, intercept = frame.scaling
-    return stored * np.float64(slope) + intercept
-
-
-def _stored(header: Header) -> npt.NDArray[Any]:
-    """The stored values (frames, rows, columns) of a file, untouched by what its header says about their display."""
-    library = pydicom()
-    columns, rows, frames = header.size
-    try:
-        with open_dicom(header.file, HEADER_BYTES + 8 * math.prod(header.size)) as stream:
-            dataset = library.dcmread(stream, force=True, specific_tags=list(PIXEL_TAGS))
-        if int(dataset.get("HighBit", 0)) != int(dataset.get("BitsStored", 1)) - 1:
-            raise DataError(f"{header.file}: its HighBit and BitsStored disagree. Export the series again.")
-        if dataset.file_meta.get("TransferSyntaxUID") is None:
-            little, implicit = dataset.original_encoding[1], dataset.original_encoding[0]
-            uid = library.uid
-            native = uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
-            dataset.file_meta.TransferSyntaxUID = native if little else uid.ExplicitVRBigEndian
-        pixels = None
-        if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-            with suppress(
-                RuntimeError
-            ):  # pydicom has a decoder of its own for RLE, others where they are installed
-                pixels = _decompressed(dataset)
-        if pixels is None:
-            pixels = library.pixels.pixel_array(dataset, raw=True)
-        return np.asarray(pixels).reshape(frames, rows, columns)
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:  # pydicom raises a dozen kinds for damaged files
-        raise DataError(
-            f"{header.file}: its voxels cannot be read. It is damaged, cut short, or compressed in a way that is not "
-            "supported. Convert the series to NIfTI with dcm2niix."
-        ) from error
-
-
-def _decompressed(dataset: Any) -> npt.NDArray[Any]:
-    """By ITK's decoders, of a copy without scaling, so that ITK neither rescales nor inverts."""
-    import SimpleITK as sitk
-
-    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = SECONDARY_CAPTURE
-    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
-    dataset.PhotometricInterpretation = "MONOCHROME2"
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, "pixels.dcm")
-        dataset.save_as(copy, enforce_file_format=True)
-        return np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(str(copy), imageIO="GDCMImageIO")))
+        doubts["monochrome1"] = "is MONOCHROME1 (shows small values bright): the stored values are used, not inverted"
+    if (count := len({header.space for header in headers if header.space})) > 1:
+        doubts["frame_of_reference"] = f"its slices have {count} FrameOfReferenceUIDs. Check that they fit together"
+    return tuple(Issue(code, "warning", sentence) for code, sentence in doubts.items())

@@ -14,45 +14,31 @@ import numpy.typing as npt
 
 NEAR = 0.1  # of the smallest voxel edge: two grids, or two slices, that are closer than this count as one
 MAX_SHEAR_DEGREES = 0.6  # check, train and predict refuse more: over 200 mm it is 2 mm
-MM = {"mm": 1.0, "metres": 1000.0, "microns": 0.001}
-UNITS = {1: "metres", 3: "microns"}  # NIfTI's codes; whatever else a header says counts as mm
-# What a NIfTI header says about where the voxels are.
-PLACE = (
+FORMS = (  # of a NIfTI header
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
     *("sform_code", "srow_x", "srow_y", "srow_z"),
 )
 
-Affine = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.float64]
+Affine = Numbers
 
 
 @dataclass(frozen=True)
 class Issue:
-    """A problem of a scan.
-
-    Attributes:
-        code: short name, as `medseg check` reports it.
-        severity: "error" or "warning", for training.
-        sentence: follows the file's name.
-    """
+    """A problem of a scan."""
 
     code: str
-    severity: str
-    sentence: str
+    severity: str  # "error" or "warning", for training
+    sentence: str  # follows the file's name
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the voxels of a scan are.
+    """Where the voxels of a scan are."""
 
-    Attributes:
-        shape: of the file, (X, Y, Z) and any trailing axes of one.
-        affine: (4, 4), voxel indices to RAS+ mm.
-        header: a NIfTI header that says the same; the file's own if it has one.
-    """
-
-    shape: tuple[int, ...]
-    affine: Affine
-    header: Any
+    shape: tuple[int, ...]  # of the file, (X, Y, Z) and any trailing axes of one
+    affine: Affine  # (4, 4), voxel indices to RAS+ mm
+    header: Any  # a NIfTI header that says the same; the file's own if it has one
 
     @property
     def spacing(self) -> npt.NDArray[np.float64]:
@@ -75,7 +61,7 @@ class Grid:
 
     def copy_to(self, header: Any) -> None:
         """Puts a mask where the scan is: its forms, codes, voxel sizes and unit of length, to the last bit."""
-        for name in PLACE:
+        for name in FORMS:
             header[name] = self.header[name]
         header["pixdim"][:4] = self.header["pixdim"][:4]
         header["xyzt_units"] = int(self.header["xyzt_units"]) & 7
@@ -83,19 +69,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Volume:
-    """A scan or label map as read.
+    """A scan or label map as read."""
 
-    Attributes:
-        data: voxels (X, Y, Z) or (X, Y, Z, C), scaling applied.
-        grid: where they are.
-        monai_affine: (4, 4), the affine in mm that MONAI uses for the file; a fraction of a voxel from the grid's.
-        issues: what is wrong or doubtful about its header and values.
-    """
-
-    data: npt.NDArray[Any]
+    data: npt.NDArray[Any]  # (X, Y, Z) or (X, Y, Z, C), scaling applied
     grid: Grid
-    monai_affine: Affine
-    issues: tuple[Issue, ...] = ()
+    monai_affine: Affine  # (4, 4) in mm, what MONAI uses for the file; a fraction of a voxel from the grid's
+    issues: tuple[Issue, ...] = ()  # what is wrong or doubtful about its header and values
 
     @property
     def affine(self) -> Affine:
@@ -108,35 +87,19 @@ class Volume:
         return np.moveaxis(self.data, -1, 0) if self.data.ndim == 4 else self.data[None]
 
 
-def unit_of_length(header: Any) -> str:
-    """The unit that a NIfTI header gives lengths in: "mm", "metres" or "microns"."""
-    return UNITS.get(int(header["xyzt_units"]) & 7, "mm")
-
-
-def in_mm(affine: npt.NDArray[Any], header: Any) -> Affine:
-    """(4, 4) voxel indices to world, converted from the unit of a NIfTI header to mm."""
-    scales = np.array([[MM[unit_of_length(header)]]] * 3 + [[1.0]])  # no matrix product: Inf x 0 would warn
-    return np.asarray(np.asarray(affine, dtype=np.float64) * scales)
-
-
 def affine_issue(affine: Affine) -> Issue | None:
     """What makes an affine unusable: it is not finite, flat, or its axes are not perpendicular. None: nothing."""
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    finite = bool(np.isfinite(affine).all() and (lengths > 0).all())
-    if not finite or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
-        rows = np.round(affine[:3], 4).tolist()
-        sentence = (
-            f"its header gives no usable position in space (affine {rows}): axes must be finite and neither zero nor "
-            "parallel. Correct the header, or export it again."
-        )
+    axes = affine[:3, :3] / np.where(lengths > 0, lengths, 1)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(axes)) < 1e-3:
+        found = f"its header gives no usable position in space (affine {np.round(affine[:3], 4).tolist()})"
+        sentence = f"{found}: axes must be finite, not zero and not parallel. Correct the header."
         return Issue("bad_affine", "error", sentence)
-    if (degrees := shear_degrees(affine)) > MAX_SHEAR_DEGREES:
-        sentence = (
-            f"its affine is sheared (two axes are {degrees:.1f} degrees off a right angle, at most "
-            f"{MAX_SHEAR_DEGREES:g} are accepted; a tilted gantry does this). Resample it, and its label map, onto a "
-            "grid with perpendicular axes."
-        )
-        return Issue("sheared", "error", sentence)
+    degrees = math.degrees(math.asin(min(1.0, float(np.abs(axes.T @ axes - np.eye(3)).max()))))
+    if degrees > MAX_SHEAR_DEGREES:
+        found = f"two axes are {degrees:.1f} degrees off a right angle, at most {MAX_SHEAR_DEGREES:g} are accepted"
+        cure = "a tilted gantry does this. Resample it, and its label map, onto perpendicular axes."
+        return Issue("sheared", "error", f"its affine is sheared ({found}): {cure}")
     return None
 
 
@@ -147,41 +110,7 @@ def same_grid(shape: Sequence[int], affine: Affine, other: Affine) -> bool:
 
 
 def farthest_corner(shape: Sequence[int], one: Affine, other: Affine) -> float:
-    """Largest distance between equal corners of a grid under two affines, so that a small turn counts in full.
-
-    Args:
-        shape: (X, Y, Z) voxels; further axes are left out.
-        one: (4, 4) affine, voxel indices to world.
-        other: (4, 4) affine in the same unit of length.
-
-    Returns:
-        The distance between the outer corners of the outermost voxels, in the affines' unit.
-
-    Example:
-        >>> import numpy as np
-        >>> from medseg_supcon.scans import farthest_corner
-        >>> farthest_corner((10, 1, 1), np.eye(4), np.diag([1.5, 1, 1, 1]))  # from 9.5 mm to 14.25 mm
-        4.75
-    """
+    """Largest distance between equal corners of a grid (X, Y, Z, ...) under two affines, in their unit of length."""
     corners = np.array(list(itertools.product(*((-0.5, n - 0.5) for n in shape[:3]))))
     change = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
     return float(np.linalg.norm(corners @ change[:3, :3].T + change[:3, 3], axis=1).max())
-
-
-def shear_degrees(affine: Affine) -> float:
-    """How far the two axes that are least perpendicular are off a right angle, in degrees (0 to 90).
-
-    Args:
-        affine: (4, 4), voxel indices to world; no axis of length zero.
-
-    Example:
-        >>> import numpy as np
-        >>> from medseg_supcon.scans import shear_degrees
-        >>> tilted = np.array([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-        >>> round(shear_degrees(tilted), 6)
-        45.0
-    """
-    axes = np.asarray(affine, dtype=np.float64)[:3, :3]
-    axes = axes / np.linalg.norm(axes, axis=0)
-    cosine = float(np.abs(axes.T @ axes - np.eye(3)).max())
-    return math.degrees(math.asin(min(1.0, cosine)))

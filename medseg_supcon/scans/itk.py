@@ -6,15 +6,15 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel
 import numpy as np
 import numpy.typing as npt
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans.file_faults import not_a_file
 from medseg_supcon.scans.grid import Affine, Grid, Issue, Volume
+from medseg_supcon.scans.nifti import GUESS, not_a_file
 
 # Named, as ITK itself does not know endings in capitals.
 READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO"}
@@ -23,9 +23,8 @@ RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's and DICOM's world is LPS
 HEADER_BYTES = 2**20
 MOST_FILES = 100_000
 SPACES = ("leftposteriorsuperior", "lps", "rightanteriorsuperior", "ras", "leftanteriorsuperior", "las")
-GUESS = "left and right are a guess. Convert it again from its source, or check that left is left."
-
-Fields = dict[str, str]
+MILLIMETRES = {"mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "???", "none"}
+OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 
 
 def ras_affine(lps: npt.NDArray[Any]) -> Affine:
@@ -38,78 +37,63 @@ def ras_affine(lps: npt.NDArray[Any]) -> Affine:
 
 
 def read_itk(file: Path) -> Volume:
-    """Voxels (X, Y, Z) or (X, Y, Z, C), the grid, and what its header leaves open.
-
-    Raises:
-        DataError: it is damaged, not a 3-D scan, or its header does not say how large a voxel is.
-    """
+    """Voxels (X, Y, Z) or (X, Y, Z, C), the grid, and what its header leaves open."""
     import SimpleITK as sitk
 
-    issues, fields = _check_header(file)
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        image = sitk.ReadImage(str(file), imageIO=READERS[file.suffix.lower()])
-    except RuntimeError as error:
-        if "allocat" in str(error).lower():  # ITK's own words for a full memory
-            raise MemoryError(str(file)) from error
-        raise DataError(
-            f"{file}: cannot be read. It is damaged or not the format that its name says, or the file that holds its "
-            "voxels is damaged."
-        ) from error
+    issues, letters = _check_header(file)
+    image = _itk(file, "Execute")
     while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
         image = image[..., 0]
     if image.GetDimension() != 3:
-        raise DataError(
-            f"{file}: expected a 3-D scan, found {image.GetDimension()} dimensions {image.GetSize()}. "
-            "2-D images and time series are not segmented: give one volume."
-        )
+        raise DataError(f"{file}: expected a 3-D scan, found {image.GetDimension()} dimensions. Give one volume.")
     array: npt.NDArray[Any] = sitk.GetArrayFromImage(image)  # (z, y, x) or (z, y, x, c)
     data = array.transpose((2, 1, 0, 3)[: array.ndim])
     affine = _affine(image)
-    issues += _contradiction(fields.get("AnatomicalOrientation", ""), affine)
+    axes = "".join(OPPOSITE.get(letter, "?") for letter in letters)
+    if axes and "?" not in axes and axes != "".join(nibabel.aff2axcodes(affine)):
+        sentence = f"its AnatomicalOrientation ({letters}) contradicts its TransformMatrix, which is used: {GUESS}"
+        issues.append(Issue("forms_disagree", "warning", sentence))
     return Volume(data, Grid.at(data.shape[:3], affine), affine, tuple(issues))
 
 
 def read_itk_header(file: Path) -> tuple[tuple[int, ...], Affine]:
-    """Shape (X, Y, Z) or (X, Y, Z, C), and affine to RAS+ mm, without the voxels.
-
-    Raises:
-        DataError: the header cannot be read.
-    """
-    import SimpleITK as sitk
-
+    """Shape (X, Y, Z) or (X, Y, Z, C), and affine to RAS+ mm, without the voxels; raises DataError if damaged."""
     _check_header(file)
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO(READERS[file.suffix.lower()])
-    reader.SetFileName(str(file))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise DataError(f"{file}: its header cannot be read. It is damaged: export it again.") from error
+    reader = _itk(file, "ReadImageInformation")
     channels = int(reader.GetNumberOfComponents())
     size = (*reader.GetSize(), 1)[:3]
     return (*(int(n) for n in size), *((channels,) if channels > 1 else ())), _affine(reader)
 
 
+def _itk(file: Path, method: Literal["Execute", "ReadImageInformation"]) -> Any:
+    """The image, or the reader that has read its header."""
+    import SimpleITK as sitk
+
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO(READERS[file.suffix.lower()])
+    reader.SetFileName(str(file))
+    try:
+        image = getattr(reader, method)()
+    except RuntimeError as error:
+        if "allocat" in str(error).lower():  # ITK's own words for a full memory
+            raise MemoryError(str(file)) from error
+        reason = "It, or the file that holds its voxels, is damaged or not the format that its name says."
+        raise DataError(f"{file}: cannot be read. {reason}") from error
+    return reader if image is None else image
+
+
 def _affine(image: Any) -> Affine:
     """Voxel indices to RAS+ mm of a SimpleITK image, or reader; of more than 3 dimensions the first three."""
     n = image.GetDimension()
-    lps, size = np.eye(max(4, n + 1)), image.GetSpacing()
-    lps[:n, :n] = np.reshape(image.GetDirection(), (n, n)) * size
-    lps[:n, -1] = image.GetOrigin()
-    lps[:3, 3] = lps[:3, -1]
-    return ras_affine(np.vstack([lps[:3, :4], [0, 0, 0, 1]]))
+    lps, m = np.eye(4), min(n, 3)
+    lps[:m, :m] = (np.reshape(image.GetDirection(), (n, n)) * image.GetSpacing())[:m, :m]
+    lps[:m, 3] = image.GetOrigin()[:m]
+    return ras_affine(lps)
 
 
-def _check_header(file: Path) -> tuple[list[Issue], Fields]:
-    """What the text of a header leaves open, and its fields.
-
-    ITK fills in what is missing: voxels of 1 mm, and axes that lead to the left, to the back and up.
-
-    Raises:
-        DataError: it says no voxel size, or names a file of voxels that is missing or not a file.
-    """
+def _check_header(file: Path) -> tuple[list[Issue], str]:
+    """What the text of a header leaves open, where ITK would guess, and MetaImage's second orientation in letters."""
     if (problem := not_a_file(file)) is not None:
         raise DataError(problem)
     with file.open("rb") as stream:
@@ -117,36 +101,29 @@ def _check_header(file: Path) -> tuple[list[Issue], Fields]:
     if not lines:
         raise DataError(f"{file}: the file is empty (0 bytes). Copy or export it again.")
     meta = READERS[file.suffix.lower()] == "MetaImageIO"
-    if not meta and not lines[0].startswith("NRRD"):
-        return [], {}  # not NRRD: ITK says so
-    fields, names = _meta_fields(lines) if meta else _nrrd_fields(lines)
+    fields, names = _fields(lines, meta)
     for name in names:
         if (problem := not_a_file(file.parent / name)) is not None:
             raise DataError(f"{file}: the file that holds its voxels cannot be read. {problem}")
-    return (_meta_issues if meta else _nrrd_issues)(file, fields), fields
+    if not ("ElementDataFile" in fields if meta else lines[0].startswith("NRRD")):
+        return [], ""  # not of this format: ITK says so
+    doubt = _doubt(file, fields, meta)
+    issues = [Issue("no_orientation", "warning", f"its header {doubt}: {GUESS}")] if doubt else []
+    return issues, fields.get("AnatomicalOrientation", "")
 
 
-def _meta_fields(lines: Sequence[str]) -> tuple[Fields, list[str]]:
-    fields: Fields = {}
+def _fields(lines: Sequence[str], meta: bool) -> tuple[dict[str, str], list[str]]:
+    """What a MetaImage or NRRD header says, and the files of voxels; NRRD's keys in small letters without spaces."""
+    fields: dict[str, str] = {}
     for number, line in enumerate(lines):
-        key, _, value = (part.strip() for part in line.partition("="))
-        fields[key] = value
-        if key == "ElementDataFile":
-            return fields, _data_files(value, lines[number + 1 :])
-    return fields, []
-
-
-def _nrrd_fields(lines: Sequence[str]) -> tuple[Fields, list[str]]:
-    fields: Fields = {}
-    for number, line in enumerate(lines[1:], start=1):
-        if not line.strip():
+        key, _, value = line.partition("=" if meta else ":")
+        if not meta and not line.strip():  # the end
             break
-        if line.startswith("#") or ":=" in line or ":" not in line:
+        if value.startswith("="):  # NRRD's own keys
             continue
-        key, _, value = line.partition(":")
-        key = key.lower().replace(" ", "")
+        key = key.strip() if meta else key.lower().replace(" ", "")
         fields[key] = value.strip()
-        if key == "datafile":
+        if key in ("ElementDataFile", "datafile"):
             return fields, _data_files(fields[key], lines[number + 1 :])
     return fields, []
 
@@ -164,49 +141,26 @@ def _data_files(value: str, below: Sequence[str]) -> list[str]:
     return [f"{pattern[1]}{n:{pattern[2]}d}{pattern[3]}" for n in numbers]
 
 
-def _meta_issues(file: Path, fields: Fields) -> list[Issue]:
-    sizes = _numbers(fields.get("ElementSpacing", fields.get("ElementSize", "")))
-    if "ElementDataFile" in fields:  # else it is not MetaImage: ITK says so
-        _check_size(file, sizes, "ElementSpacing", fields.get("NDims"))
-    if not {"TransformMatrix", "Rotation", "Orientation"} & set(fields):
-        return [Issue("no_orientation", "warning", f"its header gives no TransformMatrix: {GUESS}")]
-    return []
-
-
-def _contradiction(letters: str, affine: Affine) -> list[Issue]:
-    """MetaImage may say the orientation a second time, in letters: where each axis comes from."""
-    opposite = dict(zip("RLAPSI", "LRPAIS", strict=True))
-    axes = "".join(opposite.get(letter, "?") for letter in letters)
-    if "?" in axes or not axes or axes == "".join(nibabel.aff2axcodes(affine)):
-        return []
-    sentence = (
-        f"its AnatomicalOrientation ({letters}) contradicts its TransformMatrix, which is used: {GUESS}"
-    )
-    return [Issue("forms_disagree", "warning", sentence)]
-
-
-def _nrrd_issues(file: Path, fields: Fields) -> list[Issue]:
-    units = set(re.findall(r'"([^"]*)"', fields.get("spaceunits", fields.get("units", ""))))
-    if odd := units - {"mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "???", "none"}:
+def _doubt(file: Path, fields: dict[str, str], meta: bool) -> str:
+    """What a header leaves open about the orientation; DataError if it gives no voxel size, or not in mm."""
+    if odd := set(re.findall(r'"([^"]*)"', fields.get("spaceunits", fields.get("units", "")))) - MILLIMETRES:
         raise DataError(f"{file}: its header gives lengths in {min(odd)}, expected mm. Convert it.")
     vectors = [_numbers(v) for v in re.findall(r"\(([^)]*)\)", fields.get("spacedirections", ""))]
-    if vectors:
-        _check_size(file, [math.hypot(*v) for v in vectors], "space directions", fields.get("dimension"))
+    if meta:
+        name, sizes = "ElementSpacing", _numbers(fields.get("ElementSpacing", fields.get("ElementSize", "")))
+        doubt = "" if {"TransformMatrix", "Rotation", "Orientation"} & set(fields) else "gives no TransformMatrix"
+    elif vectors:
+        name, sizes = "space directions", [math.hypot(*v) for v in vectors]
         space = fields.get("space", "").lower().replace("-", "").replace(" ", "")
-        if space in SPACES:
-            return []
-        return [Issue("no_orientation", "warning", f"its header does not name its space: {GUESS}")]
-    _check_size(file, _numbers(fields.get("spacings", "")), "spacings", fields.get("dimension"))
-    return [Issue("no_orientation", "warning", f"its header gives no space directions: {GUESS}")]
-
-
-def _check_size(file: Path, sizes: Sequence[float], name: str, dimensions: str | None) -> None:
-    """Three sizes at least: an axis of channels, or a further axis of one, may have none. 2-D is refused as such."""
-    if dimensions not in ("1", "2") and sum(math.isfinite(size) and size > 0 for size in sizes) < 3:
-        raise DataError(
-            f"{file}: its header does not say how large a voxel is ({name} missing, 0, negative or not a number). Add "
-            "it, in mm per axis, or convert the scan again from its source."
-        )
+        doubt = "" if space in SPACES else "does not name its space"
+    else:
+        name, sizes, doubt = "spacings", _numbers(fields.get("spacings", "")), "gives no space directions"
+    # an axis of channels, or a further axis of one, may have no size; 2-D is refused as such
+    flat = fields.get("NDims" if meta else "dimension") in ("1", "2")
+    if not flat and sum(math.isfinite(size) and size > 0 for size in sizes) < 3:
+        reason = f"its header does not say how large a voxel is ({name} missing, 0, negative or not a number)"
+        raise DataError(f"{file}: {reason}. Add it, in mm per axis, or convert the scan again from its source.")
+    return doubt
 
 
 def _numbers(text: str) -> list[float]:

@@ -1,104 +1,144 @@
-"""Reading one NIfTI file, for training and prediction alike."""
+"""NIfTI: reading a file, what its header says about its place, why it cannot be read, and writing a mask."""
 
 from __future__ import annotations
 
 import gzip
+import math
+import os
+import stat
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import nibabel
 import numpy as np
 import numpy.typing as npt
+from monai.data.utils import correct_nifti_header_if_necessary
+from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans.file_faults import MOST_BEHIND, not_a_file, too_long, unreadable, wrong_size
-from medseg_supcon.scans.grid import Affine, Grid, Volume, in_mm
-from medseg_supcon.scans.nifti_header import check_header
+from medseg_supcon.files import write_whole
+from medseg_supcon.scans.grid import NEAR, Affine, Grid, Issue, Volume, farthest_corner
 from medseg_supcon.scans.voxels import check_real, slabs
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
-NIFTI_2 = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # 540 bytes of header
+NIFTI_1 = (b"\x5c\x01\0\0", b"\0\0\x01\x5c")  # a header's first bytes: it has 348
+NIFTI_2 = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # it has 540
+MOST_PACKED = 1032  # bytes that deflate can make of one
+MOST_BEFORE = 2**26  # bytes of header and extensions before the voxels
+MOST_BEHIND = 2**20  # bytes that may follow the voxels: some programs pad
+UNITS = {1: ("metres", 1000.0), 3: ("microns", 0.001)}  # whatever else a header says counts as mm
+SAME_SIZE = 0.01  # by how much sform and pixdim may differ in a voxel's edge
+GUESS = "left and right are a guess. Convert it again from its source, or check that left is left."
+ERRORS = ("unit", "two_voxel_sizes", "two_places")  # for a training; the rest are warnings
 LARGEST = float(np.finfo(np.float32).max)
 
 
 def stem(path: str | Path) -> str:
     """File name without the NIfTI ending: ``stem("x/a.b.nii.gz") == "a.b"``."""
     name = Path(path).name
-    for ending in NIFTI_ENDINGS:
-        if name.lower().endswith(ending):
-            return name[: -len(ending)]
-    return Path(name).stem
+    ending = next((ending for ending in NIFTI_ENDINGS if name.lower().endswith(ending)), None)
+    return name[: -len(ending)] if ending else Path(name).stem
+
+
+def not_a_file(path: Path) -> str | None:
+    """A sentence if there is nothing to read at `path`, or nothing that ends; None for a plain file."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            return f"{path}: is a link to a file that does not exist. Correct the link."
+        return f"{path}: there is no such file or folder. Check the path."
+    except PermissionError:
+        return f"{path}: there is no permission to look into its folder. Check its permissions."
+    except (OSError, ValueError) as error:  # a name too long, links in a circle
+        return f"{path}: cannot be reached ({getattr(error, 'strerror', None) or error}). Check the path."
+    if stat.S_ISDIR(mode):
+        return f"{path}: is a folder, expected a file. Give the files in it."
+    return None if stat.S_ISREG(mode) else f"{path}: is a pipe or device, expected a file. Save it as a file."
 
 
 def read_header(path: Path) -> tuple[tuple[int, ...], Affine]:
-    """Shape, and affine in mm, of a NIfTI file, without its voxels.
-
-    Raises:
-        DataError: the file is missing, not NIfTI or damaged.
-    """
-    image = open_nifti(path)
-    return _squeezed(tuple(int(n) for n in image.shape)), in_mm(image.affine, image.header)
+    """Shape, and affine in mm, of a NIfTI file, without its voxels; raises DataError if it cannot be read."""
+    image = _open(path)
+    return _squeezed(image.shape), _in_mm(image.affine, image.header)
 
 
 def read_nifti(path: Path) -> Volume:
-    """Voxels as stored, grid, and what is wrong with the header.
+    """Voxels as stored, grid, and what is wrong with the header; whether they can be used is for the caller to decide.
 
-    Whether the shape, the values and the grid are of use is for the caller to decide: `medseg check` reports
-    what `read_scan` refuses.
-
-    Raises:
-        DataError: the file is missing, not NIfTI, damaged, cut short, or holds colours or complex numbers.
+    Raises DataError for a file that is missing, not NIfTI, damaged or cut short, and for colours and complex numbers.
     """
-    image = open_nifti(path)
+    image = _open(path)
     try:
-        if (problem := wrong_size(path, image)) is not None:
+        if (problem := _wrong_size(path, image)) is not None:
             raise DataError(problem)
-        data = _read_voxels(image, path)
+        if path.name.lower().endswith(".gz"):
+            with gzip.open(path) as stream:
+                data = _scaled(type(image).from_file_map({"image": nibabel.FileHolder(fileobj=stream)}).dataobj)
+                if not _ends_soon(stream):
+                    raise DataError(_too_long(path))
+        else:
+            data = _scaled(image.dataobj)
         check_real(data, path)
         shape = tuple(int(n) for n in image.shape)
         data = data.reshape(_squeezed(shape), order="F")
-        monai_affine, issues = check_header(image)
+        monai_affine, issues = _check_header(image)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # gzip, zlib, OS and nibabel errors alike
-        raise DataError(unreadable(path, error)) from error
+        raise DataError(_unreadable(path, error)) from error
     header = image.header.copy()
-    grid = Grid(shape if data.ndim <= 3 else shape[:3], in_mm(image.affine, header), header)
-    return Volume(data, grid, in_mm(monai_affine, header), issues)
+    grid = Grid(shape if data.ndim <= 3 else shape[:3], _in_mm(image.affine, header), header)
+    return Volume(data, grid, _in_mm(monai_affine, header), issues)
 
 
-def open_nifti(path: Path) -> Any:
-    """The file as nibabel opens it, with no voxel read and nothing after the header.
+def write_nifti(path: Path, data: npt.NDArray[Any], grid: Grid) -> None:
+    """Writes (X, Y, Z) or (X, Y, Z, K) as NIfTI in the scan's grid; an OSError leaves nothing behind."""
+    shape = grid.shape if data.ndim == 3 else (*grid.shape[:3], data.shape[3])
+    kind = nibabel.Nifti1Image if max(shape) < 2**15 else nibabel.Nifti2Image  # NIfTI-1 counts to 32767
+    image = kind(data.reshape(shape), None, dtype=data.dtype)
+    grid.copy_to(image.header)
 
-    Raises:
-        DataError: it is missing, not NIfTI or damaged.
-    """
+    def write(file: IO[bytes]) -> None:
+        with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=3, mtime=0) as packed:
+            image.to_stream(packed)
+
+    write_whole(path, write)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a packed NIfTI file is there to its last byte, with the checksum that it was written with."""
+    try:
+        image = _open(path)
+        if _wrong_size(path, image) is not None:
+            return False
+        left = image.dataobj.offset + image.dataobj.dtype.itemsize * math.prod(image.shape)
+        with gzip.open(path) as stream:
+            while left > 0 and (part := stream.read(min(left, 2**24))):
+                left -= len(part)
+            return left <= 0 and _ends_soon(stream)
+    except Exception:  # whatever is wrong with it, it is not what was written
+        return False
+
+
+def _open(path: Path) -> Any:
+    """The file as nibabel opens it, with no voxel read and nothing after the header."""
     if (problem := not_a_file(path)) is not None:
         raise DataError(problem)
     if not path.name.lower().endswith(NIFTI_ENDINGS):
         raise DataError(f"{path}: expected NIfTI (.nii or .nii.gz). Convert this file.")
     try:
         with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as stream:
-            second = stream.read(4) in NIFTI_2  # nibabel.load would read on, whatever is behind
+            second = stream.read(4) in NIFTI_2  # nibabel.load would read on, whatever comes next
         return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_filename(path)
     except Exception as error:  # nibabel raises a dozen kinds for broken headers
-        raise DataError(unreadable(path, error)) from error
+        raise DataError(_unreadable(path, error)) from error
 
 
-def _read_voxels(image: Any, path: Path) -> npt.NDArray[Any]:
-    """The voxels of a NIfTI file that nibabel has opened."""
-    if not path.name.lower().endswith(".gz"):
-        return _scaled(image.dataobj)
-    with gzip.open(path) as stream:
-        holder = nibabel.FileHolder(fileobj=stream)
-        voxels = _scaled(type(image).from_file_map({"image": holder}).dataobj)
-        if not ends_soon(stream):
-            raise DataError(too_long(path))
-    return voxels
-
-
-def ends_soon(stream: gzip.GzipFile) -> bool:
+def _ends_soon(stream: gzip.GzipFile) -> bool:
     """Reads to the end, where gzip's checksum is (nibabel alone never sees it); False if the end is far away."""
     behind = 0
     while (part := stream.read(2**16)) and behind <= MOST_BEHIND:
@@ -107,7 +147,7 @@ def ends_soon(stream: gzip.GzipFile) -> bool:
 
 
 def _scaled(stored: Any) -> npt.NDArray[Any]:
-    """The values of nibabel's array proxy, which are float64: never all of them at once, unless float32 is too small."""
+    """The values of nibabel's array proxy, which are float64: never all at once, unless float32 is too small."""
     values: npt.NDArray[Any] = np.asanyarray(stored.get_unscaled())
     if (stored.slope, stored.inter) == (1, 0) or values.dtype.kind not in "iuf":
         return values
@@ -122,6 +162,96 @@ def _scaled(stored: Any) -> npt.NDArray[Any]:
     return out.reshape(values.shape, order="F")
 
 
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
     """Without axes of one after the third: ITK writes channels as (X, Y, Z, 1, C)."""
-    return (*shape[:3], *(length for length in shape[3:] if length != 1))
+    return tuple(int(length) for axis, length in enumerate(shape) if axis < 3 or length != 1)
+
+
+def _unit(header: Any) -> tuple[str, float]:
+    """The unit of length of a NIfTI header, and how many mm it is."""
+    return UNITS.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))
+
+
+def _in_mm(affine: npt.NDArray[Any], header: Any) -> Affine:
+    scales = np.array([[_unit(header)[1]]] * 3 + [[1.0]])  # no matrix product: Inf x 0 would warn
+    return np.asarray(np.asarray(affine, dtype=np.float64) * scales)
+
+
+def _wrong_size(path: Path, image: Any) -> str | None:
+    """A sentence if a header announces more voxels than its file can hold, or far fewer than it holds."""
+    size, packed = path.stat().st_size, path.name.lower().endswith(".gz")
+    offset = int(image.dataobj.offset)
+    bytes_ = image.dataobj.dtype.itemsize * math.prod(int(n) for n in image.shape)
+    if offset > MOST_BEFORE or bytes_ > size * (MOST_PACKED if packed else 1):
+        found = f"its header announces {bytes_:,} bytes of voxels after byte {offset:,}, the file has {size:,} bytes"
+        return f"{path}: cannot be read as NIfTI ({found}). It is damaged or cut short: copy or export it again."
+    most = (offset + bytes_) * (1.01 if packed else 1) + MOST_BEHIND  # deflate adds less than 1 % to noise
+    return _too_long(path) if size > most else None
+
+
+def _too_long(path: Path) -> str:
+    found = f"the file goes on for more than {MOST_BEHIND:,} bytes after the voxels that its header announces"
+    return f"{path}: cannot be read as NIfTI ({found}). Its header is wrong, or it is damaged: export it again."
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """The sentence for a NIfTI file that raised `error` when it was read."""
+    if (sentence := not_a_file(path)) is not None:
+        return sentence
+    if isinstance(error, PermissionError) or not os.access(path, os.R_OK):  # nibabel hides the one in its own
+        return f"{path}: there is no permission to read it. Ask its owner, or run: chmod u+r {path.name}"
+    start, packed = b"?", path.name.lower().endswith(".gz")
+    with suppress(OSError), path.open("rb") as stream:
+        start = stream.read(4)
+    if start == b"":
+        return f"{path}: the file is empty (0 bytes). Copy or export it again."
+    if packed and start in (*NIFTI_1, *NIFTI_2):
+        return f"{path}: is called .gz, but is not compressed. Rename it to .nii."
+    if not packed and start.startswith(b"\x1f\x8b"):
+        return f"{path}: is compressed, but is not called .gz. Rename it to .nii.gz."
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return f"{path}: cannot be read as NIfTI ({reason}). It is damaged or cut short: copy or export it again."
+
+
+def _check_header(image: Any) -> tuple[Affine, tuple[Issue, ...]]:
+    """The affine that MONAI uses (in the header's unit, near `image.affine`), and what may be wrong with the place.
+
+    nibabel's affine is the sform, or without one the qform. MONAI, which reads the scans of a training, takes
+    the qform if pixdim fits it better: an error if that is elsewhere. The NIfTI standard leaves to the reader
+    which of two forms to believe. `read_scan` warns instead: a mask is right in both forms.
+    """
+    affine, shape, header = np.array(image.affine, dtype=np.float64), image.shape[:3], image.header
+    if not np.isfinite(affine).all():
+        return affine, ()
+    edges = np.linalg.norm(affine[:3, :3], axis=0)
+    near = NEAR * float(edges.min())
+    q_code, s_code = int(header["qform_code"]), int(header["sform_code"])
+    found: dict[str, str] = {}
+    if (unit := _unit(header)[0]) != "mm":
+        found["unit"] = f"its header gives lengths in {unit}, expected mm. Correct the header, or convert it."
+    hollow = type(image)(np.broadcast_to(np.uint8(0), image.shape), affine, header.copy())  # MONAI changes an image
+    theirs, monai_apart = _apart(shape, affine, lambda: correct_nifti_header_if_necessary(hollow).affine)
+    sizes = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
+    if q_code <= 0 and s_code <= 0:
+        found["no_orientation"] = f"its header gives no orientation (qform and sform codes 0): {GUESS}"
+    elif not np.allclose(edges, sizes, rtol=SAME_SIZE, atol=0):
+        one, other = (" x ".join(f"{size:.4g}" for size in three) for three in (edges, sizes))
+        found["two_voxel_sizes"] = f"its voxel size is {one} by its sform and {other} by its pixdim. Correct one."
+    # an edge rounded in pixdim moves corners a little: no fault
+    elif s_code > 0 and not monai_apart <= near + SAME_SIZE * float(np.linalg.norm(edges[: len(shape)] * shape)):
+        why = "its pixdim fits the qform better: programs read it in different places"
+        found["two_places"] = f"its qform and sform disagree, and {why}. Make the two forms equal."
+    elif s_code > 0 and q_code > 0 and not (apart := _apart(shape, affine, header.get_qform)[1]) <= near:
+        how = f"{apart:.3g} mm apart" if np.isfinite(apart) else "the qform is not a rotation"
+        found["forms_disagree"] = f"its qform and sform disagree ({how}): the sform is used. Check left and right."
+    issues = tuple(Issue(code, "error" if code in ERRORS else "warning", found[code]) for code in found)
+    return (theirs if monai_apart <= near else affine), issues
+
+
+def _apart(shape: Sequence[int], affine: Affine, read: Callable[[], Affine]) -> tuple[Affine, float]:
+    """A second affine, and how far it puts a corner from the first; infinity if it is not valid."""
+    try:
+        other = np.asarray(read(), dtype=np.float64)
+        return other, farthest_corner((*shape, 1, 1)[:3], affine, other)
+    except (ValueError, HeaderDataError):  # a quaternion that is not a rotation
+        return affine, float("inf")

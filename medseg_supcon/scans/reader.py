@@ -9,11 +9,10 @@ from typing import Literal
 import numpy as np
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans.dicom import read_dicom, read_series_header
-from medseg_supcon.scans.file_faults import not_a_file
+from medseg_supcon.scans.dicom import check_series, read_dicom
 from medseg_supcon.scans.grid import Affine, Volume, affine_issue, same_grid
 from medseg_supcon.scans.itk import read_itk, read_itk_header
-from medseg_supcon.scans.nifti import read_header, read_nifti
+from medseg_supcon.scans.nifti import not_a_file, read_header, read_nifti
 from medseg_supcon.scans.voxels import as_float32
 
 Kind = Literal["nifti", "itk", "dicom"]
@@ -23,23 +22,14 @@ WARNED_OF = ("unit", "two_places")
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan to segment.
+    """One scan to segment."""
 
-    Attributes:
-        name: of its mask, ``<name>.nii.gz``: the file's name without its ending, or the DICOM folder's.
-        files: one file, one per channel, or the slices of a DICOM series.
-        kind: which reader takes it.
-        problem: why it cannot be read at all (a sentence), or None.
-        series: of a DICOM folder: what tells its series from the others; "" of a file.
-        warnings: what a person should know about the folder it was found in.
-    """
-
-    name: str
-    files: tuple[Path, ...]
+    name: str  # of its mask, <name>.nii.gz: the file's name without its ending, or the DICOM folder's
+    files: tuple[Path, ...]  # one file, one per channel, or the slices of a DICOM series
     kind: Kind = "nifti"
-    problem: str | None = None
-    series: str = ""
-    warnings: tuple[str, ...] = ()
+    problem: str | None = None  # why it cannot be read at all, as a sentence
+    series: str = ""  # of a DICOM folder: what tells its series from the others
+    warnings: tuple[str, ...] = ()  # what a person should know about the folder it was found in
 
     @property
     def source(self) -> Path:
@@ -48,20 +38,9 @@ class Scan:
 
 
 def read_scan(scan: Scan, channels: int) -> Volume:
-    """A scan as the model takes it: finite float32 voxels in a sound grid; its issues are warnings.
-
-    Args:
-        scan: as `find_scans` gives it.
-        channels: how many channels the model takes.
-
-    Raises:
-        DataError: it cannot be read, is not a 3-D scan, has too many or few channels, its values or its place in
-            space are not usable, or the files of its channels have different grids.
-    """
-    if scan.problem is not None:
-        raise DataError(scan.problem)
-    for file in scan.files:
-        if (problem := not_a_file(file)) is not None:
+    """A scan as a model of so many channels takes it: finite float32 voxels in a sound grid. DataError says why not."""
+    for problem in (scan.problem, *map(not_a_file, scan.files)):
+        if problem is not None:
             raise DataError(problem)
     if scan.kind == "dicom":
         volumes = [_usable(read_dicom(scan.files), scan.source)]
@@ -70,15 +49,14 @@ def read_scan(scan: Scan, channels: int) -> Volume:
         volumes = [_usable(read(file), file) for file in scan.files]
     first = volumes[0]
     for file, volume in zip(scan.files[1:], volumes[1:], strict=False):
-        if volume.data.shape != first.data.shape or not same_grid(
-            first.grid.shape, first.affine, volume.affine
-        ):
-            raise DataError(
-                f"{file}: its shape or affine differs from that of {scan.files[0]}. Channels must share a grid."
-            )
+        if volume.data.shape != first.data.shape or not same_grid(first.grid.shape, first.affine, volume.affine):
+            raise DataError(f"{file}: its shape or affine differs from {scan.files[0]}'s. Channels must share a grid.")
     count = sum(len(volume.channels_first) for volume in volumes)
     if count != channels:
-        raise DataError(_wrong_channels(scan.source, count, channels))
+        found, cure = f"{count} channels", "Give one 4-D file, channels last, or 3-D files NAME_0000, NAME_0001, ..."
+        if channels == 1:
+            found, cure = f"{count} volumes (a time series or several channels)", "Split it and give one volume."
+        raise DataError(f"{scan.source}: holds {found}, and the model takes {channels}. {cure}")
     if len(volumes) == 1:
         return first
     return replace(first, data=np.moveaxis(np.concatenate([v.channels_first for v in volumes]), 0, -1))
@@ -95,39 +73,19 @@ def is_mask_of(mask: Path, scan: Scan) -> bool:
 
 
 def scan_header(scan: Scan) -> tuple[tuple[int, ...], Affine]:
-    """Shape (X, Y, Z) or (X, Y, Z, C), and affine to RAS+ mm, of a scan's first file or its series, without voxels.
-
-    Raises:
-        DataError: the header cannot be read.
-    """
+    """Shape (X, Y, Z) or (X, Y, Z, C), and affine to RAS+ mm, of a scan's first file or its series, without voxels."""
     if scan.kind == "dicom":
-        return read_series_header(scan.files)
+        headers, frames, affine = check_series(scan.files)
+        return (*headers[0].size[:2], len(frames)), affine
     return (read_header if scan.kind == "nifti" else read_itk_header)(scan.files[0])
 
 
 def _usable(volume: Volume, file: Path) -> Volume:
     shape = volume.data.shape
-    if 0 in shape:
-        raise DataError(f"{file}: expected a 3-D scan, found no voxels (shape {shape}). Export it again.")
-    if len(shape) < 3:
-        raise DataError(f"{file}: expected a 3-D scan, found shape {shape}. 2-D images are not segmented.")
-    if len(shape) > 4:
-        raise DataError(
-            f"{file}: expected a 3-D scan or channels in a fourth axis, found shape {shape}. Split it."
-        )
+    if 0 in shape or len(shape) not in (3, 4):
+        raise DataError(f"{file}: expected a 3-D scan, or channels in a fourth axis: {shape}. 2-D images are not read.")
     fatal = [issue for issue in volume.issues if issue.severity == "error" and issue.code not in WARNED_OF]
-    if (issue := affine_issue(volume.affine) or next(iter(fatal), None)) is not None:
-        raise DataError(f"{file}: {issue.sentence}")
+    for issue in (affine_issue(volume.affine), *fatal):
+        if issue is not None:
+            raise DataError(f"{file}: {issue.sentence}")
     return replace(volume, data=as_float32(volume.data, file))
-
-
-def _wrong_channels(file: Path, count: int, expected: int) -> str:
-    if expected == 1:
-        return (
-            f"{file}: holds {count} volumes (a time series or several channels), and the model takes one 3-D "
-            "scan. Split it and give the volume that you want segmented."
-        )
-    return (
-        f"{file}: holds {count} channels, and the model takes {expected}. Give one 4-D file, channels last, "
-        "or 3-D files called NAME_0000, NAME_0001, ... in the order of the plan's channels."
-    )

@@ -20,7 +20,14 @@ from medseg_supcon.training.handlers import (
 )
 from medseg_supcon.training.log import TrainingLog
 from medseg_supcon.training.loss import DiceCrossEntropy, TwoViewLoss, label_pairs, prepare_views
-from medseg_supcon.training.prepare import is_of_plan, prepare_run
+from medseg_supcon.training.prepare import (
+    Request,
+    check_planned,
+    is_of_plan,
+    prepare_dataset,
+    prepare_run,
+    refuse_errors,
+)
 from medseg_supcon.training.progress import CountDisplay, ProgressDisplay
 from medseg_supcon.training.ranks import (
     BlankFillerd,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,16 @@ from monai.bundle import ConfigParser
 
 from medseg_supcon.bundle import (
     TEMPLATE,
+    check_configs_trusted,
     check_network_trusted,
     drafted,
     dump_commented,
     load_commented,
+    load_tensors,
     merge,
+    parse_setting,
+    plain_text,
+    read_config,
     read_recipe,
     record_run,
     refuse_others,
@@ -30,8 +36,23 @@ from medseg_supcon.bundle import (
     write_network,
     write_twins,
 )
-from medseg_supcon.datasets import Dataset, Report, Split, fingerprint, write_datalist
-from medseg_supcon.errors import ConfigError, RunError, nearest
+from medseg_supcon.datasets import (
+    VALIDATION,
+    Case,
+    Dataset,
+    Report,
+    Split,
+    check_dataset,
+    fingerprint,
+    load_items,
+    read_case_names,
+    read_datalist,
+    read_dataset,
+    read_unlabelled,
+    split_cases,
+    write_datalist,
+)
+from medseg_supcon.errors import ConfigError, DataError, RunError, nearest
 from medseg_supcon.networks import build_network, round_patch, size_divisor
 from medseg_supcon.plan import literal, make_plan, read_plan, validate_plan, write_plan
 from medseg_supcon.training.speed import (
@@ -64,6 +85,7 @@ def inherit(plan: dict[str, Any], init: Path, trust: bool = False) -> None:
             f"--init {init} knows {len(earlier['labels'])} classes ({', '.join(earlier['labels'])}), this data set has "
             f"{len(plan['labels'])}. Fine-tune on a data set with the same classes."
         )
+    load_tensors(init / "models" / "model.pt")  # damaged weights are refused before there is a run
     plan.update({key: earlier[key] for key in FROM_INIT})
 
 
@@ -284,3 +306,146 @@ def _expected(plan: Mapping[str, Any], timing: Mapping[str, Any], validation_cas
         "memory_gib": timing["memory_gib"],
         "machine": timing["machine"],
     }
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of ``medseg plan`` and ``medseg train``; None: not given."""
+
+    recipe: str | None = None
+    epochs: int | None = None
+    cases: Path | None = None
+    labels: int | None = None
+    validation: float | None = None
+    unlabelled: Path | None = None
+    init: Path | None = None
+    seed: int | None = None
+    settings: Sequence[str] | None = None
+    allow_affine_mismatch: bool = False
+
+    def options(self) -> list[str]:
+        """The options that were given, as on the command line."""
+        given = [
+            name for name, value in vars(self).items() if not (value is None or value is False or value == [])
+        ]
+        return ["--set" if name == "settings" else "--" + name.replace("_", "-") for name in given]
+
+
+def prepare_dataset(
+    path: Path,
+    run: Path,
+    request: Request,
+    *,
+    show: Callable[[Report], None],
+    device: str | None = None,
+    trust: bool = False,
+) -> tuple[dict[str, Any], Split]:
+    """Read, split and check a data set, and `prepare_run` on it.
+
+    Args:
+        path: a data set.
+        run: folder to write.
+        request: what to train.
+        show: called with the findings of the check, if there are any.
+        device, trust: as for `prepare_run`.
+
+    Returns:
+        the plan, and which cases train and validate.
+
+    Raises:
+        DataError: the data set has errors. ConfigError, RunError: as `prepare_run`.
+    """
+    recipe, seed = request.recipe or "joint", request.seed or 0
+    read_recipe(recipe)
+    refuse_others(run)
+    settings = [parse_setting(text) for text in request.settings or ()]
+    dataset = read_dataset(path)
+    if request.cases is not None:
+        dataset = dataset.select(read_case_names(request.cases))
+    share = VALIDATION if request.validation is None else request.validation
+    split = split_cases(dataset, labels=request.labels, seed=seed, validation_fraction=share)
+    if request.unlabelled is not None:
+        more = read_unlabelled(request.unlabelled, dataset)
+        split = replace(split, unlabelled=(*split.unlabelled, *more))
+    cases = (*split.training, *split.validation, *split.unlabelled)
+    also = (
+        "" if request.unlabelled is None else f" (it does not read {request.unlabelled}; this command does)"
+    )
+    report = refuse_errors(dataset, cases, split.training, path, show, request.allow_affine_mismatch, also)
+    plan = prepare_run(
+        dataset,
+        split,
+        run,
+        recipe=recipe,
+        settings=settings,
+        epochs=request.epochs,
+        seed=seed,
+        init=request.init,
+        device=device,
+        trust_scan_affine=request.allow_affine_mismatch,
+        trust=trust,
+        report=report,
+    )
+    return plan, split
+
+
+def check_planned(
+    path: Path, run: Path, request: Request, *, resume: bool, show: Callable[[Report], None], trust: bool
+) -> None:
+    """Refuse to train a planned run on another data set, with options that it would ignore, or with errors in its cases.
+
+    Raises:
+        DataError: the cases have errors. RunError: the run is planned for something else, or needs trust.
+    """
+    check_configs_trusted(run, trust)
+    folder = plain_text(read_config(run / "configs" / "train.yaml").get("dataset_dir"))
+    if folder is None:
+        raise RunError(f"{run / 'configs' / 'train.yaml'}: dataset_dir must be the path of a folder.")
+    dataset = read_dataset(path)
+    root = dataset.root.resolve()
+    if root != Path(folder).resolve():
+        raise RunError(
+            f"{run} is planned for {folder}, not for {root}. Choose another --out, or pass {folder}."
+        )
+    options = request.options()
+    if options and not resume:
+        raise RunError(
+            f"{run} is already planned, so {', '.join(options)} would be ignored. Leave "
+            f"{'it' if len(options) == 1 else 'them'} out, edit the run's configs, or choose another --out."
+        )
+    lists: dict[str, list[Case]] = {}
+    for section, entries in read_datalist(run / "configs" / "datalist.json").items():
+        for item in load_items(entries, dataset.root) if entries else []:
+            images = [item["image"]] if isinstance(item["image"], str) else item["image"]
+            label = Path(item["label"]) if item.get("label") else None
+            case = Case(str(item.get("name", images[0])), tuple(map(Path, images)), label)
+            lists.setdefault(section, []).append(case)
+    plan, cases = read_plan(run / "configs" / "plan.json"), [case for cases in lists.values() for case in cases]
+    trusted = bool(plan.get("trust_scan_affine", False))
+    refuse_errors(dataset, cases, lists.get("training", []), path, show, trusted)
+
+
+def refuse_errors(
+    dataset: Dataset,
+    cases: Sequence[Case],
+    trained: Sequence[Case],
+    path: Path,
+    show: Callable[[Report], None],
+    allow_affine_mismatch: bool = False,
+    also: str = "",
+) -> Report:
+    """Check the cases that are used (``trained``: by a training), each once, and refuse those with errors.
+
+    Raises:
+        DataError: there are errors; `show` has been called with them.
+    """
+    held_out = {case.name for case in cases} - {case.name for case in trained}
+    used = replace(dataset, cases=tuple(dict.fromkeys(cases)), validation=frozenset(held_out))
+    report = check_dataset(used, allow_affine_mismatch=allow_affine_mismatch)
+    if report.findings:
+        show(report)
+    if report.has_errors:
+        raise DataError(
+            f"The data set has errors (see above). Fix them, then run 'medseg check {path}' again{also}."
+        )
+    return report

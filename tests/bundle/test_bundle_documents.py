@@ -28,7 +28,7 @@ from medseg_supcon.bundle import (
     write_model_card,
     write_twins,
 )
-from medseg_supcon.errors import ConfigError, RunError
+from medseg_supcon.errors import RunError
 
 REQUIREMENTS = Path(__file__).with_name("metadata_requirements.json")
 
@@ -211,7 +211,7 @@ def test_faults_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not valid JSON"):
         write_model_card(tmp_path)
     (tmp_path / "configs" / "bad.yaml").write_text("a: [")
-    with pytest.raises(ConfigError, match=r"bad\.yaml is not valid YAML"):
+    with pytest.raises(RunError, match=r"bad\.yaml is not valid YAML"):
         write_twins(tmp_path)
 
 

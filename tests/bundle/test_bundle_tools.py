@@ -231,12 +231,12 @@ def test_export_says_what_is_wrong(
     planned_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = planned_run()
-    with pytest.raises(ConfigError, match="torchscript and onnx"):
+    with pytest.raises(ConfigError, match="torchscript or onnx"):
         export_model(run, "pickle", tmp_path / "x")  # type: ignore[arg-type]
     with pytest.raises(RunError, match=r"model\.pt"):
         export_model(run, "torchscript", tmp_path / "x")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install medseg-supcon\[export\]"):
+    with pytest.raises(ConfigError, match=r"pip install .medseg-supcon\[export\]"):
         export_model(run, "onnx", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

@@ -261,7 +261,7 @@ def test_killed_side_by_side_and_resumed(compared, phantoms, design, copied):
     """SIGKILL of two runs in the middle leaves what a whole comparison is made of, to the last bit."""
     for folder in ("runs", "tests"):
         shutil.rmtree(copied / folder)
-    run = [sys.executable, "-m", "medseg_supcon.cli.commands", *arguments(phantoms, copied), "--workers", "2"]
+    run = [sys.executable, "-m", "medseg_supcon.cli", *arguments(phantoms, copied), "--workers", "2"]
     checkpoints = [copied / "runs" / cell / "models" / "checkpoint.pt" for cell in (FIRST, SECOND)]
     log = copied.parent / "log"
     with log.open("w") as stream:

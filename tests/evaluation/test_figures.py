@@ -11,9 +11,8 @@ from matplotlib.image import imread
 
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation import PALETTE, curves_figure, overlay_figure
-from medseg_supcon.evaluation import figures as _curves
-from medseg_supcon.evaluation import overlay as _overlay
-from medseg_supcon.evaluation.overlay import _best_slice
+from medseg_supcon.evaluation import figures as _figures
+from medseg_supcon.evaluation.figures import _best_slice
 
 LABELS = {"background": 0, "organ": 3, "lesion": 7}
 
@@ -66,7 +65,7 @@ def test_long_legends_and_narrow_planes_stay_on_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = []
-    monkeypatch.setattr(_overlay, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(_figures, "save", lambda figure, path: figures.append(figure))
     scan = np.random.default_rng(0).normal(size=(64, 12, 10)).astype(np.float32)
     mask = np.broadcast_to(np.minimum(np.arange(64) // 2, 30)[:, None, None], scan.shape).astype(np.uint8)
     labels = {f"class {i} with a rather long name": i for i in range(31)}
@@ -85,7 +84,7 @@ def test_long_legends_and_narrow_planes_stay_on_the_page(
 
 def test_many_classes_do_not_cover_their_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
-    monkeypatch.setattr(_curves, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(_figures, "save", lambda figure, path: figures.append(figure))
     for number in (3, 30):
         classes = {f"val_dice_class {i}": [0.1, 0.2] for i in range(number)}
         curves_figure(

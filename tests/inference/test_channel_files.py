@@ -56,7 +56,7 @@ def test_channels_of_two_formats_are_refused(tmp_path: Path) -> None:
     save_nifti(tmp_path / "m_0000.nii.gz", ONE)
     sitk.WriteImage(sitk.GetImageFromArray(ONE), str(tmp_path / "m_0001.mha"))
     (scan,) = find_scans([tmp_path], 2)
-    assert "one format, found m_0000.nii.gz, m_0001.mha" in str(scan.problem)
+    assert "the same format, found m_0000.nii.gz, m_0001.mha" in str(scan.problem)
     sitk.WriteImage(sitk.GetImageFromArray(ONE), str(tmp_path / "m_0000.nrrd"))
     (tmp_path / "m_0000.nii.gz").unlink()
     (scan,) = find_scans([tmp_path], 2)

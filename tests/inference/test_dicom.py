@@ -135,8 +135,8 @@ def nowhere(k: int, tags: dict[int, tuple[str, Any]]) -> None:
         ({"place": lambda k: place_of(max(k - 1, 0))}, "8 slices at 7 places"),
         ({"place": lambda k: place_of(0)}, "8 slices at 1 places"),
         ({"change": nowhere}, "not every slice says where it is"),
-        ({"modality": "SEG"}, "holds no scan"),
-        ({"modality": "RTDOSE"}, "holds no scan"),
+        ({"modality": "SEG"}, "contains no scan"),
+        ({"modality": "RTDOSE"}, "contains no scan"),
         ({"image_type": "ORIGINAL\\PRIMARY\\M\\ND\\MOSAIC"}, "mosaic"),
     ],
 )

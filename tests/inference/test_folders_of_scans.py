@@ -42,19 +42,19 @@ def test_scans_in_subfolders_are_named(threshold_run: Path, tmp_path: Path) -> N
     save_nifti(tmp_path / "sub" / "deep" / "a.nii", ONE)
     (scan,) = find_scans([tmp_path])
     assert str(tmp_path) in str(scan.problem)
-    assert f"{Path('sub') / 'deep'} hold other scans" in str(scan.problem)
+    assert f"{Path('sub') / 'deep'} contain other scans" in str(scan.problem)
     save_nifti(tmp_path / "b.nii", ONE)
     save_nifti(tmp_path / "c.nii", ONE)
     (tmp_path / "empty").mkdir()
     entries = Predictor(threshold_run, device="cpu").run([tmp_path], tmp_path / "out")["scans"]
     assert [entry["status"] for entry in entries] == ["done", "done"]
-    told = [warning for entry in entries for warning in entry["warnings"] if "hold other scans" in warning]
+    told = [warning for entry in entries for warning in entry["warnings"] if "contain other scans" in warning]
     assert told == [
-        f"{tmp_path}: below a folder only DICOM is looked for, and {Path('sub') / 'deep'} hold other scans. Give "
+        f"{tmp_path}: in subfolders only DICOM is searched for, but {Path('sub') / 'deep'} contain other scans. Pass "
         "those folders too."
     ]
     (tmp_path / "sub" / "deep" / "a.nii").rename(tmp_path / "sub" / "deep" / "a.mgz")
-    assert "hold other scans" in str(find_scans([tmp_path])[0].warnings)
+    assert "contain other scans" in str(find_scans([tmp_path])[0].warnings)
 
 
 def test_what_is_no_scan_takes_no_name(tmp_path: Path) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from toy_runs import blobs, save_nifti
 
 from medseg_supcon.inference import Manifest, Predictor
-from medseg_supcon.inference import manifest as _manifest
+from medseg_supcon.inference import manifest as manifest_module
 
 HEAD = {"models": [{"name": "run", "sha256": "0"}], "settings": "0"}
 
@@ -68,33 +68,55 @@ def test_two_processes_lose_no_entry(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
 
 
-def test_a_process_that_is_killed_loses_no_entry(tmp_path: Path) -> None:
-    path = tmp_path / "manifest.json"
-    with start(path, "a") as process:
-        await_word(process, "ready")
-        go_on(process)
-        await_word(process, "added")
-        process.kill()
-    assert len(listed(path)) < 20  # the rest is in the journal, whose last line may be half a line
-    with (tmp_path / _manifest.JOURNAL).open("a") as journal:
-        journal.write('\n{"name": "b", "sta')
-    manifest = Manifest(path, HEAD)
-    assert len(manifest.earlier) == 20  # what is finished is known to the next call
-    manifest.due = time.monotonic() + 60
-    manifest.add({"name": "c", "status": "failed", "error": "x"})
-    assert "c" in Manifest(path, HEAD).earlier
-    manifest.write()
-    assert listed(path) == sorted([*(f"a{number}" for number in range(20)), "c"])
-    assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
+def test_a_mask_of_a_killed_process_gets_its_entry_again(threshold_run: Path, tmp_path: Path) -> None:
+    """SIGKILL between the mask and its entry: label voxels, volume and border are counted in the mask."""
+    scan = save_nifti(tmp_path / "in" / "a.nii", blobs((9, 8, 7)), np.diag([0.5, 2, 3, 1.0]))
+    out, predictor = tmp_path / "out", Predictor(threshold_run, device="cpu")
+    (before,) = predictor.run([scan], out)["scans"]
+    for left in ({"scans": []}, {"scans": [{"name": "b", "status": "done"}]}):
+        (out / "manifest.json").write_text(json.dumps(left))
+        (entry,) = predictor.run([scan], out)["scans"]
+        assert entry["status"] == "skipped" and "does not say which model" in entry["warnings"][0]
+        for key in ("labels", "shape", "spacing_mm"):
+            assert entry[key] == before[key] != {}
+        assert entry in json.loads((out / "manifest.json").read_text())["scans"]
+
+
+KILLED = """
+import os, signal, sys
+from medseg_supcon.inference import Predictor, folder
+
+def killed(path, mask, grid, write=folder.write_nifti):
+    write(path, mask, grid)
+    if path.name == sys.argv[4]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+folder.write_nifti = killed
+Predictor(sys.argv[1], device="cpu").run([sys.argv[2]], sys.argv[3])
+"""
+
+
+def test_sigkill_right_after_a_mask_loses_no_entry(threshold_run: Path, tmp_path: Path) -> None:
+    for name in "abcd":
+        save_nifti(tmp_path / "in" / f"{name}.nii", blobs((6, 5, 4)))
+    out, places = tmp_path / "out", [str(threshold_run), str(tmp_path / "in"), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", KILLED, *places, "c.nii.gz"], timeout=200)
+    assert done.returncode == -9
+    entries = Predictor(threshold_run, device="cpu").run([tmp_path / "in"], out)["scans"]
+    assert [entry["status"] for entry in entries] == ["skipped", "skipped", "skipped", "done"]
+    assert all(
+        entry["labels"]["organ"]["voxels"] == entries[3]["labels"]["organ"]["voxels"] for entry in entries
+    )
+    assert listed(out / "manifest.json") == list("abcd")
 
 
 def test_the_whole_file_is_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not after each scan: the time would be quadratic in the number of scans."""
     now, written = [0.0], []
-    monkeypatch.setattr(_manifest.time, "monotonic", lambda: now[0])
-    real = _manifest.write_whole
+    monkeypatch.setattr(manifest_module.time, "monotonic", lambda: now[0])
+    real = manifest_module.write_whole
     monkeypatch.setattr(
-        _manifest, "write_whole", lambda path, write: (written.append(now[0]), real(path, write))
+        manifest_module, "write_whole", lambda path, write: (written.append(now[0]), real(path, write))
     )
     manifest = Manifest(tmp_path / "manifest.json", HEAD)
     for number in range(1000):
@@ -112,6 +134,8 @@ ODD: list[Any] = [
     {"status": "lost"},
     {"status": ["done"]},
     {"name": 3},
+    {"seconds": float("inf")},
+    {"labels": {"organ": {"volume_ml": float("nan")}}},
     "text",
     None,
 ]
@@ -130,7 +154,45 @@ def test_an_entry_that_is_odd_is_left_out_and_said(
     (out / "manifest.json").write_text(json.dumps(content))
     entries = predictor.run([tmp_path / "in"], out)["scans"]
     assert [entry["status"] for entry in entries] == ["skipped", "skipped"]
-    assert "does not say what made it" in entries[0]["warnings"][0]
+    assert "does not say which model made it" in entries[0]["warnings"][0]
     assert entries[1]["warnings"] == []
     assert "1 of its entries" in caplog.text
     assert len(json.loads((out / "manifest.json").read_text())["scans"]) == 2
+
+
+WHOLE = {
+    "infinity": '{"scans": Infinity}',
+    "deep": "[" * 100_000,
+    "deep list": '{"scans": [' + "[" * 5000 + "]" * 5000 + "]}",
+    "digits": '{"scans": ' + "9" * 5000 + "}",
+    "list": "[]",
+    "text": '"x"',
+    "mapping": '{"scans": {"a": 1}}',
+    "empty": "",
+    "bytes": "\udcff",
+}
+
+
+@pytest.mark.parametrize("content", WHOLE.values(), ids=WHOLE)
+def test_a_manifest_that_cannot_be_read_is_written_again(
+    threshold_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    out, predictor = tmp_path / "out", Predictor(threshold_run, device="cpu")
+    scan = save_nifti(tmp_path / "a.nii", blobs((5, 4, 3)))
+    predictor.run([scan], out)
+    (out / "manifest.json").write_bytes(content.encode(errors="surrogateescape"))
+    (entry,) = predictor.run([scan], out)["scans"]
+    assert entry["status"] == "skipped" and entry["labels"]
+    assert "1 of its entries" in caplog.text
+    assert listed(out / "manifest.json") == ["a"]
+
+
+@pytest.mark.parametrize("levels", [100, 300, 450, 600, 900])
+def test_nested_entries_end_no_prediction(threshold_run: Path, tmp_path: Path, levels: int) -> None:
+    out, predictor = tmp_path / "out", Predictor(threshold_run, device="cpu")
+    scan = save_nifti(tmp_path / "a.nii", blobs((5, 4, 3)))
+    predictor.run([scan], out)
+    nested = '{"name": "a", "status": "done", "x": ' + "[" * levels + "]" * levels + "}"
+    (out / "manifest.json").write_text('{"scans": [' + nested + "]}")
+    assert predictor.run([scan], out)["summary"]["skipped"] == 1
+    assert listed(out / "manifest.json") == ["a"]

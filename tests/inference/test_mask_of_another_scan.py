@@ -57,7 +57,7 @@ def test_another_shape_is_another_scan(threshold_run: Path, tmp_path: Path, kind
         scan = write(tmp_path / "in", kind, shape)
         entry = status(threshold_run, scan, out)
         assert entry["status"] == "failed"
-        assert str(scan) in entry["error"] and "mask of another scan" in entry["error"]
+        assert str(scan) in entry["error"] and "belongs to another scan" in entry["error"]
     assert (out / "c.nii.gz").read_bytes() == before
 
 

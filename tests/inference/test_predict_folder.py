@@ -82,7 +82,7 @@ def test_a_mask_of_another_model_is_kept_and_said_so(
     other = Predictor(make_run("other", seed=3), device="cpu")
     entry = other.run([scans], tmp_path / "out")["scans"][0]
     assert entry["status"] == "skipped"
-    assert entry["warnings"] == ["the mask was there already, made by another model"]
+    assert entry["warnings"] == ["the mask already existed and was made by another model"]
     assert other.run([scans], tmp_path / "out", overwrite=True)["summary"]["done"] == 3
     assert other.run([scans], tmp_path / "out")["scans"][0]["warnings"] == []
 
@@ -111,7 +111,7 @@ def test_a_mask_made_with_other_settings_is_kept_and_said_so(
     (threshold_run / "configs" / "plan.json").write_text(json.dumps(plan_of(**change)))
     (entry,) = Predictor(threshold_run, device="cpu", tta=tta).run([scan], out)["scans"]
     assert entry["status"] == "skipped"
-    note = "the mask was there already, made with other settings (plan.json or --tta)"
+    note = "the mask already existed and was made with other settings (plan.json or --tta)"
     assert entry["warnings"] == ([note] if said else [])
 
 
@@ -128,7 +128,7 @@ def test_a_failure_does_not_hide_what_made_the_mask_that_stays(
     assert sorted(entry["status"] for entry in written["scans"]) == ["done", "failed"]
     scan.write_bytes(content)
     (entry,) = other.run([scan], out)["scans"]
-    assert entry["warnings"] == ["the mask was there already, made by another model"]
+    assert entry["warnings"] == ["the mask already existed and was made by another model"]
     assert entry["labels"]
     assert len(json.loads((out / "manifest.json").read_text())["scans"]) == 1
 
@@ -311,7 +311,7 @@ def test_a_mask_of_another_scan_is_not_taken_for_finished(
     ):
         other = save_nifti(tmp_path / "other" / "s0.nii.gz", array, affine)
         manifest = predictor.run([other, scans / "s1.nii.gz"], out)
-        assert "the mask of another scan" in manifest["scans"][0]["error"]
+        assert "belongs to another scan" in manifest["scans"][0]["error"]
         assert str(other) in manifest["scans"][0]["error"]
         assert (out / "s0.nii.gz").read_bytes() == before
         # Its probabilities are not there, which is no reason to replace what is.
@@ -338,7 +338,7 @@ def test_scans_of_one_name_are_refused_however_they_were_found(threshold_run: Pa
 
 def test_one_prediction_is_of_one_scan(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
     predictor = Predictor(threshold_run, device="cpu")
-    with pytest.raises(DataError, match=r"holds 3 scans \(s0, s1, s2, \.\.\.\), expected one"):
+    with pytest.raises(DataError, match=r"contains 3 scans \(s0, s1, s2, \.\.\.\), expected one"):
         predictor.predict(scans)
     save_nifti(tmp_path / "single" / "a.nii", blobs((6, 5, 4)))
     assert predictor.predict(tmp_path / "single").name == "a"
@@ -380,4 +380,4 @@ def test_a_voxel_size_that_cannot_be(make_run: Callable[..., Path], tmp_path: Pa
     manifest = predictor.run([odd, good], tmp_path / "out")
     assert manifest["summary"] == {"done": 1, "skipped": 0, "failed": 1}
     sentence = next(entry["error"] for entry in manifest["scans"] if entry["status"] == "failed")
-    assert str(odd) in sentence and "Correct the header" in sentence
+    assert str(odd) in sentence and "correct it" in sentence

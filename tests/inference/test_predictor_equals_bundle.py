@@ -152,7 +152,7 @@ def test_bundle_refuses_an_empty_folder_and_equal_names(threshold_run: Path, tmp
     (tmp_path / "scans").mkdir()
     with pytest.raises(RuntimeError) as error:
         bundle_masks(threshold_run, tmp_path / "scans", tmp_path / "out")
-    assert "holds no NIfTI files" in str(error.value.__cause__)
+    assert "contains no NIfTI files" in str(error.value.__cause__)
     for ending in (".nii", ".nii.gz"):
         save_nifti(tmp_path / "scans" / f"a{ending}", blobs((12, 14, 10)))
     with pytest.raises(RuntimeError) as error:

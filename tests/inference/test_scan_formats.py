@@ -139,7 +139,7 @@ def test_paths_that_hold_no_scan(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     scans = find_scans([tmp_path / "missing.nii.gz", tmp_path / "empty"])
     assert "no such file" in str(scans[0].problem)
-    assert "holds no scan" in str(scans[1].problem)
+    assert "contains no scan" in str(scans[1].problem)
 
 
 def test_folders_and_names(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_damaged_and_unfit_weights(make_run: Callable[..., Path]) -> None:
             Predictor(run, device="cpu")
     for state in ({"weight": torch.zeros(2)}, [1, 2], {"weight": torch.zeros(3, 1, 1, 1, 1)}):
         torch.save(state, file)
-        with pytest.raises(RunError, match="does not hold the weights"):
+        with pytest.raises(RunError, match="does not contain the weights"):
             Predictor(run, device="cpu")
 
 
@@ -279,7 +279,7 @@ def test_a_network_with_other_classes_than_the_plan(make_run: Callable[..., Path
     manifest = Predictor(run, device="cpu").run(
         [save_nifti(tmp_path / "a.nii", blobs((8, 8, 8)))], tmp_path / "o"
     )
-    assert "3 channels and the plan names 2 labels" in manifest["scans"][0]["error"]
+    assert "3 channels, but the plan has 2 labels" in manifest["scans"][0]["error"]
 
 
 def test_devices_that_do_not_exist(threshold_run: Path) -> None:

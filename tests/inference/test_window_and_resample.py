@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from monai.inferers import SlidingWindowInferer
 from scipy.ndimage import map_coordinates
 
-from medseg_supcon.inference import Way, windows
+from medseg_supcon.inference import GridMapping, windows
 from medseg_supcon.inference import resample as _resample
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_the_way_back_is_trilinear_interpolation(
     expected = [map_coordinates(v.astype(np.float64), coordinates, order=1).reshape(shape) for v in values]
 
     model_affine = np.diag([1.5, 2.0, 0.7, 1.0])
-    way = Way.between(model_affine, model_shape, model_affine @ matrix, shape)
+    way = GridMapping.between(model_affine, model_shape, model_affine @ matrix, shape)
     assert way is not None
     result = np.full((2, *shape), np.nan)
     view = result.transpose(0, *(axis + 1 for axis in way.order))
@@ -94,5 +94,5 @@ def test_the_way_back_is_trilinear_interpolation(
 def test_grids_with_other_axes_have_no_way() -> None:
     turned = np.eye(4)
     turned[:2, :2] = [[0.8, -0.6], [0.6, 0.8]]
-    assert Way.between(np.eye(4), (9, 9, 9), turned, (9, 9, 9)) is None
-    assert Way.between(np.eye(4), (9, 9, 9), np.diag([2.0, 1, 1, 1]), (5, 9, 9)) is not None
+    assert GridMapping.between(np.eye(4), (9, 9, 9), turned, (9, 9, 9)) is None
+    assert GridMapping.between(np.eye(4), (9, 9, 9), np.diag([2.0, 1, 1, 1]), (5, 9, 9)) is not None

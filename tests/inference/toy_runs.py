@@ -69,6 +69,7 @@ def write_run(
     (run / "models").mkdir()
     for config in ("inference.yaml", "evaluate.yaml"):
         shutil.copy(CONFIGS / config, run / "configs")
+    shutil.copytree(CONFIGS.parent / "scripts", run / "scripts")
     versions = ("version", "monai_version", "pytorch_version", "numpy_version")
     (run / "configs" / "metadata.json").write_text(json.dumps(dict.fromkeys(versions, "0")))
     (run / "configs" / "plan.json").write_text(json.dumps(plan))

@@ -13,6 +13,7 @@ from largest_tensor import LargestTensor
 
 from medseg_supcon.losses import MemoryBank, SupConLoss
 
+TILE = "medseg_supcon.losses.sums.CPU_TILE"  # rows of a tile
 OPTIONS = [
     {"similarity": s, "positives": p, "denominator": d, "keys": k}
     for s, p, d, k in itertools.product(
@@ -45,19 +46,22 @@ def value_and_gradient(loss, z, **ids):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
 @pytest.mark.parametrize("temperature", (0.2, 0.01))
-def test_tiles_change_nothing(options, temperature):
+def test_tiles_change_nothing(monkeypatch, options, temperature):
     z, ids = batch()
-    whole = value_and_gradient(SupConLoss(temperature, **options, tile_size=64), z, **ids)
+    loss = SupConLoss(temperature, **options)
+    whole = value_and_gradient(loss, z, **ids)
     for tile in (1, 7, 16, 39):
-        tiled = value_and_gradient(SupConLoss(temperature, **options, tile_size=tile), z, **ids)
+        monkeypatch.setattr(TILE, tile)
+        tiled = value_and_gradient(loss, z, **ids)
         torch.testing.assert_close(tiled, whole, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
-def test_the_order_of_voxels_changes_nothing(options):
+def test_the_order_of_voxels_changes_nothing(monkeypatch, options):
+    monkeypatch.setattr(TILE, 9)
     z, ids = batch()
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(1))
-    loss = SupConLoss(0.1, **options, class_weights=[1.0, 2.0, 0.5], tile_size=9)
+    loss = SupConLoss(0.1, **options, class_weights=[1.0, 2.0, 0.5])
     value, gradient = value_and_gradient(loss, z, **ids)
     shuffled = value_and_gradient(loss, z[order], **{key: i[order] for key, i in ids.items()})
     torch.testing.assert_close(shuffled, (value, gradient[order]), rtol=1e-10, atol=1e-12)
@@ -131,11 +135,12 @@ def test_cosine_is_finite_for_any_length(scale):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
-def test_autocast_changes_nothing(options):
+def test_autocast_changes_nothing(monkeypatch, options):
+    monkeypatch.setattr(TILE, 8)
     z, ids = batch(30, dtype=torch.float32)
-    plain = value_and_gradient(SupConLoss(0.05, **options, tile_size=8), z, **ids)
+    plain = value_and_gradient(SupConLoss(0.05, **options), z, **ids)
     with torch.autocast("cpu", torch.bfloat16):
-        under = value_and_gradient(SupConLoss(0.05, **options, tile_size=8), z, **ids)
+        under = value_and_gradient(SupConLoss(0.05, **options), z, **ids)
     torch.testing.assert_close(under, plain, rtol=0, atol=0)
 
 
@@ -304,6 +309,19 @@ def test_balanced_gives_every_class_the_same_weight():
     )
 
 
+def test_class_weights_in_every_form():
+    z, ids = batch()
+    y = ids["labels"]
+    one, two, three = (SupConLoss()(z, y, anchors=y == c) * (y == c).sum() for c in range(3))
+    n = [int((y == c).sum()) for c in range(3)]
+    expected = (one + 4 * two) / (n[0] + 4 * n[1])
+    for weights in ([1, 4, 0], (1.0, 4.0, 0.0), torch.tensor([1.0, 4.0, 0.0])):
+        torch.testing.assert_close(SupConLoss(class_weights=weights)(z, y), expected)
+    torch.testing.assert_close(SupConLoss(class_weights=None)(z, y), (one + two + three) / len(y))
+    means = one / n[0] + two / n[1] + three / n[2]
+    torch.testing.assert_close(SupConLoss(class_weights="balanced")(z, y), means / 3)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
 def test_balanced_changes_nothing_where_classes_are_equal(options):
     z, ids = batch(60)
@@ -349,9 +367,6 @@ Z, Y = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
         ({"class_weights": [1.0, -1.0]}, ValueError, r"class_weights .* got \[1.0, -1.0\]"),
         ({"class_weights": torch.ones(2, 2)}, ValueError, r"class_weights .* \(2, 2\)"),
         ({"class_weights": [float("inf")]}, ValueError, "class_weights must be finite"),
-        ({"tile_size": 0}, ValueError, "tile_size must be at least 1, got 0"),
-        ({"tile_size": 2.5}, TypeError, "tile_size must be an integer, got 2.5"),
-        ({"tile_size": "x"}, TypeError, "tile_size must be an integer, got 'x'"),
         ({"temperature": "0.1"}, TypeError, "temperature must be a number, got '0.1'"),
         ({"temperature": None}, TypeError, "temperature must be a number, got None"),
         ({"class_weights": "ab"}, ValueError, "class_weights.* balanced, got 'ab'"),
@@ -421,11 +436,12 @@ def test_few_voxels_need_no_large_buffer():
 
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
 @pytest.mark.parametrize("temperature", (0.1, 0.01))
-def test_no_tensor_grows_with_the_square_of_n(options, temperature):
+def test_no_tensor_grows_with_the_square_of_n(monkeypatch, options, temperature):
     n, dim, tile = 1000, 6, 64
+    monkeypatch.setattr(TILE, tile)
     z, ids = batch(n, dim, 5, dtype=torch.float32)
     z = z.requires_grad_()
-    loss = SupConLoss(temperature, **options, tile_size=tile)
+    loss = SupConLoss(temperature, **options)
     with LargestTensor() as largest:
         loss(z, **ids).backward()
     assert n * dim <= largest.elements <= max(n * dim, 4 * tile * tile) < n * n / 50

@@ -16,7 +16,7 @@ from monai.networks.nets import UNet
 from torch import nn
 
 from medseg_supcon.errors import ConfigError
-from medseg_supcon.networks import ContrastiveNetwork, FeatureTap, build_network, chain, size_divisor
+from medseg_supcon.networks import ContrastiveNetwork, build_network, chain, size_divisor
 
 CLASSES = 3
 
@@ -256,7 +256,7 @@ NO_CLASSIFIER: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", NO_CLASSIFIER)
 def test_a_network_without_classifier_is_refused_with_the_cure(name: str) -> None:
     with pytest.raises(ConfigError, match=r"torch\.nn\.Sequential\(net, torch\.nn\.Conv3d"):
-        FeatureTap(NO_CLASSIFIER[name]())
+        ContrastiveNetwork(NO_CLASSIFIER[name]())
 
 
 def test_a_classifier_at_low_resolution_is_refused() -> None:
@@ -268,7 +268,7 @@ def test_a_classifier_at_low_resolution_is_refused() -> None:
 def test_the_hook_is_gone_after_a_failure() -> None:
     network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, CLASSES, 1))
     with pytest.raises(RuntimeError):
-        FeatureTap(network)(torch.zeros(1, 2, 8, 8, 8))
+        ContrastiveNetwork(network).forward_features(torch.zeros(1, 2, 8, 8, 8))
     assert not network[1]._forward_pre_hooks
 
 

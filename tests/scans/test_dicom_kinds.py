@@ -414,3 +414,29 @@ def test_two_series_and_a_pipe_in_one_folder(series: Write) -> None:
     volume = read_scan(scans[0], 1)
     np.testing.assert_array_equal(volume.data, STORED[:, :, ::2])
     assert volume.grid.spacing[2] == pytest.approx(2.4) and volume.data.shape == (*SHAPE[:2], 3)
+
+
+@pytest.mark.parametrize(
+    ("spaces", "codes"), [(1, []), (2, ["frame_of_reference"]), (5, ["frame_of_reference"])]
+)
+def test_frames_of_reference(series: Write, spaces: int, codes: list[str]) -> None:
+    """Places in two of them cannot be compared, but some programs write a new one per file when they anonymise."""
+
+    def change(image: Dataset, k: int) -> None:
+        image.FrameOfReferenceUID = f"1.2.77.{k % spaces}"
+
+    volume = read(series(change))
+    assert_truth(volume, STORED)
+    assert [issue.code for issue in volume.issues] == codes and "1.2.77" not in str(volume.issues)
+
+
+def test_a_modality_lut_of_signed_values(series: Write) -> None:
+    table = np.arange(1000)[::-1] * 5
+
+    def change(image: Dataset, k: int) -> None:
+        image.PixelData = np.ascontiguousarray(STORED[:, :, k].T - 500).astype("<i2").tobytes()
+        image.ModalityLUTSequence = [lut(-500, table)]
+        image.ModalityLUTSequence[0]["LUTData"].VR = "OW"
+        image.ModalityLUTSequence[0]["LUTDescriptor"].VR = "SS"
+
+    assert_truth(read(series(change)), table[STORED])

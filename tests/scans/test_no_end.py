@@ -242,6 +242,18 @@ def test_scans_as_they_are_have_no_outliers(scan: np.ndarray) -> None:
     assert outliers(scan) is None
 
 
+@pytest.mark.parametrize("peak", [50, 500, 5000])
+def test_a_hot_spot_is_no_outlier_and_a_wrong_voxel_beside_it_is(peak: float) -> None:
+    """As in PET: a lesion of a few voxels, blurred by the scanner, decides the standard deviation of all."""
+    rng, away = np.random.default_rng(0), np.indices((40, 40, 40)) - 20.0
+    spot = peak * np.exp(-((away - 3) ** 2).sum(axis=0) / (2 * 1.5**2))
+    scan = (rng.exponential(0.01, spot.shape) + ((away**2).sum(axis=0) < 100) + spot).astype(np.float32)
+    assert scan.std() > 2 * scan[spot < 0.01].std()
+    assert outliers(scan) is None
+    scan[1, 2, 3] = -1e20
+    assert outliers(scan) == (pytest.approx(-1e20), 1)
+
+
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.mha", "a.nii"])
 @pytest.mark.parametrize("value", [1e300, -1e300])
 def test_a_value_that_float32_cannot_hold(tmp_path: Path, name: str, value: float) -> None:

@@ -38,7 +38,7 @@ def test_a_run_is_trained_by_one_command_at_a_time(trained_run: Path, tmp_path: 
         dataset = read_dataset_of(run)
         code, _, said = medseg("train", dataset, "--out", run, "--resume", "--device", "cpu")
         assert code == 2
-        assert f"Another medseg is at work in {run}" in " ".join(said.split())
+        assert f"Another medseg is working in {run}" in " ".join(said.split())
         with pytest.raises(RunError, match="at work"):
             train_run(run, device="cpu", resume=True, quiet=True)
         assert contents(run) == before

@@ -35,7 +35,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_what_a_run_would_replace_is_refused_and_kept(prepare: Any, tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("a person's own")
-    with pytest.raises(RunError, match=f"holds {name.partition('/')[0]} of something else"):
+    with pytest.raises(RunError, match=f"contains {name.partition('/')[0]} that medseg did not write"):
         prepare(tmp_path)
     assert files(tmp_path) == {name: b"a person's own"}
 

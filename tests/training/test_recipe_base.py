@@ -51,8 +51,8 @@ def test_a_recipe_describes_itself(tmp_path, comment, says):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("base: a.yaml\n", "starts from itself"),
-        ("base: nothing\n", "no recipe 'nothing'"),
+        ("base: a.yaml\n", "is based on itself"),
+        ("base: nothing\n", "recipe 'nothing' does not exist"),
         ("seed: 1\nbase: [\n", r"a\.yaml is not YAML: .* line 3"),
     ],
 )

@@ -120,6 +120,7 @@ TUNED = {
     "no normalisation before the projector": ["projection::normalise_input=false"],
     "wider projector": ["projection::hidden_channels=96", "projection::out_channels=48"],
     "euclidean": ["contrastive_loss::loss::similarity=euclidean", "projection::normalise_output=false"],
+    "balanced": ["class_weights=balanced"],
     "class-weighted": ["sampling=uniform", "class_weights=$@plan['class_weights']"],
 }
 
@@ -135,6 +136,8 @@ def test_the_article_s_other_choices_are_settings(trained_run, recipe, case):
         assert [layer.out_features for layer in head.layers if hasattr(layer, "out_features")] == [96, 48]
     elif case == "euclidean":
         assert loss.loss.similarity == "euclidean"
+    elif case == "balanced":
+        assert loss.loss.class_weights == "balanced"
     else:
         plan = parser.get_parsed_content("plan")
         assert list(loss.loss.class_weights) == pytest.approx(plan["class_weights"])

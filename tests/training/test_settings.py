@@ -97,4 +97,4 @@ def test_unknown_recipe_names_the_known():
 def test_a_fault_of_the_settings_is_a_sentence(fault, says):
     with pytest.raises(ConfigError) as caught, settings_at_fault():
         raise fault
-    assert str(caught.value).startswith(f"The settings cannot be used: {says}Check what this names")
+    assert str(caught.value).startswith(f"The settings are invalid: {says}Check --set")

@@ -1,8 +1,7 @@
-"""The commands that measure: ``medseg compare`` and ``medseg embed``."""
+"""The command ``medseg compare``: recipes against one another."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +12,12 @@ from medseg_supcon.cli.options import (
     DatasetArg,
     DeviceOption,
     MismatchOption,
-    RunArg,
     SettingsOption,
     TrustOption,
     ValidationOption,
 )
-from medseg_supcon.cli.terminal import err, out, print_report
-from medseg_supcon.errors import ConfigError, MedsegError
+from medseg_supcon.cli.terminal import err, out, print_report, printable
+from medseg_supcon.errors import ConfigError
 from medseg_supcon.text import counted
 
 
@@ -101,8 +99,8 @@ def compare(
     from medseg_supcon.bundle import parse_setting
     from medseg_supcon.comparison import ComparisonConfig, design_comparison, read_comparison
     from medseg_supcon.comparison import compare as run_comparison
-    from medseg_supcon.datasets import VALIDATION, check_dataset, read_case_names, read_dataset
-    from medseg_supcon.training import check_device
+    from medseg_supcon.datasets import VALIDATION, read_case_names, read_dataset
+    from medseg_supcon.training import check_device, refuse_errors
 
     check_device(device)
     if robustness and no_robustness:
@@ -124,17 +122,9 @@ def compare(
         axes=config_file.variants,
     )
     used = {c.name: c for s in design.splits.values() for c in (*s.unlabelled, *s.validation, *s.training)}
-    trained = {case.name for split in design.splits.values() for case in split.training}
-    cases_used = (*used.values(), *design.test)
-    held_out = frozenset(case.name for case in cases_used) - trained
-    checked = replace(data, cases=cases_used, validation=held_out)
-    report = check_dataset(checked, allow_affine_mismatch=allow_affine_mismatch)
-    if report.has_errors:
-        print_report(report, err)
-        raise MedsegError(
-            f"The data set has errors (above). Fix them, then run 'medseg check {dataset}' again."
-        )
-    err.print(f"Testing on {counted(len(design.test), 'scan')}: {design.tested_on}.")
+    trained = [case for split in design.splits.values() for case in split.training]
+    refuse_errors(data, [*used.values(), *design.test], trained, dataset, print_report, allow_affine_mismatch)
+    err.print(f"Testing on {counted(len(design.test), 'scan')}: {printable(design.tested_on)}.")
     comparison = run_comparison(
         design,
         out_dir,
@@ -149,45 +139,9 @@ def compare(
         say=err.print,
     )
     for sentence in [*comparison["answers"], *(f"Note: {text}" for text in comparison["caveats"])]:
-        out.print(sentence)
-    out.print(f"\nThe report is {out_dir / 'report.html'}; its tables are in {out_dir / 'summary.md'}.")
-
-
-def embed(
-    run: RunArg,
-    dataset: DatasetArg,
-    out_dir: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder for pictures and tables.")],
-    cases: CasesOption = None,
-    voxels: Annotated[
-        int, typer.Option(min=20, metavar="N", help="Voxels to sample from all cases together.")
-    ] = 1500,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sample and of t-SNE.")] = 0,
-    device: DeviceOption = None,
-    trust: TrustOption = False,
-) -> None:
-    """Show a network's features before and after training: pictures, and how well they separate the classes."""
-    from medseg_supcon.datasets import read_case_names, read_dataset
-    from medseg_supcon.embedding import embed_run
-    from medseg_supcon.training import check_device
-
-    check_device(device)
-    names = None if cases is None else read_case_names(cases)
-    embedding = embed_run(
-        run,
-        read_dataset(dataset),
-        out_dir,
-        cases=names,
-        voxels=voxels,
-        seed=seed,
-        device=device,
-        trust=trust,
-    )
-    for sentence in embedding["sentences"]:
-        out.print(sentence)
-    out.print(
-        f"\nPictures: {out_dir / 'pca.png'}, {out_dir / 'tsne.png'}; numbers: {out_dir / 'separation.csv'}\n"
-        f"To rotate the points in 3-D: tensorboard --logdir {out_dir / 'projector'}",
-    )
+        out.print(printable(sentence))
+    report, summary = printable(out_dir / "report.html"), printable(out_dir / "summary.md")
+    out.print(f"\nThe report is {report}; its tables are in {summary}.")
 
 
 def _separated(text: str, option: str) -> list[str]:

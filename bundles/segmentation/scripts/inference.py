@@ -1,0 +1,79 @@
+"""Functions of inference.yaml: which scans a folder contains, and how a mask is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import monai.data
+import nibabel
+import numpy as np
+
+NIFTI = r"\.nii(\.gz)?$"
+
+
+def find_scans(folder: str, channels: int) -> dict[str, list[str]]:
+    """The NIfTI scans in a folder: scan name -> its file, or one file per channel.
+
+    With several channels, 3-D files case_0000.nii.gz, case_0001.nii.gz, ... are one scan "case" (nnU-Net's names); a
+    4-D file has its channels last.
+    """
+    scans: dict[str, list[str]] = {}
+    for path in sorted(Path(str(folder)).glob("[!.]*")):
+        name, count = re.subn(NIFTI, "", path.name)
+        if not count:
+            continue
+        if channels > 1 and re.search(r"_\d{4}$", name) and len(nibabel.load(path).shape) == 3:
+            name = name[:-5]
+        scans.setdefault(name, []).append(str(path))
+    return dict(sorted(scans.items()))
+
+
+def check_scans(scans: dict[str, list[str]], folder: str, channels: int) -> None:
+    """Raise an error for a folder without scans and for an incomplete set of channels."""
+    if not scans:
+        raise FileNotFoundError(f"dataset_dir contains no NIfTI files (.nii, .nii.gz): {folder}")
+    for files in scans.values():
+        if len(files) not in (1, channels):
+            raise ValueError(f"expected one file per scan, or one per channel: {', '.join(files)}")
+
+
+def items(scans: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """What MONAI's Dataset takes."""
+    return [{"image": files if len(files) > 1 else files[0]} for files in scans.values()]
+
+
+def mask_names(scans: dict[str, list[str]]) -> dict[str, str]:
+    """First file of a scan -> file name of its mask."""
+    return {files[0]: f"{name}.nii.gz" for name, files in scans.items()}
+
+
+def name_formatter(names: dict[str, str]) -> Callable[..., dict[str, Any]]:
+    """SaveImaged's output_name_formatter that gives a mask the name of its scan."""
+    return lambda meta, saver: {"subject": names[meta["filename_or_obj"]], "idx": None}
+
+
+def mask_type(values: Sequence[float]) -> Any:
+    """The smallest integer type for a mask's values; float32 if one of them is a fraction."""
+    if any(value != int(value) for value in values):
+        return np.float32
+    lowest, highest = int(min(values)), int(max(values))
+    return np.min_scalar_type(highest if lowest >= 0 else min(lowest, -highest - 1))
+
+
+class VolumeWriter(monai.data.NibabelWriter):  # type: ignore[misc]
+    """Writes a mask as it is.
+
+    NibabelWriter drops the last axis of a single slice and writes a 2-D file. Its resampling, which is never needed
+    here, reads the affine of a scan stored in another axis order as that of a 2-D image and fails.
+    """
+
+    @classmethod
+    def convert_to_channel_last(cls, data: Any, *args: Any, **kwargs: Any) -> Any:
+        return np.asarray(data[0])
+
+    @classmethod
+    def resample_if_needed(cls, data_array: Any, affine: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return data_array, affine

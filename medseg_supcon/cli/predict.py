@@ -1,0 +1,95 @@
+"""The command ``medseg predict``: masks of new scans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from medseg_supcon.cli.options import DeviceOption, TrustOption
+from medseg_supcon.cli.terminal import EXIT_INPUT, EXIT_SOME_FAILED, err, out, printable, say
+from medseg_supcon.errors import ConfigError, RunError
+from medseg_supcon.text import counted
+
+
+def predict(
+    run: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN... SCAN...",
+            help="A run (several runs make an ensemble), then scans: files, folders or DICOM series folders.",
+            readable=False,  # one without permission is reported, and the others are done
+        ),
+    ],
+    out_dir: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder for the masks.")],
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write each class's probability.")
+    ] = False,
+    tta: Annotated[
+        bool,
+        typer.Option(
+            "--tta", help="Average over mirrored scans (slower), unless a class name says left or right."
+        ),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that exist.")] = False,
+    device: DeviceOption = None,
+    trust: TrustOption = False,
+) -> None:
+    """Write masks of new scans, each in the space of its scan. Exit code 3 if some scans failed, 2 if all failed."""
+    from medseg_supcon.bundle import is_planned
+    from medseg_supcon.inference import Predictor
+    from medseg_supcon.training import check_device
+
+    check_device(device)
+    runs = [path for path in run if is_planned(path)]
+    scans = [path for path in run if path not in runs]
+    if not runs:
+        raise RunError(
+            f"{run[0]} is not a run: it has no configs/plan.json. Usage: medseg predict RUN SCAN... --out DIR"
+        )
+    if not scans:
+        raise ConfigError(f"No scan given. Usage: medseg predict {runs[0]} SCAN... --out DIR")
+    predictor = Predictor(runs, device=device, tta=tta, trust=trust)
+    if tta and not any(model.plan["flip_axes"] for model in predictor.models):
+        text = "--tta has no effect: flip_axes in plan.json is empty, because class names say left or right."
+        say(err, "note", "yellow", text)
+    counts = predict_into(out_dir, predictor, scans, probabilities, overwrite)
+    if counts["failed"]:
+        raise typer.Exit(EXIT_SOME_FAILED if counts["done"] + counts["skipped"] else EXIT_INPUT)
+
+
+def predict_into(
+    folder: Path, predictor: Any, scans: Sequence[Path], probabilities: bool = False, overwrite: bool = False
+) -> dict[str, int]:
+    """Predict scans into a folder with a progress display; a failed scan is a sentence on stderr.
+
+    Returns:
+        how many scans are ``done``, ``skipped`` and ``failed``.
+    """
+    for warning in predictor.warnings:
+        say(err, "warning", "yellow", warning)
+    chosen = predictor.find_scans(scans)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err,
+        disable=not err.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("predicting", total=len(chosen))
+
+        def progress(done: int, total: int, entry: dict[str, Any]) -> None:
+            bar.update(task, completed=done)
+            if entry["status"] == "failed":
+                say(err, "failed", "red", entry["error"])
+            for warning in entry.get("warnings", []):
+                say(err, "warning", "yellow", f"{entry['name']}: {warning}")
+
+        counts: dict[str, int] = predictor.run(chosen, folder, probabilities, overwrite, progress)["summary"]
+    parts = [f"{counted(counts['done'], 'scan')} predicted"]
+    parts += (
+        [f"{counts['skipped']} already exist (replace them with --overwrite)"] if counts["skipped"] else []
+    )
+    parts += [f"{counts['failed']} failed"] if counts["failed"] else []
+    out.print(f"{printable(folder)}: {', '.join(parts)}; manifest.json lists every scan.")
+    return counts
