@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg_supcon.datasets.dataset import Case, Dataset
-from medseg_supcon.datasets.fingerprint import CaseFingerprint, measure_case
+from medseg_supcon.datasets.fingerprints import CaseFingerprint, measure_case
 from medseg_supcon.datasets.labels import TOLERANCE, reorient, value_text
 from medseg_supcon.errors import DataError
 from medseg_supcon.scans import Volume, affine_issue, count_values, farthest_corner, outliers, read_nifti

@@ -11,7 +11,7 @@ import numpy as np
 
 from medseg_supcon.datasets.case_report import CaseReport, Finding, case_report
 from medseg_supcon.datasets.dataset import Case, Dataset, normalisation, patient_on_both_sides
-from medseg_supcon.datasets.fingerprint import CaseFingerprint
+from medseg_supcon.datasets.fingerprints import CaseFingerprint
 from medseg_supcon.datasets.labels import value_text
 from medseg_supcon.scans import in_parallel
 from medseg_supcon.text import counted

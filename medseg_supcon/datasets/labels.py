@@ -23,11 +23,7 @@ STRAY = np.iinfo(np.int16).min
 
 
 def check_name(name: object, source: Path, key: str) -> str:
-    """The name of a class, channel or data set, without blanks around it.
-
-    Raises:
-        DataError: it is not a text, empty, or holds a character that cannot be printed, such as a line break.
-    """
+    """The name of a class, channel or data set without blanks around it; `DataError` if it cannot be printed."""
     text = name.strip() if isinstance(name, str) else ""
     if not text or not text.isprintable():
         raise DataError(f'{source}: {name!a} under "{key}" is not a printable name. Correct it.')
@@ -51,14 +47,9 @@ def _number(value: object) -> float | None:
 
 
 def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple[Labels, int | float | None]:
-    """Class name -> value, background first and then by value, and the ignore label.
+    """Class name -> value, background first and then by value, and the ignore label ("ignore" is not a class).
 
-    Takes the decathlon's ``{"0": "background", "1": "tumour"}`` and nnU-Net's ``{"background": 0, "tumour":
-    1}``. "ignore" is not a class: its value means "not annotated".
-
-    Raises:
-        ConfigError: a label is a region, a list of values.
-        DataError: the labels are not a mapping, ambiguous, or hold no class other than the background.
+    Takes the decathlon's ``{"0": "background", "1": "tumour"}`` and nnU-Net's ``{"background": 0, "tumour": 1}``.
     """
     if not isinstance(declared, Mapping):
         raise DataError(
@@ -109,13 +100,7 @@ def _plain(value: float) -> int | float:
 
 
 def scan_labels(files: Iterable[Path], source: Path, ignore: object = None) -> tuple[Labels, int | float | None]:
-    """Labels as the label files themselves show them: ``{"background": 0, "label 1": 1, ...}``.
-
-    Files that cannot be read are passed over; `check_dataset` reports them.
-
-    Raises:
-        DataError: no file holds a value besides the background, or there are too many to be a label map.
-    """
+    """Labels as the files show them: ``{"background": 0, "label 1": 1, ...}``; `check_dataset` reports unreadable files."""
 
     def read_values(path: Path) -> set[float]:
         try:
