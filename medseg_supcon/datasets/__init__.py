@@ -3,9 +3,16 @@
 from medseg_supcon.datasets.case_report import Finding
 from medseg_supcon.datasets.check import Report, check_dataset
 from medseg_supcon.datasets.data_list import items, load_items, read_datalist, write_datalist
-from medseg_supcon.datasets.dataset import Case, Dataset, normalisation, read_case_names
-from medseg_supcon.datasets.fingerprint import CaseFingerprint, Fingerprint, fingerprint, readable
+from medseg_supcon.datasets.dataset import (
+    VALIDATION,
+    Case,
+    Dataset,
+    Split,
+    normalisation,
+    read_case_names,
+    split_cases,
+)
+from medseg_supcon.datasets.fingerprints import CaseFingerprint, Fingerprint, fingerprint, readable
 from medseg_supcon.datasets.labels import class_indices, label_type, reorient, snap_labels, value_text
 from medseg_supcon.datasets.layouts import read_dataset, read_unlabelled
 from medseg_supcon.datasets.phantoms import PHANTOM_LABELS, make_phantoms
-from medseg_supcon.datasets.split import VALIDATION, Split, split_cases

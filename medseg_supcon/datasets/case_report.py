@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg_supcon.datasets.dataset import Case, Dataset
-from medseg_supcon.datasets.fingerprint import CaseFingerprint, measure_case
+from medseg_supcon.datasets.fingerprints import CaseFingerprint, measure_case
 from medseg_supcon.datasets.labels import TOLERANCE, reorient, value_text
 from medseg_supcon.errors import DataError
 from medseg_supcon.scans import Volume, affine_issue, count_values, farthest_corner, outliers, read_nifti
+from medseg_supcon.text import counted
 
 NEAR = 0.01  # voxels by which a corner of a label map's grid may be off its scan's
 MOST_VALUES = 64  # undeclared values above which a label map looks like a scan
@@ -26,48 +27,29 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault or doubt.
+    """One fault or doubt, with a short name of its kind for machines, e.g. "affine_mismatch"."""
 
-    Attributes:
-        case: name of the case; empty if it is about the whole data set.
-        file: the file at fault; None if it is not a single file.
-        severity: "error" (training refuses) or "warning".
-        code: short name of the kind of fault, for machines, e.g. "affine_mismatch".
-        message: a sentence: the file, what was expected, what was found, how to fix it.
-    """
-
-    case: str
-    file: Path | None
-    severity: str
+    case: str  # its name; empty for the whole data set
+    file: Path | None  # None if it is not a single file
+    severity: str  # "error" (training refuses) or "warning"
     code: str
-    message: str
+    message: str  # a sentence: the file, what was expected, what was found, how to fix it
 
 
 @dataclass
 class CaseReport:
-    """What reading one case showed.
-
-    Attributes:
-        case: the case.
-        findings: its faults.
-        contents: (file, hash of the voxels) per channel.
-        intensities: (lowest, 0.5th percentile, 99.5th percentile) per channel.
-        spacing: (3,) mm in RAS order; None without a readable image.
-        extent: (3,) mm in RAS order.
-        classes: names of the classes that its label map shows.
-        fingerprint: what planning needs, of a labelled case without an error.
-    """
+    """What reading one case showed."""
 
     case: Case
     findings: list[Finding] = field(default_factory=list)
-    contents: list[tuple[Path, bytes]] = field(default_factory=list)
-    intensities: list[tuple[float, float, float]] = field(default_factory=list)
-    spacing: Floats | None = None
-    extent: Floats | None = None
-    classes: set[str] = field(default_factory=set)
-    fingerprint: CaseFingerprint | None = None
+    contents: list[tuple[Path, bytes]] = field(default_factory=list)  # file and hash of the voxels, per channel
+    intensities: list[tuple[float, float, float]] = field(default_factory=list)  # lowest, 0.5 and 99.5 %, per channel
+    spacing: Floats | None = None  # (3,) mm in RAS order
+    extent: Floats | None = None  # (3,) mm in RAS order
+    classes: set[str] = field(default_factory=set)  # that the label map shows
+    fingerprint: CaseFingerprint | None = None  # of a labelled case without an error
 
-    def add_finding(self, file: Path, code: str, sentence: str, severity: str = "error") -> None:
+    def add(self, file: Path, code: str, sentence: str, severity: str = "error") -> None:
         """Add a finding on a file; the sentence follows the file's name."""
         self.findings.append(Finding(self.case.name, file, severity, code, f"{file}: {sentence}"))
 
@@ -88,8 +70,10 @@ def case_report(case: Case, dataset: Dataset, mismatch: str) -> CaseReport:
     images = [(path, volume) for path in case.images if (volume := report.read(path)) is not None]
     complete = len(images) == len(case.images)
     images = [(path, volume) for path, volume in images if _is_scan(report, path, volume, dataset)]
-    if complete and len(images) == len(case.images):
-        _check_channels(report, images, dataset)
+    number, names = sum(len(volume.channels_first) for _, volume in images), dataset.channels
+    if complete and len(images) == len(case.images) and number != len(names):
+        sentence = f"the case has {counted(number, 'channel')}, the data set {len(names)} ({', '.join(names)})"
+        report.add(case.images[0], "channels", f"{sentence}. Add or remove channels, or correct the declaration.")
     for path, volume in images:
         _check_intensities(report, path, volume)
     usable = [(path, volume) for path, volume in images if _check_geometry(report, path, volume)]
@@ -114,18 +98,8 @@ def _is_scan(report: CaseReport, path: Path, volume: Volume, dataset: Dataset) -
         what += " one 3-D scan. Save one volume of the series, or declare its channels in dataset.json."
     else:
         return True
-    report.add_finding(path, code, what)
+    report.add(path, code, what)
     return False
-
-
-def _check_channels(report: CaseReport, images: list[tuple[Path, Volume]], dataset: Dataset) -> None:
-    number = sum(len(volume.channels_first) for _, volume in images)
-    if number != len(dataset.channels):
-        sentence = (
-            f"the case has {number} channel{'s' * (number != 1)}, the data set {len(dataset.channels)} "
-            f"({', '.join(dataset.channels)}). Add or remove channels, or correct the declaration."
-        )
-        report.add_finding(images[0][0], "channels", sentence)
 
 
 def _check_intensities(report: CaseReport, path: Path, volume: Volume) -> None:
@@ -134,22 +108,19 @@ def _check_intensities(report: CaseReport, path: Path, volume: Volume) -> None:
         with np.errstate(over="ignore"):
             voxels = np.ascontiguousarray(channel.T, dtype=np.float32)  # NIfTI is stored in Fortran order
         if bad := int(np.count_nonzero(~np.isfinite(voxels))):
-            sentence = (
-                f"{where}holds {bad} voxels that are NaN, Inf or beyond 3.4e38. Repair or leave it out."
-            )
-            report.add_finding(path, "not_finite", sentence)
+            sentence = f"{where}holds {bad} voxels that are NaN, Inf or beyond 3.4e38. Repair or leave it out."
+            report.add(path, "not_finite", sentence)
             continue
         low = float(channel.min())
         if low == float(channel.max()):
-            sentence = f"{where}has the value {low:g} everywhere: an empty scan. Leave it out."
-            report.add_finding(path, "constant_image", sentence)
+            report.add(path, "constant_image", f"{where}has the value {low:g} everywhere: an empty scan. Leave it out.")
             continue
         if (outlier := outliers(voxels)) is not None:
             sentence = (
                 f"{where}has {outlier[1]} voxels far outside all others (up to {outlier[0]:.3g}): after normalisation the "
                 "others hardly differ. Repair these voxels, or leave the case out."
             )
-            report.add_finding(path, "outlier_voxels", sentence, "warning")
+            report.add(path, "outlier_voxels", sentence, "warning")
         sample = voxels.ravel()[:: max(1, voxels.size // SAMPLE)]
         usual = np.percentile(sample, [0.5, 99.5]).astype(np.float64)
         report.intensities.append((low, float(usual[0]), float(usual[1])))
@@ -160,10 +131,9 @@ def _check_intensities(report: CaseReport, path: Path, volume: Volume) -> None:
 
 def _check_geometry(report: CaseReport, path: Path, volume: Volume) -> bool:
     shape, axes = volume.data.shape[:3], volume.affine[:3, :3]
-    of_affine = affine_issue(volume.affine)
-    issues = [*volume.issues, *([of_affine] if of_affine else [])]
+    issues = list(filter(None, (*volume.issues, affine_issue(volume.affine))))
     for issue in issues:
-        report.add_finding(path, issue.code, issue.sentence, issue.severity)
+        report.add(path, issue.code, issue.sentence, issue.severity)
     if any(issue.code in ("bad_affine", "unit") for issue in issues):
         return False
     spacing = np.linalg.norm(axes, axis=0)
@@ -171,14 +141,11 @@ def _check_geometry(report: CaseReport, path: Path, volume: Volume) -> bool:
     if report.spacing is None:
         report.spacing, report.extent = spacing[order], (spacing * shape)[order]
         if 1 in shape:
-            sentence = f"is a single slice (shape {shape}). Training is in 3-D."
-            report.add_finding(path, "single_slice", sentence, "warning")
+            report.add(path, "single_slice", f"is a single slice (shape {shape}). Training is in 3-D.", "warning")
     return True
 
 
-def _check_grid(
-    report: CaseReport, path: Path, volume: Volume, scan: tuple[Path, Volume], mismatch: str
-) -> None:
+def _check_grid(report: CaseReport, path: Path, volume: Volume, scan: tuple[Path, Volume], mismatch: str) -> None:
     """Whether a label map, or a further channel, is on the grid of the scan."""
     file, reference = scan
     own, expected = volume.data.shape[:3], reference.data.shape[:3]
@@ -193,16 +160,16 @@ def _check_grid(
             f"is at the place of its scan {file}, but its axes run along {axes[0]}, those of the scan along {axes[1]}. "
             "Save it with the axes of the scan (nibabel's as_reoriented does)."
         )
-        report.add_finding(path, "turned", sentence)
+        report.add(path, "turned", sentence)
     elif own != expected:
         sentence = f"has {own} voxels, its scan {file} has {expected}. Export it on the scan's grid."
-        report.add_finding(path, "shape_mismatch", sentence)
+        report.add(path, "shape_mismatch", sentence)
     else:
         sentence = (
             f"is up to {farthest:.3g} mm away from its scan {file}: their affines differ. Export it on the scan's "
             "grid, or give --allow-affine-mismatch if the voxels do match."
         )
-        report.add_finding(path, "affine_mismatch", sentence, mismatch)
+        report.add(path, "affine_mismatch", sentence, mismatch)
 
 
 def _check_label(
@@ -210,32 +177,27 @@ def _check_label(
 ) -> Volume | None:
     """List the faults of the label map at `path` and return it; `scan` is its case's first usable image."""
     if path in report.case.images:
-        sentence = "is named as scan and as label map. Correct the data list."
-        report.add_finding(path, "label_is_image", sentence)
+        report.add(path, "label_is_image", "is named as scan and as label map. Correct the data list.")
         return None
-    volume = report.read(path)
-    if volume is None:
+    if (volume := report.read(path)) is None:
         return None
     data = volume.data
     if data.ndim == 4:
         overlap = int(np.count_nonzero(np.count_nonzero(data, axis=3) > 1))
         what = f"its one-hot labels overlap in {overlap} voxels" if overlap else "it is one-hot"
         code = "overlapping_labels" if overlap else "one_hot_label"
-        sentence = f"is 4-D (shape {data.shape}): {what}. Save one 3-D map with one value per class."
-        report.add_finding(path, code, sentence)
+        report.add(path, code, f"is 4-D (shape {data.shape}): {what}. Save one 3-D map with one value per class.")
         return None
     if data.ndim != 3 or data.size == 0:
-        sentence = f"is {data.ndim}-D (shape {data.shape}), expected a 3-D label map."
-        report.add_finding(path, "not_3d", sentence)
+        report.add(path, "not_3d", f"is {data.ndim}-D (shape {data.shape}), expected a 3-D label map.")
         return None
     for issue in volume.issues:
         if issue.code != "no_orientation":  # its scan has the same fault, or another grid
-            report.add_finding(path, issue.code, issue.sentence, issue.severity)
+            report.add(path, issue.code, issue.sentence, issue.severity)
     if scan is not None:
         _check_grid(report, path, volume, scan, mismatch)
     if data.dtype.kind == "f" and not np.isfinite(data).all():
-        sentence = "holds NaN or Inf. Set these voxels to the background or the ignore label."
-        report.add_finding(path, "not_finite", sentence)
+        report.add(path, "not_finite", "holds NaN or Inf. Set these voxels to the background or the ignore label.")
     _check_values(report, path, data, dataset)
     return volume
 
@@ -248,20 +210,15 @@ def _check_values(report: CaseReport, path: Path, data: npt.NDArray[Any], datase
     known = ", ".join(map(value_text, declared[:20])) + ", ..." * (len(declared) > 20)
     if stray:
         fractional = [value for value in stray if value != round(value)]
-        few = ", ".join(
-            f"{value_text(value)} ({counts[value]} voxels)" for value in (fractional or stray)[:5]
-        )
-        report.add_finding(
-            path,
-            "fractional_label" if fractional else "undeclared_label",
-            f"holds {few}, declared are {known}. {_why_stray(path, stray, bool(fractional))}",
-        )
+        few = ", ".join(f"{value_text(value)} ({counts[value]} voxels)" for value in (fractional or stray)[:5])
+        code = "fractional_label" if fractional else "undeclared_label"
+        sentence = f"holds {few}, declared are {known}. {_why_stray(path, stray, bool(fractional))}"
+        report.add(path, code, sentence)
     classes = dataset.labels.items()
-    shown = {name for name, value in classes if any(abs(v - value) <= TOLERANCE for v in counts)}
-    report.classes |= shown
-    if not stray and not shown - {next(iter(dataset.labels))}:
+    report.classes |= {name for name, value in classes if any(abs(v - value) <= TOLERANCE for v in counts)}
+    if not stray and not report.classes - {next(iter(dataset.labels))}:
         sentence = "no structure is drawn in it. Leave the case out if that is not intended."
-        report.add_finding(path, "empty_label", sentence, "warning")
+        report.add(path, "empty_label", sentence, "warning")
 
 
 def _why_stray(path: Path, stray: list[float], fractional: bool) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from medseg_supcon.datasets.case_report import CaseReport, Finding, case_report
-from medseg_supcon.datasets.dataset import Case, Dataset, normalisation
-from medseg_supcon.datasets.fingerprint import CaseFingerprint
+from medseg_supcon.datasets.dataset import Case, Dataset, normalisation, patient_on_both_sides
+from medseg_supcon.datasets.fingerprints import CaseFingerprint
 from medseg_supcon.datasets.labels import value_text
-from medseg_supcon.datasets.split import patient_on_both_sides
 from medseg_supcon.scans import in_parallel
+from medseg_supcon.text import counted
 
 OUTLIER = 2.5  # factor from the median, of voxel size and field of view
 FEWEST_FOR_OUTLIERS = 4
@@ -31,23 +31,14 @@ RARE = {
 
 @dataclass(frozen=True)
 class Report:
-    """All findings on a data set.
-
-    Attributes:
-        name: of the data set.
-        root: its folder.
-        cases: number of cases that were read.
-        labelled: how many of them have a label map.
-        findings: errors first, then in the order of the cases.
-        fingerprints: of the labelled cases without an error, for `fingerprint`: each file is read once.
-    """
+    """All findings on a data set: errors first, then in the order of the cases."""
 
     name: str
     root: Path
     cases: int
     labelled: int
     findings: tuple[Finding, ...] = ()
-    fingerprints: Mapping[Case, CaseFingerprint] = field(default_factory=dict)
+    fingerprints: Mapping[Case, CaseFingerprint] = field(default_factory=dict)  # of labelled cases without an error
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -66,11 +57,11 @@ class Report:
 
     def summary(self) -> str:
         """One closing sentence."""
-        parts = [f"{self.name}: {_count(self.cases, 'case')} checked"]
+        parts = [f"{self.name}: {counted(self.cases, 'case')} checked"]
         if rest := self.cases - self.labelled:
             parts.append(f"{rest} without label map")
-        counts = _count(len(self.errors), "error"), _count(len(self.warnings), "warning")
-        return ", ".join([*parts, *(counts if self.findings else ["no problems found"])]) + "."
+        found = [counted(len(self.errors), "error"), counted(len(self.warnings), "warning")]
+        return ", ".join([*parts, *(found if self.findings else ["no problems found"])]) + "."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -80,22 +71,16 @@ class Report:
         return {"dataset": self.name, "root": str(self.root), **counts, "findings": findings}
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def check_dataset(dataset: Dataset, *, allow_affine_mismatch: bool = False) -> Report:
     """What is wrong with a data set, case by case. Never raises for a bad file: it is a finding.
 
-    Errors: missing or unreadable files, 2-D or 4-D files instead of 3-D, shapes, axes or affines of scan and label
-    map that differ, NaN or Inf, a constant image, label values that are not declared, fractional or overlapping
-    labels, only empty label maps, differing channel counts, one image in two cases, an invalid or sheared affine, a
-    header in metres or microns, or with two voxel sizes (sform against pixdim, by more than 1 %).
+    Errors: files that are missing, unreadable, 2-D or 4-D; shapes, axes or affines of scan and label map that differ;
+    NaN or Inf; a constant image; undeclared, fractional or overlapping labels; only empty label maps; differing channel
+    counts; one image in two cases; an invalid or sheared affine; a header in metres or microns, or with two voxel sizes.
 
-    Warnings: what reading the data set did not use, an empty label map, a class that nobody drew, that one case
-    alone or no training case shows, a single slice, a qform that disagrees with the sform, a header without
-    orientation, outliers of spacing, size and intensity, CT that is not in Hounsfield units, a patient who both
-    trains and validates (training refuses that if it validates).
+    Warnings: what reading the data set did not use; an empty label map; a class that nobody drew, or one case alone, or
+    no training case; a single slice; a qform that disagrees with the sform; a header without orientation; outliers of
+    spacing, size and intensity; CT that is not in Hounsfield units; a patient who both trains and validates.
 
     Args:
         dataset: from `read_dataset`; its `validation` are the cases that do not train.
@@ -110,59 +95,42 @@ def check_dataset(dataset: Dataset, *, allow_affine_mismatch: bool = False) -> R
     """
     mismatch = "warning" if allow_affine_mismatch else "error"
     reports = in_parallel(lambda case: case_report(case, dataset, mismatch), dataset.cases)
+    _find_duplicates(reports)
+    _find_geometry_outliers(reports)
+    of_all = [("data_list", warning) for warning in dataset.warnings]
+    of_all += [*_intensity_outliers(dataset, reports), *_rare_classes(dataset, reports)]
+    if (mixed := patient_on_both_sides(dataset)) is not None:
+        of_all.append(("patient_on_both_sides", mixed))
     findings = [finding for report in reports for finding in report.findings]
-    findings += _duplicates(reports)
-    findings += _geometry_outliers(reports)
-    findings += _intensity_outliers(dataset, reports)
-    findings += _rare_classes(dataset, reports)
-    findings += [_of_all("data_list", warning) for warning in dataset.warnings]
-    mixed = patient_on_both_sides(dataset)
-    findings += [] if mixed is None else [_of_all("patient_on_both_sides", mixed)]
+    for code, message in of_all:
+        findings.append(Finding("", None, "error" if code == "no_structure" else "warning", code, message))
     order = {case.name: number for number, case in enumerate(dataset.cases)}
     findings.sort(key=lambda f: (f.severity != "error", order.get(f.case, len(order))))
     measured = {report.case: report.fingerprint for report in reports if report.fingerprint is not None}
-    return Report(
-        dataset.name, dataset.root, len(dataset.cases), len(dataset.labelled), tuple(findings), measured
-    )
+    return Report(dataset.name, dataset.root, len(dataset.cases), len(dataset.labelled), tuple(findings), measured)
 
 
-def _of_all(code: str, message: str, severity: str = "warning") -> Finding:
-    return Finding("", None, severity, code, message)
-
-
-def _of_image(report: CaseReport, code: str, sentence: str) -> Finding:
-    file = report.case.images[0]
-    return Finding(report.case.name, file, "warning", code, f"{file}: {sentence}")
-
-
-def _duplicates(reports: Sequence[CaseReport]) -> list[Finding]:
+def _find_duplicates(reports: Sequence[CaseReport]) -> None:
     """Images whose voxels are those of an earlier one: an error between cases, a warning within one."""
-    findings = []
-    first: dict[bytes, tuple[str, Path]] = {}
+    first: dict[bytes, tuple[CaseReport, Path]] = {}
     for report in reports:
-        own = report.case.name
         for path, content in report.contents:
             if content not in first:
-                first[content] = (own, path)
+                first[content] = (report, path)
                 continue
-            name, earlier = first[content]
-            what = f"another channel of the case, {earlier}" if name == own else f"case {name}, {earlier}"
-            cure = "Give each channel its own file." if name == own else "Remove one of the two cases."
-            message = f"{path}: holds the same voxels as {what}. {cure}"
-            severity = "warning" if name == own else "error"
-            findings.append(Finding(own, path, severity, "duplicate_image", message))
-    return findings
+            other, earlier = first[content]
+            what, cure, severity = f"case {other.case.name}", "Remove one of the two cases.", "error"
+            if other is report:
+                what, cure, severity = "another channel of the case", "Give each channel its own file.", "warning"
+            report.add(path, "duplicate_image", f"holds the same voxels as {what}, {earlier}. {cure}", severity)
 
 
-def _geometry_outliers(reports: Sequence[CaseReport]) -> list[Finding]:
+def _find_geometry_outliers(reports: Sequence[CaseReport]) -> None:
     measured = [report for report in reports if report.spacing is not None]
     if len(measured) < FEWEST_FOR_OUTLIERS:
-        return []
-    findings = []
+        return
     spacings, extents = (np.array([getattr(r, what) for r in measured]) for what in ("spacing", "extent"))
-    lost: Any = (abs(spacings - 1) < 1e-4).all(
-        axis=1
-    )  # 1 x 1 x 1 mm is what programs write if they lose the size
+    lost: Any = (abs(spacings - 1) < 1e-4).all(axis=1)  # 1 x 1 x 1 mm is what programs write if they lose the size
     if lost.sum() > len(lost) // 4 or (abs(np.median(spacings, axis=0) - 1) < 0.2).all():
         lost[:] = False
     for code, what, values, odd, cure in (
@@ -174,24 +142,19 @@ def _geometry_outliers(reports: Sequence[CaseReport]) -> list[Finding]:
         odd = odd | (ratio > OUTLIER).any(axis=1) | (ratio < 1 / OUTLIER).any(axis=1)
         for report, value, is_odd in zip(measured, values, odd, strict=True):
             if is_odd:
-                sentence = (
-                    f"its {what} is {_mm(value)}, usual is {_mm(median)}. {cure}, or leave the case out."
-                )
-                findings.append(_of_image(report, code, sentence))
-    return findings
+                sentence = f"its {what} is {_mm(value)}, usual is {_mm(median)}. {cure}, or leave the case out."
+                report.add(report.case.images[0], code, sentence, "warning")
 
 
 def _mm(values: Any) -> str:
     return " x ".join(f"{value:.3g}" for value in values) + " mm (RAS)"
 
 
-def _intensity_outliers(dataset: Dataset, reports: Sequence[CaseReport]) -> list[Finding]:
-    """Scans whose range of intensities is far from the others', and CT that is not in Hounsfield units."""
+def _intensity_outliers(dataset: Dataset, reports: Sequence[CaseReport]) -> list[tuple[str, str]]:
+    """Scans whose range of intensities is far from the others', and (returned) CT that is not in Hounsfield units."""
     measured = [report for report in reports if len(report.intensities) == len(dataset.channels)]
-    if not measured:
-        return []
     findings = []
-    for number, channel in enumerate(dataset.channels):
+    for number, channel in enumerate(dataset.channels if measured else ()):
         least, low, high = np.array([report.intensities[number] for report in measured]).T
         kind = normalisation(channel)
         factor = INTENSITY_OUTLIER.get(kind, MR_OUTLIER)
@@ -208,30 +171,27 @@ def _intensity_outliers(dataset: Dataset, reports: Sequence[CaseReport]) -> list
                     f"{dataset.root}: no scan has a value below 0 in channel {channel!r}, so the values are not in "
                     "Hounsfield units (air -1000, water 0). Convert the scans, or rename the channel if it is not CT."
                 )
-                findings.append(_of_all("not_hounsfield", message))
+                findings.append(("not_hounsfield", message))
         if len(measured) < FEWEST_FOR_OUTLIERS and kind != "ct":
             continue
         usual = f"{np.median(low):.4g} to {np.median(high):.4g}"
         for report, is_odd, a, b in zip(measured, odd, low, high, strict=True):
             if is_odd:
                 sentence = f"channel {channel!r} ranges from {a:.4g} to {b:.4g}, usual is {usual}. {cure}"
-                findings.append(_of_image(report, "intensity_outlier", sentence))
+                report.add(report.case.images[0], "intensity_outlier", sentence, "warning")
     return findings
 
 
-def _rare_classes(dataset: Dataset, reports: Sequence[CaseReport]) -> list[Finding]:
+def _rare_classes(dataset: Dataset, reports: Sequence[CaseReport]) -> list[tuple[str, str]]:
     """Classes that no case shows, only one, or only cases that do not train."""
     cases = {name: [r.case.name for r in reports if name in r.classes] for name in dataset.labels}
     _, *classes = dataset.labels
     if not any(cases.values()):
         return []
     if not any(cases[name] for name in classes):
-        message = (
-            f"{dataset.root}: none of the label maps shows a structure, so there is nothing to learn. Add a case "
-            f"with one, or correct the declared values."
-        )
-        return [_of_all("no_structure", message, "error")]
-    kinds: dict[str, list[str]] = {"absent_class": [], "class_not_trained": [], "class_in_one_case": []}
+        what = "none of the label maps shows a structure, so there is nothing to learn"
+        return [("no_structure", f"{dataset.root}: {what}. Add a case with one, or correct the declared values.")]
+    kinds: dict[str, list[str]] = {code: [] for code in RARE}
     for name in classes:
         text = f"{name!r} (value {value_text(dataset.labels[name])}"
         few = ", ".join(cases[name][:3]) + ", ..." * (len(cases[name]) > 3)
@@ -241,8 +201,4 @@ def _rare_classes(dataset: Dataset, reports: Sequence[CaseReport]) -> list[Findi
             kinds["class_not_trained"].append(f"{text}, drawn in {few})")
         elif len(cases[name]) == 1 and not dataset.validation and len(dataset.labelled) > 1:
             kinds["class_in_one_case"].append(f"{text}, drawn in {few})")
-    return [
-        _of_all(code, f"{dataset.root}: {RARE[code].format(', '.join(names))}")
-        for code, names in kinds.items()
-        if names
-    ]
+    return [(code, f"{dataset.root}: {RARE[code].format(', '.join(names))}") for code, names in kinds.items() if names]

@@ -10,13 +10,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.datasets.dataset import Case
-from medseg_supcon.datasets.split import Split
+from medseg_supcon.datasets.dataset import Case, Split
 from medseg_supcon.errors import DataError, nearest
 from medseg_supcon.files import read_json
 from medseg_supcon.scans import NIFTI_ENDINGS, stem
 
-SECTIONS = ("training", "validation", "unlabelled", "unlabeled", "test")
+SPLIT_SECTIONS = ("training", "validation", "unlabelled")
+SECTIONS = (*SPLIT_SECTIONS, "unlabeled", "test")
 CHANNEL_KEYS = ("channel_names", "modality")
 DESCRIPTIONS = (  # of the decathlon, nnU-Net v1 and v2, and MONAI: nothing in a training depends on them
     "name", "description", "reference", "licence", "license", "release", "relase", "citation", "converted_by",
@@ -35,11 +35,7 @@ Listed = list[tuple[Case, Mapping[str, Any]]]
 
 
 def check_keys(content: Mapping[str, Any], source: Path) -> list[str]:
-    """Warnings on keys of a dataset.json that are not used.
-
-    Raises:
-        DataError: a key is a misspelt one, or names a list of cases that would be dropped.
-    """
+    """Warnings on keys of a dataset.json that are not used; `DataError` if one is misspelt or would drop cases."""
     for key, value in content.items():
         if key not in KEYS and not key.lower().startswith("test") and (number := _count_cases(value)):
             raise DataError(
@@ -52,10 +48,7 @@ def check_keys(content: Mapping[str, Any], source: Path) -> list[str]:
 
 def _count_cases(value: object) -> int:
     entries = value if isinstance(value, list) else []
-    return sum(
-        "image" in one if isinstance(one, dict) else str(one).lower().endswith(NIFTI_ENDINGS)
-        for one in entries
-    )
+    return sum("image" in one if isinstance(one, dict) else str(one).lower().endswith(NIFTI_ENDINGS) for one in entries)
 
 
 def _unknown(keys: Collection[str], known: Sequence[str], where: str, source: Path) -> list[str]:
@@ -76,13 +69,7 @@ def _hint(key: str, known: Sequence[str]) -> str:
 
 
 def inside(root: Path, text: object, source: Path) -> Path:
-    r"""A path of a data list: absolute as it is, relative from `root` and never out of it.
-
-    A relative path may be written with Windows' backslashes.
-
-    Raises:
-        DataError: not a path, an absolute path of Windows elsewhere, or a relative path that leaves `root`.
-    """
+    r"""A path of a data list: absolute as it is, relative from `root` and never out of it; Windows' \ is accepted."""
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise DataError(f"{source}: a path must be a non-empty text, found {text!r}. Correct the data list.")
     if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]|\\\\", text):
@@ -106,45 +93,35 @@ def inside(root: Path, text: object, source: Path) -> Path:
 
 
 def list_cases(
-    entries: object, key: str, root: Path, source: Path, *, labelled: bool = True
-) -> tuple[Listed, list[str]]:
-    """The cases of one section of a data list with their items, and warnings on keys that are not used.
+    entries: object, key: str, root: Path, source: Path, warnings: list[str], *, labelled: bool = True
+) -> Listed:
+    """The cases of one section of a data list with their items; `warnings` gets those on keys that are not used.
 
-    An item is ``{"image": ..., "label": ...}`` or a path. The ``._`` twins that macOS makes are left out.
-
-    Raises:
-        DataError: the section is not a list, an item has no image, or one of its keys is misspelt.
+    An item is ``{"image": ..., "label": ...}`` or a path. The ``._`` twins that macOS makes are left out. `DataError`:
+    the section is not a list, an item has no image, or one of its keys is misspelt.
     """
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         raise DataError(f'{source}: "{key}" must be a list of items {{"image": path, "label": path}}.')
     items = [entry if isinstance(entry, Mapping) else {"image": entry} for entry in entries]
     kinds = dict.fromkeys(tuple(map(str, item)) for item in items)
-    where = f'an item of "{key}"'
-    warnings = list(dict.fromkeys(w for keys in kinds for w in _unknown(keys, ITEM_KEYS, where, source)))
+    unused = [w for keys in kinds for w in _unknown(keys, ITEM_KEYS, f'an item of "{key}"', source)]
+    warnings += dict.fromkeys(unused)
     listed: Listed = []
     for number, item in enumerate(items, 1):
-        image = item.get("image")
-        if not image:
-            raise DataError(
-                f'{source}: item {number} of "{key}" has no "image". Give it the path of its scan.'
-            )
-        images = tuple(inside(root, text, source) for text in _texts(image))
+        if not item.get("image"):
+            raise DataError(f'{source}: item {number} of "{key}" has no "image". Give it the path of its scan.')
+        images = tuple(inside(root, text, source) for text in _texts(item["image"]))
         if any(path.name.startswith("._") for path in images):
             continue
-        label = item.get("label") if labelled else None
-        if isinstance(label, Sequence) and not isinstance(label, str):
-            if len(label) != 1:
-                raise DataError(
-                    f'{source}: item {number} of "{key}" has {len(label)} label files. '
-                    f"Merge them into one label map with one value per class."
-                )
-            label = label[0]
-        label_path = inside(root, label, source) if label else None
+        label = _texts(item.get("label") if labelled else None)
+        if len(label) != 1:
+            what = f'item {number} of "{key}" has {len(label)} label files'
+            raise DataError(f"{source}: {what}. Merge them into one label map with one value per class.")
+        label_path = inside(root, label[0], source) if label[0] else None
         patient = next((str(item[k]) for k in PATIENT_KEYS if item.get(k) is not None), None)
         name = next((str(item[k]) for k in NAME_KEYS if item.get(k)), None)
-        case = Case(name or _case_name(images, label_path), images, label_path, patient)
-        listed.append((case, item))
-    return listed, warnings
+        listed.append((Case(name or _case_name(images, label_path), images, label_path, patient), item))
+    return listed
 
 
 def _texts(image: Any) -> list[Any]:
@@ -164,11 +141,7 @@ def _case_name(images: tuple[Path, ...], label: Path | None) -> str:
 
 
 def validation_of_folds(listed: Listed, source: Path) -> frozenset[str]:
-    """Names of the cases of fold 0, if items have a "fold" (the rule of MONAI's Auto3DSeg).
-
-    Raises:
-        DataError: no item has the fold 0, or all have.
-    """
+    """Names of the cases of fold 0, if items have a "fold" (the rule of MONAI's Auto3DSeg)."""
     folds = {case.name: str(item["fold"]) for case, item in listed if item.get("fold") is not None}
     chosen = frozenset(name for name, fold in folds.items() if fold in ("0", "0.0"))
     if folds and not 0 < len(chosen) < len(listed):
@@ -181,10 +154,7 @@ def validation_of_folds(listed: Listed, source: Path) -> frozenset[str]:
 
 def write_datalist(split: Split, path: str | Path, dataset_dir: str | Path) -> None:
     """Write ``{"training": [item], "validation": [item], "unlabelled": [item]}``."""
-    content = {
-        section: items(getattr(split, section), dataset_dir)
-        for section in ("training", "validation", "unlabelled")
-    }
+    content = {section: items(getattr(split, section), dataset_dir) for section in SPLIT_SECTIONS}
     Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -215,15 +185,15 @@ def read_datalist(path: Path) -> dict[str, list[Item]]:
     Raises:
         DataError: the file cannot be read, or a section is missing or not a list of items.
     """
-    content, sections = read_json(path, DataError), ("training", "validation", "unlabelled")
-    for section in sections:
+    content = read_json(path, DataError)
+    for section in SPLIT_SECTIONS:
         entries = content.get(section)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise DataError(
                 f'{path}: "{section}" must be a list of items {{"name": text, "image": path, "label": path}}, found '
                 f"{'nothing' if entries is None else type(entries).__name__}."
             )
-    return {section: content[section] for section in sections}
+    return {section: content[section] for section in SPLIT_SECTIONS}
 
 
 def load_items(entries: Iterable[Mapping[str, Any]], dataset_dir: str | Path) -> list[Item]:
@@ -253,7 +223,5 @@ def load_items(entries: Iterable[Mapping[str, Any]], dataset_dir: str | Path) ->
                 item[key] = paths[0] if len(paths) == 1 else paths
         loaded.append(item)
     if not loaded:
-        raise DataError(
-            f"{source}: a list of cases is empty (data folder {root}). Name at least one case in it."
-        )
+        raise DataError(f"{source}: a list of cases is empty (data folder {root}). Name at least one case in it.")
     return loaded

@@ -23,11 +23,7 @@ STRAY = np.iinfo(np.int16).min
 
 
 def check_name(name: object, source: Path, key: str) -> str:
-    """The name of a class, channel or data set, without blanks around it.
-
-    Raises:
-        DataError: it is not a text, empty, or holds a character that cannot be printed, such as a line break.
-    """
+    """The name of a class, channel or data set without blanks around it; `DataError` if it cannot be printed."""
     text = name.strip() if isinstance(name, str) else ""
     if not text or not text.isprintable():
         raise DataError(f'{source}: {name!a} under "{key}" is not a printable name. Correct it.')
@@ -51,14 +47,9 @@ def _number(value: object) -> float | None:
 
 
 def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple[Labels, int | float | None]:
-    """Class name -> value, background first and then by value, and the ignore label.
+    """Class name -> value, background first and then by value, and the ignore label ("ignore" is not a class).
 
-    Takes the decathlon's ``{"0": "background", "1": "tumour"}`` and nnU-Net's ``{"background": 0, "tumour":
-    1}``. "ignore" is not a class: its value means "not annotated".
-
-    Raises:
-        ConfigError: a label is a region, a list of values.
-        DataError: the labels are not a mapping, ambiguous, or hold no class other than the background.
+    Takes the decathlon's ``{"0": "background", "1": "tumour"}`` and nnU-Net's ``{"background": 0, "tumour": 1}``.
     """
     if not isinstance(declared, Mapping):
         raise DataError(
@@ -77,9 +68,7 @@ def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple
             )
         name, value = (entry, _number(key)) if by_value else (key, _number(entry))
         if value is None or abs(value) > LARGEST:
-            raise DataError(
-                f"{source}: label {key!r} must have a number up to 2^53 as its value, found {entry!r}."
-            )
+            raise DataError(f"{source}: label {key!r} must have a number up to 2^53 as its value, found {entry!r}.")
         pairs.append((check_name(name, source, "labels"), value))
     ignored = _number(ignore)
     if ignore is not None and ignored is None:
@@ -90,9 +79,7 @@ def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple
         entries: list[str | float] = [pair[which] for pair in pairs]
         twice = next((entry for entry in entries if entries.count(entry) > 1), None)
         if twice is not None:
-            raise DataError(
-                f'{source}: "labels" uses the {kind} {twice!r} twice. Give each class its own {kind}.'
-            )
+            raise DataError(f'{source}: "labels" uses the {kind} {twice!r} twice. Give each class its own {kind}.')
     ground = next((pair for pair in pairs if pair[0].lower() == "background"), None)
     ground = ground or next((pair for pair in pairs if pair[1] == 0), None) or ("background", 0.0)
     rest = sorted((pair for pair in pairs if pair != ground), key=lambda pair: pair[1])
@@ -112,16 +99,8 @@ def _plain(value: float) -> int | float:
     return int(value) if value.is_integer() else value
 
 
-def scan_labels(
-    files: Iterable[Path], source: Path, ignore: object = None
-) -> tuple[Labels, int | float | None]:
-    """Labels as the label files themselves show them: ``{"background": 0, "label 1": 1, ...}``.
-
-    Files that cannot be read are passed over; `check_dataset` reports them.
-
-    Raises:
-        DataError: no file holds a value besides the background, or there are too many to be a label map.
-    """
+def scan_labels(files: Iterable[Path], source: Path, ignore: object = None) -> tuple[Labels, int | float | None]:
+    """Labels as the files show them: ``{"background": 0, "label 1": 1, ...}``; `check_dataset` reports unreadable files."""
 
     def read_values(path: Path) -> set[float]:
         try:
@@ -137,9 +116,7 @@ def scan_labels(
         )
     declared = {f"label {int(value)}": value for value in values if value != 0}
     if not declared:
-        raise DataError(
-            f"{source}: the label files hold no value other than 0. At least one structure must be drawn."
-        )
+        raise DataError(f"{source}: the label files hold no value other than 0. At least one structure must be drawn.")
     return parse_labels({"background": 0, **declared}, source, ignore)
 
 

@@ -79,13 +79,18 @@ def read_dataset(path: str | Path) -> Dataset:
     if expected is not None and whole_number(expected) not in (number, labelled):
         warnings.append(f'{source}: "numTraining" is {expected!r}, but there are {number} training cases.')
     cases = _with_patients(cases, root, warnings)
+    if content.get("labels"):
+        labels, ignore_label = parse_labels(content["labels"], source, content.get("ignore_label"))
+    else:
+        files = [case.label for case in cases if case.label]
+        labels, ignore_label = scan_labels(files, source, content.get("ignore_label"))
     return Dataset(
         root=root,
         name=check_name(content.get("name") or root.resolve().name or "data", source, "name"),
         cases=without_twins(cases, source),
         channels=_channels(content, cases, source),
-        labels=(labels := _labels(content, cases, source))[0],
-        ignore_label=labels[1],
+        labels=labels,
+        ignore_label=ignore_label,
         validation=frozenset(case.name for case in cases if case.name in validation and case.label),
         warnings=tuple(warnings),
     )
@@ -104,25 +109,19 @@ def _cases(
             {("image" if key == "images" else key): value for key, value in entry.items()} | {"name": name}
             for name, entry in files.items()
         ]
-        listed, unused = list_cases(entries, "dataset", root, source)
-        warnings += unused
-        return [case for case, _ in listed], frozenset()
+        return [case for case, _ in list_cases(entries, "dataset", root, source, warnings)], frozenset()
     if "training" not in content:
         if not path.is_dir():
             raise DataError(f'{source}: has no "training" list. Give {LAYOUTS}.')
         return _folder_cases(root, source, content), frozenset()
     if also := [f'"{key}"' for key in ("file_ending", "dataset") if key in content]:
         warnings.append(f'{source}: has a "training" list and {" and ".join(also)}: only the list is used.')
-    listed, unused = list_cases(content["training"], "training", root, source)
-    warnings += unused
+    listed = list_cases(content["training"], "training", root, source, warnings)
     cases, validation = [case for case, _ in listed], validation_of_folds(listed, source)
     for key in ("validation", "unlabelled", "unlabeled"):
-        if not content.get(key):
-            continue
-        more, unused = list_cases(content[key], key, root, source, labelled=key == "validation")
-        warnings += unused
+        more = list_cases(content.get(key) or (), key, root, source, warnings, labelled=key == "validation")
         cases += [case for case, _ in more]
-        if key == "validation":
+        if more and key == "validation":
             if validation:
                 warnings.append(f'{source}: items have a "fold", but the "validation" list counts.')
             validation = frozenset(case.name for case, _ in more)
@@ -159,11 +158,7 @@ def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:
 
 
 def without_twins(cases: Sequence[Case], source: Path) -> tuple[Case, ...]:
-    """The cases, if no two of them share a name and every name can be a file's.
-
-    Raises:
-        DataError: two cases have one name (so would their masks), or a name holds a slash.
-    """
+    """The cases; `DataError` if two of them share a name (so would their masks), or a name cannot be a file's."""
     seen: dict[str, Case] = {}
     for case in cases:
         if not re.fullmatch(r"[^./\\\0\n][^/\\\0\n]*", case.name):
@@ -205,9 +200,7 @@ def _nifti_files(folder: Path) -> list[Path]:
     return sorted(f for f in files if f.name.lower().endswith(NIFTI_ENDINGS) and not f.name.startswith("."))
 
 
-def _scans(
-    folder: Path, channels: int | None, *, suffixed: bool | None = None
-) -> dict[str, tuple[Path, ...]]:
+def _scans(folder: Path, channels: int | None, *, suffixed: bool | None = None) -> dict[str, tuple[Path, ...]]:
     """Case name -> its files; with suffixes, the files that the channels demand, existing or not."""
     files = _nifti_files(folder)
     if suffixed is None:  # patient_0001 and patient_0002 are not channels: none is _0000
@@ -229,9 +222,7 @@ def _scans(
 def _folder_cases(root: Path, source: Path, content: Mapping[str, Any]) -> list[Case]:
     ending = str(content.get("file_ending", ".nii.gz"))
     if ending not in NIFTI_ENDINGS:
-        raise DataError(
-            f'{source}: "file_ending" is {ending!r}. Training data must be NIfTI (.nii.gz): convert them.'
-        )
+        raise DataError(f'{source}: "file_ending" is {ending!r}. Training data must be NIfTI (.nii.gz): convert them.')
     images = _image_folder(root)
     if images is None:
         raise DataError(f'{source}: has no "training" list, and {root} holds no imagesTr. Give {LAYOUTS}.')
@@ -256,15 +247,6 @@ def _folder_cases(root: Path, source: Path, content: Mapping[str, Any]) -> list[
     for name in sorted(set(labels) - set(scans)):  # a label map without its scan: the check reports it
         cases.append(Case(name, tuple(images / f"{name}{s}{ending}" for s in suffixes), labels[name]))
     return sorted(cases, key=lambda case: case.name)
-
-
-def _labels(
-    content: Mapping[str, Any], cases: list[Case], source: Path
-) -> tuple[dict[str, int | float], int | float | None]:
-    ignore = content.get("ignore_label")
-    if content.get("labels"):
-        return parse_labels(content["labels"], source, ignore)
-    return scan_labels([case.label for case in cases if case.label], source, ignore)
 
 
 def _channels(content: Mapping[str, Any], cases: list[Case], source: Path) -> tuple[str, ...]:

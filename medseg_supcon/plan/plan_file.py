@@ -71,15 +71,14 @@ RULES: dict[str, Rule] = {
     ),
     "flip_axes": ("a list of axes among 0, 1 and 2", lambda v: _list_of(v, int) and set(v) <= {0, 1, 2}),
     "batch_size": ("a whole number from 1 to 1024", lambda v: _is_whole(v, 1024)),
-    "steps_per_epoch": ("a whole number from 1 to 1,000,000", lambda v: _is_whole(v, 10**6)),
-    "epochs": ("a whole number from 1 to 1,000,000", lambda v: _is_whole(v, 10**6)),
-    "class_frequencies": ("a list of numbers of at least 0", lambda v: _list_of(v, float)),
-    "class_weights": ("a list of numbers of at least 0", lambda v: _list_of(v, float)),
+    **dict.fromkeys(
+        ("steps_per_epoch", "epochs"), ("a whole number from 1 to 1,000,000", lambda v: _is_whole(v, 10**6))
+    ),
+    **dict.fromkeys(("class_frequencies", "class_weights"), ("a list of numbers", lambda v: _list_of(v, float))),
     "network_def": ('a mapping with a "_target_" or an expression that starts with "$"', _is_network),
     "inference": ('an "overlap" from 0 to below 1 and a "sw_batch_size" from 1 to 1024', _is_window),
     "keep_largest": ("a list of class names", lambda v: _list_of(v, str)),
-    "expected": ("a mapping", lambda v: isinstance(v, Mapping)),
-    "fingerprint": ("a mapping", lambda v: isinstance(v, Mapping)),
+    **dict.fromkeys(("expected", "fingerprint"), ("a mapping", lambda v: isinstance(v, Mapping))),
 }
 OPTIONAL = ("trust_scan_affine",)
 
@@ -106,22 +105,14 @@ def write_plan(plan: Mapping[str, Any], path: str | Path) -> None:
 
 def _pretty(value: Any, depth: int) -> str:
     line = json.dumps(value, ensure_ascii=False)
-    if (
-        not isinstance(value, Mapping | list | tuple)
-        or (depth > 0 and len(line) + 2 * depth <= 100)
-        or not value
-    ):
+    if not value or not isinstance(value, Mapping | list | tuple) or (depth > 0 and len(line) + 2 * depth <= 100):
         return line
-    pad = "  " * (depth + 1)
-    if isinstance(value, Mapping):
-        rows = [
-            f"{json.dumps(str(key), ensure_ascii=False)}: {_pretty(v, depth + 1)}" for key, v in value.items()
-        ]
-        start, end = "{}"
-    else:
-        rows = [_pretty(entry, depth + 1) for entry in value]
-        start, end = "[]"
-    return start + "\n" + ",\n".join(pad + row for row in rows) + "\n" + "  " * depth + end
+    names = [json.dumps(str(key), ensure_ascii=False) + ": " for key in value] if isinstance(value, Mapping) else None
+    parts = value.values() if isinstance(value, Mapping) else value
+    rows = [_pretty(part, depth + 1) for part in parts]
+    rows = [name + row for name, row in zip(names, rows, strict=True)] if names else rows
+    start, end = "{}" if names else "[]"
+    return start + "".join(f"\n{'  ' * (depth + 1)}{row}," for row in rows)[:-1] + f"\n{'  ' * depth}{end}"
 
 
 def validate_plan(
@@ -129,10 +120,7 @@ def validate_plan(
 ) -> None:
     """Refuse a plan that training could not use, with the key at fault and what it must be.
 
-    Args:
-        plan: the content of `plan.json`.
-        divisor: what the network's patch sizes must divide by, for all axes or per axis; None: not checked.
-        source: named in the message.
+    `divisor`: what the network's patch sizes must divide by, for all axes or per axis; None: not checked.
 
     Raises:
         ConfigError: a key is missing, unknown, of the wrong kind or out of range.
@@ -160,8 +148,7 @@ def validate_plan(
     for key in ("class_frequencies", "class_weights"):
         fits_classes = len(plan[key]) == len(labels) and min(plan[key]) >= 0
         need(key, fits_classes, f"{len(labels)} numbers of at least 0, one for each class")
-    kept = set(plan["keep_largest"])
-    need("keep_largest", kept <= set(labels), f"a list of classes among {list(labels)}")
+    need("keep_largest", set(plan["keep_largest"]) <= set(labels), f"a list of classes among {list(labels)}")
     if divisor is not None:
         by = [divisor] * 3 if isinstance(divisor, int) else [int(n) for n in divisor]
         rounded = [math.ceil(n / d) * d for n, d in zip(patch, by, strict=True)]

@@ -75,12 +75,12 @@ def plan_preprocessing(plan: Mapping[str, Any]) -> Compose:
         plan: a valid one, without `intensity_problem`.
     """
     intensity = [
-        getattr(monai.transforms, _name(step))(**{k: v for k, v in step.items() if k != "_target_"})
+        getattr(monai.transforms, step["_target_"].rpartition(".")[2])(
+            **{k: v for k, v in step.items() if k != "_target_"}
+        )
         for step in plan["intensity"]
     ]
-    load = LoadImaged(
-        "image", reader="NibabelReader", squeeze_non_spatial_dims=True, ensure_channel_first=True
-    )
+    load = LoadImaged("image", reader="NibabelReader", squeeze_non_spatial_dims=True, ensure_channel_first=True)
     return Compose(
         [
             load,
@@ -102,20 +102,15 @@ def intensity_problem(transforms: Any) -> str | None:
     """
     for step in transforms:
         target = step.get("_target_") if isinstance(step, Mapping) else step
-        made = getattr(dictionary, str(_name(step)), None) if isinstance(step, Mapping) else None
+        name = str(target).removeprefix("monai.transforms.")
+        made = getattr(dictionary, name, None)
         stock = inspect.isclass(made) and made.__module__ == dictionary.__name__
-        if not (stock or (isinstance(target, str) and _name(step) in PER_CHANNEL)):
-            return f"intensity names {target!r}, which is not a deterministic intensity transform of MONAI"
-        if _name(step).startswith("Rand") or target not in (_name(step), f"monai.transforms.{_name(step)}"):
+        if not isinstance(step, Mapping) or not (stock or name in PER_CHANNEL) or name.startswith("Rand"):
             return f"intensity names {target!r}, which is not a deterministic intensity transform of MONAI"
         for key, value in step.items():
             if key != "_target_" and (str(key).startswith("_") or any(sign in str(value) for sign in "$@%")):
                 return f"intensity holds the expression {key!r}: {value!r}"
     return None
-
-
-def _name(step: Mapping[str, Any]) -> str:
-    return str(step.get("_target_")).rsplit(".", 1)[-1]
 
 
 def read_preprocessing(bundle_root: str | Path) -> Compose:
@@ -129,9 +124,7 @@ def read_preprocessing(bundle_root: str | Path) -> Compose:
     """
     path = Path(bundle_root) / "configs" / "inference.yaml"
     if not path.is_file():
-        raise RunError(
-            f"{path} does not exist: {bundle_root} is not a run. Make one with medseg plan or medseg train."
-        )
+        raise RunError(f"{path} does not exist: {bundle_root} is not a run. Make one with medseg plan or medseg train.")
     parser = ConfigParser()
     parser.read_config(str(path))
     parser["bundle_root"] = literal(str(bundle_root))

@@ -1,20 +1,150 @@
-"""The rules of a plan: spacing, strides, patch size, and how intensities are normalised."""
+"""From fingerprint to plan: every value of `plan.json`, by rules that a person can follow."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from medseg_supcon.datasets import normalisation, readable
+from medseg_supcon.datasets import Dataset, Fingerprint, normalisation, readable
+from medseg_supcon.errors import DataError
+from medseg_supcon.losses import balanced_class_weights
+from medseg_supcon.networks import chain
+
+CPU_PATCH_VOXELS = 90_000
+GPU_PATCH_VOXELS = 128**3
+GPU_GIB_PER_LARGEST_SCAN = 8.0  # two views of one scan at 128^3, mixed precision
+SIDED = re.compile(  # kidney_left, Left Kidney, leftKidney, KidneyLeft, LKidney; not bright, cleft, LV
+    r"(?<![a-z])(left|right)|(?<![a-z])(lh|rh|l|r|lt|rt|sin|dext?)(?![a-z])"
+    r"|(?<=[a-z])(Left|Right|LH|RH)\b|(?<![A-Za-z])[LR](?=[A-Z][a-z])"
+)
 
 ANISOTROPIC = 3.0
 MOST_PATCHES_ON_CPU = 64
 SMALLEST_EDGE = 4
 
 Floats = npt.NDArray[np.float64]
+
+
+def network_definition(
+    in_channels: int, classes: int, steps: Sequence[tuple[int, int, int]], width: int, most: int = 320
+) -> dict[str, Any]:
+    """A plan's ``network_def``: a residual MONAI UNet of `width` channels, doubled per level, and a 1x1x1 convolution."""
+    unet = {
+        "_target_": "monai.networks.nets.UNet",
+        "spatial_dims": 3,
+        "in_channels": in_channels,
+        "out_channels": width,
+        "channels": [min(width * 2**level, most) for level in range(len(steps) + 1)],
+        "strides": [step[0] if len(set(step)) == 1 else list(step) for step in steps],
+        "num_res_units": 2,
+    }
+    last = {"_target_": "torch.nn.Conv3d", "in_channels": width, "out_channels": classes, "kernel_size": 1}
+    return chain(unet, last)
+
+
+def make_plan(
+    fingerprint: Fingerprint,
+    dataset: Dataset,
+    *,
+    device: str = "cpu",
+    cores: int | None = None,
+    memory_gib: float | None = None,
+) -> dict[str, Any]:
+    """The content of `plan.json` (keys and meaning: docs/architecture.md).
+
+    Orientation RAS. Spacing: the median; along the coarse axis of anisotropic data (ratio above 3) the 10th percentile.
+    On a CPU the finest axes are coarsened until a scan of median size holds at most 64 patches. Patch: grown axis by
+    axis, isotropic in mm, up to the median scan within 90,000 voxels (CPU) or 128^3 (GPU, by memory), in steps of what
+    the network divides by. Network: a residual UNet of three strides, more for larger patches, no stride along an axis
+    that is still twice as coarse as the finest. The left-right axis may be mirrored unless a class name says left or
+    right; no other axis may. `epochs` and `expected` are first estimates.
+
+    Args:
+        fingerprint: of the cases that train.
+        dataset: names, channels and labels.
+        device: "cpu", or a GPU such as "cuda" or "cuda:1".
+        cores: CPU cores to train on; None for those of this machine.
+        memory_gib: memory of the GPU; None for what is found.
+
+    Raises:
+        DataError: no case of the fingerprint has a labelled structure.
+
+    Example:
+        >>> import tempfile
+        >>> from medseg_supcon.datasets import fingerprint, make_phantoms, read_dataset
+        >>> from medseg_supcon.plan import make_plan
+        >>> dataset = read_dataset(make_phantoms(tempfile.mkdtemp() + "/phantoms", cases=2, unseen=0))
+        >>> make_plan(fingerprint(dataset), dataset)["orientation"]
+        'RAS'
+    """
+    on_gpu = not device.startswith("cpu")
+    cores = cores or os.cpu_count() or 1
+    memory = memory_gib if memory_gib is not None else _memory_gib(device)
+    room = min(1.0, memory / (2 * GPU_GIB_PER_LARGEST_SCAN))
+    budget = int(GPU_PATCH_VOXELS * room) if on_gpu else CPU_PATCH_VOXELS
+    counts = fingerprint.class_voxels
+    if counts[1:].sum() == 0:
+        raise DataError(f"{dataset.root}: the label maps of the training cases hold no structure. Add labelled cases.")
+
+    spacing = target_spacing(fingerprint.spacings)
+    extents = fingerprint.shapes * fingerprint.spacings
+    if not on_gpu:
+        spacing = coarsened(spacing, np.median(extents, axis=0), budget)
+    spacing = np.array([readable(mm) for mm in spacing])
+    shape = np.median(np.round(extents / spacing), axis=0)
+    side = float(np.prod(np.minimum(shape, budget ** (1 / 3))) ** (1 / 3))
+    steps = strides(spacing, shape, levels=3 if side < 64 else 4 if side < 112 else 5)
+    divisor = np.prod(steps, axis=0)
+    patch = patch_size(spacing, shape, budget, divisor)
+    voxels = int(np.prod(patch))
+    batch = int(np.clip(memory / GPU_GIB_PER_LARGEST_SCAN * GPU_PATCH_VOXELS / voxels, 2, 8)) if on_gpu else 2
+    steps_per_epoch = 250 if on_gpu else 50
+    # Seconds of a step: 0.9 microseconds a voxel on two cores (measured); for the GPU a guess.
+    seconds = 0.05 + 2 * batch * voxels * (6e-8 if on_gpu else 1.8e-6 / min(cores, 8))
+    minutes = 120 if on_gpu else 25
+    foreground = [fingerprint.foreground(c) for c in range(len(dataset.channels))]
+    return {
+        "name": dataset.name,
+        "channels": list(dataset.channels),
+        "labels": dict(dataset.labels),
+        "ignore_label": dataset.ignore_label,
+        "orientation": "RAS",
+        "spacing": [float(mm) for mm in spacing],
+        "intensity": intensity_transforms(dataset.channels, foreground),
+        "patch_size": patch,
+        "flip_axes": [] if _tells_sides(dataset.labels) else [0],
+        "batch_size": batch,
+        "steps_per_epoch": steps_per_epoch,
+        "epochs": max(1, round(minutes * 60 / (seconds * steps_per_epoch))),
+        "class_frequencies": [readable(n / counts.sum()) for n in counts],
+        "class_weights": [readable(w) for w in balanced_class_weights(counts.tolist()).tolist()],
+        "network_def": network_definition(len(dataset.channels), len(dataset.labels), steps, 32 if on_gpu else 16),
+        "inference": {"overlap": 0.5, "sw_batch_size": 4},
+        "keep_largest": [],
+        "expected": {
+            "minutes": minutes,
+            "memory_gib": readable(1.5 + 2 * batch * voxels * 4e-6, 2),
+            "machine": f"{device if on_gpu else f'{cores} CPU cores'} (estimate)",
+        },
+        "fingerprint": fingerprint.summary(),
+    }
+
+
+def _tells_sides(names: Sequence[str] | dict[str, Any]) -> bool:
+    """Whether a class name says left or right, so that a mirrored scan would be labelled wrongly."""
+    return any(SIDED.search(name.replace("_", " ").lower()) or SIDED.search(name) for name in names)
+
+
+def _memory_gib(device: str) -> float:
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(torch.device(device)).total_memory) / 2**30
+    return 2 * GPU_GIB_PER_LARGEST_SCAN
 
 
 def target_spacing(spacings: Floats) -> Floats:
@@ -88,19 +218,14 @@ def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[in
     return [int(n) for n in size]
 
 
-def intensity_transforms(
-    channels: Sequence[str], foreground: Sequence[Mapping[str, float]]
-) -> list[dict[str, Any]]:
+def intensity_transforms(channels: Sequence[str], foreground: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
     """Transform configs for key ``image`` that normalise a scan, usually to about zero mean and unit variance.
 
     CT is in absolute units: clipped to the 0.5 and 99.5 percentiles of the structures' intensities, then shifted and
     scaled by their mean and standard deviation (nnU-Net's rule). Channels called "noNorm", "rescale_to_0_1" or
     "rgb_to_0_1" are treated as nnU-Net does. Any other channel has no common scale and is normalised per scan.
     Channels of several kinds are split, treated each in its way, and stacked again.
-
-    Args:
-        channels: names in order, of which several may be equal; `datasets.normalisation` says what each means.
-        foreground: per channel "mean", "std", "percentile_00_5", "percentile_99_5" inside the structures.
+    `foreground`: per channel "mean", "std", "percentile_00_5" and "percentile_99_5" inside the structures.
     """
     kinds = [normalisation(name) for name in channels]
     if len(set(kinds)) == 1 and (kinds[0] != "ct" or len(kinds) == 1):
@@ -135,12 +260,6 @@ def _window(key: str, stats: Mapping[str, float]) -> dict[str, Any]:
     if not high > low:
         low, high = low - 0.5, low + 0.5
     mean, std = stats["mean"], stats["std"] or 1.0
-    return {
-        "_target_": "ScaleIntensityRanged",
-        "keys": key,
-        "a_min": readable(low, 6),
-        "a_max": readable(high, 6),
-        "b_min": readable((low - mean) / std, 6),
-        "b_max": readable((high - mean) / std, 6),
-        "clip": True,
-    }
+    limits = {"a_min": low, "a_max": high, "b_min": (low - mean) / std, "b_max": (high - mean) / std}
+    rounded = {name: readable(value, 6) for name, value in limits.items()}
+    return {"_target_": "ScaleIntensityRanged", "keys": key, **rounded, "clip": True}

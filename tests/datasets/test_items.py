@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from monai.bundle import ConfigParser
 
 from medseg_supcon.datasets import (
     Case,
@@ -148,15 +148,10 @@ def test_class_indices_agree_with_a_loop(data):
     ],
 )
 def test_a_mask_takes_the_smallest_type_that_holds_its_labels(values, kind):
-    """In Python, and with the bundle's own expression."""
+    """In Python, and in the bundle's own script."""
     assert label_type(values) == np.dtype(kind)
-    config = Path(__file__).parents[2] / "bundles" / "segmentation" / "configs" / "inference.yaml"
-    expressions = [
-        line.split("dtype: ", 1)[1] for line in config.read_text().splitlines() if "min_scalar_type" in line
-    ]
-    (expression,) = map(json.loads, expressions)
-    parser = ConfigParser({"label_values": values, "dtype": expression})
-    assert np.dtype(parser.get_parsed_content("dtype")) == np.dtype(kind)
+    script = Path(__file__).parents[2] / "bundles" / "segmentation" / "scripts" / "inference.py"
+    assert np.dtype(runpy.run_path(str(script))["mask_type"](values)) == np.dtype(kind)
 
 
 def test_unsigned_values_of_a_wide_range_and_an_ignore_label_below_zero():

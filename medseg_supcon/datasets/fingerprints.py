@@ -24,43 +24,23 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class CaseFingerprint:
-    """One case.
-
-    Attributes:
-        name: of the case.
-        shape: voxels along right, anterior, superior: of the scan as if stored in RAS.
-        spacing: mm, in the same order.
-        orientation: axis codes as stored, e.g. ``"LPS"`` (the closest ones, for an oblique scan).
-        class_voxels: voxels per class, ignored ones left out; None for an unlabelled case.
-        foreground: (channels, n) evenly drawn intensities of the structures; n is 0 without any.
-    """
+    """One case, its axes in RAS order (right, anterior, superior)."""
 
     name: str
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    orientation: str
-    class_voxels: tuple[int, ...] | None
-    foreground: npt.NDArray[np.float32]
-
-    @property
-    def voxel_ml(self) -> float:
-        """Volume of one voxel in ml."""
-        return float(np.prod(self.spacing)) / 1000
+    shape: tuple[int, int, int]  # voxels
+    spacing: tuple[float, float, float]  # mm
+    orientation: str  # axis codes as stored, e.g. "LPS" (the closest ones, for an oblique scan)
+    class_voxels: tuple[int, ...] | None  # per class, ignored ones left out; None for an unlabelled case
+    foreground: npt.NDArray[np.float32]  # (channels, n) evenly drawn intensities of the structures; n may be 0
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """All cases of a data set, and what they have in common.
-
-    Attributes:
-        cases: one entry per case.
-        channels: names, in order.
-        classes: names, background first.
-    """
+    """All cases of a data set, and what they have in common."""
 
     cases: tuple[CaseFingerprint, ...]
     channels: tuple[str, ...]
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # background first
 
     @property
     def shapes(self) -> Floats:
@@ -84,13 +64,8 @@ class Fingerprint:
         if values.size == 0:
             raise DataError("No case has a labelled structure, so the intensities of structures are unknown.")
         low, median, high = np.percentile(values, [0.5, 50, 99.5])
-        return {
-            "mean": float(values.mean()),
-            "std": float(values.std()),
-            "percentile_00_5": float(low),
-            "median": float(median),
-            "percentile_99_5": float(high),
-        }
+        figures = {"mean": values.mean(), "std": values.std(), "percentile_00_5": low, "median": median}
+        return {name: float(value) for name, value in {**figures, "percentile_99_5": high}.items()}
 
     def summary(self) -> dict[str, Any]:
         """The fingerprint as `plan.json` shows it: a few rounded figures."""
@@ -98,15 +73,11 @@ class Fingerprint:
         volumes, smallest = {}, {}
         for c, name in enumerate(self.classes[1:], 1):
             voxels = np.array([case.class_voxels[c] for case in labelled if case.class_voxels is not None])
-            ml = voxels * np.array([case.voxel_ml for case in labelled])
+            ml = voxels * np.array([np.prod(case.spacing) / 1000 for case in labelled])
             volumes[name] = _spread(ml)
             if voxels.any():
                 i = int(np.where(voxels > 0, ml, np.inf).argmin())
-                smallest[name] = {
-                    "case": labelled[i].name,
-                    "voxels": int(voxels[i]),
-                    "mm3": readable(1000 * ml[i]),
-                }
+                smallest[name] = {"case": labelled[i].name, "voxels": int(voxels[i]), "mm3": readable(1000 * ml[i])}
         return {
             "cases": len(self.cases),
             "labelled": len(labelled),
@@ -135,9 +106,7 @@ def _unique_names(names: Sequence[str]) -> list[str]:
 
 def _spread(values: Floats) -> dict[str, Any]:
     rows = {"min": values.min(axis=0), "median": np.median(values, axis=0), "max": values.max(axis=0)}
-    return {
-        key: [readable(v) for v in row] if np.ndim(row) else readable(float(row)) for key, row in rows.items()
-    }
+    return {key: [readable(v) for v in row] if np.ndim(row) else readable(float(row)) for key, row in rows.items()}
 
 
 def fingerprint(
