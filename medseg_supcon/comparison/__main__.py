@@ -21,9 +21,7 @@ def main() -> int:
     parser.add_argument("job", type=Path)
     parser.add_argument("--device")
     parser.add_argument("--quiet", action="store_true")
-    parser.add_argument(
-        "--beside", type=int, default=0, help="number of other such processes on this machine"
-    )
+    parser.add_argument("--beside", type=int, default=0, help="number of other such processes on this machine")
     parser.add_argument("--parent", type=int, help="process whose end also ends this one")
     options = parser.parse_args()
     if options.parent is not None:

@@ -33,9 +33,7 @@ EXPECTED = {
 }
 AsList = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 # a level may be called 0.1
-NamedByText = BeforeValidator(
-    lambda value: {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
-)
+NamedByText = BeforeValidator(lambda value: {str(k): v for k, v in value.items()} if isinstance(value, dict) else value)
 Level = Annotated[dict[str, Any], BeforeValidator(lambda settings: {} if settings is None else settings)]
 Levels = Annotated[dict[str, Level], NamedByText]
 

@@ -58,9 +58,7 @@ def make_variants(axes: Axes) -> tuple[Variant, ...]:
         levels = dict(zip(axes, (level for level, _ in chosen), strict=True))
         variant = Variant(levels, tuple(setting for _, settings in chosen for setting in settings.items()))
         if variants.setdefault(variant.folder.lower(), variant) is not variant:
-            raise ConfigError(
-                f"variants: {variant.name!r} and another one would share a folder. Rename a level."
-            )
+            raise ConfigError(f"variants: {variant.name!r} and another one would share a folder. Rename a level.")
     return tuple(variants.values())
 
 
@@ -216,9 +214,7 @@ def _recipe_files(recipes: Sequence[tuple[str, str | Path]]) -> dict[str, str | 
             )
         files.setdefault(name, recipe)
     if len(recipes) < 2:
-        raise ConfigError(
-            "--recipes: a comparison needs at least two, the baseline first, such as dice_ce,joint."
-        )
+        raise ConfigError("--recipes: a comparison needs at least two, the baseline first, such as dice_ce,joint.")
     return files
 
 
@@ -252,9 +248,7 @@ def _test_cases(
             f"{dataset.root}: comparing recipes takes at least two labelled patients, one of them to test on; found "
             f"{counted(len(dataset.labelled), 'labelled case')}."
         )
-    tested_on = (
-        f"{counted(len(split.validation), 'case')} put aside at random first (--test-cases chooses others)"
-    )
+    tested_on = f"{counted(len(split.validation), 'case')} put aside at random first (--test-cases chooses others)"
     return _without(pool, split.validation), split.validation, tested_on
 
 

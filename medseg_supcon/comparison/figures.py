@@ -51,9 +51,7 @@ def efficiency_figure(means: Sequence[Row], recipes: Sequence[str], path: Path) 
         rows = [r for r in means if r["recipe"] == recipe and r["class"] == MEAN and r["by_seed"]]
         x = [budgets.index(row["labels"]) + width * shift for row in rows]
         for place, row in zip(x, rows, strict=True):
-            axis.plot(
-                [place] * len(row["by_seed"]), row["by_seed"], ".", color=color, alpha=0.45, markersize=7
-            )
+            axis.plot([place] * len(row["by_seed"]), row["by_seed"], ".", color=color, alpha=0.45, markersize=7)
         style = {"marker": marker, "markersize": 7, "color": color, "linewidth": 1.6}
         axis.plot(x, [row["dice"] for row in rows], label=recipe, **style)
     axis.set_xticks(range(len(budgets)), [str(n) for n in budgets])
@@ -77,9 +75,7 @@ def differences_figure(differences: Sequence[Row], path: Path) -> None:
         color = colors[row["recipe"]]
         low, middle, high = (100 * row[key] for key in ("low", "difference", "high"))
         mean = row["class"] == MEAN
-        axis.plot(
-            [low, high], [-place] * 2, color=color, linewidth=2.6 if mean else 1.4, solid_capstyle="butt"
-        )
+        axis.plot([low, high], [-place] * 2, color=color, linewidth=2.6 if mean else 1.4, solid_capstyle="butt")
         filled = color if excludes_zero(row) else "white"
         axis.plot(middle, -place, marker="o", markersize=7, color=color, markerfacecolor=filled)
         names.append(f"{row['labels']} labels, {row['recipe']}" + ("" if mean else f": {row['class']}"))
@@ -162,9 +158,7 @@ def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> Non
     save(figure, path)
 
 
-def grid_curves_figure(
-    histories: Sequence[Row], variants: Sequence[Row], recipes: Sequence[str], path: Path
-) -> None:
+def grid_curves_figure(histories: Sequence[Row], variants: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
     """Contrastive loss and validation Dice by epoch: a column per level of the first axis, a colour per variant."""
     from matplotlib.lines import Line2D
 
@@ -188,9 +182,7 @@ def grid_curves_figure(
             dress_epochs(axis, f"{level}: {title.lower()}" if others else title, _epochs(runs))
     for axis in axes[0]:
         axis.set_xlabel("")
-    handles = [
-        Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=n) for i, n in enumerate(groups)
-    ]
+    handles = [Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=n) for i, n in enumerate(groups)]
     handles += [Line2D([], [], color=INK, linestyle=line, label=name) for name, line in lines.items()]
     legend_below(figure, handles, most=4)
     save(figure, path)

@@ -177,9 +177,7 @@ def compare(
         write_text(out / MARKER, "{}\n")
     with folder_lock(out, wait=False) as free:
         if not free:
-            raise RunError(
-                f"Another medseg compare is at work in {out}. Wait for it, or choose another --out."
-            )
+            raise RunError(f"Another medseg compare is at work in {out}. Wait for it, or choose another --out.")
         refuse_untrusted(out, trust)
         plans = make_plans(
             design, out, settings=settings, epochs=epochs, device=device, trust_scan_affine=trust_scan_affine, say=say

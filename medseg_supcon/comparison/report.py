@@ -68,9 +68,7 @@ def write_comparison(out: Path, results: Results) -> Row:
     _write_table(out / "runs.csv", results.runs)
     _write_table(out / "differences.csv", differences)
     if degraded:
-        _write_table(
-            out / "robustness.csv", [{"condition": c} | row for c, rows in degraded.items() for row in rows]
-        )
+        _write_table(out / "robustness.csv", [{"condition": c} | row for c, rows in degraded.items() for row in rows])
     if about["axes"]:
         report |= _grid(out, results, differences)
     else:
@@ -164,18 +162,14 @@ def caveats(about: Row, differences: Sequence[Row], robustness: Sequence[Row] = 
             "reverse a small difference."
         )
     elif seeds < FEWEST_SEEDS:
-        sentences.append(
-            f"{seeds} seeds: the intervals cover little of the chance of training and are too narrow."
-        )
+        sentences.append(f"{seeds} seeds: the intervals cover little of the chance of training and are too narrow.")
     if cases < FEW_CASES:
         sentences.append(f"{counted(cases, 'test scan')}: too few for a firm statement about other scans.")
     clean = sum(row["class"] == MEAN and row["difference"] is not None for row in differences)
     degraded = sum(row["condition"] != "clean" and row["difference"] is not None for row in robustness)
     if clean + degraded > 1:
         where = f" ({clean} on the scans as they are, {degraded} on degraded scans)" if degraded else ""
-        more = (
-            ", not counting those of single classes" if len({row["class"] for row in differences}) > 2 else ""
-        )
+        more = ", not counting those of single classes" if len({row["class"] for row in differences}) > 2 else ""
         sentences.append(
             f"{clean + degraded} comparisons of the mean{where}{more}: each interval is a 95 % interval by itself, so one "
             "in twenty excludes 0 by chance even without a difference."
@@ -322,9 +316,7 @@ def _render(view: Row, pictures: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         # not joinpath(a, b): some of Python 3.10 take one part
-        loader=FunctionLoader(
-            lambda name: (files(__package__) / "templates" / name).read_text(encoding="utf-8")
-        ),
+        loader=FunctionLoader(lambda name: (files(__package__) / "templates" / name).read_text(encoding="utf-8")),
     )
     shown: dict[str, Callable[..., Any]] = {
         "points": points,
@@ -334,9 +326,7 @@ def _render(view: Row, pictures: Path) -> str:
         "pairs": _pairs,
         "marked": lambda text, row: (text, ("", "up", "down")[excludes_zero(row)]),
         "p": lambda p: "-" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}",
-        "inline": lambda name: (
-            "data:image/png;base64," + base64.b64encode((pictures / name).read_bytes()).decode()
-        ),
+        "inline": lambda name: "data:image/png;base64," + base64.b64encode((pictures / name).read_bytes()).decode(),
     }
     environment.filters |= shown
     text = environment.get_template("report.j2").render(view)

@@ -89,9 +89,7 @@ def read_history(run: Path) -> list[dict[str, float]]:
     path = run / "logs" / "history.csv"
     try:
         with path.open(newline="", encoding="utf-8") as stream:
-            rows = [
-                {k: float(v) for k, v in row.items() if v and k != "stage"} for row in csv.DictReader(stream)
-            ]
+            rows = [{k: float(v) for k, v in row.items() if v and k != "stage"} for row in csv.DictReader(stream)]
         history = [{k: v for k, v in row.items() if math.isfinite(v)} for row in rows]
         if history and all({"epoch", "step", "seconds"} <= set(row) for row in history):
             return history
@@ -117,9 +115,7 @@ def _draw_examples(design: Design, out: Path, results: Sequence[Row]) -> list[tu
         tests = scores_folder(out / "tests" / Cell(recipe, budget, seed).name, CLEAN)
         mask, picture = tests / "predictions" / f"{case.name}.nii.gz", f"examples/{recipe}.png"
         if mask.exists() and (recipe, case.name) in score:
-            overlay_figure(
-                case.images[0], case.label, mask, out / "pictures" / picture, design.dataset.labels
-            )
+            overlay_figure(case.images[0], case.label, mask, out / "pictures" / picture, design.dataset.labels)
             dice_of_case = f"Dice {score[recipe, case.name]:.3f}"
             examples.append((f"{recipe}, {budget} labels, seed {seed}: {case.name}, {dice_of_case}", picture))
     return examples
@@ -161,9 +157,7 @@ def means_of_tests(results: Sequence[Row]) -> Means:
     return {(*row["recipe"], row["labels"]): row["dice"] for row in means}
 
 
-def grid_table(
-    variants: Sequence[Row], recipes: Sequence[str], runs: Sequence[Row], tested: Means
-) -> list[Row]:
+def grid_table(variants: Sequence[Row], recipes: Sequence[str], runs: Sequence[Row], tested: Means) -> list[Row]:
     """A row per label budget and variant: its levels, and each recipe's scores, means over seeds.
 
     Rows ``labels``, ``variant``, ``levels`` (axis -> level), and ``of``: recipe -> score of `RUN_SCORES` -> value or None.
@@ -177,9 +171,7 @@ def grid_table(
                 mine = [run for run in runs if (run["variant"], run["recipe"], run["labels"]) == key]
                 of[recipe] = {score: _mean([run.get(score) for run in mine]) for score in RUN_SCORES[:-1]}
                 of[recipe]["test_dice"] = tested[key]
-            table.append(
-                {"labels": labels, "variant": variant["name"], "levels": variant["levels"], "of": of}
-            )
+            table.append({"labels": labels, "variant": variant["name"], "levels": variant["levels"], "of": of})
     return table
 
 
@@ -203,9 +195,7 @@ def best_variants(table: Sequence[Row], recipes: Sequence[str], results: Sequenc
         chosen = {}
         for recipe in dict.fromkeys(recipes):
             scored = [
-                (row["of"][recipe]["validation_dice"], row["variant"])
-                for row in table
-                if row["labels"] == labels
+                (row["of"][recipe]["validation_dice"], row["variant"]) for row in table if row["labels"] == labels
             ]
             scored = [pair for pair in scored if pair[0] is not None]
             if not scored:
