@@ -185,6 +185,11 @@ class Design:
         return [Cell(recipe, labels, seed, variant) for labels, seed, variant, recipe in runs]
 
 
+def case_names(split: Split) -> dict[str, list[str]]:
+    """``training``, ``validation``, ``unlabelled`` -> the names of the cases."""
+    return {part: [c.name for c in getattr(split, part)] for part in ("training", "validation", "unlabelled")}
+
+
 def design_comparison(
     dataset: Dataset,
     recipes: Sequence[str | Path | tuple[str, str | Path]],
