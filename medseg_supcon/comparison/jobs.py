@@ -29,7 +29,10 @@ from medseg_supcon.text import counted
 MARKER = "comparison.json"
 INTERRUPTED = (130, -2)
 # With -m, Python would import modules from the working folder before its own.
-WITHOUT_WORKING_FOLDER = "import sys; sys.path = [p for p in sys.path if p]; from medseg_supcon.comparison.cell import main; sys.exit(main())"
+WITHOUT_WORKING_FOLDER = """
+import sys; sys.path = [p for p in sys.path if p]
+from medseg_supcon.comparison import cell; sys.exit(cell.main())
+"""
 Say = Callable[[str], None]
 
 
