@@ -76,11 +76,7 @@ class ComparisonConfig(BaseModel):
 
 
 def read_comparison(name: str | Path) -> ComparisonConfig:
-    """A comparison's YAML file, or one that comes with the package (``article``, of ``configs/comparisons``).
-
-    Recipe files in it are relative to its own folder. A `ConfigError` if the file does not exist or is not YAML, has an
-    unknown key, or a value of the wrong kind.
-    """
+    """A comparison's YAML file, or a shipped one (``article``); recipe files in it are relative to its own folder."""
     path, shipped = Path(name), shared_folder("configs") / "comparisons"
     if path.suffix not in (".yaml", ".yml"):
         path = shipped / f"{name}.yaml"
@@ -123,12 +119,7 @@ class Variant:
 
 
 def make_variants(axes: Axes) -> tuple[Variant, ...]:
-    """Every combination of one level from each axis, the last axis changing fastest; without axes one variant.
-
-    >>> axes = {"optimiser": {"SGD": {"learning_rate": 0.1}, "Adam": {}}, "decay": {"on": {}, "off": {}}}
-    >>> [variant.name for variant in make_variants(axes)]
-    ['SGD, on', 'SGD, off', 'Adam, on', 'Adam, off']
-    """
+    """Every combination of one level from each axis, the last axis changing fastest; without axes one variant."""
     for axis, of_axis in axes.items():
         if not of_axis:
             raise ConfigError(f"variants: the axis {axis!r} has no levels. Give it some, or leave it out.")
@@ -203,23 +194,15 @@ def design_comparison(
     own: Mapping[str, Mapping[str, Any]] | None = None,
     axes: Axes | None = None,
 ) -> Design:
-    """Decide which cases train, validate and test.
+    """Decide which cases train, validate and test; ``own`` and ``axes`` as in `Design`.
 
     The runs draw from the pool: ``cases`` (default: all) without the test cases. Without ``test_cases`` the labelled
     cases outside ``cases`` are tested on; if there are none, the labelled cases that no budget uses (the runs do not
     get them as unlabelled scans either); if there are none of those, a quarter of the cases is put aside first.
 
-    Args:
-        dataset, own, axes: see `Design`.
-        recipes: names or files, or (name, name or file), the baseline first; at least two.
-        seeds, split_seed: of training, and of the one order from which all budgets are taken.
-        labels: budgets: labelled scans, validation included; None: all of the pool.
-        cases, test_cases: names of the cases of the pool, and of those to test on.
-        validation: share of every budget that validates, below 1; 0: all labelled scans train.
-
-    Raises:
-        ConfigError: fewer than two recipes, a recipe that does not exist, or a value given twice.
-        DataError: a case is unknown, in the pool and tested, or without label; or no case is left to test on.
+    ``recipes``, the baseline first, are names or files, or (name, name or file); ``labels`` are budgets, validation (a
+    share below 1) included, None for the whole pool. A `ConfigError` for recipes or values that cannot be compared, a
+    `DataError` for cases that are unknown, on both sides or without label, or if no case is left to test on.
     """
     named = [r if isinstance(r, tuple) else (Path(r).stem, r) for r in recipes]
     names, files = tuple(name for name, _ in named), _recipe_files(named)

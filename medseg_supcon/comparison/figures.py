@@ -42,13 +42,15 @@ def _styles(recipes: Sequence[str]) -> list[tuple[str, Any, str, float]]:
     return [(n, c, MARKERS[i % len(MARKERS)], float(shifts[i])) for i, (n, c) in enumerate(colors.items())]
 
 
-def _axis(width: float, height: float, names: Sequence[str] = (), size: float | None = None) -> tuple[Any, Any]:
+def _axis(width: float, height: float, title: str, below: str = "", names: Sequence[str] = ()) -> tuple[Any, Any]:
     """A figure with one plot, whose x axis has these names at 0, 1, ..."""
     figure = new_figure(width, height)
     axis = figure.subplots()
+    dress(axis, title, below)
     if names:
-        axis.set_xticks(range(len(names)), names, fontsize=size)
+        axis.set_xticks(range(len(names)), names, fontsize=8 if any("\n" in name for name in names) else 9)
         axis.set_xlim(-0.6, len(names) - 0.4)
+        axis.grid(visible=bool(below), axis="x")
     return figure, axis
 
 
@@ -66,7 +68,8 @@ def efficiency_figure(means: Sequence[Row], recipes: Sequence[str], path: Path) 
     """Mean Dice over classes against the number of labelled scans; each run is a small dot."""
     budgets = sorted({row["labels"] for row in means})
     # The budgets are evenly spaced: 5, 10 and 200 labels can all be seen.
-    figure, axis = _axis(6.6, 4.0, [str(n) for n in budgets])
+    below = "labelled scans (validation included)"
+    figure, axis = _axis(6.6, 4.0, "Mean Dice on the test scans", below, [str(n) for n in budgets])
     width = 0.27 if len(budgets) > 1 else 0.9
     for recipe, color, marker, shift in _styles(recipes):
         rows = [r for r in means if r["recipe"] == recipe and r["class"] == MEAN and r["by_seed"]]
@@ -75,7 +78,6 @@ def efficiency_figure(means: Sequence[Row], recipes: Sequence[str], path: Path) 
             axis.plot([place] * len(row["by_seed"]), row["by_seed"], ".", color=color, alpha=0.45, markersize=7)
         style = {"marker": marker, "markersize": 7, "color": color, "linewidth": 1.6}
         axis.plot(x, [row["dice"] for row in rows], label=recipe, **style)
-    dress(axis, "Mean Dice on the test scans", "labelled scans (validation included)")
     _finish(figure, path)
 
 
@@ -84,7 +86,8 @@ def differences_figure(differences: Sequence[Row], path: Path) -> None:
     rows = sorted((row for row in differences if row["difference"] is not None), key=lambda row: row["labels"])
     baseline = rows[0]["baseline"] if rows else "the baseline"
     colors = _colors([baseline, *(row["recipe"] for row in rows)])
-    figure, axis = _axis(7.2, 0.9 + 0.34 * max(len(rows), 2))
+    below = "Dice points (right of 0: better than the baseline), 95 % interval"
+    figure, axis = _axis(7.2, 0.9 + 0.34 * max(len(rows), 2), f"Difference from {baseline}", below)
     axis.axvline(0, color=INK, linewidth=1.0)
     names, ends = [], [0.0]
     for place, row in enumerate(rows):
@@ -99,8 +102,6 @@ def differences_figure(differences: Sequence[Row], path: Path) -> None:
     axis.set_ylim(-len(rows) + 0.4, 0.6)
     margin = 0.12 * (max(ends) - min(ends)) or 1.0
     axis.set_xlim(min(ends) - margin, max(ends) + margin)
-    below = "Dice points (right of 0: better than the baseline), 95 % interval"
-    dress(axis, f"Difference from {baseline}", below)
     save(figure, path)
 
 
@@ -110,14 +111,12 @@ def robustness_figure(robustness: Sequence[Row], recipes: Sequence[str], path: P
     conditions = list(dict.fromkeys(row["condition"] for row in rows))
     dice = {(row["condition"], row["recipe"]): row["dice"] for row in rows}
     dice |= {(row["condition"], row["baseline"]): row["baseline_dice"] for row in rows}
-    figure, axis = _axis(7.2, 3.6, conditions)
+    figure, axis = _axis(7.2, 3.6, f"Mean Dice on degraded test scans ({budget} labels)", names=conditions)
     for recipe, color, _, shift in _styles(recipes):
         heights = np.array([dice[condition, recipe] for condition in conditions], dtype=float)  # None becomes NaN
         width = 0.74 / len(set(recipes))
         axis.bar(np.arange(len(conditions)) + 0.8 * shift, heights, width, color=color, label=recipe)
     axis.set_ylim(0, 1)
-    dress(axis, f"Mean Dice on degraded test scans ({budget} labels)", "")
-    axis.grid(visible=False, axis="x")
     _finish(figure, path)
 
 
@@ -141,8 +140,9 @@ def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> Non
     from matplotlib.lines import Line2D
 
     budget, rows = _of_largest_budget(table)
-    width = max(6.0, 1.6 + 0.72 * len(rows))
-    figure, axis = _axis(width, 4.4, ["\n".join(row["levels"].values()) for row in rows], size=8)
+    title = f"Dice by {', '.join(rows[0]['levels'])} ({budget} labelled scans)"
+    names = ["\n".join(row["levels"].values()) for row in rows]
+    figure, axis = _axis(max(6.0, 1.6 + 0.72 * len(rows)), 4.4, title, names=names)
     styles, handles = _styles(recipes), []
     for recipe, color, marker, shift in styles:
         look: Row = {"color": color, "marker": marker, "linestyle": ""}
@@ -153,8 +153,6 @@ def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> Non
     black: Row = {"color": INK, "marker": "o", "linestyle": ""}
     handles += [Line2D([], [], label=score, **{**black, **style}) for score, style in DICE_MARKS.items()]
     axis.set_ylim(bottom=0)
-    dress(axis, f"Dice by {', '.join(rows[0]['levels'])} ({budget} labelled scans)", "")
-    axis.grid(visible=False, axis="x")
     _finish(figure, path, handles, most=6)
 
 

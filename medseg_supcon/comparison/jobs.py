@@ -21,7 +21,7 @@ from medseg_supcon.comparison.cell import is_done
 from medseg_supcon.comparison.design import Cell, Design
 from medseg_supcon.comparison.report import write_comparison
 from medseg_supcon.comparison.results import read_results
-from medseg_supcon.comparison.runs import make_plans, prepare_cells, refuse_untrusted
+from medseg_supcon.comparison.runs import Say, make_plans, prepare_cells, refuse_untrusted
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import folder_lock, read_json, write_text
 from medseg_supcon.text import counted
@@ -33,7 +33,6 @@ WITHOUT_WORKING_FOLDER = """
 import sys; sys.path = [p for p in sys.path if p]
 from medseg_supcon.comparison import cell; sys.exit(cell.main())
 """
-Say = Callable[[str], None]
 
 
 def devices(device: str | None, workers: int | None = None) -> list[str]:
@@ -46,9 +45,7 @@ def devices(device: str | None, workers: int | None = None) -> list[str]:
 def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Callable[[Path, str], None]) -> None:
     """Run job files, each in its own process; a failed one does not stop the others.
 
-    One worker shows its progress. Several are silent, write ``JOB.log``, and share the machine: those on the CPU
-    divide the threads that torch would use, and all divide the memory for cached scans.
-
+    One worker shows its progress. Several are silent, write ``JOB.log``, and share CPU threads and memory for scans.
     ``where`` has a device for each worker; ``done`` is called here after each job, with what went wrong ("": nothing).
     """
     pool = _Pool(where)
@@ -130,27 +127,14 @@ def compare(
     trust: bool = False,
     say: Say = print,
 ) -> dict[str, Any]:
-    """Train and test every run of a design, and write tables, pictures and ``report.html``.
+    """Train and test every run of a design, write tables, pictures and ``report.html``; returns ``comparison.json``.
 
-    Finished runs are kept and interrupted ones go on, so the same call can be made again.
+    Finished runs are kept and interrupted ones go on, so the same call can be made again. ``epochs`` (by default the first
+    plan's length) and ``settings`` are those of all runs; ``trust_scan_affine`` is ``--allow-affine-mismatch``; ``trust``
+    runs code in the folder's runs that medseg did not write on this computer.
 
-    Args:
-        design: of `design_comparison`.
-        out: folder of the comparison; new, or of an earlier call.
-        epochs, settings: of all runs; by default the first plan's length; (key, value) as of ``medseg train --set``.
-        device, workers: see `devices`. On a CPU workers divide its threads: a run's scores depend on its seed and its
-            number of threads, not on what runs beside it.
-        robustness, training_score: also test on degraded scans, and on the scans trained on.
-        trust_scan_affine: as ``medseg train --allow-affine-mismatch``.
-        trust: run code in the folder's runs that medseg did not write on this computer.
-        say: called with lines on the progress.
-
-    Returns:
-        what ``comparison.json`` holds.
-
-    Raises:
-        RunError: the folder holds something else, another call is at work in it, an earlier run was made with
-            something else, a run failed, or one needs trust.
+    A `RunError` if the folder holds something else, another call is at work in it, an earlier run was made with something
+    else, a run failed, or one needs trust.
     """
     if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
         raise RunError(f"{out} is not empty and holds no comparison. Choose another --out.")

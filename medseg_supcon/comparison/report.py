@@ -98,13 +98,7 @@ def answer(row: Row) -> str:
 
 
 def on_degraded_scans(robustness: Sequence[Row]) -> list[str]:
-    """Whether a recipe differs from the baseline on degraded scans, a sentence for each recipe and budget.
-
-    >>> row = {"labels": 8, "recipe": "b", "baseline": "a", "difference": 0.02, "low": 0.01, "high": 0.03, "seeds": 5,
-    ...        "cases": 9}
-    >>> on_degraded_scans([row | {"condition": "noise"}, row | {"condition": "blur", "low": -0.01}])[0]
-    'With 8 labelled scans, on degraded scans: b against a +2.00 (+1.00 to +3.00) with noise; no clear difference with blur.'
-    """
+    """Whether a recipe differs from the baseline on degraded scans, a sentence for each recipe and budget."""
     groups: dict[tuple[Any, Any], list[Row]] = {}
     for row in robustness:
         if row["condition"] != "clean" and row["difference"] is not None:
@@ -218,11 +212,7 @@ def points(value: float | None) -> str:
 
 
 def settings_and_wiring(overlay: Mapping[str, Any]) -> tuple[Row, Row]:
-    """What a person sets in an overlay, and what only connects parts of the configuration.
-
-    >>> settings_and_wiring({"contrast_weight": 0.1, "train::loss": "$@loss.to(@device)"})
-    ({'contrast_weight': 0.1}, {'train::loss': '$@loss.to(@device)'})
-    """
+    """What a person sets in an overlay, and what only connects parts of the configuration (``$@loss``)."""
     wiring = {key: value for key, value in overlay.items() if re.search(r"['\"][@$]", repr(value))}
     return {key: value for key, value in overlay.items() if key not in wiring}, wiring
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from medseg_supcon.bundle import describe_recipe, read_recipe
@@ -126,12 +127,8 @@ def grid_table(variants: Sequence[Row], recipes: Sequence[str], runs: Sequence[R
             for recipe in dict.fromkeys(recipes):
                 key = (variant["name"], recipe, labels)
                 mine = [run for run in runs if (run["variant"], run["recipe"], run["labels"]) == key]
-                of[recipe] = {score: _mean([run.get(score) for run in mine]) for score in RUN_SCORES}
+                known = {score: [run[score] for run in mine if run.get(score) is not None] for score in RUN_SCORES}
+                of[recipe] = {score: fmean(values) if values else None for score, values in known.items()}
                 of[recipe]["test_dice"] = tested[key]
             table.append({"labels": labels, "variant": variant["name"], "levels": variant["levels"], "of": of})
     return table
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

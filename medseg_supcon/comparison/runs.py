@@ -19,6 +19,7 @@ from medseg_supcon.plan import read_plan, write_plan
 from medseg_supcon.training import is_of_plan, prepare_run
 
 Row = dict[str, Any]
+Say = Callable[[str], None]
 Settings = Sequence[tuple[str, Any]]
 LENGTH = "epochs"  # the comparison's, whatever a recipe says
 EQUAL = ("steps_per_epoch", "batch_size")  # a recipe that sets one of these has another budget
@@ -34,13 +35,7 @@ def refuse_untrusted(out: Path, trust: bool) -> None:
 
 
 def make_plans(
-    design: Design,
-    out: Path,
-    settings: Settings,
-    epochs: int | None,
-    device: str | None,
-    trust_scan_affine: bool,
-    say: Callable[[str], None],
+    design: Design, out: Path, settings: Settings, epochs: int | None, device: str | None, trust_affine: bool, say: Say
 ) -> dict[int, Row]:
     """The plan of each budget, made once and kept in ``plans/``; all have the first one's length.
 
@@ -54,7 +49,7 @@ def make_plans(
         definition = {
             "settings": {key: value for key, value in mine if key != LENGTH},
             "cases": [case.name for case in (*split.training, *split.unlabelled)],
-            "trust in the scans' affines": trust_scan_affine,
+            "trust in the scans' affines": trust_affine,
         }
         if path.exists():
             _check_same(path, record, definition)
@@ -64,7 +59,7 @@ def make_plans(
             shutil.rmtree(draft, ignore_errors=True)
             plan = prepare_run(
                 design.dataset, split, draft, recipe=baseline, settings=settings, epochs=epochs, device=device,
-                trust_scan_affine=trust_scan_affine,
+                trust_scan_affine=trust_affine,
             )  # fmt: skip
             shutil.rmtree(draft)
             _write(record, {"definition": definition})

@@ -46,9 +46,6 @@ def bootstrap_means(differences: npt.ArrayLike, resamples: int = 10_000, seed: i
 
     A training seed affects all cases of its run, so rows and columns are drawn independently of one another, and a
     resample is the mean over the drawn rows and columns (Owen 2007, The pigeonhole bootstrap).
-
-    >>> bootstrap_means([[0.5, 0.5]], resamples=2).tolist()
-    [0.5, 0.5]
     """
     d = _table("differences", differences)
     if resamples < 1:
@@ -65,9 +62,6 @@ def signed_rank_p(differences: npt.ArrayLike) -> float:
     """Two-sided p of Wilcoxon's signed-rank test over (K,) differences; 1 if all of them are zero.
 
     Zeros are left out (Wilcoxon's own rule); the distribution is exact for few cases (scipy decides).
-
-    >>> signed_rank_p([0, 0, 0]), signed_rank_p([1, 2, 3, 4, 5])
-    (1.0, 0.0625)
     """
     (d,) = _table("differences", [differences])
     if not d.any():
@@ -78,12 +72,7 @@ def signed_rank_p(differences: npt.ArrayLike) -> float:
 
 
 def paired_difference(
-    scores: npt.ArrayLike,
-    baseline: npt.ArrayLike,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
-    confidence: float = 0.95,
+    scores: npt.ArrayLike, baseline: npt.ArrayLike, *, resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
 ) -> PairedDifference:
     """Scores minus baseline, with a bootstrap interval over seeds and cases and Wilcoxon's test over cases.
 
@@ -122,17 +111,12 @@ def _table(name: str, values: Any) -> Array:
 
 
 def compare_recipes(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
-    """Every recipe against the first, for each label budget, class and the mean over classes.
+    """Every recipe against the first (which may be compared with itself), for each label budget, class and their mean.
 
-    Args:
-        rows: one per run, case and class, with ``recipe``, ``labels``, ``seed``, ``case``, ``class``, ``dice``
-            (0..1, or None for no score). Other keys are ignored.
-        recipes: names, the baseline first; the baseline may be compared with itself.
-
-    Returns:
-        Rows ``recipe``, ``baseline``, ``labels``, ``class`` (``mean``: over classes, per case), ``dice``,
-        ``baseline_dice``, ``difference``, ``low``, ``high`` (95 %), ``p`` (None unless `P_RULE` allows it), ``cases``,
-        ``seeds``, ``left_out`` (cases without a score). A ValueError if a run or one of its cases is missing.
+    Takes a row per run, case and class: ``recipe``, ``labels``, ``seed``, ``case``, ``class``, ``dice`` (or None). Gives
+    rows ``recipe``, ``baseline``, ``labels``, ``class`` (``mean``: over classes, per case), ``dice``, ``baseline_dice``,
+    ``difference``, ``low``, ``high`` (95 %), ``p`` (None unless `P_RULE` allows it), ``cases``, ``seeds``, ``left_out``
+    (cases without a score). A ValueError if a run or one of its cases is missing.
     """
     if len(recipes) < 2:
         raise ValueError(f"recipes must name at least two, the baseline first; got {list(recipes)}")
@@ -206,23 +190,14 @@ def excludes_zero(row: Mapping[str, Any]) -> int:
 
 
 def too_few(row: Row) -> str:
-    """What there is too little of for a clear difference, in words; empty if there is enough.
-
-    >>> too_few({"seeds": 1, "cases": 4}), too_few({"seeds": 3, "cases": 6})
-    ('with 1 seed and 4 test scans', '')
-    """
+    """What there is too little of for a clear difference, in words (``with 1 seed and 4 test scans``); or nothing."""
     few = [counted(row["seeds"], "seed")] if row["seeds"] < FEWEST_SEEDS else []
     few += [counted(row["cases"], "test scan")] if row["cases"] < FEWEST_CASES else []
     return f"with {' and '.join(few)}" if few else ""
 
 
 def verdict(row: Row) -> str:
-    """A difference in words: which recipe is better, and how sure that is. The interval decides.
-
-    >>> verdict({"difference": 0.02, "low": 0.01, "high": 0.03, "p": 0.001, "recipe": "b", "baseline": "a",
-    ...          "seeds": 3, "cases": 9})
-    'b is clearly better than a'
-    """
+    """A difference in words: which recipe is better, and how sure that is. The interval decides."""
     recipe, baseline = row["recipe"], row["baseline"]
     if row["difference"] is None:
         return f"{recipe} and {baseline} have no score to compare"
