@@ -25,7 +25,7 @@ from medseg_supcon.files import folder_lock, write_whole
 from medseg_supcon.inference.prepare import Prediction
 
 STATUSES = ("done", "skipped", "failed")
-PAUSE = 5.0  # seconds between two writings: rewriting the file after every scan is quadratic
+PAUSE = 20  # times as long as the last writing took: rewriting a long file after every scan is quadratic
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "pydicom", "SimpleITK", "scipy")
 # The parts of a plan that decide a mask. How many windows go together does not.
 DECISIVE = ("channels", "orientation", "spacing", "intensity", "patch_size", "network_def", "keep_largest")
@@ -88,8 +88,8 @@ def _mask_facts(
 class Manifest:
     """The entries of a folder of masks; those of earlier calls stay in it.
 
-    The file is at most a few seconds behind. A process that is killed can lose the last entries, but not the masks:
-    the next call makes their entries again from the masks.
+    The file is written as often as takes a twentieth of the time. A process that is killed can lose the last entries,
+    but not the masks: the next call makes their entries again from the masks.
     """
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
@@ -123,6 +123,7 @@ class Manifest:
         Raises:
             RunError: it cannot be written.
         """
+        started = time.monotonic()
         tried = {entry["name"] for entry in self.entries}
         made = {entry["name"] for entry in self.entries if entry["status"] != "failed"}
         try:
@@ -141,7 +142,7 @@ class Manifest:
                 f"{self.path} could not be written ({error.strerror}). Free disk space, or choose another --out. "
                 "Finished masks are kept."
             ) from error
-        self.due = time.monotonic() + PAUSE
+        self.due = time.monotonic() + PAUSE * (time.monotonic() - started)
 
     def skipped(self, name: str) -> dict[str, Any]:
         """The entry of a scan whose mask exists; made from the mask if the file has none."""

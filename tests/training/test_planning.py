@@ -69,4 +69,4 @@ def test_what_a_killed_planning_left_is_cleared_away(prepare: Any, tmp_path: Pat
     (tmp_path / ".planning" / "configs" / "plan.json").write_text("half a pl")
     prepare(tmp_path)
     assert is_planned(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["LICENSE", "configs", "docs"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LICENSE", "configs", "docs", "scripts"]
