@@ -61,7 +61,7 @@ def test_version(medseg):
         (["train", "nowhere", "--out", "run", "--device", "toaster"], "toaster"),
         (["train", "nowhere", "--out", "run", "--device", "cuda:99"], "--device cpu"),
         (["train", "nowhere", "--out", "run", "--epochs", "0"], "epochs"),
-        (["compare", "nowhere", "--out", "x", "--robustness", "--no-robustness"], "give one of them"),
+        (["compare", "nowhere", "--out", "x", "--robustness", "--no-robustness"], "Give one of them"),
     ],
 )
 def test_faults_of_the_input_are_sentences(medseg, arguments, says, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from monai.utils import set_determinism
 from torch import Tensor, nn
 
 from medseg_supcon.bundle import (
+    cases_of,
     check_configs_trusted,
     is_code,
     is_planned,
@@ -30,7 +31,7 @@ from medseg_supcon.bundle import (
 from medseg_supcon.datasets import Case, Dataset, items, load_items
 from medseg_supcon.embedding.separation import class_separation, principal_components, scatter_figure, t_sne
 from medseg_supcon.errors import DataError, RunError
-from medseg_supcon.files import read_json, write_csv, write_text
+from medseg_supcon.files import write_csv, write_text
 from medseg_supcon.losses import IGNORE_INDEX, VoxelSampler
 from medseg_supcon.networks import ContrastiveNetwork, ProjectionHead, build_network, definition_problem
 from medseg_supcon.plan import LabelPreprocessingd, literal, read_plan
@@ -65,17 +66,17 @@ def heads_of(run: Path, trust: bool = False) -> tuple[dict[str, nn.Module], str]
         "has no models/checkpoint.pt, which holds the projection head": not checkpoint.exists(),
     }
     if any(reasons.values()):
-        return {}, f"The run {next(why for why, applies in reasons.items() if applies)}: features only."
+        return {}, f"The run {next(why for why, applies in reasons.items() if applies)}: only features are shown."
     try:
         saved = load_tensors(checkpoint)["state"]["loss"]
         prefix = min((key.split(HEAD, 1)[0] for key in saved if HEAD in key), key=len, default=None)
     except (KeyError, TypeError, AttributeError):
         raise RunError(f"{checkpoint} is not a checkpoint of a training. Copy it again.") from None
     if prefix is None:
-        return {}, "The run's checkpoint does not hold its projection head: features only."
+        return {}, "The run's checkpoint does not hold its projection head: only features are shown."
     heads = {when: head.eval() for when in (BEFORE, AFTER) if (head := _begun(run, trust)[1]) is not None}
     if not heads:  # an expression that gives None
-        return {}, "The run has no projection head: features only."
+        return {}, "The run has no projection head: only features are shown."
     prefix += HEAD
     try:
         heads[AFTER].load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
@@ -261,7 +262,7 @@ def _choose(run: Path, dataset: Dataset, names: Iterable[str] | None) -> tuple[S
     if names is not None:
         labelled, how = dataset.select(names).labelled, ", as named"
     else:
-        trained = {item["name"] for item in read_json(run / "configs" / "datalist.json")["training"]}
+        trained = {item.get("name") for item in cases_of(run).get("training", ())}
         unseen = tuple(case for case in dataset.labelled if case.name not in trained)
         labelled = (unseen or dataset.labelled)[:DEFAULT_CASES]
         how = f" that the run {'did not train' if unseen else 'trained'} on"

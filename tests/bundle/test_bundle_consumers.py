@@ -71,7 +71,11 @@ def test_inference_command_gives_the_masks_of_medseg(
         mask, scan = nib.load(elsewhere / "masks" / name), nib.load(scans / name)
         assert mask.shape == scan.shape
         np.testing.assert_allclose(mask.affine, scan.affine, atol=1e-4)
-        np.testing.assert_array_equal(np.asarray(mask.dataobj), predictor.predict(scans / name).mask)
+        prediction = predictor.predict(scans / name, probabilities=True)
+        differ = np.asarray(mask.dataobj) != prediction.mask
+        assert differ.sum() <= 3
+        second, first = np.sort(prediction.probabilities[:, differ], axis=0)[-2:]  # ties to within rounding
+        np.testing.assert_allclose(first, second, atol=1e-5)
 
 
 def test_evaluate_command_gives_the_runs_metrics(trained_run: Path, elsewhere: Path) -> None:
