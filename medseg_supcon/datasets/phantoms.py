@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +35,11 @@ def make_phantoms(folder: str | Path, *, cases: int = 12, unseen: int = 4, seed:
     to 2 mm), axis order and tilt vary from scan to scan.
 
     Args:
-        folder: a new or empty folder.
+        folder: a new or empty folder (otherwise a `DataError`), which is returned.
         cases: labelled scans, in imagesTr and labelsTr.
         unseen: scans to predict later, in imagesTs and labelsTs; ``dataset.json`` names the scans under "test".
         seed: of all draws; a case depends only on the seed and its own number.
-        size: edge of the scanned cube in mm; every structure scales with it.
-
-    Returns:
-        The folder.
-
-    Raises:
-        DataError: the folder holds files already.
-        ValueError: no case, or a size below 16 mm.
+        size: edge of the scanned cube, at least 16 mm; every structure scales with it.
 
     Example:
         >>> import tempfile
@@ -87,25 +79,14 @@ def make_phantoms(folder: str | Path, *, cases: int = 12, unseen: int = 4, seed:
     return root
 
 
-@dataclass(frozen=True)
-class _Waves:
-    """A smooth random field: a few plane waves whose lengths are comparable to the scanned cube."""
-
-    waves: Floats  # (n, 3) radians per mm
-    phases: Floats  # (n,)
-    heights: Floats  # (n, outputs)
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator, size: float, outputs: int, height: float, n: int = 5) -> _Waves:
-        directions = rng.normal(size=(n, 3))
-        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-        lengths = rng.uniform(0.6, 1.4, size=(n, 1)) * size
-        heights = rng.normal(size=(n, outputs)) * height / math.sqrt(n)
-        return cls(2 * math.pi * directions / lengths, rng.uniform(0, 2 * math.pi, n), heights)
-
-    def __call__(self, points: Floats) -> Floats:
-        field: Floats = np.matmul(np.sin(points @ self.waves.T + self.phases), self.heights)
-        return field
+def _waves(points: Floats, rng: np.random.Generator, size: float, outputs: int, height: float, n: int = 5) -> Floats:
+    """A smooth random field (..., outputs) at points (..., 3): `n` plane waves about as long as `size`, in mm."""
+    directions = rng.normal(size=(n, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    lengths = rng.uniform(0.6, 1.4, size=(n, 1)) * size
+    heights = rng.normal(size=(n, outputs)) * height / math.sqrt(n)
+    phases = rng.uniform(0, 2 * math.pi, n)
+    return np.asarray(np.sin(points @ (2 * math.pi * directions / lengths).T + phases) @ heights)
 
 
 def _phantom(number: int, seed: int, size: float) -> tuple[Any, Any]:
@@ -123,11 +104,11 @@ def _phantom(number: int, seed: int, size: float) -> tuple[Any, Any]:
     centred = (grid - (np.array(shape) - 1) / 2) @ affine[:3, :3].T + rng.uniform(-0.04, 0.04, 3) * size
     turn = Rotation.from_euler("xyz", rng.uniform(-10, 10, 3), degrees=True).as_matrix()
     points = centred @ turn.T * rng.uniform(0.92, 1.1)
-    points = (points + _Waves.draw(rng, size, 3, 0.028 * size)(points)) / size
+    points = (points + _waves(points, rng, size, 3, 0.028 * size)) / size
     label, clean = _anatomy(points, rng)
 
     clean = gaussian_filter(clean, 0.6)
-    bias = np.exp(_Waves.draw(rng, 2 * size, 1, 0.18)(centred)[..., 0])
+    bias = np.exp(_waves(centred, rng, 2 * size, 1, 0.18)[..., 0])
     noise = rng.normal(size=shape) * rng.uniform(0.03, 0.06)
     scale = 10 ** rng.uniform(2, 4.5)
     scan = np.maximum(clean * bias + noise, 0) * scale
