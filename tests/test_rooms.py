@@ -15,7 +15,7 @@ ROOMS = (
     "cli", "comparison", "embedding", "training", "inference", "quality", "bundle", "plan", "evaluation", "datasets",
     "views", "networks", "scans", "losses",
 )  # fmt: skip
-EVERYWHERE = ("errors", "files")
+EVERYWHERE = ("errors", "files", "text")
 
 
 def _modules() -> dict[str, Path]:
