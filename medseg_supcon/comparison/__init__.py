@@ -1,9 +1,14 @@
 """Recipes compared with one another on one data set at equal budget: ``medseg compare``."""
 
 from medseg_supcon.comparison.cell import is_done
-from medseg_supcon.comparison.config import ComparisonConfig, read_comparison
 from medseg_supcon.comparison.corruptions import CORRUPTIONS, corrupt_cases
-from medseg_supcon.comparison.design import Cell, design_comparison, make_variants
+from medseg_supcon.comparison.design import (
+    Cell,
+    ComparisonConfig,
+    design_comparison,
+    make_variants,
+    read_comparison,
+)
 from medseg_supcon.comparison.jobs import WITHOUT_WORKING_FOLDER, compare, devices, run_jobs
 from medseg_supcon.comparison.report import (
     answer,

@@ -88,18 +88,11 @@ def _corrupt_file(source: Path, target: Path, corruption: Callable[[Volume, int]
     image: Any = nibabel.load(source)
     data = np.asarray(image.dataobj, dtype=np.float32)
     volume = data.reshape(*data.shape[:3], -1)  # channels last, one where the file is 3-D
-    worse = corruption(np.ascontiguousarray(np.moveaxis(volume, -1, 0)), seed)
-    nibabel.save(
-        nibabel.Nifti1Image(np.moveaxis(worse, 0, -1).reshape(data.shape), image.affine, _header(image)),
-        target,
-    )
-
-
-def _header(image: Any) -> Any:
+    worse = np.moveaxis(corruption(np.ascontiguousarray(np.moveaxis(volume, -1, 0)), seed), 0, -1)
     header = nibabel.Nifti1Header.from_header(image.header)
     header.set_data_dtype(np.float32)
     header["scl_slope"], header["scl_inter"] = np.nan, np.nan
-    return header
+    nibabel.save(nibabel.Nifti1Image(worse.reshape(data.shape), image.affine, header), target)
 
 
 def _array(volume: Any) -> Volume:

@@ -7,16 +7,105 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from medseg_supcon.bundle import read_recipe
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
+from pydantic.functional_validators import field_validator
+
+from medseg_supcon.bundle import read_recipe, read_yaml_file, shared_folder
 from medseg_supcon.datasets import VALIDATION, Case, Dataset, Split, split_cases
 from medseg_supcon.errors import ConfigError, DataError
-from medseg_supcon.text import counted
+from medseg_supcon.text import counted, suggestion
 
 Axes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # axis -> level -> settings
 
 PUT_ASIDE = 0.25  # share of the cases to test on if no case is left over
+EXPECTED = {
+    "recipes": "a list of names or .yaml files, or a mapping NAME: {recipe: NAME or file, KEY: VALUE, ...}",
+    "variants": "a mapping AXIS: {LEVEL: {KEY: VALUE, ...}, ...}",
+    "seeds": "a list of whole numbers from 0",
+    "labels": "a list of whole numbers from 1, or 'all'",
+    "validation": "a share from 0 to 0.9",
+    "epochs": "a whole number from 1",
+    "settings": "a mapping KEY: VALUE",
+    "robustness": "true or false",
+    "training_score": "true or false",
+}
+AsList = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
+# a level may be called 0.1
+NamedByText = BeforeValidator(lambda value: {str(k): v for k, v in value.items()} if isinstance(value, dict) else value)
+Level = Annotated[dict[str, Any], BeforeValidator(lambda settings: {} if settings is None else settings)]
+Levels = Annotated[dict[str, Level], NamedByText]
+
+
+class Recipe(BaseModel):
+    """A recipe's name or file, and settings of it alone (``model_extra``)."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    recipe: str
+
+
+class ComparisonConfig(BaseModel):
+    """What a comparison's file says; None: the command line's default applies."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    recipes: Annotated[dict[str, Recipe], NamedByText] = {}
+    variants: Annotated[dict[str, Levels], NamedByText] = {}
+    seeds: Annotated[list[NonNegativeInt], AsList, Field(min_length=1)] | None = None
+    labels: Annotated[list[PositiveInt | Literal["all"]], AsList, Field(min_length=1)] | None = None
+    validation: Annotated[float, Field(ge=0, le=0.9)] | None = None
+    epochs: PositiveInt | None = None
+    settings: dict[str, Any] = {}
+    robustness: bool | None = None
+    training_score: bool = False
+
+    @property
+    def named_recipes(self) -> list[tuple[str, str]]:
+        """(name, name or file), the baseline first."""
+        return [(name, recipe.recipe) for name, recipe in self.recipes.items()]
+
+    @field_validator("recipes", mode="before")
+    @classmethod
+    def _by_name(cls, recipes: Any) -> Any:
+        if not (isinstance(recipes, list) and all(isinstance(recipe, str) for recipe in recipes)):
+            return recipes
+        by_name = {Path(recipe).stem: {"recipe": recipe} for recipe in recipes}
+        if len(by_name) < len(recipes):
+            raise ValueError("two recipes of one name")
+        return by_name
+
+
+def read_comparison(name: str | Path) -> ComparisonConfig:
+    """A comparison's YAML file, or a shipped one (``article``); recipe files in it are relative to its own folder."""
+    path, shipped = Path(name), shared_folder("configs") / "comparisons"
+    if path.suffix not in (".yaml", ".yml"):
+        path = shipped / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
+        raise ConfigError(f"--config {name}: the file does not exist. Known by name: {known}.")
+    given = read_yaml_file(path, str(path)) or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path} must be a mapping of {', '.join(EXPECTED)}; found {given!r:.80}.")
+    for key in given:
+        if key not in EXPECTED:
+            raise ConfigError(f"{path} has an unknown key {key!r}. {suggestion(key, EXPECTED)}")
+    try:
+        config = ComparisonConfig.model_validate(given)
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        raise ConfigError(f"{path}: {key} must be {EXPECTED[key]}; found {given[key]!r:.200}.") from None
+    for recipe in config.recipes.values():
+        if recipe.recipe.endswith((".yaml", ".yml")):
+            recipe.recipe = str(path.parent / recipe.recipe)
+    return config
 
 
 @dataclass(frozen=True)
@@ -37,30 +126,17 @@ class Variant:
         return "-".join(re.sub(r"[^\w.]+", "_", level) for level in self.levels.values())
 
 
-PLAIN = Variant()
-
-
 def make_variants(axes: Axes) -> tuple[Variant, ...]:
-    """Every combination of one level from each axis, the last axis changing fastest; without axes one variant.
-
-    A `ConfigError` if an axis has no levels, or two combinations would share a folder.
-
-    Example:
-        >>> axes = {"optimiser": {"SGD": {"learning_rate": 0.1}, "Adam": {}}, "decay": {"on": {}, "off": {}}}
-        >>> [variant.name for variant in make_variants(axes)]
-        ['SGD, on', 'SGD, off', 'Adam, on', 'Adam, off']
-    """
-    empty = [axis for axis, levels in axes.items() if not levels]
-    if empty:
-        raise ConfigError(f"variants: the axis {empty[0]!r} has no levels. Give it some, or leave it out.")
+    """Every combination of one level from each axis, the last axis changing fastest; without axes one variant."""
+    for axis, of_axis in axes.items():
+        if not of_axis:
+            raise ConfigError(f"variants: the axis {axis!r} has no levels. Give it some, or leave it out.")
     variants: dict[str, Variant] = {}
-    for chosen in product(*(levels.items() for levels in axes.values())):
+    for chosen in product(*(of_axis.items() for of_axis in axes.values())):
         levels = dict(zip(axes, (level for level, _ in chosen), strict=True))
         variant = Variant(levels, tuple(setting for _, settings in chosen for setting in settings.items()))
         if variants.setdefault(variant.folder.lower(), variant) is not variant:
-            raise ConfigError(
-                f"variants: {variant.name!r} and another one would share a folder. Rename a level."
-            )
+            raise ConfigError(f"variants: {variant.name!r} and another one would share a folder. Rename a level.")
     return tuple(variants.values())
 
 
@@ -71,7 +147,7 @@ class Cell:
     recipe: str
     labels: int
     seed: int
-    variant: Variant = PLAIN
+    variant: Variant = Variant()
 
     @property
     def name(self) -> str:
@@ -104,13 +180,13 @@ class Design:
     @property
     def cells(self) -> list[Cell]:
         """Every run, small budgets first and the recipes side by side, so that early results can be compared."""
-        return [
-            Cell(recipe, labels, seed, variant)
-            for labels in self.splits
-            for seed in self.seeds
-            for variant in self.variants
-            for recipe in dict.fromkeys(self.recipes)
-        ]
+        runs = product(self.splits, self.seeds, self.variants, dict.fromkeys(self.recipes))
+        return [Cell(recipe, labels, seed, variant) for labels, seed, variant, recipe in runs]
+
+
+def case_names(split: Split) -> dict[str, list[str]]:
+    """``training``, ``validation``, ``unlabelled`` -> the names of the cases."""
+    return {part: [c.name for c in getattr(split, part)] for part in ("training", "validation", "unlabelled")}
 
 
 def design_comparison(
@@ -126,33 +202,26 @@ def design_comparison(
     own: Mapping[str, Mapping[str, Any]] | None = None,
     axes: Axes | None = None,
 ) -> Design:
-    """Decide which cases train, validate and test.
+    """Decide which cases train, validate and test; ``own`` and ``axes`` as in `Design`.
 
     The runs draw from the pool: ``cases`` (default: all) without the test cases. Without ``test_cases`` the labelled
     cases outside ``cases`` are tested on; if there are none, the labelled cases that no budget uses (the runs do not
     get them as unlabelled scans either); if there are none of those, a quarter of the cases is put aside first.
 
-    Args:
-        dataset, own, axes: see `Design`.
-        recipes: names or files, or (name, name or file), the baseline first; at least two.
-        seeds, split_seed: of training, and of the one order from which all budgets are taken.
-        labels: budgets: labelled scans, validation included; None: all of the pool.
-        cases, test_cases: names of the cases of the pool, and of those to test on.
-        validation: share of every budget that validates, below 1; 0: all labelled scans train.
-
-    Raises:
-        ConfigError: fewer than two recipes, a recipe that does not exist, or a value given twice.
-        DataError: a case is unknown, in the pool and tested, or without label; or no case is left to test on.
+    ``recipes``, the baseline first, are names or files, or (name, name or file); ``labels`` are budgets, validation (a
+    share below 1) included, None for the whole pool. A `ConfigError` for recipes or values that cannot be compared, a
+    `DataError` for cases that are unknown, on both sides or without label, or if no case is left to test on.
     """
     named = [r if isinstance(r, tuple) else (Path(r).stem, r) for r in recipes]
-    files = _recipe_files(named)
+    names, files = tuple(name for name, _ in named), _recipe_files(named)
     if not seeds or min(seeds) < 0:
         raise ConfigError("--seeds: expected whole numbers from 0, separated by commas, such as 0,1,2.")
-    _refuse_repeated("--recipes", [name for name, _ in named[1:]])
-    _refuse_repeated("--seeds", seeds)
-    _refuse_repeated("--labels", ["all" if budget is None else budget for budget in labels])
+    budgets = ["all" if budget is None else budget for budget in labels]
+    for option, values in (("recipes", names[1:]), ("seeds", seeds), ("labels", budgets)):
+        repeated = [value for number, value in enumerate(values) if value in values[:number]]
+        if repeated:
+            raise ConfigError(f"--{option}: {repeated[0]} is given twice. Give each value once.")
     pool, test, tested_on = _test_cases(dataset, cases, test_cases, labels, split_seed)
-    splits: dict[int, Split] = {}
     most = max((budget for budget in labels if budget is not None), default=0)
     if test and most > len(pool.labelled):
         raise DataError(
@@ -160,6 +229,7 @@ def design_comparison(
             f"{counted(len(pool.labelled), 'labelled case')}. Ask for at most that many, or name fewer cases to test on "
             "with --test-cases FILE."
         )
+    splits: dict[int, Split] = {}
     for budget in labels:
         split = split_cases(pool, labels=budget, seed=split_seed, validation_fraction=validation)
         splits[len({c.name for c in (*split.training, *split.validation)})] = split
@@ -176,31 +246,21 @@ def design_comparison(
         )
     if not test:
         raise DataError(
-            f"{dataset.root}: no labelled case is left to test on. Name some with --test-cases FILE, or give "
-            "smaller budgets with --labels."
+            f"{dataset.root}: no labelled case is left to test on. Name some with --test-cases FILE, or give smaller "
+            "budgets with --labels."
         )
-    _refuse_missing_scans(files, splits)
-    names, splits, axes = tuple(name for name, _ in named), dict(sorted(splits.items())), axes or {}
-    variants = make_variants(axes)
-    return Design(dataset, names, files, tuple(seeds), splits, test, tested_on, own or {}, axes, variants)
-
-
-def _refuse_repeated(option: str, values: Sequence[object]) -> None:
-    repeated = [value for number, value in enumerate(values) if value in values[:number]]
-    if repeated:
-        raise ConfigError(f"{option}: {repeated[0]} is given twice. Give each value once.")
-
-
-def _refuse_missing_scans(files: Mapping[str, str | Path], splits: Mapping[int, Split]) -> None:
-    """A recipe that needs unlabelled scans would otherwise fail hours later."""
-    bare = [labels for labels, split in splits.items() if not split.unlabelled]
-    for name, file in files.items() if bare else ():
-        if read_recipe(file).get("train::sampler::required"):
+    # A recipe that needs unlabelled scans would otherwise fail hours later.
+    bare = [n for n, split in splits.items() if not split.unlabelled]
+    for name, file in files.items():
+        if bare and read_recipe(file).get("train::sampler::required"):
             raise ConfigError(
                 f"The recipe {name} also learns from scans without labels, and with {counted(bare[0], 'labelled scan')} "
                 "none is left: the others are tested on, or all are labelled. Name the scans to test on with "
                 "--test-cases FILE, so that the rest counts as unlabelled, or give smaller budgets with --labels."
             )
+    splits, axes = dict(sorted(splits.items())), axes or {}
+    variants = make_variants(axes)
+    return Design(dataset, names, files, tuple(seeds), splits, test, tested_on, own or {}, axes, variants)
 
 
 def _recipe_files(recipes: Sequence[tuple[str, str | Path]]) -> dict[str, str | Path]:
@@ -209,15 +269,11 @@ def _recipe_files(recipes: Sequence[tuple[str, str | Path]]) -> dict[str, str | 
         overlay = read_recipe(recipe)
         if Path(name).name != name or "\\" in name:
             raise ConfigError(f"recipes: {name!r} cannot be part of a folder's name. Leave the slashes out.")
-        if name in files and overlay != read_recipe(files[name]):
-            raise ConfigError(
-                f"--recipes: {files[name]} and {recipe} are different recipes with the same name. Rename a file."
-            )
-        files.setdefault(name, recipe)
+        if overlay != read_recipe(files.setdefault(name, recipe)):
+            both = f"{files[name]} and {recipe}"
+            raise ConfigError(f"--recipes: {both} are different recipes with the same name. Rename a file.")
     if len(recipes) < 2:
-        raise ConfigError(
-            "--recipes: a comparison needs at least two, the baseline first, such as dice_ce,joint."
-        )
+        raise ConfigError("--recipes: a comparison needs at least two, the baseline first, such as dice_ce,joint.")
     return files
 
 
@@ -232,36 +288,28 @@ def _test_cases(
     pool = dataset if cases is None else dataset.select(cases)
     in_pool = {case.name for case in pool.cases}
     if test_cases is not None:
-        test = dataset.select(test_cases).cases
-        bare = [case.name for case in test if case.label is None]
-        if bare:
-            raise DataError(f"--test-cases: {bare[0]!r} has no label map to test against. Leave it out.")
-        both = [case.name for case in test if case.name in in_pool]
-        if both and cases is not None:
-            raise DataError(f"{both[0]!r} is in --cases and in --test-cases: a case cannot train and test.")
-        return _without(pool, test), test, "the cases that --test-cases names"
-    outside = tuple(case for case in dataset.labelled if case.name not in in_pool)
-    if outside:
-        return _without(pool, outside), outside, "the labelled cases that --cases leaves out"
-    if all(n is not None and n < len(pool.labelled) for n in labels):
-        return pool, (), ""
-    split = split_cases(pool, seed=split_seed, validation_fraction=PUT_ASIDE)
-    if split.warnings:
-        raise DataError(
-            f"{dataset.root}: comparing recipes takes at least two labelled patients, one of them to test on; found "
-            f"{counted(len(dataset.labelled), 'labelled case')}."
-        )
-    tested_on = (
-        f"{counted(len(split.validation), 'case')} put aside at random first (--test-cases chooses others)"
-    )
-    return _without(pool, split.validation), split.validation, tested_on
-
-
-def _without(pool: Dataset, test: Sequence[Case]) -> Dataset:
-    """The pool without the test cases; no patient on both sides."""
-    names = {case.name for case in test}
+        test, tested_on = dataset.select(test_cases).cases, "the cases that --test-cases names"
+        for case in test:
+            if case.label is None:
+                raise DataError(f"--test-cases: {case.name!r} has no label map to test against. Leave it out.")
+            if case.name in in_pool and cases is not None:
+                raise DataError(f"{case.name!r} is in --cases and in --test-cases: a case cannot train and test.")
+    else:
+        test = tuple(case for case in dataset.labelled if case.name not in in_pool)
+        tested_on = "the labelled cases that --cases leaves out"
+        if not test and all(n is not None and n < len(pool.labelled) for n in labels):
+            return pool, (), ""
+        if not test:
+            split = split_cases(pool, seed=split_seed, validation_fraction=PUT_ASIDE)
+            if split.warnings:
+                raise DataError(
+                    f"{dataset.root}: comparing recipes takes at least two labelled patients, one of them to test on; "
+                    f"found {counted(len(dataset.labelled), 'labelled case')}."
+                )
+            test = split.validation
+            tested_on = f"{counted(len(test), 'case')} put aside at random first (--test-cases chooses others)"
+    names, patients = {case.name for case in test}, {case.patient for case in test if case.patient is not None}
     rest = [case for case in pool.cases if case.name not in names]
-    patients = {case.patient for case in test if case.patient is not None}
     shared = [case for case in rest if case.patient in patients]
     if shared:
         raise DataError(
@@ -270,4 +318,4 @@ def _without(pool: Dataset, test: Sequence[Case]) -> Dataset:
         )
     if not rest:
         raise DataError(f"{pool.root}: every case is a test case, none is left to train on.")
-    return pool.select(case.name for case in rest)
+    return pool.select(case.name for case in rest), test, tested_on

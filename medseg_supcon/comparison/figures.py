@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ MARKERS = "osD^vP*X"
 LINES = ("-", "--", ":", "-.")
 # Darker than the palette of classes where that is pale: lines are thin.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LOSS, CONTRAST, DICE = (
-    ("loss", "Training loss"),
-    ("contrastive", "Contrastive loss"),
-    ("val_mean_dice", "Validation Dice"),
-)
+CONTRAST, DICE = ("contrastive", "Contrastive loss"), ("val_mean_dice", "Validation Dice")
+DICE_MARKS: dict[str, Row] = {
+    "test": {"markersize": 8},
+    "validation": {"markersize": 5, "markerfacecolor": "white"},
+    "training": {"markersize": 11, "marker": "_"},
+}
 
 
-def recipe_colors(recipes: Sequence[str]) -> dict[str, Any]:
+def _colors(recipes: Sequence[str]) -> dict[str, Any]:
     """Grey for the baseline; colour-blind people can tell the others apart, too."""
     names = list(dict.fromkeys(recipes))
     others = {name: COLORS[i] if i < len(COLORS) else color_of(i + 1) for i, name in enumerate(names[1:])}
@@ -35,51 +37,63 @@ def recipe_colors(recipes: Sequence[str]) -> dict[str, Any]:
 
 def _styles(recipes: Sequence[str]) -> list[tuple[str, Any, str, float]]:
     """Name, colour and marker of each recipe, and where it stands around its place, from -0.5 to 0.5."""
-    colors = recipe_colors(recipes)
+    colors = _colors(recipes)
     shifts = (np.arange(len(colors)) - (len(colors) - 1) / 2) / len(colors)
     return [(n, c, MARKERS[i % len(MARKERS)], float(shifts[i])) for i, (n, c) in enumerate(colors.items())]
+
+
+def _axis(width: float, height: float, title: str, below: str = "", names: Sequence[str] = ()) -> tuple[Any, Any]:
+    """A figure with one plot, whose x axis has these names at 0, 1, ..."""
+    figure = new_figure(width, height)
+    axis = figure.subplots()
+    dress(axis, title, below)
+    if names:
+        axis.set_xticks(range(len(names)), names, fontsize=8 if any("\n" in name for name in names) else 9)
+        axis.set_xlim(-0.6, len(names) - 0.4)
+        axis.grid(visible=bool(below), axis="x")
+    return figure, axis
+
+
+def _finish(figure: Any, path: Path, handles: Sequence[Any] = (), most: int = 5) -> None:
+    legend_below(figure, handles or figure.axes[0].get_legend_handles_labels()[0], most)
+    save(figure, path)
+
+
+def _of_largest_budget(rows: Sequence[Row]) -> tuple[int, list[Row]]:
+    budget = max(row["labels"] for row in rows)
+    return budget, [row for row in rows if row["labels"] == budget]
 
 
 def efficiency_figure(means: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
     """Mean Dice over classes against the number of labelled scans; each run is a small dot."""
     budgets = sorted({row["labels"] for row in means})
-    figure = new_figure(6.6, 4.0)
-    axis = figure.subplots()
     # The budgets are evenly spaced: 5, 10 and 200 labels can all be seen.
+    below = "labelled scans (validation included)"
+    figure, axis = _axis(6.6, 4.0, "Mean Dice on the test scans", below, [str(n) for n in budgets])
     width = 0.27 if len(budgets) > 1 else 0.9
     for recipe, color, marker, shift in _styles(recipes):
         rows = [r for r in means if r["recipe"] == recipe and r["class"] == MEAN and r["by_seed"]]
         x = [budgets.index(row["labels"]) + width * shift for row in rows]
         for place, row in zip(x, rows, strict=True):
-            axis.plot(
-                [place] * len(row["by_seed"]), row["by_seed"], ".", color=color, alpha=0.45, markersize=7
-            )
+            axis.plot([place] * len(row["by_seed"]), row["by_seed"], ".", color=color, alpha=0.45, markersize=7)
         style = {"marker": marker, "markersize": 7, "color": color, "linewidth": 1.6}
         axis.plot(x, [row["dice"] for row in rows], label=recipe, **style)
-    axis.set_xticks(range(len(budgets)), [str(n) for n in budgets])
-    axis.set_xlim(-0.6, len(budgets) - 0.4)
-    dress(axis, "Mean Dice on the test scans", "labelled scans (validation included)")
-    legend_below(figure, axis.get_legend_handles_labels()[0], most=5)
-    save(figure, path)
+    _finish(figure, path)
 
 
 def differences_figure(differences: Sequence[Row], path: Path) -> None:
     """Each paired difference with its 95 % interval, in Dice points; filled if the interval excludes 0."""
-    rows = [row for row in differences if row["difference"] is not None]
-    rows.sort(key=lambda row: row["labels"])
+    rows = sorted((row for row in differences if row["difference"] is not None), key=lambda row: row["labels"])
     baseline = rows[0]["baseline"] if rows else "the baseline"
-    colors = recipe_colors([baseline, *(row["recipe"] for row in rows)])
-    figure = new_figure(7.2, 0.9 + 0.34 * max(len(rows), 2))
-    axis = figure.subplots()
+    colors = _colors([baseline, *(row["recipe"] for row in rows)])
+    below = "Dice points (right of 0: better than the baseline), 95 % interval"
+    figure, axis = _axis(7.2, 0.9 + 0.34 * max(len(rows), 2), f"Difference from {baseline}", below)
     axis.axvline(0, color=INK, linewidth=1.0)
     names, ends = [], [0.0]
     for place, row in enumerate(rows):
-        color = colors[row["recipe"]]
+        color, mean = colors[row["recipe"]], row["class"] == MEAN
         low, middle, high = (100 * row[key] for key in ("low", "difference", "high"))
-        mean = row["class"] == MEAN
-        axis.plot(
-            [low, high], [-place] * 2, color=color, linewidth=2.6 if mean else 1.4, solid_capstyle="butt"
-        )
+        axis.plot([low, high], [-place] * 2, color=color, linewidth=2.6 if mean else 1.4, solid_capstyle="butt")
         filled = color if excludes_zero(row) else "white"
         axis.plot(middle, -place, marker="o", markersize=7, color=color, markerfacecolor=filled)
         names.append(f"{row['labels']} labels, {row['recipe']}" + ("" if mean else f": {row['class']}"))
@@ -88,87 +102,65 @@ def differences_figure(differences: Sequence[Row], path: Path) -> None:
     axis.set_ylim(-len(rows) + 0.4, 0.6)
     margin = 0.12 * (max(ends) - min(ends)) or 1.0
     axis.set_xlim(min(ends) - margin, max(ends) + margin)
-    below = "Dice points (right of 0: better than the baseline), 95 % interval"
-    dress(axis, f"Difference from {baseline}", below)
     save(figure, path)
 
 
 def robustness_figure(robustness: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
     """Mean Dice of the same models on the test scans as they are and degraded, at the largest budget."""
-    budget = max(row["labels"] for row in robustness)
-    rows = [row for row in robustness if row["labels"] == budget]
+    budget, rows = _of_largest_budget(robustness)
     conditions = list(dict.fromkeys(row["condition"] for row in rows))
     dice = {(row["condition"], row["recipe"]): row["dice"] for row in rows}
     dice |= {(row["condition"], row["baseline"]): row["baseline_dice"] for row in rows}
-    figure = new_figure(7.2, 3.6)
-    axis = figure.subplots()
+    figure, axis = _axis(7.2, 3.6, f"Mean Dice on degraded test scans ({budget} labels)", names=conditions)
     for recipe, color, _, shift in _styles(recipes):
-        heights = [np.nan if dice[c, recipe] is None else dice[c, recipe] for c in conditions]
+        heights = np.array([dice[condition, recipe] for condition in conditions], dtype=float)  # None becomes NaN
         width = 0.74 / len(set(recipes))
         axis.bar(np.arange(len(conditions)) + 0.8 * shift, heights, width, color=color, label=recipe)
-    axis.set_xticks(range(len(conditions)), conditions)
     axis.set_ylim(0, 1)
-    dress(axis, f"Mean Dice on degraded test scans ({budget} labels)", "")
-    axis.grid(visible=False, axis="x")
-    legend_below(figure, axis.get_legend_handles_labels()[0], most=5)
-    save(figure, path)
+    _finish(figure, path)
 
 
 def learning_figure(histories: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
     """Loss, contrastive loss and validation Dice by epoch at the largest budget; thin: each run, bold: their mean."""
-    runs = _of_largest_budget(histories)
+    _, runs = _of_largest_budget(histories)
     figure = new_figure(10.5, 3.4)
-    for axis, (column, title) in zip(figure.subplots(1, 3), (LOSS, CONTRAST, DICE), strict=True):
-        for recipe, color in recipe_colors(recipes).items():
-            mine = [run["history"] for run in runs if run["recipe"] == recipe]
-            for run in _used_curves(mine, column):
-                axis.plot(list(run), list(run.values()), color=color, linewidth=0.7, alpha=0.5)
-            _plot_mean(axis, mine, column, color=color, linewidth=2.0, label=recipe)
+    columns = (("loss", "Training loss"), CONTRAST, DICE)
+    for axis, (column, title) in zip(figure.subplots(1, 3), columns, strict=True):
+        for recipe, color in _colors(recipes).items():
+            curves = _used_curves([run["history"] for run in runs if run["recipe"] == recipe], column)
+            for curve in curves:
+                axis.plot(list(curve), list(curve.values()), color=color, linewidth=0.7, alpha=0.5)
+            _plot_mean(axis, curves, color=color, linewidth=2.0, label=recipe)
         dress_epochs(axis, title, _epochs(runs))
-    legend_below(figure, figure.axes[0].get_legend_handles_labels()[0], most=5)
-    save(figure, path)
+    _finish(figure, path)
 
 
 def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
     """Dice of every variant at the largest budget: test large, validation hollow, training a dash."""
     from matplotlib.lines import Line2D
 
-    budget = max(row["labels"] for row in table)
-    rows = [row for row in table if row["labels"] == budget]
-    figure = new_figure(max(6.0, 1.6 + 0.72 * len(rows)), 4.4)
-    axis = figure.subplots()
-    styles = _styles(recipes)
-    marks: dict[str, dict[str, Any]] = {
-        "test": {"markersize": 8},
-        "validation": {"markersize": 5, "markerfacecolor": "white"},
-        "training": {"markersize": 11, "marker": "_"},
-    }
-    handles = []
+    budget, rows = _of_largest_budget(table)
+    title = f"Dice by {', '.join(rows[0]['levels'])} ({budget} labelled scans)"
+    names = ["\n".join(row["levels"].values()) for row in rows]
+    figure, axis = _axis(max(6.0, 1.6 + 0.72 * len(rows)), 4.4, title, names=names)
+    styles, handles = _styles(recipes), []
     for recipe, color, marker, shift in styles:
-        look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": ""}
+        look: Row = {"color": color, "marker": marker, "linestyle": ""}
         handles.append(Line2D([], [], label=recipe, markersize=8, **look))
-        for score, style in marks.items():
-            dice = [row["of"][recipe][f"{score}_dice"] for row in rows]
-            x = np.arange(len(rows)) + 0.22 * len(styles) * shift
-            axis.plot(x, [np.nan if d is None else d for d in dice], **(look | style))
-    black: dict[str, Any] = {"color": INK, "marker": "o", "linestyle": ""}
-    handles += [Line2D([], [], label=score, **(black | style)) for score, style in marks.items()]
-    axis.set_xticks(range(len(rows)), ["\n".join(row["levels"].values()) for row in rows], fontsize=8)
-    axis.set_xlim(-0.6, len(rows) - 0.4)
+        for score, style in DICE_MARKS.items():
+            dice = np.array([row["of"][recipe][f"{score}_dice"] for row in rows], dtype=float)  # None becomes NaN
+            axis.plot(np.arange(len(rows)) + 0.22 * len(styles) * shift, dice, **{**look, **style})
+    black: Row = {"color": INK, "marker": "o", "linestyle": ""}
+    handles += [Line2D([], [], label=score, **{**black, **style}) for score, style in DICE_MARKS.items()]
     axis.set_ylim(bottom=0)
-    dress(axis, f"Dice by {', '.join(rows[0]['levels'])} ({budget} labelled scans)", "")
-    axis.grid(visible=False, axis="x")
-    legend_below(figure, handles)
-    save(figure, path)
+    _finish(figure, path, handles, most=6)
 
 
-def grid_curves_figure(
-    histories: Sequence[Row], variants: Sequence[Row], recipes: Sequence[str], path: Path
-) -> None:
+def grid_curves_figure(histories: Sequence[Row], variants: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
     """Contrastive loss and validation Dice by epoch: a column per level of the first axis, a colour per variant."""
     from matplotlib.lines import Line2D
 
-    runs = _of_largest_budget(histories)
+    _, runs = _of_largest_budget(histories)
     first, *others = variants[0]["levels"]
     columns = list(dict.fromkeys(v["levels"][first] for v in variants)) if others else [first]
     group_of = {v["name"]: ", ".join(f"{a} {v['levels'][a]}" for a in others or [first]) for v in variants}
@@ -176,29 +168,19 @@ def grid_curves_figure(
     lines = dict(zip(dict.fromkeys(recipes), LINES * len(recipes), strict=False))
     figure = new_figure(max(5.0, 1.0 + 3.3 * len(columns)), 6.2)
     axes = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
-    for variant in variants:
-        column = columns.index(variant["levels"][first]) if others else 0
-        color = COLORS[groups.index(group_of[variant["name"]]) % len(COLORS)]
-        for recipe, line in lines.items():
-            mine = [r["history"] for r in runs if (r["variant"], r["recipe"]) == (variant["name"], recipe)]
-            for axis, (name, _) in zip(axes[:, column], (CONTRAST, DICE), strict=True):
-                _plot_mean(axis, mine, name, linestyle=line, color=color, linewidth=1.6)
-    for row, (_, title) in zip(axes, (CONTRAST, DICE), strict=True):
+    for row, (name, title) in zip(axes, (CONTRAST, DICE), strict=True):
         for axis, level in zip(row, columns, strict=True):
+            for variant, (recipe, line) in product(variants, lines.items()):
+                if not others or variant["levels"][first] == level:
+                    color = COLORS[groups.index(group_of[variant["name"]]) % len(COLORS)]
+                    mine = [r["history"] for r in runs if (r["variant"], r["recipe"]) == (variant["name"], recipe)]
+                    _plot_mean(axis, _used_curves(mine, name), linestyle=line, color=color, linewidth=1.6)
             dress_epochs(axis, f"{level}: {title.lower()}" if others else title, _epochs(runs))
     for axis in axes[0]:
         axis.set_xlabel("")
-    handles = [
-        Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=n) for i, n in enumerate(groups)
-    ]
+    handles = [Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=n) for i, n in enumerate(groups)]
     handles += [Line2D([], [], color=INK, linestyle=line, label=name) for name, line in lines.items()]
-    legend_below(figure, handles, most=4)
-    save(figure, path)
-
-
-def _of_largest_budget(histories: Sequence[Row]) -> list[Row]:
-    budget = max(run["labels"] for run in histories)
-    return [run for run in histories if run["labels"] == budget]
+    _finish(figure, path, handles, most=4)
 
 
 def _epochs(runs: Sequence[Row]) -> list[int]:
@@ -211,9 +193,8 @@ def _used_curves(histories: Sequence[History], column: str) -> list[dict[int, fl
     return [curve for curve in curves if any(curve.values())]
 
 
-def _plot_mean(axis: Any, histories: Sequence[History], column: str, **style: Any) -> None:
+def _plot_mean(axis: Any, curves: Sequence[dict[int, float]], **style: Any) -> None:
     """The mean of the curves over the epochs that all have; a line alone would not show a single point."""
-    curves = _used_curves(histories, column)
-    epochs = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    epochs = sorted(set.intersection(*map(set, curves))) if curves else []
     mean = [float(np.mean([curve[epoch] for curve in curves])) for epoch in epochs]
     axis.plot(epochs, mean, marker="." if len(epochs) < 3 else "", **style)

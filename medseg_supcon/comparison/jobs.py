@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from time import monotonic
@@ -16,23 +17,22 @@ from typing import Any
 
 import torch
 
-from medseg_supcon.comparison.cell import is_done, run_cell
+from medseg_supcon.comparison.cell import is_done
 from medseg_supcon.comparison.design import Cell, Design
 from medseg_supcon.comparison.report import write_comparison
 from medseg_supcon.comparison.results import read_results
-from medseg_supcon.comparison.runs import conditions_of, make_plans, prepare_cells, refuse_untrusted
+from medseg_supcon.comparison.runs import Say, make_plans, prepare_cells, refuse_untrusted
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import folder_lock, read_json, write_text
 from medseg_supcon.text import counted
 
-Done = Callable[[Path, str], None]  # job file, what went wrong ("": nothing)
+MARKER = "comparison.json"
 INTERRUPTED = (130, -2)
-# As `python -m medseg_supcon.comparison`, which would import modules from the working folder before Python's own.
-WITHOUT_WORKING_FOLDER = (
-    "import sys; sys.path = [p for p in sys.path if p]; from medseg_supcon.comparison.__main__ import main; "
-    "sys.exit(main())"
-)
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# With -m, Python would import modules from the working folder before its own.
+WITHOUT_WORKING_FOLDER = """
+import sys; sys.path = [p for p in sys.path if p]
+from medseg_supcon.comparison import cell; sys.exit(cell.main())
+"""
 
 
 def devices(device: str | None, workers: int | None = None) -> list[str]:
@@ -42,14 +42,11 @@ def devices(device: str | None, workers: int | None = None) -> list[str]:
     return [known[i % len(known)] for i in range(workers or len(known))]
 
 
-def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Done) -> None:
+def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Callable[[Path, str], None]) -> None:
     """Run job files, each in its own process; a failed one does not stop the others.
 
-    One worker shows its progress. Several are silent, write ``JOB.log``, and share the machine: those on the CPU
-    divide the threads that torch would use, and all divide the memory for cached scans.
-
-    ``jobs`` are files that ``python -m medseg_supcon.comparison`` takes, ``where`` has a device for each worker, and
-    ``done`` is called in this process after each job.
+    One worker shows its progress. Several are silent, write ``JOB.log``, and share CPU threads and memory for scans.
+    ``where`` has a device for each worker; ``done`` is called here after each job, with what went wrong ("": nothing).
     """
     pool = _Pool(where)
     free: SimpleQueue[str] = SimpleQueue()
@@ -85,51 +82,35 @@ class _Pool:
     def run(self, job: Path, device: str, log: Path | None) -> str:
         """One job to its end: what went wrong, or an empty string."""
         environment, name = self._environment(device)
-        command = [sys.executable, "-W", "ignore", "-c", WITHOUT_WORKING_FOLDER, str(job)]
-        command += ["--device", name, "--beside", str(len(self.where) - 1), "--parent", str(os.getpid())]
-        if log is None:
-            code, reason = self._wait(command, environment, None), "see above"
-        else:
-            with log.open("wb") as stream:
-                code = self._wait([*command, "--quiet"], environment, stream)
-            lines = log.read_text(errors="replace").strip().splitlines()
-            reason = lines[-1].removeprefix("medseg: ") if lines else f"see {log}"
+        command = [sys.executable, "-W", "ignore", "-c", WITHOUT_WORKING_FOLDER, str(job), "--device", name]
+        command += ["--beside", str(len(self.where) - 1), "--parent", str(os.getpid())] + ["--quiet"] * bool(log)
+        with log.open("wb") if log else nullcontext() as stream:
+            process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+            self.running.add(process)
+            code = process.wait()
+            self.running.discard(process)
         if code in INTERRUPTED:
             raise KeyboardInterrupt
         if code < 0:  # the process itself says nothing
             return f"it was ended by {signal.Signals(-code).name}; perhaps memory ran out"
-        return reason if code else ""
+        if code == 0 or log is None:
+            return "see above" if code else ""
+        lines = log.read_text(errors="replace").strip().splitlines()
+        return lines[-1].removeprefix("medseg: ") if lines else f"see {log}"
 
     def _environment(self, device: str) -> tuple[dict[str, str], str]:
         """The process's environment, and its device's name in it."""
         environment = dict(os.environ)
         if device.startswith("cuda:"):
             # A process sees its own GPU only: nothing in it can use another by default.
-            visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-            number = int(device.removeprefix("cuda:"))
-            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
+            number, visible = device.removeprefix("cuda:"), environment.get("CUDA_VISIBLE_DEVICES")
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(number)] if visible else number
             return environment, "cuda"
         sharing = self.where.count(device)
         if device == "cpu" and sharing > 1:
-            threads = max(1, torch.get_num_threads() // sharing)
-            environment |= dict.fromkeys(THREADS, str(threads))
+            threads = str(max(1, torch.get_num_threads() // sharing))
+            environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         return environment, device
-
-    def _wait(self, command: list[str], environment: dict[str, str], stream: object) -> int:
-        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)  # type: ignore[call-overload]
-        self.running.add(process)
-        try:
-            return int(process.wait())
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-        finally:
-            self.running.discard(process)
-
-
-MARKER = "comparison.json"
-Say = Callable[[str], None]
 
 
 def compare(
@@ -145,30 +126,15 @@ def compare(
     trust_scan_affine: bool = False,
     trust: bool = False,
     say: Say = print,
-    processes: bool = True,
 ) -> dict[str, Any]:
-    """Train and test every run of a design, and write tables, pictures and ``report.html``.
+    """Train and test every run of a design, write tables, pictures and ``report.html``; returns ``comparison.json``.
 
-    Finished runs are kept and interrupted ones go on, so the same call can be made again.
+    Finished runs are kept and interrupted ones go on, so the same call can be made again. ``epochs`` (by default the first
+    plan's length) and ``settings`` are those of all runs; ``trust_scan_affine`` is ``--allow-affine-mismatch``; ``trust``
+    runs code in the folder's runs that medseg did not write on this computer.
 
-    Args:
-        design: of `design_comparison`.
-        out: folder of the comparison; new, or of an earlier call.
-        epochs, settings: of all runs; by default the first plan's length; (key, value) as of ``medseg train --set``.
-        device, workers: see `devices`. On a CPU workers divide its threads: a run's scores depend on its seed and its
-            number of threads, not on what runs beside it.
-        robustness, training_score: also test on degraded scans, and on the scans trained on.
-        trust_scan_affine: as ``medseg train --allow-affine-mismatch``.
-        trust: run code in the folder's runs that medseg did not write on this computer.
-        say: called with lines on the progress.
-        processes: False: run everything in this process, quietly.
-
-    Returns:
-        what ``comparison.json`` holds.
-
-    Raises:
-        RunError: the folder holds something else, another call is at work in it, an earlier run was made with
-            something else, a run failed, or one needs trust.
+    A `RunError` if the folder holds something else, another call is at work in it, an earlier run was made with something
+    else, a run failed, or one needs trust.
     """
     if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
         raise RunError(f"{out} is not empty and holds no comparison. Choose another --out.")
@@ -177,23 +143,17 @@ def compare(
         write_text(out / MARKER, "{}\n")
     with folder_lock(out, wait=False) as free:
         if not free:
-            raise RunError(
-                f"Another medseg compare is at work in {out}. Wait for it, or choose another --out."
-            )
+            raise RunError(f"Another medseg compare is at work in {out}. Wait for it, or choose another --out.")
         refuse_untrusted(out, trust)
-        plans = make_plans(
-            design, out, settings=settings, epochs=epochs, device=device, trust_scan_affine=trust_scan_affine, say=say
-        )  # fmt: skip
-        conditions = conditions_of(robustness)
-        jobs = prepare_cells(design, out, plans, settings, conditions, training_score)
-        _run(jobs, devices(device, workers), say, processes)
-        results = read_results(design, out, next(iter(plans.values())), jobs, settings)
-        report = write_comparison(out, results)
+        plans = make_plans(design, out, settings, epochs, device, trust_scan_affine, say)
+        jobs = prepare_cells(design, out, plans, settings, robustness, training_score)
+        _run(jobs, devices(device, workers), say)
+        report = write_comparison(out, read_results(design, next(iter(plans.values())), jobs, settings))
         write_text(out / MARKER, json.dumps(report, indent=1, allow_nan=False) + "\n")
         return report
 
 
-def _run(jobs: dict[Path, Cell], where: list[str], say: Say, processes: bool) -> None:
+def _run(jobs: dict[Path, Cell], where: list[str], say: Say) -> None:
     todo = [job for job in jobs if not is_done(read_json(job))]
     if len(todo) < len(jobs):
         say(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished already.")
@@ -211,12 +171,7 @@ def _run(jobs: dict[Path, Cell], where: list[str], say: Say, processes: bool) ->
     if todo:
         together = f", {len(where)} at the same time" if len(where) > 1 else ""
         say(f"{counted(len(todo), 'run')} to do on {', '.join(dict.fromkeys(where))}{together}.")
-    if processes:
-        run_jobs(todo, where, done)
-    else:
-        for job in todo:
-            run_cell(read_json(job), where[0], quiet=True)
-            done(job, "")
+    run_jobs(todo, where, done)
     if failed:
         name, problem = next(iter(failed.items()))
         raise RunError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,10 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from medseg_supcon import __version__
-from medseg_supcon.comparison import figures
-from medseg_supcon.comparison.results import (
-    RUN_SCORES,
-    Results,
-    best_variants,
-    grid_table,
-    level_means,
-    means_of_tests,
-)
+from medseg_supcon.comparison import figures, statistics
+from medseg_supcon.comparison.results import RUN_SCORES, Results, grid_table, means_of_tests
 from medseg_supcon.comparison.statistics import (
-    FEWEST_CASES,
-    FEWEST_SEEDS,
-    LEFT_OUT_RULE,
     MEAN,
-    P_RULE,
     compare_recipes,
     excludes_zero,
     recipe_means,
@@ -40,7 +29,6 @@ from medseg_supcon.text import counted, markdown_text
 
 Row = dict[str, Any]
 FEW_CASES = 10
-TITLES = dict(zip(RUN_SCORES, ("loss", "train", "valid.", "test"), strict=True))
 
 
 def write_comparison(out: Path, results: Results) -> Row:
@@ -48,58 +36,54 @@ def write_comparison(out: Path, results: Results) -> Row:
     about, clean, pictures = results.about, results.scores["clean"], out / "pictures"
     recipes = list(about["recipes"])
     differences = _compare(clean, about)
-    degraded = {c: rows for c, rows in results.scores.items() if c != "clean"}
-    robustness = [
+    headline = [row for row in differences if row["class"] == MEAN]
+    degraded = [{"condition": c} | row for c, rows in results.scores.items() if c != "clean" for row in rows]
+    worse = [
         {"condition": condition} | row
         for condition, rows in (results.scores if degraded else {}).items()
         for row in _compare(rows, about)
         if row["class"] == MEAN
     ]
+    robustness = with_changes(worse, recipes)
     report: Row = {
         "about": about,
         "differences": differences,
-        "robustness": with_changes(robustness, recipes),
-        "costs": costs_of(results.runs, recipes),
+        "robustness": robustness,
+        "costs": _costs(results.runs, recipes),
         "runs": list(results.runs),
         "version": __version__,
+        "caveats": caveats(about, differences, robustness),
     }
-    report["caveats"] = caveats(about, differences, report["robustness"])
-    _write_table(out / "results.csv", clean)
-    _write_table(out / "runs.csv", results.runs)
-    _write_table(out / "differences.csv", differences)
-    if degraded:
-        _write_table(
-            out / "robustness.csv", [{"condition": c} | row for c, rows in degraded.items() for row in rows]
-        )
+    tables = {"results": clean, "runs": results.runs, "differences": differences, "robustness": degraded}
     if about["axes"]:
-        report |= _grid(out, results, differences)
+        variants = about["variants"]
+        report["answers"] = _grid_answers(headline)
+        report["table"] = grid_table(variants, recipes, results.runs, means_of_tests(clean))
+        tables["grid"] = _grid_rows(report["table"], headline)
+        figures.grid_figure(report["table"], recipes, pictures / "grid.png")
+        figures.grid_curves_figure(results.histories, variants, recipes, pictures / "grid_curves.png")
     else:
-        report["means"] = recipe_means(clean, recipes)
-        _write_table(out / "summary.csv", report["means"])
-        headline = [row for row in differences if row["class"] == MEAN]
-        report["answers"] = [*map(answer, headline), *on_degraded_scans(report["robustness"])]
+        report["answers"] = [*map(answer, headline), *on_degraded_scans(robustness)]
+        report["means"] = tables["summary"] = recipe_means(clean, recipes)
         figures.efficiency_figure(report["means"], recipes, pictures / "label_efficiency.png")
         figures.differences_figure(headline, pictures / "differences.png")
         if len(about["classes"]) > 1:
             figures.differences_figure(differences, pictures / "differences_by_class.png")
         figures.learning_figure(results.histories, recipes, pictures / "learning.png")
         if degraded:
-            figures.robustness_figure(report["robustness"], recipes, pictures / "robustness.png")
-    view = _view(report) | {"examples": results.examples}
+            figures.robustness_figure(robustness, recipes, pictures / "robustness.png")
+    for name, rows in tables.items():
+        if rows:
+            write_csv(out / f"{name}.csv", [key for key in rows[0] if key != "by_seed"], rows)
     for name, template in (("report.html", "html.j2"), ("summary.md", "markdown.j2")):
-        write_text(out / name, _render(view | {"format": template}, pictures))
+        write_text(out / name, _render(report | {"headline": headline, "format": template}, pictures))
     return report
-
-
-def _write_table(path: Path, rows: Sequence[Row]) -> None:
-    write_csv(path, [key for key in rows[0] if key != "by_seed"], rows)
 
 
 def _compare(rows: Iterable[Row], about: Row) -> list[Row]:
     """`compare_recipes`; in a grid within every variant, with ``variant`` first."""
     if not about["axes"]:
         return compare_recipes(rows, about["recipes"])
-    rows = list(rows)
     return [
         {"variant": variant["name"]} | row
         for variant in about["variants"]
@@ -107,48 +91,35 @@ def _compare(rows: Iterable[Row], about: Row) -> list[Row]:
     ]
 
 
-def answer(row: Row, where: str = "") -> str:
+def answer(row: Row) -> str:
     """Which recipe is better, by how much and how sure, in a sentence."""
-    start = f"With {counted(row['labels'], 'labelled scan')}{where}: {verdict(row)}."
+    start = f"With {counted(row['labels'], 'labelled scan')}: {verdict(row)}."
     if row["difference"] is None:
         return start
-    recipe, baseline = (
-        f"{row[name]} ({row[variant]})" if variant in row else row[name]
-        for name, variant in (("recipe", "variant"), ("baseline", "baseline_variant"))
-    )
     p = "" if row["p"] is None else f"p = {row['p']:.3g}, "
     return (
-        f"{start} {recipe} scores {row['dice']:.4f}, {baseline} {row['baseline_dice']:.4f}: {points(row['difference'])} "
-        f"Dice points (95 % interval {interval(row)}, {p}{counted(row['cases'], 'test scan')}, "
+        f"{start} {row['recipe']} scores {row['dice']:.4f}, {row['baseline']} {row['baseline_dice']:.4f}: "
+        f"{points(row['difference'])} Dice points (95 % interval {interval(row)}, {p}{counted(row['cases'], 'test scan')}, "
         f"{counted(row['seeds'], 'seed')})."
     )
 
 
 def on_degraded_scans(robustness: Sequence[Row]) -> list[str]:
-    """Whether a recipe differs from the baseline on degraded scans, a sentence for each recipe and budget.
-
-    >>> row = {"labels": 8, "recipe": "b", "baseline": "a", "difference": 0.02, "low": 0.01, "high": 0.03, "seeds": 5,
-    ...        "cases": 9}
-    >>> on_degraded_scans([row | {"condition": "noise"}, row | {"condition": "blur", "low": -0.01}])[0]
-    'With 8 labelled scans, on degraded scans: b against a +2.00 (+1.00 to +3.00) with noise; no clear difference with blur.'
-    """
+    """Whether a recipe differs from the baseline on degraded scans, a sentence for each recipe and budget."""
     groups: dict[tuple[Any, Any], list[Row]] = {}
     for row in robustness:
         if row["condition"] != "clean" and row["difference"] is not None:
             groups.setdefault((row["labels"], row["recipe"]), []).append(row)
     sentences = []
     for (labels, recipe), rows in groups.items():
-        differ = [
-            f"{points(row['difference'])} ({interval(row)}) with {row['condition']}"
-            for row in rows
-            if excludes_zero(row)
-        ]
+        clear = [row for row in rows if excludes_zero(row)]
+        differ = ", ".join(f"{points(r['difference'])} ({interval(r)}) with {r['condition']}" for r in clear)
         rest = ", ".join(row["condition"] for row in rows if not excludes_zero(row))
         baseline, few = rows[0]["baseline"], too_few(rows[0])
         if not differ:
             text = f"no clear difference between {recipe} and {baseline} with {rest}"
         else:
-            text = f"{recipe} against {baseline} {', '.join(differ)}{few and f', {few}: too few to be sure'}"
+            text = f"{recipe} against {baseline} {differ}{few and f', {few}: too few to be sure'}"
             text += f"; no clear difference with {rest}" if rest else ""
         sentences.append(f"With {counted(labels, 'labelled scan')}, on degraded scans: {text}.")
     return sentences
@@ -163,19 +134,15 @@ def caveats(about: Row, differences: Sequence[Row], robustness: Sequence[Row] = 
             "One seed: the intervals cover the choice of test scans, not the chance of training. Another seed may "
             "reverse a small difference."
         )
-    elif seeds < FEWEST_SEEDS:
-        sentences.append(
-            f"{seeds} seeds: the intervals cover little of the chance of training and are too narrow."
-        )
+    elif seeds < statistics.FEWEST_SEEDS:
+        sentences.append(f"{seeds} seeds: the intervals cover little of the chance of training and are too narrow.")
     if cases < FEW_CASES:
         sentences.append(f"{counted(cases, 'test scan')}: too few for a firm statement about other scans.")
     clean = sum(row["class"] == MEAN and row["difference"] is not None for row in differences)
     degraded = sum(row["condition"] != "clean" and row["difference"] is not None for row in robustness)
     if clean + degraded > 1:
         where = f" ({clean} on the scans as they are, {degraded} on degraded scans)" if degraded else ""
-        more = (
-            ", not counting those of single classes" if len({row["class"] for row in differences}) > 2 else ""
-        )
+        more = ", not counting those of single classes" if len({row["class"] for row in differences}) > 2 else ""
         sentences.append(
             f"{clean + degraded} comparisons of the mean{where}{more}: each interval is a 95 % interval by itself, so one "
             "in twenty excludes 0 by chance even without a difference."
@@ -183,58 +150,46 @@ def caveats(about: Row, differences: Sequence[Row], robustness: Sequence[Row] = 
     return sentences
 
 
-def costs_of(runs: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
+def _costs(runs: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
     """Minutes and memory of a run of each recipe, over all its runs."""
     costs: list[Row] = []
     for recipe in dict.fromkeys(recipes):
         mine = [run for run in runs if run["recipe"] == recipe]
-        total, steps = sum(run["minutes"] for run in mine), sum(run["steps"] for run in mine)
+        total, steps = (sum(run[key] for run in mine) for key in ("minutes", "steps"))
         minutes = total / len(mine)
-        costs.append(
-            {
-                "recipe": recipe,
-                "runs": len(mine),
-                "minutes": round(minutes, 2),
-                "seconds_per_step": 60 * total / max(steps, 1),
-                "relative_time": minutes / costs[0]["minutes"] if costs and costs[0]["minutes"] else 1.0,
-                "memory_gib": max((run["memory_gib"] for run in mine if run["memory_gib"]), default=None),
-                "machine": ", ".join(sorted({run["machine"] for run in mine if run["machine"]})),
-            }
-        )
+        cost = {"recipe": recipe, "runs": len(mine), "minutes": round(minutes, 2)}
+        cost["seconds_per_step"] = 60 * total / max(steps, 1)
+        cost["relative_time"] = minutes / costs[0]["minutes"] if costs and costs[0]["minutes"] else 1.0
+        cost["memory_gib"] = max((run["memory_gib"] for run in mine if run["memory_gib"]), default=None)
+        cost["machine"] = ", ".join(sorted({run["machine"] for run in mine if run["machine"]}))
+        costs.append(cost)
     return costs
 
 
 def with_changes(robustness: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
     """Rows by budget and recipe, with the change of the recipe's and the baseline's Dice from the clean scans."""
-    ordered = sorted(robustness, key=lambda row: (row["labels"], recipes.index(row["recipe"])))
-    clean = {(r["recipe"], r["labels"], r.get("variant")): r for r in ordered if r["condition"] == "clean"}
+    clean = {(r["recipe"], r["labels"], r.get("variant")): r for r in robustness if r["condition"] == "clean"}
+    changed = []
+    for row in sorted(robustness, key=lambda row: (row["labels"], recipes.index(row["recipe"]))):
+        whole = clean[row["recipe"], row["labels"], row.get("variant")]
+        pairs = {f"{key}_change": (row[key], whole[key]) for key in ("dice", "baseline_dice")}
+        changed.append(row | {key: None if None in pair else pair[0] - pair[1] for key, pair in pairs.items()})
+    return changed
 
-    def change(row: Row, key: str) -> float | None:
-        whole = clean[row["recipe"], row["labels"], row.get("variant")][key]
-        return None if row[key] is None or whole is None else row[key] - whole
 
-    return [row | {f"{key}_change": change(row, key) for key in ("dice", "baseline_dice")} for row in ordered]
-
-
-def _grid(out: Path, results: Results, differences: Sequence[Row]) -> Row:
-    """What only a grid's report has; draws its pictures and writes ``grid.csv``."""
-    about, clean, pictures = results.about, results.scores["clean"], out / "pictures"
-    recipes, variants = about["recipes"], about["variants"]
-    table = grid_table(variants, recipes, results.runs, means_of_tests(clean))
-    headline = [row for row in differences if row["class"] == MEAN]
+def _grid_rows(table: Sequence[Row], headline: Sequence[Row]) -> list[Row]:
+    """The rows of ``grid.csv``."""
     paired = {(row["variant"], row["recipe"], row["labels"]): row for row in headline}
-    rows = [
-        {"labels": row["labels"], **row["levels"], "recipe": recipe, **of}
-        | {
-            key: paired.get((row["variant"], recipe, row["labels"]), {}).get(key)
-            for key in ("difference", "low", "high", "p")
-        }
-        for row in table
-        for recipe, of in row["of"].items()
-    ]
-    _write_table(out / "grid.csv", rows)
-    figures.grid_figure(table, recipes, pictures / "grid.png")
-    figures.grid_curves_figure(results.histories, variants, recipes, pictures / "grid_curves.png")
+    rows = []
+    for row in table:
+        for recipe, of in row["of"].items():
+            against = paired.get((row["variant"], recipe, row["labels"]), {})
+            difference = {key: against.get(key) for key in ("difference", "low", "high", "p")}
+            rows.append({"labels": row["labels"], **row["levels"], "recipe": recipe, **of, **difference})
+    return rows
+
+
+def _grid_answers(headline: Sequence[Row]) -> list[str]:
     answers = []
     for labels, recipe in dict.fromkeys((row["labels"], row["recipe"]) for row in headline):
         mine = [row for row in headline if (row["labels"], row["recipe"]) == (labels, recipe)]
@@ -245,44 +200,12 @@ def _grid(out: Path, results: Results, differences: Sequence[Row]) -> Row:
             f"{mine[0]['baseline']} in {better} of {counted(len(mine), 'variant')}, worse in {worse}; in "
             f"{len(mine) - better - worse} the interval includes 0{few}."
         )
-    best = best_variants(table, recipes, clean)
-    answers += [answer(row, ", each at its best variant by validation Dice") for row in best]
-    return {"answers": answers, "table": table, "best": best, "level_means": level_means(table, recipes)}
-
-
-def _view(report: Row) -> Row:
-    """What the template shows."""
-    about = report["about"]
-    with_labels = len(about["splits"]) > 1 or not about["axes"]
-    levels = {variant["name"]: list(variant["levels"].values()) for variant in about["variants"]}
-
-    def place(row: Row) -> list[str]:
-        """The cells that say of which budget and variant a row is."""
-        return [str(row["labels"])] * with_labels + levels[row.get("variant", "")]
-
-    return report | {
-        "headline": [row for row in report["differences"] if row["class"] == MEAN],
-        "classes": list(dict.fromkeys(row["class"] for row in report["differences"])),
-        "place": place,
-        "place_head": ["labels"] * with_labels + list(about["axes"]),
-        "overlays": {name: settings_and_wiring(overlay) for name, overlay in about["overlays"].items()},
-        "levels": [(axis, n, s) for axis, of in about["axes"].items() for n, s in of.items()],
-        "titles": TITLES,
-        "p_rule": P_RULE,
-        "rules": [LEFT_OUT_RULE, EMPTY_RULE],
-        "fewest_seeds": FEWEST_SEEDS,
-        "fewest_cases": FEWEST_CASES,
-    }
+    return answers
 
 
 def interval(row: Row) -> str:
     """The ends of a difference's interval in points."""
     return "-" if row["low"] is None else f"{points(row['low'])} to {points(row['high'])}"
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A number, or ``-`` for None."""
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def points(value: float | None) -> str:
@@ -291,18 +214,12 @@ def points(value: float | None) -> str:
     >>> points(0.0123), points(-0.004), points(0.0)
     ('+1.23', '-0.40', '0.00')
     """
-    if value is None:
-        return "-"
-    text = f"{100 * value:+.2f}"
-    return text[1:] if float(text) == 0 else text
+    text = "-" if value is None else f"{100 * value:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text
 
 
 def settings_and_wiring(overlay: Mapping[str, Any]) -> tuple[Row, Row]:
-    """What a person sets in an overlay, and what only connects parts of the configuration.
-
-    >>> settings_and_wiring({"contrast_weight": 0.1, "train::loss": "$@loss.to(@device)"})
-    ({'contrast_weight': 0.1}, {'train::loss': '$@loss.to(@device)'})
-    """
+    """What a person sets in an overlay, and what only connects parts of the configuration (``$@loss``)."""
     wiring = {key: value for key, value in overlay.items() if re.search(r"['\"][@$]", repr(value))}
     return {key: value for key, value in overlay.items() if key not in wiring}, wiring
 
@@ -312,36 +229,48 @@ def _pairs(settings: Mapping[str, Any]) -> str:
     return ", ".join(t if len(t) < 110 else f"{t[:107]}..." for t in texts) or "nothing"
 
 
-def _render(view: Row, pictures: Path) -> str:
+def _render(report: Row, pictures: Path) -> str:
     """The report in one format; names are shown as they are, whatever signs they have."""
-    html = view["format"] == "html.j2"
+    about, html = report["about"], report["format"] == "html.j2"
+    with_labels = len(about["splits"]) > 1 or not about["axes"]
+    levels = {variant["name"]: list(variant["levels"].values()) for variant in about["variants"]}
+
+    def place(row: Row) -> list[str]:
+        """The cells that say of which budget and variant a row is."""
+        return [str(row["labels"])] * with_labels + levels[row.get("variant", "")]
+
+    def shown(value: Any) -> Any:
+        return value if isinstance(value, Markup) or not isinstance(value, str) else Markup(markdown_text(value))
+
     environment = Environment(
         autoescape=True,
-        finalize=None if html else _in_markdown,
+        finalize=None if html else shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         # not joinpath(a, b): some of Python 3.10 take one part
-        loader=FunctionLoader(
-            lambda name: (files(__package__) / "templates" / name).read_text(encoding="utf-8")
-        ),
+        loader=FunctionLoader(lambda name: (files(__package__) / "templates" / name).read_text(encoding="utf-8")),
     )
-    shown: dict[str, Callable[..., Any]] = {
+    environment.filters |= {
         "points": points,
-        "number": number,
+        "number": lambda value, digits=4: "-" if value is None else f"{value:.{digits}f}",
         "interval": interval,
         "counted": counted,
         "pairs": _pairs,
         "marked": lambda text, row: (text, ("", "up", "down")[excludes_zero(row)]),
         "p": lambda p: "-" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}",
-        "inline": lambda name: (
-            "data:image/png;base64," + base64.b64encode((pictures / name).read_bytes()).decode()
-        ),
+        "inline": lambda name: "data:image/png;base64," + base64.b64encode((pictures / name).read_bytes()).decode(),
     }
-    environment.filters |= shown
-    text = environment.get_template("report.j2").render(view)
+    text = environment.get_template("report.j2").render(
+        report,
+        classes=list(dict.fromkeys(row["class"] for row in report["differences"])),
+        place=place,
+        place_head=["labels"] * with_labels + list(about["axes"]),
+        overlays={name: settings_and_wiring(overlay) for name, overlay in about["overlays"].items()},
+        levels=[(axis, level, settings) for axis, of in about["axes"].items() for level, settings in of.items()],
+        titles=dict(zip(RUN_SCORES, ("loss", "train", "valid.", "test"), strict=True)),
+        p_rule=statistics.P_RULE,
+        rules=[statistics.LEFT_OUT_RULE, EMPTY_RULE],
+        fewest=(statistics.FEWEST_SEEDS, statistics.FEWEST_CASES),
+    )
     return text if html else re.sub(r"\n{3,}", "\n\n", text)
-
-
-def _in_markdown(value: Any) -> Any:
-    return value if isinstance(value, Markup) or not isinstance(value, str) else Markup(markdown_text(value))

@@ -9,26 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from medseg_supcon.bundle import check_configs_trusted, check_network_trusted, is_planned, read_recipe
-from medseg_supcon.comparison.cell import CLEAN, TRAINING
+from medseg_supcon.comparison.cell import CLEAN, TRAINING, scores_folder
 from medseg_supcon.comparison.corruptions import CORRUPTIONS, corrupt_cases
-from medseg_supcon.comparison.design import Cell, Design
+from medseg_supcon.comparison.design import Cell, Design, case_names
 from medseg_supcon.datasets import items
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import read_json, write_text
 from medseg_supcon.plan import plan_warnings, read_plan, write_plan
 from medseg_supcon.training import is_of_plan, prepare_run
 
+Row = dict[str, Any]
+Say = Callable[[str], None]
 Settings = Sequence[tuple[str, Any]]
 LENGTH = "epochs"  # the comparison's, whatever a recipe says
 EQUAL = ("steps_per_epoch", "batch_size")  # a recipe that sets one of these has another budget
 
 
 def refuse_untrusted(out: Path, trust: bool) -> None:
-    """Passes where the plans and runs that a comparison's folder already holds may be evaluated.
-
-    Raises:
-        RunError: one holds code that medseg did not write on this computer, and they are not trusted.
-    """
+    """A `RunError` if a plan or run that the folder already holds has code that is not trusted."""
     for path in sorted((out / "plans").glob("*.json")):
         check_network_trusted(path, read_plan(path), trust)
     for run in sorted((out / "runs").glob("*")):
@@ -37,23 +35,22 @@ def refuse_untrusted(out: Path, trust: bool) -> None:
 
 
 def make_plans(
-    design: Design,
-    out: Path,
-    *,
-    settings: Settings,
-    epochs: int | None,
-    device: str | None,
-    trust_scan_affine: bool,
-    say: Callable[[str], None],
-) -> dict[int, dict[str, Any]]:
+    design: Design, out: Path, settings: Settings, epochs: int | None, device: str | None, trust_affine: bool, say: Say
+) -> dict[int, Row]:
     """The plan of each budget, made once and kept in ``plans/``; all have the first one's length.
 
     A `RunError` if a kept plan was made of other cases or settings, or has another length than ``epochs``.
     """
-    plans: dict[int, dict[str, Any]] = {}
+    plans: dict[int, Row] = {}
+    baseline = design.files[design.recipes[0]]
+    mine = [(_bare(key), value) for key, value in (*read_recipe(baseline).items(), *settings) if is_of_plan(key)]
     for labels, split in design.splits.items():
         path, record = (out / folder / f"labels{labels}.json" for folder in ("plans", "jobs/plans"))
-        definition = _plan_definition(design, labels, settings, trust_scan_affine)
+        definition = {
+            "settings": {key: value for key, value in mine if key != LENGTH},
+            "cases": [case.name for case in (*split.training, *split.unlabelled)],
+            "trust in the scans' affines": trust_affine,
+        }
         if path.exists():
             _check_same(path, record, definition)
         else:
@@ -61,85 +58,70 @@ def make_plans(
             draft = out / ".planning"
             shutil.rmtree(draft, ignore_errors=True)
             plan = prepare_run(
-                design.dataset, split, draft, recipe=design.files[design.recipes[0]], settings=settings,
-                epochs=epochs, device=device, trust_scan_affine=trust_scan_affine,
+                design.dataset, split, draft, recipe=baseline, settings=settings, epochs=epochs, device=device,
+                trust_scan_affine=trust_affine,
             )  # fmt: skip
             for warning in plan_warnings(plan):
                 say(f"Warning: {warning}")
             shutil.rmtree(draft)
-            write_text(record, json.dumps({"definition": definition}, indent=1) + "\n")
+            _write(record, {"definition": definition})
             path.parent.mkdir(parents=True, exist_ok=True)
             write_plan(plan, path)
         plans[labels] = read_plan(path)
-        epochs = epochs or plans[labels]["epochs"]
-        if plans[labels]["epochs"] != epochs:
+        made = plans[labels]["epochs"]
+        epochs = epochs or made
+        if made != epochs:
             raise RunError(
-                f"{path} was made for {plans[labels]['epochs']} epochs, not {epochs}. Leave --epochs as it "
-                "was, or choose another --out."
+                f"{path} was made for {made} epochs, not {epochs}. Leave --epochs as it was, or choose another --out."
             )
     return plans
 
 
 def prepare_cells(
-    design: Design,
-    out: Path,
-    plans: dict[int, dict[str, Any]],
-    settings: Settings,
-    conditions: Sequence[str],
-    training_score: bool = False,
+    design: Design, out: Path, plans: dict[int, Row], settings: Settings, robustness: bool, training_score: bool
 ) -> dict[Path, Cell]:
     """A planned run and a job file for every cell; with ``training_score`` it is tested on its training scans, too.
 
     A `RunError` if an existing run was prepared with other cases, settings, length, or another recipe.
     """
-    tests: dict[str, list[dict[str, Any]]] = {}
-    for condition in conditions:
-        cases = list(design.test)
-        if condition != CLEAN:
-            cases = corrupt_cases(cases, condition, out / "corrupted" / condition.replace(" ", "_"))
-        tests[condition] = items(cases, design.dataset.root)
+    root = design.dataset.root
+    tests = {CLEAN: items(design.test, root)}
+    for condition in CORRUPTIONS if robustness else ():
+        folder = scores_folder(out / "corrupted", condition)
+        tests[condition] = items(corrupt_cases(design.test, condition, folder), root)
     jobs = {}
     for cell in design.cells:
         run, path = out / "runs" / cell.name, out / "jobs" / f"{cell.name}.json"
-        split, own = design.splits[cell.labels], own_settings(design, cell)
-        learnt = {TRAINING: items(split.training, design.dataset.root)} if training_score else {}
-        definition = _plain(
-            {
-                "recipe": read_recipe(design.files[cell.recipe]),
-                "settings": settings,
-                "epochs": plans[cell.labels]["epochs"],
-                "training cases": [case.name for case in split.training],
-                "validation cases": [case.name for case in split.validation],
-                "unlabelled cases": [case.name for case in split.unlabelled],
-                **({"own settings": own} if own else {}),
-            }
-        )
-        if is_planned(run):
+        split, own, plan = design.splits[cell.labels], _own_settings(design, cell), plans[cell.labels]
+        definition = {
+            "recipe": read_recipe(design.files[cell.recipe]),
+            "settings": settings,
+            "epochs": plan["epochs"],
+            **{f"{part} cases": names for part, names in case_names(split).items()},
+            **({"own settings": own} if own else {}),
+        }
+        planned = is_planned(run)
+        if planned:
             _check_same(run, path, definition)
         job = {
             "run": str(run.resolve()),
             "tests": str((out / "tests" / cell.name).resolve()),
-            "dataset_dir": str(design.dataset.root.resolve()),
+            "dataset_dir": str(root.resolve()),
             "classes": list(design.dataset.labels)[1:],
-            "conditions": tests | learnt,
+            "conditions": tests | ({TRAINING: items(split.training, root)} if training_score else {}),
             "definition": definition,
         }
-        write_text(path, json.dumps(job, indent=1) + "\n")
-        if not is_planned(run):
+        _write(path, job)
+        if not planned:
             prepare_run(
                 design.dataset, split, run, recipe=design.files[cell.recipe], settings=[*settings, *own], seed=cell.seed,
-                plan=plans[cell.labels], plan_settings=_own_plan(design, cell, settings),
+                plan=plan, plan_settings=_own_plan(design, cell, settings),
             )  # fmt: skip
         jobs[path] = cell
     return jobs
 
 
-def conditions_of(robustness: bool) -> list[str]:
-    """``clean``, and with ``robustness`` the corruptions."""
-    return [CLEAN, *(CORRUPTIONS if robustness else ())]
-
-
-def own_settings(design: Design, cell: Cell) -> list[tuple[str, Any]]:
+def _own_settings(design: Design, cell: Cell) -> list[tuple[str, Any]]:
     """A cell's settings beyond those of all runs: its recipe's, and over them its variant's."""
     return [*design.own.get(cell.recipe, {}).items(), *cell.variant.settings]
 
@@ -148,7 +130,7 @@ def _own_plan(design: Design, cell: Cell, settings: Settings) -> list[tuple[str,
     """What a cell changes in its budget's plan, which was made under the baseline's recipe."""
     for_all = {_bare(key) for key, _ in settings}
     overlay = {} if cell.recipe == design.recipes[0] else read_recipe(design.files[cell.recipe])
-    mine = [(k, v) for k, v in overlay.items() if _bare(k) not in for_all] + own_settings(design, cell)
+    mine = [(k, v) for k, v in overlay.items() if _bare(k) not in for_all] + _own_settings(design, cell)
     return [(_bare(key), value) for key, value in mine if is_of_plan(key) and _bare(key) != LENGTH]
 
 
@@ -157,10 +139,10 @@ def unequal_recipes(design: Design) -> list[str]:
     sentences = []
     for cell in design.cells:
         mine = dict(_own_plan(design, cell, ()))
-        own = [key for key in EQUAL if key in mine]
+        own = ", ".join(key for key in EQUAL if key in mine)
         who = f"{cell.recipe} ({cell.variant.name})" if cell.variant.levels else cell.recipe
         if own:
-            sentences.append(f"{who} sets its own {', '.join(own)}: its budget is not the baseline's.")
+            sentences.append(f"{who} sets its own {own}: its budget is not the baseline's.")
         if "network_def" in mine:
             sentences.append(f"{who} has its own network.")
     return list(dict.fromkeys(sentences))
@@ -170,29 +152,16 @@ def _bare(key: str) -> str:
     return key.removeprefix("plan::")
 
 
-def _plan_definition(design: Design, labels: int, settings: Settings, trust: bool) -> dict[str, Any]:
-    split, baseline = design.splits[labels], read_recipe(design.files[design.recipes[0]])
-    mine = [(_bare(key), value) for key, value in (*baseline.items(), *settings) if is_of_plan(key)]
-    return _plain(
-        {
-            "settings": {key: value for key, value in mine if key != LENGTH},
-            "cases": [case.name for case in (*split.training, *split.unlabelled)],
-            "trust in the scans' affines": trust,
-        }
-    )
+def _write(path: Path, content: Row) -> None:
+    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
-def _plain(definition: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back: lists for tuples, text for keys."""
-    plain: dict[str, Any] = json.loads(json.dumps(definition, default=str))
-    return plain
-
-
-def _check_same(made: Path, record: Path, definition: dict[str, Any]) -> None:
+def _check_same(made: Path, record: Path, definition: Row) -> None:
     """A plan or run was made of what is asked for now, as its record says."""
+    now = json.loads(json.dumps(definition, default=str))  # lists for tuples, text for keys
     try:
         earlier = read_json(record)["definition"]
-        changed = [key for key in {**earlier, **definition} if definition.get(key) != earlier.get(key)]
+        changed = [key for key in {**earlier, **now} if now.get(key) != earlier.get(key)]
     except (RunError, KeyError, TypeError, AttributeError):
         raise RunError(
             f"{record} is missing or damaged: it says what {made} was made with. Delete {made} to make it again, or choose "

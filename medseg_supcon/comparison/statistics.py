@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +20,8 @@ FEWEST_SEEDS = 3  # fewer say little about the chance of training
 FEWEST_CASES = 6  # with fewer, p cannot fall below 0.05
 ALPHA = 0.05
 LEFT_OUT_RULE = (
-    "A class that a test case does not have gets no score from a run that rightly left it empty. It is left "
-    "out for that case in all runs, so that every run's mean is over the same cases."
+    "A class that a test case does not have gets no score from a run that rightly left it empty. It is left out for that "
+    "case in all runs, so that every run's mean is over the same cases."
 )
 P_RULE = (
     "p: Wilcoxon's signed-rank test, two-sided, over test scans, each with the mean over its seeds. It says nothing about "
@@ -40,19 +42,10 @@ class PairedDifference(NamedTuple):
 
 
 def bootstrap_means(differences: npt.ArrayLike, resamples: int = 10_000, seed: int = 0) -> Array:
-    """Means of resampled differences; rows (seeds) and columns (cases) are both drawn with replacement.
+    """(resamples,) means of resampled (S, K) differences; seeds (rows) and cases (columns) are drawn with replacement.
 
     A training seed affects all cases of its run, so rows and columns are drawn independently of one another, and a
     resample is the mean over the drawn rows and columns (Owen 2007, The pigeonhole bootstrap).
-
-    Takes (S, K), a row per seed and a column per case; gives (resamples,).
-
-    Raises:
-        ValueError: not a table, empty, or with a value that is not finite; resamples below 1.
-
-    Example:
-        >>> bootstrap_means([[0.5, 0.5]], resamples=2).tolist()
-        [0.5, 0.5]
     """
     d = _table("differences", differences)
     if resamples < 1:
@@ -69,17 +62,8 @@ def signed_rank_p(differences: npt.ArrayLike) -> float:
     """Two-sided p of Wilcoxon's signed-rank test over (K,) differences; 1 if all of them are zero.
 
     Zeros are left out (Wilcoxon's own rule); the distribution is exact for few cases (scipy decides).
-
-    Raises:
-        ValueError: empty, not a vector, or a value that is not finite.
-
-    Example:
-        >>> signed_rank_p([0, 0, 0]), signed_rank_p([1, 2, 3, 4, 5])
-        (1.0, 0.0625)
     """
-    d = np.asarray(differences, dtype=np.float64)
-    if d.ndim != 1 or d.size == 0 or not np.isfinite(d).all():
-        raise ValueError(f"differences must be a vector of finite numbers, got shape {d.shape}")
+    (d,) = _table("differences", [differences])
     if not d.any():
         return 1.0
     from scipy.stats import wilcoxon  # takes a second to import
@@ -88,12 +72,7 @@ def signed_rank_p(differences: npt.ArrayLike) -> float:
 
 
 def paired_difference(
-    scores: npt.ArrayLike,
-    baseline: npt.ArrayLike,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
-    confidence: float = 0.95,
+    scores: npt.ArrayLike, baseline: npt.ArrayLike, *, resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
 ) -> PairedDifference:
     """Scores minus baseline, with a bootstrap interval over seeds and cases and Wilcoxon's test over cases.
 
@@ -102,8 +81,7 @@ def paired_difference(
     training, and with two or three it is somewhat too narrow.
 
     Args:
-        scores: (S, K), a row per seed, a column per case; Dice, for instance.
-        baseline: (S, K), for the same seeds and cases.
+        scores, baseline: (S, K), a row per seed, a column per case, the same on both sides; Dice, for instance.
         resamples, seed: of the bootstrap.
         confidence: of the interval, in (0, 1).
 
@@ -119,8 +97,7 @@ def paired_difference(
         raise ValueError(f"scores and baseline must share one shape, got {a.shape} and {b.shape}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    d = a - b
-    tail = (1 - confidence) / 2
+    d, tail = a - b, (1 - confidence) / 2
     low, high = np.quantile(bootstrap_means(d, resamples, seed), (tail, 1 - tail))
     p = signed_rank_p(d.mean(axis=0))
     return PairedDifference(float(d.mean()), float(low), float(high), p, d.shape[1], d.shape[0])
@@ -128,89 +105,65 @@ def paired_difference(
 
 def _table(name: str, values: Any) -> Array:
     table = np.asarray(values, dtype=np.float64)
-    if table.ndim != 2 or table.size == 0:
-        raise ValueError(f"{name} must be (seeds, cases) and not empty, got shape {table.shape}")
-    if not np.isfinite(table).all():
-        raise ValueError(f"{name} must be finite numbers, found NaN or infinity")
+    if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all():
+        raise ValueError(f"{name} must be finite numbers, (seeds, cases) and not empty; got shape {table.shape}")
     return table
 
 
-def compare_recipes(
-    rows: Iterable[Row], recipes: Sequence[str], *, resamples: int = 10_000, seed: int = 0
-) -> list[Row]:
-    """Every recipe against the first, for each label budget, class and the mean over classes.
+def compare_recipes(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
+    """Every recipe against the first (which may be compared with itself), for each label budget, class and their mean.
 
-    Args:
-        rows: one per run, case and class, with ``recipe``, ``labels``, ``seed``, ``case``, ``class``, ``dice``
-            (0..1, or None for no score). Other keys are ignored.
-        recipes: names, the baseline first; the baseline may be compared with itself.
-        resamples, seed: of the bootstrap.
-
-    Returns:
-        Rows ``recipe``, ``baseline``, ``labels``, ``class`` (``mean``: over classes, per case), ``dice``,
-        ``baseline_dice``, ``difference``, ``low``, ``high`` (95 %), ``p`` (None unless `P_RULE` allows it), ``cases``,
-        ``seeds``, ``left_out`` (cases without a score).
-
-    Raises:
-        ValueError: fewer than two recipes, or a run or one of its cases is missing.
-
-    Example:
-        >>> rows = [{"recipe": r, "labels": 5, "seed": 0, "case": "a", "class": "organ", "dice": d}
-        ...         for r, d in (("x", 0.5), ("y", 0.75))]
-        >>> compare_recipes(rows, ["x", "y"])[0]["difference"]
-        0.25
+    Takes a row per run, case and class: ``recipe``, ``labels``, ``seed``, ``case``, ``class``, ``dice`` (or None). Gives
+    rows ``recipe``, ``baseline``, ``labels``, ``class`` (``mean``: over classes, per case), ``dice``, ``baseline_dice``,
+    ``difference``, ``low``, ``high`` (95 %), ``p`` (None unless `P_RULE` allows it), ``cases``, ``seeds``, ``left_out``
+    (cases without a score). A ValueError if a run or one of its cases is missing.
     """
     if len(recipes) < 2:
         raise ValueError(f"recipes must name at least two, the baseline first; got {list(recipes)}")
-    rows = list(rows)
     differences = []
-    for labels in sorted({row["labels"] for row in rows}):
-        scores = score_tables([row for row in rows if row["labels"] == labels], recipes)
-        for recipe in recipes[1:]:
-            for name, tables in scores.items():
-                key = {"recipe": recipe, "baseline": recipes[0], "labels": labels, "class": name}
-                differences.append(key | _difference(tables[recipe], tables[recipes[0]], resamples, seed))
+    for labels, scores in _by_budget(rows, recipes):
+        for recipe, (name, tables) in product(recipes[1:], scores.items()):
+            key = {"recipe": recipe, "baseline": recipes[0], "labels": labels, "class": name}
+            differences.append(key | _difference(tables[recipe], tables[recipes[0]]))
     return differences
 
 
-def _difference(scores: Array, baseline: Array, resamples: int, seed: int) -> Row:
+def _difference(scores: Array, baseline: Array) -> Row:
     scored = np.isfinite(baseline[0])
     left_out = {"left_out": int((~scored).sum())}
     if not scored.any():
         nothing = dict.fromkeys(("dice", "baseline_dice", "difference", "low", "high", "p"))
         return {**nothing, "cases": 0, "seeds": len(scores), **left_out}
     a, b = scores[:, scored], baseline[:, scored]
-    row = paired_difference(a, b, resamples=resamples, seed=seed)._asdict()
+    row = paired_difference(a, b)._asdict()
     if too_few(row) or (row["p"] < ALPHA and not excludes_zero(row)):
         row["p"] = None
     return {"dice": float(a.mean()), "baseline_dice": float(b.mean()), **row, **left_out}
 
 
-def score_tables(rows: Sequence[Row], recipes: Iterable[str]) -> dict[str, dict[str, Array]]:
-    """The Dice of one label budget as tables, class -> recipe -> (S, K), and the mean over classes as ``mean``.
+def _by_budget(rows: Iterable[Row], recipes: Iterable[str]) -> Iterator[tuple[int, dict[str, dict[str, Array]]]]:
+    """Each label budget and its Dice: class (``mean`` over classes first) -> recipe -> (S, K), seeds and cases sorted.
 
-    Seeds and cases are sorted. A class that any run has no score for is NaN for that case in all runs.
-
-    Raises:
-        ValueError: a recipe, or a case or class of one of its runs, is missing.
+    A class that any run has no score for is NaN for that case in all runs.
     """
-    names = list(dict.fromkeys(recipes))
-    seeds = sorted({row["seed"] for row in rows})
-    cases = sorted({row["case"] for row in rows})
-    classes = list(dict.fromkeys(row["class"] for row in rows))
-    dice = {(r["recipe"], r["seed"], r["case"], r["class"]): r["dice"] for r in rows}
-    table = np.full((len(names), len(seeds), len(cases), len(classes)), np.nan)
-    for i, j, k, c in np.ndindex(*table.shape):
-        key = (names[i], seeds[j], cases[k], classes[c])
-        if key not in dice:
-            raise ValueError("no result of {!r}, seed {}, for case {!r} and class {!r}".format(*key))
-        if dice[key] is not None:
-            table[i, j, k, c] = dice[key]
-    table[:, :, ~np.isfinite(table).all(axis=(0, 1))] = np.nan
-    scored = np.isfinite(table).sum(axis=3)
-    mean = np.where(scored > 0, np.nansum(table, axis=3) / np.maximum(scored, 1), np.nan)
-    by_class = {name: table[..., c] for c, name in enumerate(classes)}
-    return {name: dict(zip(names, of, strict=True)) for name, of in ({MEAN: mean} | by_class).items()}
+    names, of_budget = list(dict.fromkeys(recipes)), defaultdict(list)
+    for row in rows:
+        of_budget[row["labels"]].append(row)
+    for labels, mine in sorted(of_budget.items()):
+        seeds, cases = (sorted({row[key] for row in mine}) for key in ("seed", "case"))
+        classes = list(dict.fromkeys(row["class"] for row in mine))
+        dice = {(r["recipe"], r["seed"], r["case"], r["class"]): r["dice"] for r in mine}
+        keys = list(product(names, seeds, cases, classes))
+        for key in keys:
+            if key not in dice:
+                raise ValueError("no result of {!r}, seed {}, for case {!r} and class {!r}".format(*key))
+        table = np.array([dice[key] for key in keys], dtype=np.float64)  # None becomes NaN
+        table = table.reshape(len(names), len(seeds), len(cases), len(classes))
+        table[:, :, ~np.isfinite(table).all(axis=(0, 1))] = np.nan
+        scored = np.isfinite(table).sum(axis=3)
+        mean = np.where(scored > 0, np.nansum(table, axis=3) / np.maximum(scored, 1), np.nan)
+        by_class = {MEAN: mean} | {name: table[..., c] for c, name in enumerate(classes)}
+        yield labels, {name: dict(zip(names, of, strict=True)) for name, of in by_class.items()}
 
 
 def recipe_means(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
@@ -219,47 +172,32 @@ def recipe_means(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
     Rows ``recipe``, ``labels``, ``class`` (``mean`` first), ``dice``, ``seed_std`` (sample standard deviation of the runs'
     means; None with one seed), ``by_seed``, ``cases``, ``seeds``.
     """
-    rows = list(rows)
     means = []
-    for labels in sorted({row["labels"] for row in rows}):
-        scores = score_tables([row for row in rows if row["labels"] == labels], recipes)
-        for recipe in dict.fromkeys(recipes):
-            for name, tables in scores.items():
-                scored = tables[recipe][:, np.isfinite(tables[recipe][0])]
-                runs = scored.mean(axis=1) if scored.size else np.zeros(0)
-                row = {"recipe": recipe, "labels": labels, "class": name}
-                row["dice"] = float(runs.mean()) if runs.size else None
-                row["seed_std"] = float(runs.std(ddof=1)) if runs.size > 1 else None
-                row |= {"by_seed": runs.tolist(), "cases": scored.shape[1], "seeds": len(scored)}
-                means.append(row)
+    for labels, scores in _by_budget(rows, recipes):
+        for recipe, (name, tables) in product(dict.fromkeys(recipes), scores.items()):
+            scored = tables[recipe][:, np.isfinite(tables[recipe][0])]
+            runs = scored.mean(axis=1) if scored.size else np.zeros(0)
+            row = {"recipe": recipe, "labels": labels, "class": name}
+            row["dice"] = float(runs.mean()) if runs.size else None
+            row["seed_std"] = float(runs.std(ddof=1)) if runs.size > 1 else None
+            means.append(row | {"by_seed": runs.tolist(), "cases": scored.shape[1], "seeds": len(scored)})
     return means
 
 
 def excludes_zero(row: Mapping[str, Any]) -> int:
     """1: the interval of a difference is above 0; -1: below; 0: neither, or there is no difference."""
-    if row["difference"] is None:
-        return 0
-    return int(row["low"] > 0) - int(row["high"] < 0)
+    return 0 if row["difference"] is None else int(row["low"] > 0) - int(row["high"] < 0)
 
 
 def too_few(row: Row) -> str:
-    """What there is too little of for a clear difference, in words; empty if there is enough.
-
-    >>> too_few({"seeds": 1, "cases": 4}), too_few({"seeds": 3, "cases": 6})
-    ('with 1 seed and 4 test scans', '')
-    """
+    """What there is too little of for a clear difference, in words (``with 1 seed and 4 test scans``); or nothing."""
     few = [counted(row["seeds"], "seed")] if row["seeds"] < FEWEST_SEEDS else []
     few += [counted(row["cases"], "test scan")] if row["cases"] < FEWEST_CASES else []
     return f"with {' and '.join(few)}" if few else ""
 
 
 def verdict(row: Row) -> str:
-    """A difference in words: which recipe is better, and how sure that is. The interval decides.
-
-    >>> verdict({"difference": 0.02, "low": 0.01, "high": 0.03, "p": 0.001, "recipe": "b", "baseline": "a",
-    ...          "seeds": 3, "cases": 9})
-    'b is clearly better than a'
-    """
+    """A difference in words: which recipe is better, and how sure that is. The interval decides."""
     recipe, baseline = row["recipe"], row["baseline"]
     if row["difference"] is None:
         return f"{recipe} and {baseline} have no score to compare"

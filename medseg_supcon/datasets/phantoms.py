@@ -15,9 +15,7 @@ from scipy.spatial.transform import Rotation
 
 from medseg_supcon.errors import DataError
 
-CLASSES = ("background", "capsule", "core", "anterior horn", "posterior horn", "nodule")
-PHANTOM_LABELS = {name: value for value, name in enumerate(CLASSES)}
-
+PHANTOM_LABELS = {"background": 0, "capsule": 1, "core": 2, "anterior horn": 3, "posterior horn": 4, "nodule": 5}
 ORIENTATIONS = ("RAS", "LPS", "PIR", "LAS", "ASL", "SRP", "RSA", "IPL")
 SPACINGS = ((1, 1, 1), (0.8, 0.8, 0.8), (1, 1, 2), (1.2, 1, 0.9), (1.5, 1.2, 1.2), (0.9, 0.9, 1.5))  # mm
 AIR, TISSUE, BRIGHT = 0.05, 0.5, 0.85
@@ -28,18 +26,22 @@ Floats = npt.NDArray[np.float64]
 def make_phantoms(folder: str | Path, *, cases: int = 12, unseen: int = 4, seed: int = 0, size: float = 56.0) -> Path:
     """Write a data set of phantoms in the decathlon's format, the same one for the same arguments.
 
-    Each scan shows a body with a capsule round a core, a horn whose anterior and posterior halves are two
-    classes, and a nodule (about 0.1 % of the voxels) on top of the capsule. Capsule and horns are equally
-    bright, the core is as grey as the body, and there are other bright spots like the nodule: intensity alone
-    cannot separate the classes. Shapes are deformed smoothly; bias field, noise, intensity scale, voxel size (0.8
-    to 2 mm), axis order and tilt vary from scan to scan.
+    Each scan shows a body with a capsule round a core, a horn whose anterior and posterior halves are two classes, and a
+    nodule (about 0.1 % of the voxels) on top of the capsule. Capsule and horns are equally bright, the core is as grey as
+    the body, and there are other bright spots like the nodule: intensity alone cannot separate the classes. Shapes are
+    deformed smoothly; bias field, noise, intensity scale, voxel size (0.8 to 2 mm), axis order and tilt vary from scan to
+    scan.
 
     Args:
-        folder: a new or empty folder (otherwise a `DataError`), which is returned.
+        folder: a new or empty folder, which is returned.
         cases: labelled scans, in imagesTr and labelsTr.
         unseen: scans to predict later, in imagesTs and labelsTs; ``dataset.json`` names the scans under "test".
         seed: of all draws; a case depends only on the seed and its own number.
-        size: edge of the scanned cube, at least 16 mm; every structure scales with it.
+        size: edge of the scanned cube in mm; every structure scales with it.
+
+    Raises:
+        DataError: the folder holds files already.
+        ValueError: no case, or a size below 16 mm.
 
     Example:
         >>> import tempfile
@@ -48,10 +50,8 @@ def make_phantoms(folder: str | Path, *, cases: int = 12, unseen: int = 4, seed:
         >>> sorted(file.name for file in folder.iterdir())
         ['dataset.json', 'imagesTr', 'labelsTr']
     """
-    if cases < 1 or unseen < 0:
-        raise ValueError(f"cases must be at least 1 and unseen at least 0, got {cases} and {unseen}")
-    if size < 16:
-        raise ValueError(f"size must be at least 16 mm, got {size}")
+    if cases < 1 or unseen < 0 or size < 16:
+        raise ValueError(f"cases must be at least 1, unseen 0 and size 16 mm, got {cases}, {unseen} and {size}")
     root = Path(folder)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise DataError(f"{root}: is not empty. Give a new folder for the phantoms, or delete this one.")
@@ -64,28 +64,21 @@ def make_phantoms(folder: str | Path, *, cases: int = 12, unseen: int = 4, seed:
             nibabel.save(image, root / f"{kind}{part}" / name)
         item = {"image": f"./images{part}/{name}", "label": f"./labels{part}/{name}"}
         training.append(item) if part == "Tr" else test.append(item["image"])
-    content = {
-        "name": "Phantoms",
-        "description": "Synthetic scans; intensity alone does not separate the structures.",
-        "tensorImageSize": "3D",
-        "modality": {"0": "MRI"},
-        "labels": {str(value): name for name, value in PHANTOM_LABELS.items()},
-        "numTraining": cases,
-        "numTest": unseen,
-        "training": training,
-        "test": test,
-    }
+    content: dict[str, Any] = {"name": "Phantoms", "tensorImageSize": "3D", "modality": {"0": "MRI"}}
+    content["description"] = "Synthetic scans; intensity alone does not separate the structures."
+    content["labels"] = {str(value): name for name, value in PHANTOM_LABELS.items()}
+    content |= {"numTraining": cases, "numTest": unseen, "training": training, "test": test}
     (root / "dataset.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return root
 
 
-def _waves(points: Floats, rng: np.random.Generator, size: float, outputs: int, height: float, n: int = 5) -> Floats:
-    """A smooth random field (..., outputs) at points (..., 3): `n` plane waves about as long as `size`, in mm."""
-    directions = rng.normal(size=(n, 3))
+def _waves(rng: np.random.Generator, points: Floats, size: float, outputs: int, height: float) -> Floats:
+    """A smooth random field (..., outputs) at points (..., 3): five plane waves, about as long as the scanned cube."""
+    directions = rng.normal(size=(5, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    lengths = rng.uniform(0.6, 1.4, size=(n, 1)) * size
-    heights = rng.normal(size=(n, outputs)) * height / math.sqrt(n)
-    phases = rng.uniform(0, 2 * math.pi, n)
+    lengths = rng.uniform(0.6, 1.4, size=(5, 1)) * size
+    heights = rng.normal(size=(5, outputs)) * height / math.sqrt(5)
+    phases = rng.uniform(0, 2 * math.pi, 5)
     return np.asarray(np.sin(points @ (2 * math.pi * directions / lengths).T + phases) @ heights)
 
 
@@ -104,11 +97,10 @@ def _phantom(number: int, seed: int, size: float) -> tuple[Any, Any]:
     centred = (grid - (np.array(shape) - 1) / 2) @ affine[:3, :3].T + rng.uniform(-0.04, 0.04, 3) * size
     turn = Rotation.from_euler("xyz", rng.uniform(-10, 10, 3), degrees=True).as_matrix()
     points = centred @ turn.T * rng.uniform(0.92, 1.1)
-    points = (points + _waves(points, rng, size, 3, 0.028 * size)) / size
+    points = (points + _waves(rng, points, size, 3, 0.028 * size)) / size
     label, clean = _anatomy(points, rng)
-
     clean = gaussian_filter(clean, 0.6)
-    bias = np.exp(_waves(centred, rng, 2 * size, 1, 0.18)[..., 0])
+    bias = np.exp(_waves(rng, centred, 2 * size, 1, 0.18)[..., 0])
     noise = rng.normal(size=shape) * rng.uniform(0.03, 0.06)
     scale = 10 ** rng.uniform(2, 4.5)
     scan = np.maximum(clean * bias + noise, 0) * scale
@@ -121,15 +113,13 @@ def _anatomy(p: Floats, rng: np.random.Generator) -> tuple[npt.NDArray[np.uint8]
     """Label map and noise-free intensities at points (..., 3) given in edges of the scanned cube, RAS."""
 
     def ball(centre: Any, radii: Any) -> Floats:
-        distance: Floats = np.linalg.norm((p - np.asarray(centre)) / np.asarray(radii), axis=-1)
-        return distance
+        return np.asarray(np.linalg.norm((p - np.asarray(centre)) / np.asarray(radii), axis=-1))
 
     label = np.zeros(p.shape[:-1], dtype=np.uint8)
     intensity = np.where(ball((0, 0, 0), (0.42, 0.46, 0.43)) < 1, TISSUE, AIR)
 
     horn = ball((0, 0.0, -0.2), np.array([0.1, 0.27, 0.085]) * rng.uniform(0.9, 1.12)) < 1
-    label[horn] = np.where(p[..., 1] > 0.25 * (p[..., 2] + 0.2), 3, 4)[horn]
-    intensity[horn] = BRIGHT
+    label[horn], intensity[horn] = np.where(p[..., 1] > 0.25 * (p[..., 2] + 0.2), 3, 4)[horn], BRIGHT
 
     capsule = ball((0, 0, 0.07), radii := np.array([0.23, 0.2, 0.14]) * rng.uniform(0.9, 1.1))
     inner = capsule / rng.uniform(0.6, 0.72)
@@ -145,16 +135,14 @@ def _anatomy(p: Floats, rng: np.random.Generator) -> tuple[npt.NDArray[np.uint8]
     for _ in range(3):  # spots that differ from the nodule only by their place
         side, height = rng.choice([-1, 1]), rng.uniform(-0.2, 0.12)
         centre = (side * rng.uniform(0.3, 0.34), rng.uniform(-0.15, 0.15), height)
-        spot = ball(centre, rng.uniform(0.04, 0.06)) < 1
-        intensity[spot & (label == 0)] = 1.15 * BRIGHT
+        intensity[(ball(centre, rng.uniform(0.04, 0.06)) < 1) & (label == 0)] = 1.15 * BRIGHT
     return label, intensity
 
 
 def _stored(data: npt.NDArray[Any], affine: Floats, codes: str) -> Any:
     """A NIfTI image whose axes run along `codes`, of the same voxels in the same places."""
     image = nibabel.Nifti1Image(data, affine)
-    start = nibabel.orientations.io_orientation(affine)
-    end = nibabel.orientations.axcodes2ornt(tuple(codes))
+    start, end = nibabel.io_orientation(affine), nibabel.orientations.axcodes2ornt(tuple(codes))
     image = image.as_reoriented(nibabel.orientations.ornt_transform(start, end))
     image.set_sform(image.affine, code=1)
     image.set_qform(image.affine, code=1)

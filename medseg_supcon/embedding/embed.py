@@ -42,6 +42,8 @@ HEAD = "projection."  # its part of the names in checkpoint.pt
 HEAD_CODE = {"_target_": "medseg_supcon.networks.ProjectionHead", "in_channels": "$@train::network.in_channels"}
 DEFAULT_CASES = 8
 
+Networks = Mapping[str, ContrastiveNetwork]
+
 
 def networks_of(run: Path, device: torch.device, trust: bool = False) -> dict[str, ContrastiveNetwork]:
     """The run's network as its seed (and its ``--init``) made it, and as training left it; in evaluation mode.
@@ -71,8 +73,7 @@ def heads_of(run: Path, trust: bool = False) -> tuple[dict[str, nn.Module], str]
         raise RunError(f"{checkpoint} is not a checkpoint of a training. Copy it again.") from None
     if prefix is None:
         return {}, "The run's checkpoint does not hold its projection head: features only."
-    made = {when: _begun(run, trust)[1] for when in (BEFORE, AFTER)}
-    heads = {when: head.eval() for when, head in made.items() if head is not None}
+    heads = {when: head.eval() for when in (BEFORE, AFTER) if (head := _begun(run, trust)[1]) is not None}
     if not heads:  # an expression that gives None
         return {}, "The run has no projection head: features only."
     prefix += HEAD
@@ -89,8 +90,9 @@ def _begun(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
     config = read_config(run / "configs" / "train.yaml")
     plan = read_plan(run / "configs" / "plan.json")
     head, seed = config.get("projection"), config.get("seed")
-    weights = config.get("init_weights") and plain_text(config["init_weights"])
-    plain_start = isinstance(seed, int) and (weights is None) == (config.get("init_weights") is None)
+    begins = config.get("init_weights")
+    weights = None if begins is None else plain_text(begins)
+    plain_start = isinstance(seed, int) and (begins is None or weights is not None)
     if not (plain_start and _is_plain_head(head) and definition_problem(plan["network_def"]) is None):
         return _evaluated(run, trust)
     set_determinism(seed=seed)
@@ -129,48 +131,36 @@ def _evaluated(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
 
 
 def _sample_features(
-    prepare: Compose,
-    entries: Iterable[Any],
-    networks: Mapping[str, ContrastiveNetwork],
-    sampler: VoxelSampler,
-    patch: Sequence[int],
-    device: torch.device,
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    prepare: Compose, cases: Sequence[Case], root: Path, networks: Networks, sampler: VoxelSampler, patch: Sequence[int]
+) -> tuple[dict[str, Tensor], Any, Any]:
     """Features (N, F) of the sampled voxels by each network, their class indices (N,) and scans' numbers (N,)."""
     features: dict[str, list[Tensor]] = {name: [] for name in networks}
     labels, scans = [], []
-    for number, case in enumerate(map(prepare, entries)):
+    for number, case in enumerate(map(prepare, load_items(items(cases, root), root))):
         label = torch.as_tensor(case["label"]).long()
         indices = sampler(label).indices
         where = torch.stack(torch.unravel_index(indices, label.shape[1:]), 1)
-        for name, rows in voxel_features(networks, torch.as_tensor(case["image"]), where, patch, device).items():
+        for name, rows in voxel_features(networks, torch.as_tensor(case["image"]), where, patch).items():
             features[name].append(rows)
         labels.append(label.flatten()[indices])
         scans.append(torch.full_like(indices, number))
-    return {name: torch.cat(parts) for name, parts in features.items()}, torch.cat(labels), torch.cat(scans)
+    if not any(map(len, labels)):
+        raise DataError(f"{root}: no labelled voxel in the chosen cases. Choose others with --cases.")
+    joined = {name: torch.cat(parts) for name, parts in features.items()}
+    return joined, torch.cat(labels).numpy(), torch.cat(scans).numpy()
 
 
 @torch.no_grad()
-def voxel_features(
-    networks: Mapping[str, ContrastiveNetwork],
-    image: Tensor,
-    where: Tensor,
-    patch: Sequence[int],
-    device: torch.device | str = "cpu",
-) -> dict[str, Tensor]:
-    """Features of single voxels, patch by patch, so that the memory is one patch's at any size of the scan.
+def voxel_features(networks: Networks, image: Tensor, where: Tensor, patch: Sequence[int]) -> dict[str, Tensor]:
+    """Features of single voxels, name -> (N, F) float32 on the CPU; needs the memory of one patch at any size of the scan.
 
     A voxel's features come from the window whose centre is nearest, of windows that overlap by half.
 
     Args:
-        networks: by name, on ``device``.
+        networks: by name.
         image: (C, X, Y, Z), no smaller than a patch.
         where: (N, 3) voxel indices.
         patch: voxels per axis.
-        device: of the networks.
-
-    Returns:
-        name -> (N, F) float32, on the CPU.
     """
     windows = dense_patch_slices(tuple(image.shape[1:]), tuple(patch), tuple(max(1, p // 2) for p in patch))
     starts = torch.tensor([[s.start for s in window] for window in windows])
@@ -180,9 +170,10 @@ def voxel_features(
     for number in torch.unique(nearest).tolist():
         mine = nearest == number
         x, y, z = (where[mine] - starts[number]).T
-        part = image[(slice(None), *windows[number])][None].to(device)
+        part = image[(slice(None), *windows[number])][None]
         for name, network in networks.items():
-            rows = network.forward_features(part)[1][0].float().cpu()[:, x, y, z].T
+            features = network.forward_features(part.to(next(network.parameters()).device))[1][0]
+            rows = features.float().cpu()[:, x, y, z].T
             result.setdefault(name, rows.new_zeros(len(where), rows.shape[1]))[mine] = rows
     return result
 
@@ -210,15 +201,17 @@ def embed_run(
         cases: names; by default up to 8 labelled cases that the run did not train on.
         voxels: over all cases.
         seed: of the draw and of t-SNE.
-        device: where the network runs.
+        device: by default a GPU if there is one.
         trust: run code in the run's configs that medseg did not write on this computer.
 
     Returns:
-        what ``separation.json`` holds.
+        the content of ``separation.json``.
 
     Raises:
         RunError: not a trained run, or one that needs trust. DataError: no labelled case, or other channels than the run's.
     """
+    from torch.utils.tensorboard import SummaryWriter
+
     if not (is_planned(run) and is_started(run)):
         raise RunError(f"{run} is not a trained run. Train it first: medseg train DATASET --out {run}.")
     plan = read_plan(run / "configs" / "plan.json")
@@ -226,28 +219,31 @@ def embed_run(
     if len(dataset.channels) != len(plan["channels"]):
         channels = f"{len(dataset.channels)} channel(s) per scan, the run {len(plan['channels'])}"
         raise DataError(f"{dataset.root} has {channels}. Choose a data set with the run's channels.")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    networks, classes, patch = networks_of(run, where, trust), list(plan["labels"]), plan["patch_size"]
+    networks = networks_of(run, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), trust)
+    classes, patch = list(plan["labels"]), plan["patch_size"]
     padding = [SpatialPadd("image", patch), SpatialPadd("label", patch, value=IGNORE_INDEX)]
     prepare = Compose([scan_preprocessing(run, trust), LabelPreprocessingd(plan), *padding])
     sampler = VoxelSampler("stratified", max(len(classes), -(-voxels // len(chosen))), seed=seed)
-    entries = load_items(items(chosen, dataset.root), dataset.root)
-    features, *which = _sample_features(prepare, entries, networks, sampler, patch, where)
-    labels, scans = (part.numpy() for part in which)
-    if not len(labels):
-        raise DataError(f"{dataset.root}: no labelled voxel in the chosen cases. Choose others with --cases.")
+    features, labels, scans = _sample_features(prepare, chosen, dataset.root, networks, sampler, patch)
     heads, note = heads_of(run, trust)
     sets = {f"encoder features, {when}": rows.numpy() for when, rows in features.items()}
     with torch.no_grad():
         sets |= {f"projected features, {when}": head(features[when]).float().numpy() for when, head in heads.items()}
     rows = [
-        {"vectors": name, "width": vectors.shape[1]} | class_separation(vectors, labels, scans, seed)
-        for name, vectors in sets.items()
+        {"vectors": name, "width": x.shape[1]} | class_separation(x, labels, scans, seed) for name, x in sets.items()
     ]
     out.mkdir(parents=True, exist_ok=True)
-    _draw(sets, labels, classes, seed, out)
+    components = {name: principal_components(vectors) for name, vectors in sets.items()}
+    maps = [(f"{name} ({100 * sum(shares):.0f} % of the variance)", at) for name, (at, shares) in components.items()]
+    scatter_figure(maps, labels, classes, "Voxels by their first two principal components", out / "pca.png")
+    maps = [(name, t_sne(vectors, seed)) for name, vectors in sets.items()]
+    scatter_figure(maps, labels, classes, "Voxels by t-SNE", out / "tsne.png")
     metadata = [[classes[int(c)], chosen[int(scan)].name] for c, scan in zip(labels, scans, strict=True)]
-    _write_projector(sets, metadata, out / "projector")
+    shutil.rmtree(out / "projector", ignore_errors=True)  # a projector appends
+    with SummaryWriter(str(out / "projector")) as writer:
+        for name, vectors in sets.items():
+            tag = name.replace(", ", "_").replace(" ", "_")
+            writer.add_embedding(torch.from_numpy(vectors), metadata, tag=tag, metadata_header=["class", "case"])
     result = {
         "run": str(run),
         "cases": [case.name for case in chosen],
@@ -267,38 +263,14 @@ def _choose(run: Path, dataset: Dataset, names: Iterable[str] | None) -> tuple[S
     else:
         trained = {item["name"] for item in read_json(run / "configs" / "datalist.json")["training"]}
         unseen = tuple(case for case in dataset.labelled if case.name not in trained)
-        labelled, how = (
-            (unseen or dataset.labelled)[:DEFAULT_CASES],
-            f" that the run {'did not train' if unseen else 'trained'} on",
-        )
+        labelled = (unseen or dataset.labelled)[:DEFAULT_CASES]
+        how = f" that the run {'did not train' if unseen else 'trained'} on"
     if not labelled:
         raise DataError(f"{dataset.root}: none of the cases has a label map, which the classes are taken from.")
     return labelled, f"{len(labelled)} scan{'' if len(labelled) == 1 else 's'}{how}."
 
 
-def _draw(sets: Mapping[str, Any], labels: Any, classes: Sequence[str], seed: int, out: Path) -> None:
-    panels = []
-    for name, vectors in sets.items():
-        points, shares = principal_components(vectors)
-        panels.append((f"{name} ({100 * sum(shares):.0f} % of the variance)", points))
-    scatter_figure(panels, labels, classes, "Voxels by their first two principal components", out / "pca.png")
-    maps = [(name, t_sne(vectors, seed)) for name, vectors in sets.items()]
-    scatter_figure(maps, labels, classes, "Voxels by t-SNE", out / "tsne.png")
-
-
-def _write_projector(sets: Mapping[str, Any], metadata: list[list[str]], folder: Path) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    shutil.rmtree(folder, ignore_errors=True)  # a projector appends
-    with SummaryWriter(str(folder)) as writer:
-        for name, vectors in sets.items():
-            tag = name.replace(", ", "_").replace(" ", "_")
-            writer.add_embedding(torch.from_numpy(vectors), metadata, tag=tag, metadata_header=["class", "case"])
-
-
 def _sentence(row: dict[str, Any]) -> str:
-    silhouette, probe, collapse = (
-        "-" if row[key] is None else f"{row[key]:.3f}" for key in ("silhouette", "linear_probe", "collapse")
-    )
-    scores = f"silhouette {silhouette}, linear probe {probe} (balanced accuracy), collapse {collapse}"
-    return f"{row['vectors']}: {scores}."
+    shown = {key: f"{value:.3f}" if isinstance(value, float) else "-" for key, value in row.items()}
+    scores = f"silhouette {shown['silhouette']}, linear probe {shown['linear_probe']} (balanced accuracy)"
+    return f"{row['vectors']}: {scores}, collapse {shown['collapse']}."

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from matplotlib.lines import Line2D
 from monai.metrics import EmbeddingCollapseMetric
 
 from medseg_supcon.evaluation import INK, color_of, dress_image, legend_below, new_figure, save
@@ -25,7 +26,7 @@ def class_separation(vectors: Floats, labels: Integers, groups: Integers, seed: 
 
     - ``silhouette``: mean over voxels, -1 to 1, higher is better (Rousseeuw 1987), Euclidean.
     - ``linear_probe``: balanced accuracy (chance: 1 / classes) of logistic regression on standardised vectors,
-      cross-validated; a scan's voxels are never on both sides where there are two scans or more.
+      cross-validated; with two scans or more, a scan's voxels are never on both sides.
     - ``centroid_similarity``, ``effective_rank_score``, ``collapse``: MONAI's ``EmbeddingCollapseMetric`` and its
       worst score, 0 to 1, lower is better.
 
@@ -35,7 +36,7 @@ def class_separation(vectors: Floats, labels: Integers, groups: Integers, seed: 
         vectors: (N, D).
         labels: (N,) class indices.
         groups: (N,) the scan that each voxel is from.
-        seed: of the folds where there is one scan only.
+        seed: of the folds, if there is one scan only.
 
     Raises:
         ValueError: lengths that differ, or a vector that is not finite.
@@ -72,8 +73,7 @@ def _linear_probe(vectors: Floats, labels: Integers, groups: Integers, rarest: i
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    scans = len(np.unique(groups))
-    if scans > 1:
+    if (scans := len(np.unique(groups))) > 1:
         folds = GroupKFold(min(FOLDS, scans)).split(vectors, labels, groups)
     elif rarest > 1:
         folds = StratifiedKFold(min(FOLDS, rarest), shuffle=True, random_state=seed).split(vectors, labels)
@@ -117,17 +117,7 @@ def t_sne(vectors: Floats, seed: int = 0) -> Floats:
 def scatter_figure(
     panels: Sequence[tuple[str, Floats]], labels: Integers, classes: Sequence[str], title: str, path: Path
 ) -> None:
-    """Points by class as a PNG, two panels in a row.
-
-    Args:
-        panels: (title, (N, 2) points).
-        labels: (N,) class indices.
-        classes: names, background first.
-        title: over all panels.
-        path: the PNG.
-    """
-    from matplotlib.lines import Line2D
-
+    """Draws points (N, 2) by their class index, each panel with its title and two in a row, as a PNG."""
     rows = -(-len(panels) // 2)
     figure = new_figure(9.4, 4.5 * rows + 0.9)
     axes = figure.subplots(rows, 2, squeeze=False).ravel()

@@ -9,6 +9,12 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 from medseg_supcon.datasets import snap_labels
 from medseg_supcon.errors import DataError, RunError
@@ -22,17 +28,11 @@ PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0
 
 def color_of(number: int) -> Any:
     """The colour of the n-th foreground class, from 0."""
-    if number < len(PALETTE):
-        return PALETTE[number]
-    from matplotlib import colormaps
-
-    return colormaps["tab20"]((number - len(PALETTE)) % 20)
+    return PALETTE[number] if number < len(PALETTE) else colormaps["tab20"]((number - len(PALETTE)) % 20)
 
 
 def new_figure(width: float, height: float) -> Any:
     """A matplotlib figure, size in inches, with automatic layout."""
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
@@ -48,8 +48,6 @@ def dress(axis: Any, title: str, below: str) -> None:
 
 def dress_epochs(axis: Any, title: str, epochs: Sequence[int]) -> None:
     """As `dress`, for a training's epochs: all of them are on the axis, and its ticks are whole epochs."""
-    from matplotlib.ticker import MaxNLocator
-
     dress(axis, title, "epoch")
     axis.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -72,16 +70,13 @@ def legend_below(figure: Any, handles: Sequence[Any], most: int = 6, **style: An
     columns = max(min(most, len(handles)), 1)  # matplotlib has no handle for a name that begins with _
     while columns > 1 and inches(columns) > figure.get_figwidth():
         columns -= 1
-    rows = -(-len(handles) // columns)
-    figure.set_figheight(figure.get_figheight() + 0.2 * (rows - 1))
+    figure.set_figheight(figure.get_figheight() + 0.2 * (-(-len(handles) // columns) - 1))
     style = {"ncols": columns, "fontsize": 9, "frameon": False} | style
     figure.legend(handles=handles, loc="outside lower center", **style)
 
 
 def save(figure: Any, path: Path) -> None:
     """Writes a PNG; a `RunError` if it cannot be written."""
-    from matplotlib.text import Text
-
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # names may have $ signs
     try:
@@ -100,8 +95,8 @@ def curves_figure(history: str | Path | Mapping[str, Sequence[Any]], path: str |
     """Draws the training loss and its terms (left) and validation Dice per class (right), as a PNG.
 
     Args:
-        history: ``history.csv`` of a run, or its columns: ``epoch``, loss terms under any name,
-            ``val_mean_dice``, and ``val_dice_<class>``; cells may be empty.
+        history: a run's ``history.csv`` or its columns: ``epoch``, loss terms under any name, ``val_mean_dice`` and
+            ``val_dice_<class>``; cells may be empty.
         path: the PNG; its folder is made.
 
     Raises:
@@ -175,9 +170,6 @@ def overlay_figure(
     Raises:
         DataError: a file cannot be read, or a mask has another shape than the scan.
     """
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     image, spacing = _canonical(scan)
     masks: dict[str, Array] = {}
     for title, file in (("reference", reference), ("prediction", prediction)):
@@ -195,9 +187,9 @@ def overlay_figure(
 
     low, high = np.percentile(np.concatenate([plane(image, cut).ravel() for cut in range(3)]), (0.5, 99.8))
     size = np.array(image.shape) * spacing
-    widths = [size[horizontal] for _, _, horizontal, _ in PLANES]
-    widths = [max(width, NARROWEST * sum(widths)) for width in widths]
-    height = max(size[vertical] for *_, vertical in PLANES) * 9.0 / sum(widths)
+    widths = size[[horizontal for _, _, horizontal, _ in PLANES]]
+    widths = np.maximum(widths, NARROWEST * widths.sum())
+    height = max(size[vertical] for *_, vertical in PLANES) * 9.0 / widths.sum()
     figure = new_figure(9.4, min(max(height, 1.2), 9.0) * len(masks) + 1.1)
     axes = figure.subplots(len(masks), 3, squeeze=False, gridspec_kw={"width_ratios": widths})
     drawn: set[float] = set()
@@ -214,8 +206,8 @@ def overlay_figure(
             dress_image(axis, f"{title}, {name}")
             for place, letter in zip(PLACES, ENDS[horizontal] + ENDS[vertical], strict=True):
                 axis.text(*place, letter, transform=axis.transAxes, **LETTER)
-    marks = [(color_of(number), *of_class) for number, of_class in enumerate(foreground)]
-    handles: list[Any] = [Patch(color=color, label=name, alpha=0.8) for color, name, value in marks if value in drawn]
+    shown = [(number, name) for number, (name, value) in enumerate(foreground) if value in drawn]
+    handles: list[Any] = [Patch(color=color_of(number), label=name, alpha=0.8) for number, name in shown]
     if "reference" in masks:
         handles.append(Line2D([], [], color="white", linewidth=1.6, label="reference's outline"))
     if handles:

@@ -26,14 +26,13 @@ def case_metrics(
     ignore_mask: Array | None = None,
     tolerance_mm: float = 1.0,
 ) -> list[Row]:
-    """Dice, HD95, surface Dice and volumes of each foreground class of one case.
+    """Dice, HD95, surface Dice and volumes (``volume_ml``, ``reference_volume_ml``) of each foreground class of one case.
 
     - ``dice``: 2 |P n R| / (|P| + |R|), in 0..1.
     - ``hd95_mm``: the larger of the two directed 95th percentiles of the distances between the surfaces
       (voxels of a class with a face neighbour outside it), in mm (as `monai.metrics`).
     - ``surface_dice``: the share of both surfaces within ``tolerance_mm`` of the other, in 0..1
       (normalised surface Dice, Nikolov et al. 2021, arXiv:1809.04430, on voxel surfaces).
-    - ``volume_ml``, ``reference_volume_ml``.
     - ``empty``, the rule for empty classes. ``"both"``: the scores are None and in no mean (a score of 1 would let
       absent classes dominate it). ``"prediction"`` or ``"reference"``: Dice and surface Dice are 0 and HD95 is the
       diagonal of the scan, so that a missed structure never improves a mean. ``""``: neither is empty.
@@ -58,10 +57,9 @@ def case_metrics(
     spacing = tuple(float(s) for s in spacing_mm)
     if prediction.shape != reference.shape or prediction.ndim != 3:
         raise ValueError(f"expected two label maps of one 3-D shape, got {prediction.shape}, {reference.shape}")
-    if len(spacing) != 3 or not all(s > 0 for s in spacing):
-        raise ValueError(f"spacing_mm must be three positive numbers, got {spacing_mm!r}")
-    if not tolerance_mm > 0:
-        raise ValueError(f"tolerance_mm must be positive, got {tolerance_mm!r}")
+    if len(spacing) != 3 or not all(s > 0 for s in (*spacing, tolerance_mm)):
+        sizes = f"spacing_mm={spacing_mm!r}, tolerance_mm={tolerance_mm!r}"
+        raise ValueError(f"spacing_mm must be three positive numbers and tolerance_mm must be positive, got {sizes}")
     worst = (0.0, float(np.linalg.norm(np.multiply(prediction.shape, spacing))), 0.0)
     voxel_ml = float(np.prod(spacing)) / 1000
     counted = True if ignore_mask is None else ~ignore_mask

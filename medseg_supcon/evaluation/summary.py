@@ -28,9 +28,9 @@ COLUMNS = ("case", "class", *METRICS, "tolerance_mm", "volume_ml", "reference_vo
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Statistics per class over cases, and the mean over classes of the classes' means.
 
-    ``classes`` maps a class to its mean ``dice``, ``hd95_mm`` and ``surface_dice``, each also with ``_std``
-    (population) and ``_median``, ``n`` (cases with a score) and ``empty`` (cases that the rule for empty
-    classes caught, by kind). ``mean`` holds the three scores over ``n`` classes. None: no score.
+    ``classes`` maps a class to its mean ``dice``, ``hd95_mm`` and ``surface_dice``, each also with ``_std`` (population)
+    and ``_median``, ``n`` (cases with a score) and ``empty`` (cases with empty masks, by kind). ``mean`` holds the three
+    scores over ``n`` classes. None: no score.
 
     Example:
         >>> row = {"case": "a", "class": "organ", "dice": 0.5, "hd95_mm": 2.0, "surface_dice": 1.0}
@@ -57,12 +57,8 @@ def _statistics(rows: Sequence[Row]) -> dict[str, Any]:
 
 def metrics_report(rows: Sequence[Row], problems: Sequence[dict[str, str]] = ()) -> dict[str, Any]:
     """What ``metrics.json`` holds; ``problems`` are the cases that have no scores, ``{"case", "problem"}``."""
-    return {
-        "summary": {**summarise(rows), "failed": len(problems)},
-        "rule_for_empty_classes": EMPTY_RULE,
-        "problems": list(problems),
-        "rows": [dict(row) for row in rows],
-    }
+    summary = summarise(rows) | {"failed": len(problems)}
+    return {"summary": summary, "rule_for_empty_classes": EMPTY_RULE, "problems": list(problems), "rows": list(rows)}
 
 
 def write_metrics(rows: Sequence[Row], folder: str | Path) -> dict[str, Any]:
@@ -79,11 +75,7 @@ def add_problems(folder: str | Path, problems: Mapping[str, str]) -> dict[str, A
 
 
 def write_report(report: dict[str, Any], folder: str | Path) -> dict[str, Any]:
-    """Writes a `metrics_report` and returns it; a score that does not exist is an empty field or null, never NaN.
-
-    Raises:
-        RunError: the folder cannot be written to.
-    """
+    """Writes a `metrics_report` and returns it; a score that does not exist is an empty field or null, never NaN."""
     folder = Path(folder)
     columns = [*COLUMNS, *(["trained_on"] if any("trained_on" in row for row in report["rows"]) else [])]
     try:
@@ -161,11 +153,7 @@ def score_mask(
     tolerance_mm: float,
     trust_scan_affine: bool,
 ) -> list[Row]:
-    """`score_case` after a check that the label map, a NIfTI file or (voxels, affine), is on the mask's grid.
-
-    Raises:
-        DataError: the label map cannot be read, has another shape or place, or an undeclared value.
-    """
+    """`score_case` after a check that the label map, a NIfTI file or (voxels, affine), is on the mask's grid."""
     if isinstance(label, Path):
         volume = read_nifti(label)
         label = volume.data, volume.affine
@@ -184,11 +172,7 @@ def score_mask(
 def score_case(
     name: str, mask: Array, label: Array, spacing: Any, labels: Labels, ignore_label: float | None, tolerance_mm: float
 ) -> list[Row]:
-    """`case_metrics` with the case's name; values within 1e-3 of a declared one are that one, as in training.
-
-    Raises:
-        DataError: the reference holds a value that ``labels`` does not name.
-    """
+    """`case_metrics` with the case's name; values within 1e-3 of a declared one are that one, as in training."""
     declared = [*labels.values(), *([] if ignore_label is None else [ignore_label])]
     mask, label = snap_labels(mask, labels.values()), snap_labels(label, declared)
     if unknown := sorted(set(np.unique(label).tolist()) - set(declared)):

@@ -38,11 +38,9 @@ class CachedDataset(Dataset[Any]):
     aborts it.
 
     Args:
-        data: items.
-        transform: deterministic preprocessing; each thread has its own copy.
+        data, transform, quiet: as of :func:`cached_dataset`; each thread has its own copy of the transform.
         budget: bytes of tensors that may be held; the first case is always held.
         threads: cases that are prepared at once.
-        quiet: show no progress.
 
     Raises:
         DataError: a case cannot be prepared; the sentence names its file.
@@ -272,13 +270,7 @@ def _rounds(rng: np.random.Generator, cases: int, slots: int) -> np.ndarray[tupl
 
 
 class SeededDataset(Dataset[Any]):
-    """Cases under a random transform whose generator is seeded for every (epoch, slot).
-
-    Args:
-        data: cases after preprocessing, indexed by number.
-        transform: MONAI ``Randomizable`` transform.
-        seed: the run's seed.
-    """
+    """Cases under a random transform (MONAI's ``Randomizable``) that is seeded for every (epoch, slot)."""
 
     def __init__(self, data: Any, transform: Any, seed: int = 0) -> None:
         self.data, self.transform, self.seed = data, transform, seed

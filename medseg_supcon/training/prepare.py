@@ -68,7 +68,7 @@ GROWTHS = 8  # of a patch that is too small for the network
 
 
 def inherit(plan: dict[str, Any], init: Path, trust: bool = False) -> None:
-    """Take from an earlier run what its weights depend on; a network or intensities that are code need trust."""
+    """Take from an earlier run what its weights depend on; code in its plan needs trust."""
     if not all((init / name).is_file() for name in ("configs/plan.json", "models/model.pt")):
         raise RunError(
             f"--init {init}: not a trained run (configs/plan.json and models/model.pt are needed)."
@@ -155,13 +155,11 @@ def prepare_run(
         recipe: name or file of the overlay on ``train.yaml``.
         settings: (key, value) overrides of ``train.yaml``, or of the plan: ``plan::key`` and ``network_def``.
         epochs: length of training; by default as many as fit in ``minutes``.
-        seed: the run's seed.
         init: an earlier run to fine-tune: its weights, and the parts of its plan that they depend on.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; by default a GPU where there is one.
-        minutes: time that training may take (default: 22 on a CPU, 60 on a GPU).
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; by default a GPU if there is one.
+        minutes: time that training may take; default: :func:`default_minutes`.
         trust_scan_affine: label maps take their scan's affine (``--allow-affine-mismatch``).
-        plan: one that :func:`prepare_run` returned for the same cases: it is taken as it is, and neither the
-            data nor the time is measured again. Settings of the plan, ``epochs`` and ``init``'s part are in it.
+        plan: one that this function returned for the same cases, taken as it is; nothing is measured again.
         plan_settings: (key, value) changes of that plan.
         trust: take a network from ``init`` that is code.
         report: of `check_dataset` on these cases: what it has read is not read again.
@@ -170,9 +168,9 @@ def prepare_run(
         the plan, as written.
 
     Raises:
-        ConfigError: a setting, recipe or plan that cannot be.
-        RunError: the folder already holds a run, or what one would replace, or another command is at work in it; or
-            ``init`` needs trust.
+        ConfigError: a setting, recipe or plan is invalid.
+        RunError: the folder holds a run or files that a run would replace, another command uses it, or ``init`` needs
+            trust.
     """
     refuse_others(run)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

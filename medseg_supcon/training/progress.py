@@ -34,9 +34,8 @@ class ProgressDisplay:
     The time left follows from the last five epochs, validation included. Only rank 0 shows it.
 
     Args:
-        name: what is trained, shown before the bar.
+        name: shown before the bar.
         validator: evaluator whose key metric is shown.
-        quiet: show nothing.
     """
 
     def __init__(self, name: str = "training", validator: Any = None, quiet: bool = False) -> None:
@@ -55,7 +54,6 @@ class ProgressDisplay:
         engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED, self.close)
 
     def start(self, engine: Engine) -> None:
-        """Open the bar with the first epoch."""
         if not self._ends:
             self._ends.append(monotonic())
         if self.console.is_terminal and self.bar is None:
@@ -72,7 +70,6 @@ class ProgressDisplay:
             self.bar.start()
 
     def step(self, engine: Engine) -> None:
-        """Move the bar."""
         if self.bar is not None:
             done, state, left = engine.state.iteration, self._state(engine), self._left(engine)
             self.bar.update(self.bar.task_ids[0], completed=done, state=state, left=left)
@@ -101,7 +98,6 @@ class ProgressDisplay:
         return f"{clock(pace * (engine.state.max_epochs - done))} left"
 
     def close(self, engine: Engine, error: BaseException | None = None) -> None:
-        """Close the bar; pass an exception on."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
@@ -111,11 +107,6 @@ class ProgressDisplay:
 
 class CountDisplay:
     """How many of a total are done. Nothing is shown for work that takes less than 3 seconds, or on ranks above 0.
-
-    Args:
-        name: what is done.
-        total: how many there are.
-        quiet: show nothing.
 
     Example:
         >>> with CountDisplay("preparing scans", 2) as display:
@@ -134,7 +125,6 @@ class CountDisplay:
         return self
 
     def show(self, done: int) -> None:
-        """Show how many are done."""
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=done)
         elif self.silent or monotonic() < self.due:

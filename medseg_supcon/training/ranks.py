@@ -166,7 +166,7 @@ class RankSampler(VoxelSampler):
     """A ``VoxelSampler`` over the batch of all ranks: they contrast the voxels that one process would.
 
     Every rank sees the label maps of all ranks, draws the same voxels (with rank 0's random state) and keeps its
-    own. All ranks must have batches of one shape. Arguments as for ``VoxelSampler``.
+    own. All ranks must have batches of one shape.
     """
 
     @torch.no_grad()
@@ -178,7 +178,6 @@ class RankSampler(VoxelSampler):
         logits: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> VoxelSample:
-        """This rank's voxels; arguments as for ``VoxelSampler``."""
         if idist.get_world_size() == 1:
             return super().__call__(labels, pair_ids=pair_ids, logits=logits, generator=generator)
         rank = idist.get_rank()

@@ -82,7 +82,6 @@ def tune_gpu(device: str | torch.device, *, tf32: bool = True, benchmark: bool =
     """Let GPUs use their fastest kernels; changes nothing on a CPU, where trainings are reproducible.
 
     Args:
-        device: where training runs.
         tf32: float32 products in TensorFloat-32 (10 bits of mantissa), for what mixed precision leaves in float32.
         benchmark: cuDNN tries its algorithms once for every shape, and may take one that adds in no fixed order.
     """
@@ -95,11 +94,9 @@ def tune_gpu(device: str | torch.device, *, tf32: bool = True, benchmark: bool =
 
 
 def compiled(network: nn.Module, backend: str | None) -> nn.Module:
-    """The network, from now on run by ``torch.compile``; the names of its weights stay.
+    """The network, from now on run by ``torch.compile`` with a backend; the names of its weights stay.
 
-    Args:
-        network: a ``ContrastiveNetwork``.
-        backend: of ``torch.compile``: ``"inductor"`` (needs a C++ compiler, and Triton on a GPU); ``None``: as it is.
+    ``"inductor"`` needs a C++ compiler, and Triton on a GPU. ``None`` changes nothing.
 
     Raises:
         ConfigError: torch does not know the backend.
@@ -118,11 +115,6 @@ def loader_workers(device: str | torch.device, batch_size: int, plan: Mapping[st
 
     Their batches take at most half of the free shared memory: a worker that finds none dies, and the training with
     it (a container has 64 MB by default).
-
-    Args:
-        device: where training runs.
-        batch_size: scans per step.
-        plan: its ``patch_size`` and ``channels``.
 
     Example:
         >>> loader_workers("cpu", 2, {"patch_size": [128, 128, 128], "channels": ["MRI"]})
@@ -166,12 +158,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def time_training(run: Path, device: str | None = None, steps: int = 4) -> dict[str, Any]:
-    """Time steps of the run's own training, augmentation and contrast included, and one validation case.
-
-    Args:
-        run: a planned run.
-        device: overrides the config's.
-        steps: steps to time, after one that is not counted.
+    """Time ``steps`` of a planned run's training, after one that is not counted, and one validation case.
 
     Returns:
         ``seconds_per_step``, ``seconds_per_validation_case``, ``memory_gib``, ``machine``.
@@ -184,16 +171,10 @@ def time_training(run: Path, device: str | None = None, steps: int = 4) -> dict[
 
 
 def time_within_memory(run: Path, device: str | None, plan: dict[str, Any], fixed: bool) -> dict[str, Any]:
-    """:func:`time_training`; if the GPU's memory is too small, with half the scans per step, and so on.
-
-    Args:
-        run: a planned run.
-        device: overrides the config's.
-        plan: the run's; ``batch_size`` is changed in it and in the run.
-        fixed: a person chose ``batch_size``: it stays.
+    """:func:`time_training`; if the GPU's memory is too small, with half of ``batch_size``, in the plan and the run.
 
     Raises:
-        torch.OutOfMemoryError: two scans per step are too many, or the number that a person chose.
+        torch.OutOfMemoryError: two scans per step are too many, or ``batch_size`` is ``fixed``.
     """
     while True:
         try:
@@ -297,7 +278,7 @@ def epochs_within(minutes: float, plan: dict[str, Any], timing: dict[str, Any], 
 
 
 def default_minutes(device: torch.device) -> float:
-    """How long training may take by default: 22 minutes on a CPU, 60 on a GPU; ``MEDSEG_MINUTES`` overrides."""
+    """22 minutes on a CPU, 60 on a GPU; the variable ``MEDSEG_MINUTES`` overrides both."""
     text = os.environ.get("MEDSEG_MINUTES")
     try:
         return float(text) if text else (22.0 if device.type == "cpu" else 60.0)

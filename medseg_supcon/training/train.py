@@ -41,11 +41,6 @@ OF_EARLIER_WEIGHTS = ("eval/metrics.csv", *WRITTEN_LAST)
 def begin_training(run: str | Path, resume: bool = False, overwrite: bool = False) -> None:
     """Refuse to train over a trained run, and remove the scores of its earlier weights; every rank calls it.
 
-    Args:
-        run: the run's folder.
-        resume: training goes on from ``models/checkpoint.pt``.
-        overwrite: train over what the folder holds.
-
     Raises:
         RunError: the folder holds a trained run, and neither ``resume`` nor ``overwrite`` is set.
     """
@@ -72,10 +67,6 @@ def evaluate_and_document(run: str | Path, device: str | torch.device | None = N
     """Score a trained run on its validation cases, then write curves, metadata and model card; every rank calls it.
 
     Of several ranks, rank 0 does it while the others wait; cases that it cannot read are then a warning.
-
-    Args:
-        run: the run's folder.
-        device: where the network runs; by default a GPU if there is one.
     """
     from medseg_supcon.evaluation import curves_figure  # matplotlib: loaded only to draw
 
@@ -148,8 +139,7 @@ def run_config(
 
     Args:
         run: the bundle's folder.
-        name: ``train``, ``evaluate`` or ``inference``.
-        workflow_type: ``"train"`` or ``"infer"``.
+        name: ``train``, ``evaluate`` or ``inference``; ``workflow_type`` is ``"train"`` or ``"infer"``.
         trust: run code that medseg did not write on this computer.
         overrides: config keys and values.
 

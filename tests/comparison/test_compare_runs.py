@@ -20,10 +20,8 @@ from tiny_run import TINY
 
 from medseg_supcon.cli import commands as cli
 from medseg_supcon.comparison import Cell, compare, design_comparison, devices, run_jobs
-from medseg_supcon.comparison import __main__ as comparison_main
 from medseg_supcon.comparison import cell as _cell
 from medseg_supcon.comparison import corruptions as _corruptions
-from medseg_supcon.comparison import jobs as _compare
 from medseg_supcon.comparison import jobs as _workers
 from medseg_supcon.comparison import runs as _runs
 from medseg_supcon.datasets import read_dataset
@@ -40,11 +38,19 @@ def quiet(_):
     """Print nothing."""
 
 
-def again(design, out, **more):
-    """The comparison of these tests, in this process."""
-    options = {"epochs": 2, "settings": TINY, "device": "cpu", "say": quiet, "processes": False} | more
+def here(jobs, where, done):
+    """As `run_jobs`, in this process: what a test replaces in it is used."""
+    for job in jobs:
+        _cell.run_cell(json.loads(job.read_text()), where[0], quiet=True)
+        done(job, "")
+
+
+def again(design, out, run_jobs=here, **more):
+    """The comparison of these tests."""
+    options = {"epochs": 2, "settings": TINY, "device": "cpu", "say": quiet} | more
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_runs, "CORRUPTIONS", NOISE_ONLY)
+        patch.setattr(_workers, "run_jobs", run_jobs)
         return compare(design, out, **options)
 
 
@@ -279,16 +285,16 @@ def test_killed_side_by_side_and_resumed(compared, phantoms, design, copied):
     for name in ("results.csv", "robustness.csv", "summary.csv", "differences.csv"):
         assert (copied / name).read_bytes() == (compared[0] / name).read_bytes()
     for cell in (FIRST, SECOND):
-        here, there = (torch.load(out / "runs" / cell / "models/model.pt") for out in (copied, compared[0]))
-        assert all(torch.equal(here[key], there[key]) for key in there)
+        one, other = (torch.load(out / "runs" / cell / "models/model.pt") for out in (copied, compared[0]))
+        assert all(torch.equal(one[key], other[key]) for key in other)
 
 
 def test_a_run_ends_with_the_comparison_that_started_it(monkeypatch):
     parents, ended = iter([7, 7, 1]), []
-    monkeypatch.setattr(comparison_main.os, "getppid", lambda: next(parents))
-    monkeypatch.setattr(comparison_main, "sleep", lambda _: None)
-    monkeypatch.setattr(comparison_main.os, "_exit", ended.append)
-    comparison_main._end_with(7)
+    monkeypatch.setattr(_cell.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(_cell, "sleep", lambda _: None)
+    monkeypatch.setattr(_cell.os, "_exit", ended.append)
+    _cell._end_with(7)
     assert ended == [130] and next(parents, None) is None
 
 
@@ -333,13 +339,15 @@ def test_devices(monkeypatch):
     assert devices(None) == ["cpu"]
 
 
-def test_a_failure_is_a_sentence(design, copied, monkeypatch):
+def test_a_failure_is_a_sentence(design, copied):
     shutil.rmtree(copied / "tests" / SECOND)
-    monkeypatch.setattr(
-        _compare, "run_jobs", lambda jobs, where, done: [done(job, "no memory") for job in jobs]
-    )
+
+    def failing(jobs, where, done):
+        for job in jobs:
+            done(job, "no memory")
+
     with pytest.raises(RunError, match=f"1 of 2 runs failed; {SECOND}: no memory"):
-        again(design, copied, processes=True)
+        again(design, copied, failing)
 
 
 JSON_DAMAGE = (b"", b"{", b"[]", b'{"rows": NaN}', b"\xff\xfe", b"[" * 100_000)

@@ -58,7 +58,7 @@ def own(said):
 def run(design, said, out):
     return compare(
         design, out, epochs=said.epochs, settings=TINY, device="cpu", robustness=False,
-        training_score=said.training_score, say=lambda _: None, processes=False,
+        training_score=said.training_score, say=lambda _: None,
     )  # fmt: skip
 
 
@@ -128,16 +128,9 @@ def test_the_table_is_the_mean_of_the_results(grid):
             assert row["contrastive_loss"] == row["difference"] == ""
 
 
-def test_levels_and_answers(grid):
-    _, _, out, found = grid
-    rows = table(out / "grid.csv")
-    for row in found["level_means"]:
-        for recipe, value in row["of"].items():
-            mine = [r["test_dice"] for r in rows if (r["optimiser"], r["recipe"]) == (row["level"], recipe)]
-            assert value == pytest.approx(mean(mine))
-    assert len(found["answers"]) == 2 and "in 0 of 2 variants" in found["answers"][0]
-    best = max((r for r in rows if r["recipe"] == "staged"), key=lambda r: float(r["validation_dice"]))
-    assert f"staged ({best['optimiser']}) scores {float(best['test_dice']):.4f}" in found["answers"][1]
+def test_answers_and_caveats(grid):
+    found = grid[3]
+    assert len(found["answers"]) == 1 and "in 0 of 2 variants" in found["answers"][0]
     assert any("sets its own batch_size" in text for text in found["caveats"])
 
 
@@ -167,10 +160,8 @@ def test_a_level_more_adds_to_what_is_there(grid, phantoms, tmp_path):
         read_dataset(phantoms), said.named_recipes, [0], said.labels, test_cases=TESTED, own=own(said),
         axes=axes,
     )  # fmt: skip
-    plans = _runs.make_plans(
-        more, copy, settings=TINY, epochs=2, device="cpu", trust_scan_affine=False, say=lambda _: None
-    )
-    jobs = _runs.prepare_cells(more, copy, plans, TINY, ["clean"], training_score=True)
+    plans = _runs.make_plans(more, copy, TINY, 2, "cpu", False, say=lambda _: None)
+    jobs = _runs.prepare_cells(more, copy, plans, TINY, robustness=False, training_score=True)
     done = {cell.name: is_done(json.loads(job.read_text())) for job, cell in jobs.items()}
     assert done == {cell.name: "none" not in cell.name for cell in more.cells} and len(done) == 6
     assert all(is_planned(copy / "runs" / name) for name in done)
