@@ -27,10 +27,10 @@ from medseg_supcon.bundle import (
     read_config,
     scan_preprocessing,
 )
-from medseg_supcon.datasets import Case, Dataset, items, load_items
+from medseg_supcon.datasets import Case, Dataset, items, load_items, read_datalist
 from medseg_supcon.embedding.separation import class_separation, principal_components, scatter_figure, t_sne
 from medseg_supcon.errors import DataError, RunError
-from medseg_supcon.files import read_json, write_csv, write_text
+from medseg_supcon.files import write_csv, write_text
 from medseg_supcon.losses import IGNORE_INDEX, VoxelSampler
 from medseg_supcon.networks import ContrastiveNetwork, ProjectionHead, build_network, definition_problem
 from medseg_supcon.plan import LabelPreprocessingd, literal, read_plan
@@ -261,7 +261,7 @@ def _choose(run: Path, dataset: Dataset, names: Iterable[str] | None) -> tuple[S
     if names is not None:
         labelled, how = dataset.select(names).labelled, ", as named"
     else:
-        trained = {item["name"] for item in read_json(run / "configs" / "datalist.json")["training"]}
+        trained = {item["name"] for item in read_datalist(run / "configs" / "datalist.json")["training"]}
         unseen = tuple(case for case in dataset.labelled if case.name not in trained)
         labelled = (unseen or dataset.labelled)[:DEFAULT_CASES]
         how = f" that the run {'did not train' if unseen else 'trained'} on"
