@@ -172,19 +172,13 @@ def items(cases: Iterable[Case], dataset_dir: str | Path) -> list[Item]:
     entries = []
     for case in cases:
         images = [text(path) for path in case.images]
-        item: Item = {"name": case.name, "image": images[0] if len(images) == 1 else images}
-        if case.label is not None:
-            item["label"] = text(case.label)
-        entries.append(item)
+        label = {} if case.label is None else {"label": text(case.label)}
+        entries.append({"name": case.name, "image": images[0] if len(images) == 1 else images, **label})
     return entries
 
 
 def read_datalist(path: Path) -> dict[str, list[Item]]:
-    """The sections "training", "validation" and "unlabelled" of a run's `datalist.json`, paths as they are.
-
-    Raises:
-        DataError: the file cannot be read, or a section is missing or not a list of items.
-    """
+    """The sections "training", "validation" and "unlabelled" of a run's `datalist.json`, paths as they are."""
     content = read_json(path, DataError)
     for section in SPLIT_SECTIONS:
         entries = content.get(section)

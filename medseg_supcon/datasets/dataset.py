@@ -18,19 +18,12 @@ BY_NAME = ("nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1")  # nnU-Net's chan
 
 @dataclass(frozen=True)
 class Case:
-    """One scan and, if somebody drew one, its label map.
+    """One scan and, if somebody drew one, its label map."""
 
-    Attributes:
-        name: unique in the data set; the file name without extension and channel suffix.
-        images: one NIfTI file (3-D, or 4-D with the channels last), or one 3-D file per channel.
-        label: 3-D label map on the grid of the scan; None for an unlabelled scan.
-        patient: the same for all scans of a patient, which a split never separates; None: a patient of its own.
-    """
-
-    name: str
-    images: tuple[Path, ...]
-    label: Path | None = None
-    patient: str | None = None
+    name: str  # unique in the data set; the file name without extension and channel suffix
+    images: tuple[Path, ...]  # one NIfTI file (3-D, or 4-D with the channels last), or one 3-D file per channel
+    label: Path | None = None  # 3-D, on the grid of the scan
+    patient: str | None = None  # a split never separates scans of one patient; None: a patient of its own
 
 
 @dataclass(frozen=True)
@@ -71,11 +64,7 @@ class Dataset:
         return tuple(case for case in self.cases if case.label is not None)
 
     def select(self, names: Iterable[str]) -> Dataset:
-        """The same data set with the named cases only, in the data set's own order.
-
-        Raises:
-            DataError: a name is not a case of the data set, or no name was given.
-        """
+        """The data set with the named cases only, in its own order; `DataError` for unknown names, or for none."""
         chosen = dict.fromkeys(names)
         known = {case.name for case in self.cases}
         unknown = [name for name in chosen if name not in known]
@@ -128,19 +117,12 @@ def read_case_names(file: str | Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Split:
-    """The cases of one training run.
+    """The cases of one training run."""
 
-    Attributes:
-        training: labelled cases to learn from, in the seeded order.
-        validation: labelled cases to choose the best weights on.
-        unlabelled: all other cases, without their label maps.
-        warnings: sentences for the person who trains, for instance that no case is held out for validation.
-    """
-
-    training: tuple[Case, ...]
-    validation: tuple[Case, ...]
-    unlabelled: tuple[Case, ...] = ()
-    warnings: tuple[str, ...] = ()
+    training: tuple[Case, ...]  # labelled, in the seeded order
+    validation: tuple[Case, ...]  # labelled, to choose the best weights on
+    unlabelled: tuple[Case, ...] = ()  # all others, without their label maps
+    warnings: tuple[str, ...] = ()  # for the person who trains, for instance that no case is held out
 
 
 def split_cases(

@@ -121,7 +121,7 @@ def scan_labels(files: Iterable[Path], source: Path, ignore: object = None) -> t
 
 
 def label_type(values: Collection[float]) -> np.dtype[Any]:
-    """The smallest integer type that holds all values; float32 if one is not an integer. inference.yaml says the same.
+    """The smallest integer type that holds all values; float32 if one is not an integer. The bundle's script does the same.
 
     Example:
         >>> from medseg_supcon.datasets import label_type

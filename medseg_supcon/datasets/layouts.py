@@ -9,12 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.datasets.data_list import (
-    CHANNEL_KEYS,
-    check_keys,
-    list_cases,
-    validation_of_folds,
-)
+from medseg_supcon.datasets.data_list import CHANNEL_KEYS, check_keys, list_cases, validation_of_folds
 from medseg_supcon.datasets.dataset import Case, Dataset
 from medseg_supcon.datasets.labels import check_name, parse_labels, scan_labels, whole_number
 from medseg_supcon.errors import DataError, nearest
@@ -260,16 +255,14 @@ def _channels(content: Mapping[str, Any], cases: list[Case], source: Path) -> tu
         return tuple(check_name(name, source, key or "") for name in names)
     declared = content[key]
     if isinstance(declared, Mapping):
-        pairs = list(declared.items())
-        if not all(whole_number(number) is not None for number, _ in pairs):  # {"CT": 0}
-            pairs = [(number, name) for name, number in pairs]
-        numbers = [whole_number(number) for number, _ in pairs]
-        if None in numbers or len(set(numbers)) < len(numbers):
-            raise DataError(
-                f'{source}: "{key}" must map the numbers of the channels to their names, such as '
-                f'{{"0": "T1", "1": "FLAIR"}}; found {declared!r}.'
-            )
-        declared = [pair[1] for pair in sorted(pairs, key=lambda pair: whole_number(pair[0]) or 0)]
+        pairs = [(whole_number(number), name) for number, name in declared.items()]
+        if any(number is None for number, _ in pairs):  # {"CT": 0}
+            pairs = [(whole_number(number), name) for name, number in declared.items()]
+        by_number = {number: name for number, name in pairs if number is not None}
+        if len(by_number) < len(pairs):
+            example = 'to their names, such as {"0": "T1", "1": "FLAIR"}'
+            raise DataError(f'{source}: "{key}" must map the numbers of the channels {example}; found {declared!r}.')
+        declared = [by_number[number] for number in sorted(by_number)]
     if not isinstance(declared, list):
         raise DataError(f'{source}: "{key}" must map numbers to names, found {type(declared).__name__}.')
     return tuple(check_name(name, source, key) for name in declared)

@@ -84,12 +84,7 @@ OPTIONAL = ("trust_scan_affine",)
 
 
 def read_plan(path: str | Path) -> dict[str, Any]:
-    """A validated plan from its file.
-
-    Raises:
-        RunError: the file is missing.
-        ConfigError: it is not JSON, or `validate_plan` finds a fault.
-    """
+    """A validated plan from its file; `RunError` if it is missing, `ConfigError` if it is damaged or invalid."""
     file = Path(path)
     if not file.exists():
         raise RunError(f"{file}: there is no such plan. Make one with: medseg plan DATASET --out RUN")
@@ -156,11 +151,7 @@ def validate_plan(
 
 
 def plan_warnings(plan: Mapping[str, Any]) -> list[str]:
-    """Warnings on structures of the training cases that are lost at the plan's spacing.
-
-    A label map is resampled by nearest neighbour, so a structure keeps its volume on average: one that is smaller
-    than two voxels of the plan may vanish.
-    """
+    """Warnings on structures that may vanish at the plan's spacing: below two voxels, as nearest neighbour resamples."""
     warnings = []
     voxel = math.prod(plan["spacing"])
     for name, least in plan["fingerprint"].get("smallest", {}).items():

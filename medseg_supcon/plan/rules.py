@@ -66,14 +66,10 @@ def make_plan(
     right; no other axis may. `epochs` and `expected` are first estimates.
 
     Args:
-        fingerprint: of the cases that train.
+        fingerprint: of the cases that train (`DataError` if none has a labelled structure).
         dataset: names, channels and labels.
         device: "cpu", or a GPU such as "cuda" or "cuda:1".
-        cores: CPU cores to train on; None for those of this machine.
-        memory_gib: memory of the GPU; None for what is found.
-
-    Raises:
-        DataError: no case of the fingerprint has a labelled structure.
+        cores, memory_gib: CPU cores, and the GPU's memory; None for those of this machine.
 
     Example:
         >>> import tempfile
@@ -237,22 +233,20 @@ def intensity_transforms(channels: Sequence[str], foreground: Sequence[Mapping[s
     ]
     for key, kind, stats in zip(keys, kinds, foreground, strict=True):
         steps += _normalise(key, kind, stats)
-    steps.append({"_target_": "ConcatItemsd", "keys": keys, "name": "image", "dim": 0})
-    steps.append({"_target_": "DeleteItemsd", "keys": keys})
-    return steps
+    joined = {"_target_": "ConcatItemsd", "keys": keys, "name": "image", "dim": 0}
+    return [*steps, joined, {"_target_": "DeleteItemsd", "keys": keys}]
 
 
 def _normalise(key: str, kind: str, stats: Mapping[str, float]) -> list[dict[str, Any]]:
-    if kind == "nonorm":
-        return []
-    if kind == "ct":
-        return [_window(key, stats)]
-    if kind == "rgb_to_0_1":
-        limits = {"a_min": 0, "a_max": 255, "b_min": 0, "b_max": 1}
-        return [{"_target_": "ScaleIntensityRanged", "keys": key, **limits}]
-    if kind == "rescale_to_0_1":
-        return [{"_target_": "ScaleIntensityd", "keys": key, "minv": 0, "maxv": 1, "channel_wise": True}]
-    return [{"_target_": "NormalizeIntensityd", "keys": key, "channel_wise": True}]
+    limits = {"a_min": 0, "a_max": 255, "b_min": 0, "b_max": 1}
+    steps = {
+        "nonorm": [],
+        "ct": [_window(key, stats)],
+        "rgb_to_0_1": [{"_target_": "ScaleIntensityRanged", "keys": key, **limits}],
+        "rescale_to_0_1": [{"_target_": "ScaleIntensityd", "keys": key, "minv": 0, "maxv": 1, "channel_wise": True}],
+        "zscore": [{"_target_": "NormalizeIntensityd", "keys": key, "channel_wise": True}],
+    }
+    return steps[kind]
 
 
 def _window(key: str, stats: Mapping[str, float]) -> dict[str, Any]:
