@@ -77,11 +77,10 @@ def _compare(rows: Iterable[Row], about: Row) -> list[Row]:
     """`compare_recipes`; in a grid within every variant, with ``variant`` first."""
     if not about["axes"]:
         return compare_recipes(rows, about["recipes"])
-    return [
-        {"variant": variant["name"]} | row
-        for variant in about["variants"]
-        for row in compare_recipes([r for r in rows if r["variant"] == variant["name"]], about["recipes"])
-    ]
+    of_variant: dict[str, list[Row]] = {variant["name"]: [] for variant in about["variants"]}
+    for row in rows:
+        of_variant[row["variant"]].append(row)
+    return [{"variant": v} | row for v, mine in of_variant.items() for row in compare_recipes(mine, about["recipes"])]
 
 
 def answer(row: Row) -> str:
@@ -202,11 +201,7 @@ def interval(row: Row) -> str:
 
 
 def points(value: float | None) -> str:
-    """A difference of Dice in points (hundredths), with its sign.
-
-    >>> points(0.0123), points(-0.004), points(0.0)
-    ('+1.23', '-0.40', '0.00')
-    """
+    """A difference of Dice in points (hundredths), with its sign: ``+1.23``."""
     text = "-" if value is None else f"{100 * value:+.2f}"
     return "0.00" if text in ("+0.00", "-0.00") else text
 
@@ -215,11 +210,6 @@ def settings_and_wiring(overlay: Mapping[str, Any]) -> tuple[Row, Row]:
     """What a person sets in an overlay, and what only connects parts of the configuration (``$@loss``)."""
     wiring = {key: value for key, value in overlay.items() if re.search(r"['\"][@$]", repr(value))}
     return {key: value for key, value in overlay.items() if key not in wiring}, wiring
-
-
-def _pairs(settings: Mapping[str, Any]) -> str:
-    texts = [f"{key}: {value}" for key, value in settings.items()]
-    return ", ".join(t if len(t) < 110 else f"{t[:107]}..." for t in texts) or "nothing"
 
 
 def _render(report: Row, pictures: Path) -> str:
@@ -244,12 +234,17 @@ def _render(report: Row, pictures: Path) -> str:
         # not joinpath(a, b): some of Python 3.10 take one part
         loader=FunctionLoader(lambda name: (files(__package__) / "templates" / name).read_text(encoding="utf-8")),
     )
+
+    def pairs(settings: Mapping[str, Any]) -> str:
+        texts = [f"{key}: {value}" for key, value in settings.items()]
+        return ", ".join(t if len(t) < 110 else f"{t[:107]}..." for t in texts) or "nothing"
+
     environment.filters |= {
         "points": points,
         "number": lambda value, digits=4: "-" if value is None else f"{value:.{digits}f}",
         "interval": interval,
         "counted": counted,
-        "pairs": _pairs,
+        "pairs": pairs,
         "marked": lambda text, row: (text, ("", "up", "down")[excludes_zero(row)]),
         "p": lambda p: "-" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}",
         "inline": lambda name: "data:image/png;base64," + base64.b64encode((pictures / name).read_bytes()).decode(),

@@ -15,11 +15,10 @@ from medseg_supcon.comparison import (
     caveats,
     compare_recipes,
     on_degraded_scans,
-    settings_and_wiring,
     verdict,
-    with_changes,
     write_comparison,
 )
+from medseg_supcon.comparison.report import settings_and_wiring, with_changes
 
 RECIPES, CLASSES, SEEDS, CASES = ("base", "same", "other"), ("organ", "tumour"), (0, 1, 4), range(9)
 
