@@ -218,8 +218,7 @@ def _render(report: Row, pictures: Path) -> str:
     with_labels = len(about["splits"]) > 1 or not about["axes"]
     levels = {variant["name"]: list(variant["levels"].values()) for variant in about["variants"]}
 
-    def place(row: Row) -> list[str]:
-        """The cells that say of which budget and variant a row is."""
+    def place(row: Row) -> list[str]:  # the cells that say of which budget and variant a row is
         return [str(row["labels"])] * with_labels + levels[row.get("variant", "")]
 
     def shown(value: Any) -> Any:
