@@ -31,9 +31,7 @@ def make_scan(path: Path, shape: Sequence[int], spacing: Sequence[float], organs
     for k, height in enumerate(z):
         inside = x[:, None] ** 2 + y[None, :] ** 2 + (height / 1.2) ** 2 < 0.8
         plane = np.where(inside, TISSUE, AIR).astype(np.float32)
-        for (a, b, c), (ra, rb, rc), density in zip(
-            centres, radii, np.linspace(*DENSITIES, organs), strict=True
-        ):
+        for (a, b, c), (ra, rb, rc), density in zip(centres, radii, np.linspace(*DENSITIES, organs), strict=True):
             far = ((x[:, None] - a) / ra) ** 2 + ((y[None, :] - b) / rb) ** 2 + ((height - c) / rc) ** 2
             plane[far < 1] = density
         scan[..., k] = plane + NOISE * rng.standard_normal(plane.shape, dtype=np.float32)

@@ -47,9 +47,7 @@ def main() -> None:
     options.add_argument("--labels", type=int, help="labelled scans, validation included; default: all 156")
     options.add_argument("--set", action="append", default=[], help="KEY=VALUE, as for `medseg train`")
     options.add_argument("--out", type=Path, help="folder for the run; default: a temporary folder")
-    options.add_argument(
-        "--reuse", action="store_true", help="only read the results of an earlier call from --out"
-    )
+    options.add_argument("--reuse", action="store_true", help="only read the results of an earlier call from --out")
     given = options.parse_args()
     root = os.environ.get("MEDSEG_DATA")
     if not root or not (Path(root) / TASK).is_dir():
@@ -64,9 +62,7 @@ def main() -> None:
     if not given.reuse:
         budget = ("--labels", given.labels) if given.labels else ()
         settings = [word for setting in given.set for word in ("--set", setting)]
-        seconds = medseg(
-            "train", data, "--cases", out / "training.txt", *budget, *settings, "--out", out / "run"
-        )
+        seconds = medseg("train", data, "--cases", out / "training.txt", *budget, *settings, "--out", out / "run")
         medseg("evaluate", out / "run", data, "--cases", out / "test.txt", "--out", out / "test")
         (out / "seconds.json").write_text(json.dumps(seconds))
     ours = dice_per_case(out / "test" / "metrics.csv")
@@ -94,10 +90,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     command = "python -m benchmarks.hippocampus" + (f" --labels {given.labels}" if given.labels else "")
     command += "".join(f" --set {setting}" for setting in given.set)
-    name = (
-        "_".join(("hippocampus", str(given.labels or "all"), *(s.replace("=", "_") for s in given.set)))
-        + ".md"
-    )
+    name = "_".join(("hippocampus", str(given.labels or "all"), *(s.replace("=", "_") for s in given.set))) + ".md"
     (RESULTS / name).write_text(f"Written by `{command}`.\n\n" + "\n".join(text) + "\n")
 
 

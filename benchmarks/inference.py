@@ -77,9 +77,7 @@ def measure(name: str, run_folder: Path, scan: Path, out: Path) -> Result:
     return {"seconds": time.perf_counter() - start, "before": before}
 
 
-def contest(
-    run_folder: Path, scan: Path, out: Path, args: argparse.Namespace, python: str | None
-) -> dict[str, Result]:
+def contest(run_folder: Path, scan: Path, out: Path, args: argparse.Namespace, python: str | None) -> dict[str, Result]:
     """Best time and largest peak of each contestant over alternating rounds, and the voxels that differ from ours."""
     results: dict[str, Result] = {}
     for _ in range(args.rounds):
@@ -155,9 +153,7 @@ def with_nnunet(python: str) -> tuple[str | None, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--nnunet-python", default=sys.executable, help="an interpreter that has nnunetv2 and monai"
-    )
+    parser.add_argument("--nnunet-python", default=sys.executable, help="an interpreter that has nnunetv2 and monai")
     parser.add_argument("--shape", type=int, nargs=3, default=[300, 300, 300])
     parser.add_argument("--spacing", type=float, nargs=3, default=[0.8, 0.8, 1.2], help="mm")
     parser.add_argument("--organs", type=int, default=9, help="number of classes besides background")

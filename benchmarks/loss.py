@@ -228,9 +228,7 @@ def main() -> None:
         print(json.dumps(measure(name, int(n), args.device, args.threads)))
         return
     cuda = args.device == "cuda"
-    args.sizes = args.sizes or (
-        [8192, 32768, 110592, 884736] if cuda else [1024, 2048, 4096, 8192, 16384, 65536]
-    )
+    args.sizes = args.sizes or ([8192, 32768, 110592, 884736] if cuda else [1024, 2048, 4096, 8192, 16384, 65536])
     args.rivals_up_to = args.rivals_up_to or (10**9 if cuda else 8192)
     args.contestants = args.contestants or list(CONTESTANTS)[: 4 if cuda else 3]
     if "medseg_supcon" not in args.contestants:

@@ -168,9 +168,7 @@ def training(run: Path, device: str) -> str:
     with (run / "logs" / "history.csv").open(newline="") as stream:
         seconds = [float(row["seconds"]) for row in csv.DictReader(stream)]
     settled = seconds[1:-1] or seconds  # the last epoch includes a validation
-    name = (
-        torch.cuda.get_device_name(device) if device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
-    )
+    name = torch.cuda.get_device_name(device) if device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
     lines = [
         f"{name}, {os.cpu_count()} cores, torch {torch.__version__}",
         "",
@@ -184,15 +182,11 @@ def training(run: Path, device: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="store_true", help="measure the CPU side only")
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1"
-    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     if given.device == "cpu" and not given.profile:

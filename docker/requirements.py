@@ -9,7 +9,5 @@ from pathlib import Path
 import tomllib
 
 project = tomllib.loads(Path(sys.argv[1]).read_text())["project"]
-names = project["dependencies"] + [
-    r for extra in sys.argv[2:] for r in project["optional-dependencies"][extra]
-]
+names = project["dependencies"] + [r for extra in sys.argv[2:] for r in project["optional-dependencies"][extra]]
 sys.stdout.write("\n".join(names) + "\n")

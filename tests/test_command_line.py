@@ -249,9 +249,7 @@ def test_a_gpu_that_torch_cannot_use_is_told_of(medseg, monkeypatch, phantoms, t
         assert "NVIDIA" not in medseg(*missing)[2]
 
 
-TINY_SET = [
-    f"--set={key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in TINY
-]
+TINY_SET = [f"--set={key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in TINY]
 
 
 def test_arguments_that_the_template_does_not_spell_out_can_be_set(medseg, phantoms, tmp_path):
@@ -284,9 +282,7 @@ def test_pairs_of_voxels_and_elastic_views_exclude_each_other(medseg, phantoms, 
 
 @pytest.mark.parametrize("setting", ["sampling=hrd", "learning_rate=abc", "view_1::elastik=1"])
 def test_a_setting_that_cannot_be_leaves_no_half_run(medseg, phantoms, tmp_path, setting):
-    code, _, error = medseg(
-        "train", phantoms, "--out", tmp_path / "run", "--epochs", 1, *TINY_SET, "--set", setting
-    )
+    code, _, error = medseg("train", phantoms, "--out", tmp_path / "run", "--epochs", 1, *TINY_SET, "--set", setting)
     assert code == 2 and "settings" in error
     assert not (tmp_path / "run").exists()
 
@@ -303,9 +299,7 @@ def test_length_set_by_key_is_the_plans(planned):
     assert (plan["epochs"], plan["steps_per_epoch"]) == (2, 3)
 
 
-@pytest.mark.parametrize(
-    ("name", "says"), [("train.yaml", "not valid YAML"), ("datalist.json", "not valid JSON")]
-)
+@pytest.mark.parametrize(("name", "says"), [("train.yaml", "not valid YAML"), ("datalist.json", "not valid JSON")])
 def test_a_config_edited_wrongly_is_a_sentence(medseg, phantoms, planned, name, says):
     path = planned / "configs" / name
     path.write_text(path.read_text() + "a: [\n")
@@ -347,9 +341,7 @@ def test_a_slip_in_a_recipe_of_ones_own_is_refused(medseg, phantoms, tmp_path):
 def test_a_recipe_may_choose_the_network(medseg, phantoms, tmp_path):
     own, settings = tmp_path / "own.yaml", dict(TINY)
     own.write_text(
-        yaml.safe_dump(
-            {"network_def": settings["network_def"], "plan::patch_size": [16, 16, 16], "epochs": 1}
-        )
+        yaml.safe_dump({"network_def": settings["network_def"], "plan::patch_size": [16, 16, 16], "epochs": 1})
     )
     assert medseg("plan", phantoms, "--out", tmp_path / "run", "--recipe", own)[0] == 0
     plan = json.loads((tmp_path / "run" / "configs" / "plan.json").read_text())
@@ -372,9 +364,7 @@ def test_control_characters_of_a_name_stay_out_of_the_terminal(medseg, trained_r
         *medseg("predict", trained_run, "--nonsense\x1b[31m")[1:],
     ):
         assert all(character.isprintable() or character == "\n" for character in text), text
-        assert all(
-            line.startswith(("medseg: ", "failed ", "warning ", str(tmp_path))) for line in text.splitlines()
-        )
+        assert all(line.startswith(("medseg: ", "failed ", "warning ", str(tmp_path))) for line in text.splitlines())
 
 
 @pytest.mark.parametrize("arguments", [["check"], ["--help"]])
@@ -437,9 +427,7 @@ def test_a_damaged_datalist_is_a_sentence(medseg, trained_run, phantoms, tmp_pat
         assert code == 2 and "datalist.json" in error, words
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to become another user"
-)
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to become another user")
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="there is no setpriv")
 def test_a_user_without_a_name_or_a_home(trained_run, phantoms):
     """As in a container that runs with --user 12345: no passwd entry, no HOME, no USER."""

@@ -168,9 +168,7 @@ def test_resuming_with_another_seed_is_refused(trained_run, tmp_path):
 def test_fine_tuning_starts_from_the_earlier_weights(trained_run, phantoms, tmp_path):
     dataset, run = read_dataset(phantoms), tmp_path / "run"
     settings = [("plan::steps_per_epoch", 1), ("learning_rate", 0.0), ("weight_decay", 0.0)]
-    prepare_run(
-        dataset, split_cases(dataset), run, epochs=1, settings=settings, init=trained_run, device="cpu"
-    )
+    prepare_run(dataset, split_cases(dataset), run, epochs=1, settings=settings, init=trained_run, device="cpu")
     run_config(run, "train", "train", device="cpu", quiet=True)
     for key, value in weights(trained_run).items():
         assert torch.equal(value, weights(run)[key]), key

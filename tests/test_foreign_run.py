@@ -109,9 +109,7 @@ PLACES: dict[str, Callable[[Path, Path], None]] = {
     "logging.conf": logging_conf,
     "scripts": in_python("scripts/__init__.py"),
     "metadata.json": in_config("metadata.json", task="CODE"),
-    "datalist.json": in_config(
-        "datalist.json", training=[{"name": "CODE", "image": "CODE", "label": "CODE"}]
-    ),
+    "datalist.json": in_config("datalist.json", training=[{"name": "CODE", "image": "CODE", "label": "CODE"}]),
     "model.pt": pickled("model.pt", wrap=True),
     "model.pt, bare pickle": pickled("model.pt", wrap=False),
     "checkpoint.pt": pickled("checkpoint.pt", wrap=True),
@@ -263,9 +261,7 @@ def test_a_shipped_recipe_needs_neither_trust_nor_record(
 ) -> None:
     dataset, run = read_dataset(phantoms), tmp_path / "run #1"
     given = [*TINY, ("learning_rate", 0.01), ("plan::steps_per_epoch", 1), ("view_1::rotation_degrees", 10.0)]
-    prepare_run(
-        dataset, split_cases(dataset, labels=4), run, recipe=recipe, epochs=3, settings=given, device="cpu"
-    )
+    prepare_run(dataset, split_cases(dataset, labels=4), run, recipe=recipe, epochs=3, settings=given, device="cpu")
     shutil.rmtree(no_record)
     monkeypatch.setattr(trust, "_written", set())
     check_configs_trusted(run, trust=False)

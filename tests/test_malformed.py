@@ -52,9 +52,7 @@ def spoilt(tmp_path: Path) -> tuple[Path, dict[str, Path]]:
     return folder, paths
 
 
-def test_predict(
-    medseg: Command, trained_run: Path, spoilt: tuple[Path, dict[str, Path]], tmp_path: Path
-) -> None:
+def test_predict(medseg: Command, trained_run: Path, spoilt: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     folder, paths = spoilt
     before = {p: p.stat(follow_symlinks=False).st_mtime_ns for p in folder.iterdir()}
     code, _, error = medseg("predict", trained_run, folder, "--out", tmp_path / "masks", "--device", "cpu")
@@ -74,9 +72,7 @@ def test_predict(
         "good_1.nii.gz",
     }
     assert before == {p: p.stat(follow_symlinks=False).st_mtime_ns for p in folder.iterdir()}
-    code, _, _ = medseg(
-        "predict", trained_run, *paths.values(), "--out", tmp_path / "none", "--device", "cpu"
-    )
+    code, _, _ = medseg("predict", trained_run, *paths.values(), "--out", tmp_path / "none", "--device", "cpu")
     assert code == 2
 
 
@@ -89,9 +85,7 @@ def data_list(folder: Path, images: dict[str, Path], labels: dict[str, Path]) ->
 
 
 @pytest.mark.parametrize("which", ["image", "label"])
-def test_check_and_train(
-    medseg: Command, spoilt: tuple[Path, dict[str, Path]], tmp_path: Path, which: str
-) -> None:
+def test_check_and_train(medseg: Command, spoilt: tuple[Path, dict[str, Path]], tmp_path: Path, which: str) -> None:
     _, broken = spoilt
     broken = {n: p for n, p in broken.items() if which == "image" or n not in NOT_AS_LABEL}
     names = ["good_a", "good_b", *broken]
@@ -113,9 +107,7 @@ def test_check_and_train(
 
 
 @pytest.mark.parametrize("which", ["masks", "references"])
-def test_evaluate_folders(
-    medseg: Command, spoilt: tuple[Path, dict[str, Path]], tmp_path: Path, which: str
-) -> None:
+def test_evaluate_folders(medseg: Command, spoilt: tuple[Path, dict[str, Path]], tmp_path: Path, which: str) -> None:
     folder, broken = spoilt
     other = tmp_path / "other"
     for name in ("good_0", "good_1", *broken):
@@ -162,13 +154,9 @@ def test_unlabelled_scans_are_checked_too(medseg: Command, phantoms: Path, tmp_p
     good(more / "fine.nii.gz", sound(7))
     for name in ("nan", "cut", "four_d", "two_d"):
         BROKEN[name][1](more / f"{name}.nii.gz")
-    code, _, error = medseg(
-        "train", phantoms, "--out", tmp_path / "run", "--unlabelled", more, "--recipe", "semi"
-    )
+    code, _, error = medseg("train", phantoms, "--out", tmp_path / "run", "--unlabelled", more, "--recipe", "semi")
     assert code == 2 and str(more) in error
-    assert [
-        len(errors_on(more / f"{name}.nii.gz", error)) for name in ("nan", "cut", "four_d", "two_d", "fine")
-    ] == [
+    assert [len(errors_on(more / f"{name}.nii.gz", error)) for name in ("nan", "cut", "four_d", "two_d", "fine")] == [
         *(1, 1, 1, 1),
         0,
     ]
@@ -193,9 +181,7 @@ def test_data_that_breaks_after_the_plan(medseg: Command, phantoms: Path, tmp_pa
 
     data = shutil.copytree(phantoms, tmp_path / "data")
     settings = [f"--set={k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in TINY]
-    assert (
-        medseg("plan", data, "--out", tmp_path / "run", "--epochs", 1, "--device", "cpu", *settings)[0] == 0
-    )
+    assert medseg("plan", data, "--out", tmp_path / "run", "--epochs", 1, "--device", "cpu", *settings)[0] == 0
     victim = sorted((data / "imagesTr").glob("*.nii.gz"))[1]
     victim.write_bytes(victim.read_bytes()[:500])
     code, _, error = medseg("train", data, "--out", tmp_path / "run", "--device", "cpu")

@@ -100,9 +100,7 @@ def test_stopped_by_a_signal(
     assert "stopped" in said
     masks = whole(out)
     assert 2 <= len(masks) < 12
-    done = [
-        e["name"] for e in json.loads((out / "manifest.json").read_text())["scans"] if e["status"] == "done"
-    ]
+    done = [e["name"] for e in json.loads((out / "manifest.json").read_text())["scans"] if e["status"] == "done"]
     assert [f"{name}.nii.gz" for name in done] == masks
     assert not list(out.rglob(".*"))
 
@@ -227,9 +225,7 @@ def test_too_little_memory(start: Start, trained_run: Path, scans: Path, tmp_pat
         file.truncate(352 + 1600 * 1600 * 1200)  # sparse: it takes no room on the disk
     limit = 6 * 2**30  # of addresses, of which torch alone takes a few
     arguments = ("predict", trained_run, scans, "--out", tmp_path / "out")
-    code, said = finish(
-        start(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
-    )
+    code, said = finish(start(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))))
     assert code == 3, said
     assert whole(tmp_path / "out") == ["s00.nii.gz"]
     assert f"{scans / 'large.nii'}: not enough memory" in said

@@ -13,9 +13,7 @@ UNET = {
     "strides": [2],
     "num_res_units": 1,
 }
-TINY_NETWORK = chain(
-    UNET, {"_target_": "torch.nn.Conv3d", "in_channels": 8, "out_channels": 6, "kernel_size": 1}
-)
+TINY_NETWORK = chain(UNET, {"_target_": "torch.nn.Conv3d", "in_channels": 8, "out_channels": 6, "kernel_size": 1})
 TINY = [
     ("network_def", TINY_NETWORK),
     ("plan::patch_size", [16, 16, 16]),

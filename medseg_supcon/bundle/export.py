@@ -72,9 +72,7 @@ def extra_files(run: Path, plan: Mapping[str, Any]) -> dict[str, str]:
     return files
 
 
-def export_model(
-    run: Path, format: Literal["torchscript", "onnx"], out: Path, trust: bool = False
-) -> dict[str, Any]:
+def export_model(run: Path, format: Literal["torchscript", "onnx"], out: Path, trust: bool = False) -> dict[str, Any]:
     """Write a run's network for use without this package, and compare it with the network.
 
     A TorchScript file loads with ``torch.jit.load`` alone, takes any size that the network takes, and carries
@@ -152,9 +150,7 @@ def _first_that_agrees(
                 "max_abs_difference": difference,
                 "sizes": compared,
             }
-        faults.append(
-            f"{method}: differs by {difference:.3g} from the network, whose largest logit is {scale:.3g}"
-        )
+        faults.append(f"{method}: differs by {difference:.3g} from the network, whose largest logit is {scale:.3g}")
     raise RunError(f"No exported file gives the same values as the network. {'; '.join(faults)}.")
 
 
@@ -186,9 +182,7 @@ def _torchscript_attempts(run: Path, network: nn.Module, plan: Mapping[str, Any]
 
 def _onnx_attempts(run: Path, network: nn.Module, plan: Mapping[str, Any]) -> list[Attempt]:
     extra = extra_files(run, plan)
-    properties: dict[str, str] = {
-        name: extra[name] for name in ("plan.json", "metadata.json") if name in extra
-    }
+    properties: dict[str, str] = {name: extra[name] for name in ("plan.json", "metadata.json") if name in extra}
 
     def writer(axes: dict[int, str] | None) -> Callable[[Path], None]:
         return lambda file: _write_onnx(file, network, plan, axes, properties)

@@ -44,9 +44,7 @@ def at_work_in(run: Path) -> Iterator[None]:
     """
     with folder_lock(run, wait=False) as free:
         if not free:
-            raise RunError(
-                f"Another medseg is working in {run}. Wait until it has finished, or choose another --out."
-            )
+            raise RunError(f"Another medseg is working in {run}. Wait until it has finished, or choose another --out.")
         yield
 
 
@@ -80,13 +78,9 @@ def refuse_others(run: Path) -> None:
         raise RunError(
             f"{run} already contains a run. Choose another --out, or continue it with medseg train --resume."
         )
-    there = [
-        p.name for p in sorted((shared_folder("bundles") / TEMPLATE).iterdir()) if (run / p.name).exists()
-    ]
+    there = [p.name for p in sorted((shared_folder("bundles") / TEMPLATE).iterdir()) if (run / p.name).exists()]
     if there:
-        raise RunError(
-            f"{run} contains {' and '.join(there)} that medseg did not write. Choose another --out."
-        )
+        raise RunError(f"{run} contains {' and '.join(there)} that medseg did not write. Choose another --out.")
 
 
 def _write_template(run: Path) -> None:

@@ -14,9 +14,7 @@ from medseg_supcon.errors import RunError
 from medseg_supcon.files import read_json
 from medseg_supcon.networks import build_network, size_divisor
 
-SCHEMA = (
-    "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
-)
+SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 # What MONAI needs beyond its own requirements; train.yaml and evaluate.yaml also need this package.
 REQUIRED = ("nibabel", "pytorch-ignite")
 # Packages that some stock networks import.
@@ -73,8 +71,7 @@ def metadata_of(run: Path) -> dict[str, Any]:
         "data_source": plan["name"],
         "data_type": "nibabel",
         "image_classes": f"{len(plan['channels'])} channel(s), {modality}, normalised as described in plan.json",
-        "label_classes": "one channel, "
-        + ", ".join(f"{value} is {name}" for name, value in plan["labels"].items()),
+        "label_classes": "one channel, " + ", ".join(f"{value} is {name}" for name, value in plan["labels"].items()),
         "pred_classes": f"{len(plan['labels'])} channels of logits: "
         + ", ".join(f"channel {i} is {name}" for i, name in enumerate(plan["labels"])),
         "eval_metrics": scores(read_json(metrics) if metrics.is_file() else {}),

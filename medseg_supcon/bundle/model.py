@@ -74,16 +74,12 @@ def load_model(run: str | Path, trust: bool = False) -> Model:
     weights = run / "models" / "model.pt"
     for file in (config, plan_file, weights):
         if not file.is_file():
-            raise RunError(
-                f"{file} is missing. {run} has not been trained to the end: train it, or pass another run."
-            )
+            raise RunError(f"{file} is missing. {run} has not been trained to the end: train it, or pass another run.")
     plan = read_plan(plan_file)
     network, preprocessing, definition = _built(run, plan, trust)
     transforms = list(preprocessing.flatten().transforms)
     if not isinstance(transforms[0], LoadImaged):
-        raise RunError(
-            f"{config}: preprocessing must start with LoadImaged, found {type(transforms[0]).__name__}."
-        )
+        raise RunError(f"{config}: preprocessing must start with LoadImaged, found {type(transforms[0]).__name__}.")
     try:
         network.load_state_dict(load_tensors(weights))
     except MedsegError:
@@ -179,9 +175,7 @@ def _evaluated(run: Path, config: Path) -> tuple[torch.nn.Module, Compose, Any]:
 
 def _cannot_be_built(run: Path, cause: BaseException) -> RunError:
     plan = run / "configs" / "plan.json"
-    return RunError(
-        f"{run}: the network or the preprocessing cannot be built from {plan} ({cause}). Correct the plan."
-    )
+    return RunError(f"{run}: the network or the preprocessing cannot be built from {plan} ({cause}). Correct the plan.")
 
 
 def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
@@ -196,9 +190,7 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # refused right after
             content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise RunError(
-            f"{path} does not exist. Train the run first: medseg train DATASET --out RUN."
-        ) from None
+        raise RunError(f"{path} does not exist. Train the run first: medseg train DATASET --out RUN.") from None
     except MemoryError:
         raise
     except OSError as error:

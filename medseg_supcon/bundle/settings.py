@@ -47,9 +47,7 @@ def _read_recipe(name: str, above: tuple[Path, ...]) -> dict[str, Any]:
         )
     overlay = read_yaml_file(path, f"Recipe {path}") or {}
     if not isinstance(overlay, dict):
-        raise ConfigError(
-            f"Recipe {path} must map keys of train.yaml to values, found {type(overlay).__name__}."
-        )
+        raise ConfigError(f"Recipe {path} must map keys of train.yaml to values, found {type(overlay).__name__}.")
     base = overlay.pop("base", None)
     if base is None:
         return overlay
@@ -160,9 +158,7 @@ def set_key(config: Any, key: str, value: Any, where: str, create: bool = False)
         # a component takes arguments that the template does not spell out
         elif part not in node and not (last and (create or "_target_" in node)):
             near = get_close_matches(part, [str(k) for k in node], n=3, cutoff=0.5)
-            hint = (
-                f"Did you mean {' or '.join(near)}?" if near else f"Keys here: {', '.join(map(str, node))}."
-            )
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"Keys here: {', '.join(map(str, node))}."
             raise ConfigError(f"{where} has no key {key!r}. {hint}")
         if not last:
             section = _referred(config, node[index])
@@ -170,9 +166,7 @@ def set_key(config: Any, key: str, value: Any, where: str, create: bool = False)
                 _put_copy(node, index, section)
             node = node[index]
         elif depth and isinstance(node, CommentedMap) and index not in node:
-            node.insert(
-                min(1, len(node)), index, value
-            )  # at the end it would follow the next section's comment
+            node.insert(min(1, len(node)), index, value)  # at the end it would follow the next section's comment
         else:
             node[index] = value
 

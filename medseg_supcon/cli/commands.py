@@ -97,9 +97,7 @@ def check(
 def export(
     run: RunArg,
     file: Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write.")],
-    format: Annotated[
-        Literal["torchscript", "onnx"], typer.Option(help="Format of the file.")
-    ] = "torchscript",
+    format: Annotated[Literal["torchscript", "onnx"], typer.Option(help="Format of the file.")] = "torchscript",
     overwrite: OverwriteOption = False,
     trust: TrustOption = False,
 ) -> None:
@@ -108,9 +106,7 @@ def export(
 
     refuse_to_overwrite(file, overwrite)
     difference = export_model(run, format, file, trust)["max_abs_difference"]
-    out.print(
-        f"Wrote {printable(file)} ({format}). Largest difference from the network's output: {difference:.1e}"
-    )
+    out.print(f"Wrote {printable(file)} ({format}). Largest difference from the network's output: {difference:.1e}")
 
 
 for _command in (demo, check, plan, train, predict, evaluate, compare, embed, export):

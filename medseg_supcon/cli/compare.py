@@ -26,9 +26,7 @@ def compare(
     out_dir: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder of the comparison.")],
     recipes: Annotated[
         str | None,
-        typer.Option(
-            metavar="A,B", help="Names or .yaml files, separated by commas; the first is the baseline."
-        ),
+        typer.Option(metavar="A,B", help="Names or .yaml files, separated by commas; the first is the baseline."),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option(metavar="N,N", help="Training seeds, separated by commas; default: 0.")
@@ -64,9 +62,7 @@ def compare(
             help="File with the names of the cases to test on; default: cases that no run is trained on.",
         ),
     ] = None,
-    split_seed: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Seed of the split, which all runs share.")
-    ] = 0,
+    split_seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the split, which all runs share.")] = 0,
     no_robustness: Annotated[
         bool,
         typer.Option("--no-robustness", help="Do not also test on degraded scans (noise, bias field, ...)."),

@@ -21,9 +21,7 @@ MARKER = "medseg_demo.json"
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write.")] = Path(
-        "medseg_demo"
-    ),
+    folder: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write.")] = Path("medseg_demo"),
     device: DeviceOption = None,
     epochs: Annotated[
         int,
@@ -68,9 +66,7 @@ def _clear(folder: Path, overwrite: bool) -> None:
                 f"{folder} is not empty and does not contain an earlier demo. Choose another folder: medseg demo --out DIR"
             )
         if not overwrite:
-            raise RunError(
-                f"{folder} contains an earlier demo. Replace it with --overwrite, or choose another --out."
-            )
+            raise RunError(f"{folder} contains an earlier demo. Replace it with --overwrite, or choose another --out.")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -24,9 +24,7 @@ def embed(
     dataset: DatasetArg,
     out_dir: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder for plots and tables.")],
     cases: CasesOption = None,
-    voxels: Annotated[
-        int, typer.Option(min=20, metavar="N", help="Number of voxels to sample over all cases.")
-    ] = 1500,
+    voxels: Annotated[int, typer.Option(min=20, metavar="N", help="Number of voxels to sample over all cases.")] = 1500,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sample and of t-SNE.")] = 0,
     device: DeviceOption = None,
     overwrite: OverwriteOption = False,

@@ -14,9 +14,7 @@ from medseg_supcon.errors import ConfigError
 
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="A trained run.")] = None,
-    dataset: Annotated[
-        Path | None, typer.Argument(help="A data set; its labelled cases are evaluated.")
-    ] = None,
+    dataset: Annotated[Path | None, typer.Argument(help="A data set; its labelled cases are evaluated.")] = None,
     out_dir: Annotated[
         Path, typer.Option("--out", metavar="FOLDER", help="Folder for metrics.csv and metrics.json.")
     ] = Path("evaluation"),

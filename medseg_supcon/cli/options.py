@@ -50,9 +50,7 @@ def refuse_to_overwrite(file: Path, overwrite: bool) -> None:
         raise RunError(f"{file} already exists. Replace it with --overwrite, or choose another --out.")
 
 
-DatasetArg = Annotated[
-    Path, typer.Argument(help="Decathlon folder, nnU-Net v2 raw folder, or MONAI datalist JSON.")
-]
+DatasetArg = Annotated[Path, typer.Argument(help="Decathlon folder, nnU-Net v2 raw folder, or MONAI datalist JSON.")]
 RunArg = Annotated[Path, typer.Argument(help="A trained run (a MONAI bundle).")]
 DeviceOption = Annotated[
     str | None,
@@ -74,9 +72,7 @@ MismatchOption = Annotated[
 ]
 SettingsOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Set a key of train.yaml, or plan::KEY. Can be repeated."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a key of train.yaml, or plan::KEY. Can be repeated."),
 ]
 ValidationOption = Annotated[
     float | None,

@@ -30,9 +30,7 @@ def predict(
     ] = False,
     tta: Annotated[
         bool,
-        typer.Option(
-            "--tta", help="Average over mirrored scans (slower), unless a class name says left or right."
-        ),
+        typer.Option("--tta", help="Average over mirrored scans (slower), unless a class name says left or right."),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that exist.")] = False,
     device: DeviceOption = None,
@@ -87,9 +85,7 @@ def predict_into(
 
         counts: dict[str, int] = predictor.run(chosen, folder, probabilities, overwrite, progress)["summary"]
     parts = [f"{counted(counts['done'], 'scan')} predicted"]
-    parts += (
-        [f"{counts['skipped']} already exist (replace them with --overwrite)"] if counts["skipped"] else []
-    )
+    parts += [f"{counts['skipped']} already exist (replace them with --overwrite)"] if counts["skipped"] else []
     parts += [f"{counts['failed']} failed"] if counts["failed"] else []
     out.print(f"{printable(folder)}: {', '.join(parts)}; manifest.json lists every scan.")
     return counts

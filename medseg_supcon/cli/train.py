@@ -21,18 +21,12 @@ from medseg_supcon.cli.options import (
 from medseg_supcon.cli.terminal import err, out, print_metrics, print_plan, print_report, printable, say
 from medseg_supcon.errors import RunError
 
-LENGTH = (
-    "Length of the training; default: as many epochs as fit into 22 minutes on a CPU or 60 minutes on a GPU."
-)
+LENGTH = "Length of the training; default: as many epochs as fit into 22 minutes on a CPU or 60 minutes on a GPU."
 BUDGET = "Number of labelled scans to use, validation included (default: all). The others are treated as unlabelled."
-RunOption = Annotated[
-    Path, typer.Option("--out", metavar="RUN", help="Folder of the run; it becomes a MONAI bundle.")
-]
+RunOption = Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder of the run; it becomes a MONAI bundle.")]
 RecipeOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME", help="joint (the default), dice_ce, two_stage, semi, or a .yaml file of your own."
-    ),
+    typer.Option(metavar="NAME", help="joint (the default), dice_ce, two_stage, semi, or a .yaml file of your own."),
 ]
 EpochsOption = Annotated[int | None, typer.Option(min=1, metavar="N", help=LENGTH)]
 LabelsOption = Annotated[int | None, typer.Option(min=1, metavar="N", help=BUDGET)]
@@ -46,9 +40,7 @@ InitOption = Annotated[
 ]
 SeedOption = Annotated[
     int | None,
-    typer.Option(
-        min=0, metavar="N", help="Seed of the split, the weights and all random draws (default: 0)."
-    ),
+    typer.Option(min=0, metavar="N", help="Seed of the split, the weights and all random draws (default: 0)."),
 ]
 
 
@@ -78,9 +70,7 @@ def plan(
     made, split = prepare_dataset(dataset, run, request, show=print_report, device=device, trust=trust)
     print_plan(made, split, run)
     command = f"medseg train {quote(str(dataset))} --out {quote(str(run))}"
-    out.print(
-        f"\nEdit {printable(run / 'configs' / 'plan.json')} if you want to, then run: {printable(command)}"
-    )
+    out.print(f"\nEdit {printable(run / 'configs' / 'plan.json')} if you want to, then run: {printable(command)}")
 
 
 def train(
@@ -117,9 +107,7 @@ def train(
         recipe, epochs, cases, labels, validation, unlabelled, init, seed, settings, allow_affine_mismatch
     )
     if is_started(run) and not resume:
-        raise RunError(
-            f"{run} already contains a trained run. Choose another --out, or continue it with --resume."
-        )
+        raise RunError(f"{run} already contains a trained run. Choose another --out, or continue it with --resume.")
     if resume and epochs is not None and is_planned(run):
         extend_training(run, epochs)
         request = replace(request, epochs=None)

@@ -10,21 +10,7 @@ from medseg_supcon.comparison.design import (
     read_comparison,
 )
 from medseg_supcon.comparison.jobs import WITHOUT_WORKING_FOLDER, compare, devices, run_jobs
-from medseg_supcon.comparison.report import (
-    answer,
-    caveats,
-    on_degraded_scans,
-    settings_and_wiring,
-    with_changes,
-    write_comparison,
-)
+from medseg_supcon.comparison.report import answer, caveats, on_degraded_scans, write_comparison
 from medseg_supcon.comparison.results import Results, grid_table, means_of_tests, read_history
 from medseg_supcon.comparison.runs import unequal_recipes
-from medseg_supcon.comparison.statistics import (
-    bootstrap_means,
-    compare_recipes,
-    paired_difference,
-    recipe_means,
-    signed_rank_p,
-    verdict,
-)
+from medseg_supcon.comparison.statistics import compare_recipes, paired_difference, recipe_means, verdict

@@ -37,10 +37,9 @@ def main() -> int:
     parser.add_argument("--device")
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--beside", type=int, default=0, help="number of other such processes on this machine")
-    parser.add_argument("--parent", type=int, help="process whose end also ends this one")
+    parser.add_argument("--parent", type=int, required=True, help="process whose end also ends this one")
     options = parser.parse_args()
-    if options.parent is not None:
-        Thread(target=_end_with, args=(options.parent,), daemon=True).start()
+    Thread(target=_end_with, args=(options.parent,), daemon=True).start()
     logging.captureWarnings(True)
     logging.disable(logging.WARNING)  # those of third parties are not for a person at a terminal
     try:
@@ -61,7 +60,7 @@ def _end_with(parent: int) -> None:
 
 
 def run_cell(job: Job, device: str | None = None, quiet: bool = False, sharing: int = 1) -> None:
-    """Do what is left to do of one run, whose configs `compare` found to be trusted; ``sharing`` runs share the memory.
+    """Do what is left of one run, whose configs `compare` found to be trusted; ``sharing`` runs share the memory.
 
     A job has ``run`` (a planned run), ``tests`` (a folder), ``dataset_dir``, ``classes`` and ``conditions``: name -> items.
     """
@@ -89,7 +88,7 @@ def is_done(job: Job) -> bool:
         complete = is_complete(run)
     except (KeyError, TypeError):
         raise RunError(
-            f"{run / 'models/checkpoint.pt'} is not a checkpoint of medseg. Delete {run} to train it again."
+            f"{run}/models/checkpoint.pt is not a checkpoint of medseg. Delete {run} to train again."
         ) from None
     return complete and all(read_scores(job, condition) is not None for condition in job["conditions"])
 
@@ -100,10 +99,7 @@ def scores_folder(tests: Path, condition: str) -> Path:
 
 
 def read_scores(job: Job, condition: str) -> list[dict[str, Any]] | None:
-    """The scores of the run's present weights on a condition's cases, a row per case and class.
-
-    None if they are missing, damaged, or of other weights, cases or classes: the run is tested again.
-    """
+    """A row per case and class; None if missing, damaged, or of other weights, cases or classes than the run's now."""
     path = scores_folder(Path(job["tests"]), condition) / "metrics.json"
     with suppress(OSError, RunError, KeyError, TypeError, ValueError):
         if path.stat().st_mtime < (Path(job["run"]) / "models" / "model.pt").stat().st_mtime:

@@ -18,24 +18,19 @@ from medseg_supcon.datasets import Case
 
 Volume = npt.NDArray[np.float32]
 
-NOISE_SHARE = 0.1  # standard deviation, of the scan's range
-BIAS_RANGE = (-0.4, 0.4)  # coefficients of the log field's polynomial of third degree
-GHOSTS, GHOST_INTENSITY = 4, 0.5  # every fourth line of k-space loses half
-SHRINK = 2  # voxels to a side of one
-
 
 def add_noise(volume: Volume, seed: int) -> Volume:
     """Gaussian noise with a standard deviation of 10 % of the scan's range (0.5th to 99.5th percentile)."""
     low, high = np.percentile(volume, (0.5, 99.5))
-    noise = RandGaussianNoise(prob=1.0, mean=0.0, std=NOISE_SHARE * float(high - low), sample_std=False)
-    return _array(noise.set_random_state(seed=seed)(volume))
+    noise = RandGaussianNoise(prob=1.0, mean=0.0, std=0.1 * float(high - low), sample_std=False)
+    return np.asarray(noise.set_random_state(seed=seed)(volume), dtype=np.float32)
 
 
 def add_bias_field(volume: Volume, seed: int) -> Volume:
     """A smooth multiplicative field, on intensities above the scan's lowest."""
     lowest = volume.min()
-    field = RandBiasField(prob=1.0, degree=3, coeff_range=BIAS_RANGE)
-    return _array(field.set_random_state(seed=seed)(volume - lowest) + lowest)
+    field = RandBiasField(prob=1.0, degree=3, coeff_range=(-0.4, 0.4))
+    return np.asarray(field.set_random_state(seed=seed)(volume - lowest) + lowest, dtype=np.float32)
 
 
 def add_ghosts(volume: Volume, seed: int) -> Volume:
@@ -43,7 +38,7 @@ def add_ghosts(volume: Volume, seed: int) -> Volume:
     axis = int(np.random.default_rng(seed).choice([a for a in (1, 2, 3) if volume.shape[a] > 1] or [1]))
     spectrum = np.fft.fft(volume, axis=axis)
     lines = np.abs(np.fft.fftfreq(volume.shape[axis]) * volume.shape[axis]).round().astype(int)
-    weight = np.where((lines % GHOSTS == 0) & (lines > 0), 1 - GHOST_INTENSITY, 1.0)
+    weight = np.where((lines % 4 == 0) & (lines > 0), 0.5, 1.0)  # every 4th line of k-space loses half
     shape = [-1 if a == axis else 1 for a in range(volume.ndim)]
     return np.fft.ifft(spectrum * weight.reshape(shape), axis=axis).real.astype(np.float32)
 
@@ -51,8 +46,8 @@ def add_ghosts(volume: Volume, seed: int) -> Volume:
 def lower_resolution(volume: Volume, seed: int = 0) -> Volume:
     """Averages over 2 x 2 x 2 voxels, interpolated back; anatomy stays in place."""
     size = volume.shape[1:]
-    small = Resize([max(1, n // SHRINK) for n in size], mode="area")(torch.from_numpy(volume))
-    return _array(Resize(size, mode="trilinear", align_corners=False)(small))
+    small = Resize([max(1, n // 2) for n in size], mode="area")(torch.from_numpy(volume))
+    return np.asarray(Resize(size, mode="trilinear", align_corners=False)(small), dtype=np.float32)
 
 
 CORRUPTIONS: dict[str, Callable[[Volume, int], Volume]] = {
@@ -64,36 +59,27 @@ CORRUPTIONS: dict[str, Callable[[Volume, int], Volume]] = {
 
 
 def corrupt_cases(cases: Sequence[Case], condition: str, folder: Path) -> list[Case]:
-    """Write degraded scans of cases, each on its own grid; existing ones and the label maps are kept.
-
-    The random draw depends only on the condition (a key of ``CORRUPTIONS``) and the case's name.
-    """
+    """Write degraded scans of cases, each on its own grid; existing ones and the label maps are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     degraded = []
     for case in cases:
+        # the same for every model: of the condition and the case's name alone
         seed = zlib.crc32(f"{condition}/{case.name}".encode())
-        files = []
-        for number, file in enumerate(case.images):
-            target = folder / f"{case.name}_{number:04d}.nii.gz"
+        files = [folder / f"{case.name}_{number:04d}.nii.gz" for number in range(len(case.images))]
+        for number, (file, target) in enumerate(zip(case.images, files, strict=True)):
             if not target.exists():
                 part = folder / f".{target.name}"
-                _corrupt_file(file, part, CORRUPTIONS[condition], seed + number)
+                nibabel.save(_degraded(nibabel.load(file), CORRUPTIONS[condition], seed + number), part)
                 part.replace(target)
-            files.append(target)
         degraded.append(replace(case, images=tuple(files)))
     return degraded
 
 
-def _corrupt_file(source: Path, target: Path, corruption: Callable[[Volume, int], Volume], seed: int) -> None:
-    image: Any = nibabel.load(source)
+def _degraded(image: Any, corruption: Callable[[Volume, int], Volume], seed: int) -> nibabel.Nifti1Image:
     data = np.asarray(image.dataobj, dtype=np.float32)
     volume = data.reshape(*data.shape[:3], -1)  # channels last, one where the file is 3-D
     worse = np.moveaxis(corruption(np.ascontiguousarray(np.moveaxis(volume, -1, 0)), seed), 0, -1)
     header = nibabel.Nifti1Header.from_header(image.header)
     header.set_data_dtype(np.float32)
     header["scl_slope"], header["scl_inter"] = np.nan, np.nan
-    nibabel.save(nibabel.Nifti1Image(worse.reshape(data.shape), image.affine, header), target)
-
-
-def _array(volume: Any) -> Volume:
-    return np.asarray(volume, dtype=np.float32)
+    return nibabel.Nifti1Image(worse.reshape(data.shape), image.affine, header)

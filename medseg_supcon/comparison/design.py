@@ -25,6 +25,7 @@ from medseg_supcon.datasets import VALIDATION, Case, Dataset, Split, split_cases
 from medseg_supcon.errors import ConfigError, DataError
 from medseg_supcon.text import counted, suggestion
 
+Names = Iterable[str] | None
 Axes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # axis -> level -> settings
 
 PUT_ASIDE = 0.25  # share of the cases to test on if no case is left over
@@ -195,8 +196,8 @@ def design_comparison(
     seeds: Sequence[int] = (0,),
     labels: Sequence[int | None] = (None,),
     *,
-    cases: Iterable[str] | None = None,
-    test_cases: Iterable[str] | None = None,
+    cases: Names = None,
+    test_cases: Names = None,
     split_seed: int = 0,
     validation: float = VALIDATION,
     own: Mapping[str, Mapping[str, Any]] | None = None,
@@ -213,7 +214,17 @@ def design_comparison(
     `DataError` for cases that are unknown, on both sides or without label, or if no case is left to test on.
     """
     named = [r if isinstance(r, tuple) else (Path(r).stem, r) for r in recipes]
-    names, files = tuple(name for name, _ in named), _recipe_files(named)
+    names = tuple(name for name, _ in named)
+    files: dict[str, str | Path] = {}
+    for name, recipe in named:
+        overlay = read_recipe(recipe)
+        if Path(name).name != name or "\\" in name:
+            raise ConfigError(f"recipes: {name!r} cannot be part of a folder's name. Leave the slashes out.")
+        if overlay != read_recipe(files.setdefault(name, recipe)):
+            both = f"{files[name]} and {recipe}"
+            raise ConfigError(f"--recipes: {both} are different recipes with the same name. Rename a file.")
+    if len(named) < 2:
+        raise ConfigError("--recipes: a comparison needs at least two, the baseline first, such as dice_ce,joint.")
     if not seeds or min(seeds) < 0:
         raise ConfigError("--seeds: expected whole numbers from 0, separated by commas, such as 0,1,2.")
     budgets = ["all" if budget is None else budget for budget in labels]
@@ -259,30 +270,11 @@ def design_comparison(
                 "--test-cases FILE, so that the rest counts as unlabelled, or give smaller budgets with --labels."
             )
     splits, axes = dict(sorted(splits.items())), axes or {}
-    variants = make_variants(axes)
-    return Design(dataset, names, files, tuple(seeds), splits, test, tested_on, own or {}, axes, variants)
-
-
-def _recipe_files(recipes: Sequence[tuple[str, str | Path]]) -> dict[str, str | Path]:
-    files: dict[str, str | Path] = {}
-    for name, recipe in recipes:
-        overlay = read_recipe(recipe)
-        if Path(name).name != name or "\\" in name:
-            raise ConfigError(f"recipes: {name!r} cannot be part of a folder's name. Leave the slashes out.")
-        if overlay != read_recipe(files.setdefault(name, recipe)):
-            both = f"{files[name]} and {recipe}"
-            raise ConfigError(f"--recipes: {both} are different recipes with the same name. Rename a file.")
-    if len(recipes) < 2:
-        raise ConfigError("--recipes: a comparison needs at least two, the baseline first, such as dice_ce,joint.")
-    return files
+    return Design(dataset, names, files, tuple(seeds), splits, test, tested_on, own or {}, axes, make_variants(axes))
 
 
 def _test_cases(
-    dataset: Dataset,
-    cases: Iterable[str] | None,
-    test_cases: Iterable[str] | None,
-    labels: Sequence[int | None],
-    split_seed: int,
+    dataset: Dataset, cases: Names, test_cases: Names, labels: Sequence[int | None], split_seed: int
 ) -> tuple[Dataset, tuple[Case, ...], str]:
     """The pool, the test cases (none: what the budgets leave), and how they were chosen."""
     pool = dataset if cases is None else dataset.select(cases)
@@ -310,12 +302,12 @@ def _test_cases(
             tested_on = f"{counted(len(test), 'case')} put aside at random first (--test-cases chooses others)"
     names, patients = {case.name for case in test}, {case.patient for case in test if case.patient is not None}
     rest = [case for case in pool.cases if case.name not in names]
-    shared = [case for case in rest if case.patient in patients]
-    if shared:
-        raise DataError(
-            f"case {shared[0].name!r} would train, and another scan of its patient {shared[0].patient!r} tests. "
-            "Keep a patient's scans on one side: name the cases with --cases and --test-cases."
-        )
+    for case in rest:
+        if case.patient in patients:
+            raise DataError(
+                f"case {case.name!r} would train, and another scan of its patient {case.patient!r} tests. Keep a patient's "
+                "scans on one side: name the cases with --cases and --test-cases."
+            )
     if not rest:
         raise DataError(f"{pool.root}: every case is a test case, none is left to train on.")
     return pool.select(case.name for case in rest), test, tested_on

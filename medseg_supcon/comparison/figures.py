@@ -28,18 +28,12 @@ DICE_MARKS: dict[str, Row] = {
 }
 
 
-def _colors(recipes: Sequence[str]) -> dict[str, Any]:
-    """Grey for the baseline; colour-blind people can tell the others apart, too."""
+def _styles(recipes: Sequence[str]) -> dict[str, tuple[Any, str, float]]:
+    """Colour and marker of each recipe, and where it stands around its place (-0.5 to 0.5); grey for the baseline."""
     names = list(dict.fromkeys(recipes))
-    others = {name: COLORS[i] if i < len(COLORS) else color_of(i + 1) for i, name in enumerate(names[1:])}
-    return {names[0]: BASELINE_COLOR, **others}
-
-
-def _styles(recipes: Sequence[str]) -> list[tuple[str, Any, str, float]]:
-    """Name, colour and marker of each recipe, and where it stands around its place, from -0.5 to 0.5."""
-    colors = _colors(recipes)
-    shifts = (np.arange(len(colors)) - (len(colors) - 1) / 2) / len(colors)
-    return [(n, c, MARKERS[i % len(MARKERS)], float(shifts[i])) for i, (n, c) in enumerate(colors.items())]
+    colors = [BASELINE_COLOR, *COLORS, *(color_of(i) for i in range(len(COLORS) + 1, len(names)))]
+    shifts = (np.arange(len(names)) - (len(names) - 1) / 2) / len(names)
+    return {n: (colors[i], MARKERS[i % len(MARKERS)], float(shifts[i])) for i, n in enumerate(names)}
 
 
 def _axis(width: float, height: float, title: str, below: str = "", names: Sequence[str] = ()) -> tuple[Any, Any]:
@@ -54,8 +48,8 @@ def _axis(width: float, height: float, title: str, below: str = "", names: Seque
     return figure, axis
 
 
-def _finish(figure: Any, path: Path, handles: Sequence[Any] = (), most: int = 5) -> None:
-    legend_below(figure, handles or figure.axes[0].get_legend_handles_labels()[0], most)
+def _finish(figure: Any, path: Path, most: int = 5) -> None:
+    legend_below(figure, figure.axes[0].get_legend_handles_labels()[0], most)
     save(figure, path)
 
 
@@ -71,13 +65,13 @@ def efficiency_figure(means: Sequence[Row], recipes: Sequence[str], path: Path) 
     below = "labelled scans (validation included)"
     figure, axis = _axis(6.6, 4.0, "Mean Dice on the test scans", below, [str(n) for n in budgets])
     width = 0.27 if len(budgets) > 1 else 0.9
-    for recipe, color, marker, shift in _styles(recipes):
+    for recipe, (color, marker, shift) in _styles(recipes).items():
         rows = [r for r in means if r["recipe"] == recipe and r["class"] == MEAN and r["by_seed"]]
         x = [budgets.index(row["labels"]) + width * shift for row in rows]
         for place, row in zip(x, rows, strict=True):
             axis.plot([place] * len(row["by_seed"]), row["by_seed"], ".", color=color, alpha=0.45, markersize=7)
-        style = {"marker": marker, "markersize": 7, "color": color, "linewidth": 1.6}
-        axis.plot(x, [row["dice"] for row in rows], label=recipe, **style)
+        dice = [row["dice"] for row in rows]
+        axis.plot(x, dice, label=recipe, marker=marker, markersize=7, color=color, linewidth=1.6)
     _finish(figure, path)
 
 
@@ -85,13 +79,13 @@ def differences_figure(differences: Sequence[Row], path: Path) -> None:
     """Each paired difference with its 95 % interval, in Dice points; filled if the interval excludes 0."""
     rows = sorted((row for row in differences if row["difference"] is not None), key=lambda row: row["labels"])
     baseline = rows[0]["baseline"] if rows else "the baseline"
-    colors = _colors([baseline, *(row["recipe"] for row in rows)])
+    styles = _styles([baseline, *(row["recipe"] for row in rows)])
     below = "Dice points (right of 0: better than the baseline), 95 % interval"
     figure, axis = _axis(7.2, 0.9 + 0.34 * max(len(rows), 2), f"Difference from {baseline}", below)
     axis.axvline(0, color=INK, linewidth=1.0)
     names, ends = [], [0.0]
     for place, row in enumerate(rows):
-        color, mean = colors[row["recipe"]], row["class"] == MEAN
+        color, mean = styles[row["recipe"]][0], row["class"] == MEAN
         low, middle, high = (100 * row[key] for key in ("low", "difference", "high"))
         axis.plot([low, high], [-place] * 2, color=color, linewidth=2.6 if mean else 1.4, solid_capstyle="butt")
         filled = color if excludes_zero(row) else "white"
@@ -112,10 +106,10 @@ def robustness_figure(robustness: Sequence[Row], recipes: Sequence[str], path: P
     dice = {(row["condition"], row["recipe"]): row["dice"] for row in rows}
     dice |= {(row["condition"], row["baseline"]): row["baseline_dice"] for row in rows}
     figure, axis = _axis(7.2, 3.6, f"Mean Dice on degraded test scans ({budget} labels)", names=conditions)
-    for recipe, color, _, shift in _styles(recipes):
+    for recipe, (color, _, shift) in _styles(recipes).items():
         heights = np.array([dice[condition, recipe] for condition in conditions], dtype=float)  # None becomes NaN
-        width = 0.74 / len(set(recipes))
-        axis.bar(np.arange(len(conditions)) + 0.8 * shift, heights, width, color=color, label=recipe)
+        place, width = np.arange(len(conditions)) + 0.8 * shift, 0.74 / len(set(recipes))
+        axis.bar(place, heights, width, color=color, label=recipe)
     axis.set_ylim(0, 1)
     _finish(figure, path)
 
@@ -123,44 +117,42 @@ def robustness_figure(robustness: Sequence[Row], recipes: Sequence[str], path: P
 def learning_figure(histories: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
     """Loss, contrastive loss and validation Dice by epoch at the largest budget; thin: each run, bold: their mean."""
     _, runs = _of_largest_budget(histories)
+    epochs = [int(row["epoch"]) for run in runs for row in run["history"]]
     figure = new_figure(10.5, 3.4)
     columns = (("loss", "Training loss"), CONTRAST, DICE)
     for axis, (column, title) in zip(figure.subplots(1, 3), columns, strict=True):
-        for recipe, color in _colors(recipes).items():
+        for recipe, (color, _, _) in _styles(recipes).items():
             curves = _used_curves([run["history"] for run in runs if run["recipe"] == recipe], column)
             for curve in curves:
                 axis.plot(list(curve), list(curve.values()), color=color, linewidth=0.7, alpha=0.5)
             _plot_mean(axis, curves, color=color, linewidth=2.0, label=recipe)
-        dress_epochs(axis, title, _epochs(runs))
+        dress_epochs(axis, title, epochs)
     _finish(figure, path)
 
 
 def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
     """Dice of every variant at the largest budget: test large, validation hollow, training a dash."""
-    from matplotlib.lines import Line2D
-
     budget, rows = _of_largest_budget(table)
     title = f"Dice by {', '.join(rows[0]['levels'])} ({budget} labelled scans)"
     names = ["\n".join(row["levels"].values()) for row in rows]
     figure, axis = _axis(max(6.0, 1.6 + 0.72 * len(rows)), 4.4, title, names=names)
-    styles, handles = _styles(recipes), []
-    for recipe, color, marker, shift in styles:
+    styles = _styles(recipes)
+    for recipe, (color, marker, shift) in styles.items():
         look: Row = {"color": color, "marker": marker, "linestyle": ""}
-        handles.append(Line2D([], [], label=recipe, markersize=8, **look))
+        axis.plot([], [], label=recipe, markersize=8, **look)
         for score, style in DICE_MARKS.items():
             dice = np.array([row["of"][recipe][f"{score}_dice"] for row in rows], dtype=float)  # None becomes NaN
             axis.plot(np.arange(len(rows)) + 0.22 * len(styles) * shift, dice, **{**look, **style})
-    black: Row = {"color": INK, "marker": "o", "linestyle": ""}
-    handles += [Line2D([], [], label=score, **{**black, **style}) for score, style in DICE_MARKS.items()]
+    for score, style in DICE_MARKS.items():
+        axis.plot([], [], label=score, **{"color": INK, "marker": "o", "linestyle": "", **style})
     axis.set_ylim(bottom=0)
-    _finish(figure, path, handles, most=6)
+    _finish(figure, path, most=6)
 
 
 def grid_curves_figure(histories: Sequence[Row], variants: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
     """Contrastive loss and validation Dice by epoch: a column per level of the first axis, a colour per variant."""
-    from matplotlib.lines import Line2D
-
     _, runs = _of_largest_budget(histories)
+    epochs = [int(row["epoch"]) for run in runs for row in run["history"]]
     first, *others = variants[0]["levels"]
     columns = list(dict.fromkeys(v["levels"][first] for v in variants)) if others else [first]
     group_of = {v["name"]: ", ".join(f"{a} {v['levels'][a]}" for a in others or [first]) for v in variants}
@@ -175,16 +167,14 @@ def grid_curves_figure(histories: Sequence[Row], variants: Sequence[Row], recipe
                     color = COLORS[groups.index(group_of[variant["name"]]) % len(COLORS)]
                     mine = [r["history"] for r in runs if (r["variant"], r["recipe"]) == (variant["name"], recipe)]
                     _plot_mean(axis, _used_curves(mine, name), linestyle=line, color=color, linewidth=1.6)
-            dress_epochs(axis, f"{level}: {title.lower()}" if others else title, _epochs(runs))
+            dress_epochs(axis, f"{level}: {title.lower()}" if others else title, epochs)
     for axis in axes[0]:
         axis.set_xlabel("")
-    handles = [Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=n) for i, n in enumerate(groups)]
-    handles += [Line2D([], [], color=INK, linestyle=line, label=name) for name, line in lines.items()]
-    _finish(figure, path, handles, most=4)
-
-
-def _epochs(runs: Sequence[Row]) -> list[int]:
-    return [int(row["epoch"]) for run in runs for row in run["history"]]
+    for i, group in enumerate(groups):
+        axes[0, 0].plot([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=group)
+    for recipe, line in lines.items():
+        axes[0, 0].plot([], [], color=INK, linestyle=line, label=recipe)
+    _finish(figure, path, most=4)
 
 
 def _used_curves(histories: Sequence[History], column: str) -> list[dict[int, float]]:

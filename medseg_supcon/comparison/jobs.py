@@ -27,7 +27,6 @@ from medseg_supcon.files import folder_lock, read_json, write_text
 from medseg_supcon.text import counted
 
 MARKER = "comparison.json"
-INTERRUPTED = (130, -2)
 # With -m, Python would import modules from the working folder before its own.
 WITHOUT_WORKING_FOLDER = """
 import sys; sys.path = [p for p in sys.path if p]
@@ -89,7 +88,7 @@ class _Pool:
             self.running.add(process)
             code = process.wait()
             self.running.discard(process)
-        if code in INTERRUPTED:
+        if code in (130, -signal.SIGINT):
             raise KeyboardInterrupt
         if code < 0:  # the process itself says nothing
             return f"it was ended by {signal.Signals(-code).name}; perhaps memory ran out"
@@ -129,12 +128,10 @@ def compare(
 ) -> dict[str, Any]:
     """Train and test every run of a design, write tables, pictures and ``report.html``; returns ``comparison.json``.
 
-    Finished runs are kept and interrupted ones go on, so the same call can be made again. ``epochs`` (by default the first
-    plan's length) and ``settings`` are those of all runs; ``trust_scan_affine`` is ``--allow-affine-mismatch``; ``trust``
-    runs code in the folder's runs that medseg did not write on this computer.
-
-    A `RunError` if the folder holds something else, another call is at work in it, an earlier run was made with something
-    else, a run failed, or one needs trust.
+    Finished runs are kept and interrupted ones go on, so the same call can be made again. ``epochs`` (default: the first
+    plan's length) and ``settings`` are those of all runs, ``trust_scan_affine`` is ``--allow-affine-mismatch``, and with
+    ``trust`` foreign code in the folder's runs is run. A `RunError` if the folder holds something else, another call is at
+    work in it, an earlier run was made with something else, a run failed, or one needs trust.
     """
     if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
         raise RunError(f"{out} is not empty and holds no comparison. Choose another --out.")
@@ -157,13 +154,11 @@ def _run(jobs: dict[Path, Cell], where: list[str], say: Say) -> None:
     todo = [job for job in jobs if not is_done(read_json(job))]
     if len(todo) < len(jobs):
         say(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished already.")
-    start, failed, count = monotonic(), {}, 0
+    start, ended = monotonic(), dict[Path, str]()
 
     def done(job: Path, problem: str) -> None:
-        nonlocal count
-        count += 1
-        if problem:
-            failed[jobs[job].name] = problem
+        ended[job] = problem
+        count = len(ended)
         left = (monotonic() - start) / count * (len(todo) - count) / 60
         rest = f"; about {max(left, 1):.0f} min left" if count < len(todo) else ""
         say(f"{count}/{len(todo)}  {jobs[job].name} {f'failed: {problem}' if problem else 'done'}{rest}")
@@ -172,8 +167,9 @@ def _run(jobs: dict[Path, Cell], where: list[str], say: Say) -> None:
         together = f", {len(where)} at the same time" if len(where) > 1 else ""
         say(f"{counted(len(todo), 'run')} to do on {', '.join(dict.fromkeys(where))}{together}.")
     run_jobs(todo, where, done)
+    failed = [(jobs[job].name, problem) for job, problem in ended.items() if problem]
     if failed:
-        name, problem = next(iter(failed.items()))
+        name, problem = failed[0]
         raise RunError(
             f"{len(failed)} of {len(jobs)} runs failed; {name}: {problem}. The others are kept: give the same command "
             "again to go on."

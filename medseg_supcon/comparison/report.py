@@ -84,11 +84,10 @@ def _compare(rows: Iterable[Row], about: Row) -> list[Row]:
     """`compare_recipes`; in a grid within every variant, with ``variant`` first."""
     if not about["axes"]:
         return compare_recipes(rows, about["recipes"])
-    return [
-        {"variant": variant["name"]} | row
-        for variant in about["variants"]
-        for row in compare_recipes([r for r in rows if r["variant"] == variant["name"]], about["recipes"])
-    ]
+    of_variant: dict[str, list[Row]] = {variant["name"]: [] for variant in about["variants"]}
+    for row in rows:
+        of_variant[row["variant"]].append(row)
+    return [{"variant": v} | row for v, mine in of_variant.items() for row in compare_recipes(mine, about["recipes"])]
 
 
 def answer(row: Row) -> str:
@@ -209,11 +208,7 @@ def interval(row: Row) -> str:
 
 
 def points(value: float | None) -> str:
-    """A difference of Dice in points (hundredths), with its sign.
-
-    >>> points(0.0123), points(-0.004), points(0.0)
-    ('+1.23', '-0.40', '0.00')
-    """
+    """A difference of Dice in points (hundredths), with its sign: ``+1.23``."""
     text = "-" if value is None else f"{100 * value:+.2f}"
     return "0.00" if text in ("+0.00", "-0.00") else text
 
@@ -224,19 +219,13 @@ def settings_and_wiring(overlay: Mapping[str, Any]) -> tuple[Row, Row]:
     return {key: value for key, value in overlay.items() if key not in wiring}, wiring
 
 
-def _pairs(settings: Mapping[str, Any]) -> str:
-    texts = [f"{key}: {value}" for key, value in settings.items()]
-    return ", ".join(t if len(t) < 110 else f"{t[:107]}..." for t in texts) or "nothing"
-
-
 def _render(report: Row, pictures: Path) -> str:
     """The report in one format; names are shown as they are, whatever signs they have."""
     about, html = report["about"], report["format"] == "html.j2"
     with_labels = len(about["splits"]) > 1 or not about["axes"]
     levels = {variant["name"]: list(variant["levels"].values()) for variant in about["variants"]}
 
-    def place(row: Row) -> list[str]:
-        """The cells that say of which budget and variant a row is."""
+    def place(row: Row) -> list[str]:  # the cells that say of which budget and variant a row is
         return [str(row["labels"])] * with_labels + levels[row.get("variant", "")]
 
     def shown(value: Any) -> Any:
@@ -251,12 +240,17 @@ def _render(report: Row, pictures: Path) -> str:
         # not joinpath(a, b): some of Python 3.10 take one part
         loader=FunctionLoader(lambda name: (files(__package__) / "templates" / name).read_text(encoding="utf-8")),
     )
+
+    def pairs(settings: Mapping[str, Any]) -> str:
+        texts = [f"{key}: {value}" for key, value in settings.items()]
+        return ", ".join(t if len(t) < 110 else f"{t[:107]}..." for t in texts) or "nothing"
+
     environment.filters |= {
         "points": points,
         "number": lambda value, digits=4: "-" if value is None else f"{value:.{digits}f}",
         "interval": interval,
         "counted": counted,
-        "pairs": _pairs,
+        "pairs": pairs,
         "marked": lambda text, row: (text, ("", "up", "down")[excludes_zero(row)]),
         "p": lambda p: "-" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}",
         "inline": lambda name: "data:image/png;base64," + base64.b64encode((pictures / name).read_bytes()).decode(),

@@ -21,7 +21,6 @@ from medseg_supcon.files import read_json
 from medseg_supcon.training import is_finished
 
 Row = dict[str, Any]
-Means = Mapping[tuple[str, str, int], float | None]  # by variant, recipe and label budget
 RUN_SCORES = ("contrastive_loss", "training_dice", "validation_dice", "test_dice")
 
 
@@ -100,26 +99,24 @@ def read_history(run: Path) -> list[dict[str, float]]:
         with path.open(newline="", encoding="utf-8") as stream:
             rows = [{k: float(v) for k, v in row.items() if v and k != "stage"} for row in csv.DictReader(stream)]
         history = [{k: v for k, v in row.items() if math.isfinite(v)} for row in rows]
-        if history and all({"epoch", "step", "seconds"} <= set(row) for row in history):
-            return history
-        problem = "it lacks an epoch, step or seconds"
+        if not history or any({"epoch", "step", "seconds"} - set(row) for row in history):
+            raise ValueError("it lacks an epoch, step or seconds")
     except (OSError, ValueError, TypeError, csv.Error) as error:
-        problem = str(error)
-    raise RunError(f"{path} is damaged ({problem}). Delete {run} to train this run again.")
+        raise RunError(f"{path} is damaged ({error}). Delete {run} to train this run again.") from None
+    return history
 
 
-def means_of_tests(results: Sequence[Row]) -> Means:
-    """Mean test Dice of each variant and recipe, over the same classes and cases for all of them."""
+def means_of_tests(results: Sequence[Row]) -> dict[tuple[str, str, int], float | None]:
+    """Mean test Dice of each (variant, recipe, label budget), over the same classes and cases for all of them."""
     rows = [row | {"recipe": (row["variant"], row["recipe"])} for row in results]
     means = recipe_means(rows, list(dict.fromkeys(row["recipe"] for row in rows)))
     return {(*row["recipe"], row["labels"]): row["dice"] for row in means if row["class"] == MEAN}
 
 
-def grid_table(variants: Sequence[Row], recipes: Sequence[str], runs: Sequence[Row], tested: Means) -> list[Row]:
-    """A row per label budget and variant: its levels, and each recipe's scores, means over seeds.
-
-    Rows ``labels``, ``variant``, ``levels`` (axis -> level), and ``of``: recipe -> score of `RUN_SCORES` -> value or None.
-    """
+def grid_table(
+    variants: Sequence[Row], recipes: Sequence[str], runs: Sequence[Row], tested: Mapping[Any, float | None]
+) -> list[Row]:
+    """A row per label budget and variant; its ``of`` has recipe -> score of `RUN_SCORES` -> mean over seeds, or None."""
     table = []
     for labels in sorted({run["labels"] for run in runs}):
         for variant in variants:

@@ -37,10 +37,7 @@ def refuse_untrusted(out: Path, trust: bool) -> None:
 def make_plans(
     design: Design, out: Path, settings: Settings, epochs: int | None, device: str | None, trust_affine: bool, say: Say
 ) -> dict[int, Row]:
-    """The plan of each budget, made once and kept in ``plans/``; all have the first one's length.
-
-    A `RunError` if a kept plan was made of other cases or settings, or has another length than ``epochs``.
-    """
+    """The plan of each budget, kept in ``plans/``, all of one length; a `RunError` if a kept one was made otherwise."""
     plans: dict[int, Row] = {}
     baseline = design.files[design.recipes[0]]
     mine = [(_bare(key), value) for key, value in (*read_recipe(baseline).items(), *settings) if is_of_plan(key)]
@@ -64,7 +61,7 @@ def make_plans(
             for warning in plan_warnings(plan):
                 say(f"Warning: {warning}")
             shutil.rmtree(draft)
-            _write(record, {"definition": definition})
+            write_text(record, json.dumps({"definition": definition}, indent=1, default=str) + "\n")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_plan(plan, path)
         plans[labels] = read_plan(path)
@@ -80,10 +77,7 @@ def make_plans(
 def prepare_cells(
     design: Design, out: Path, plans: dict[int, Row], settings: Settings, robustness: bool, training_score: bool
 ) -> dict[Path, Cell]:
-    """A planned run and a job file for every cell; with ``training_score`` it is tested on its training scans, too.
-
-    A `RunError` if an existing run was prepared with other cases, settings, length, or another recipe.
-    """
+    """A planned run and a job file for every cell; a `RunError` if an existing run was prepared otherwise."""
     root = design.dataset.root
     tests = {CLEAN: items(design.test, root)}
     for condition in CORRUPTIONS if robustness else ():
@@ -93,13 +87,9 @@ def prepare_cells(
     for cell in design.cells:
         run, path = out / "runs" / cell.name, out / "jobs" / f"{cell.name}.json"
         split, own, plan = design.splits[cell.labels], _own_settings(design, cell), plans[cell.labels]
-        definition = {
-            "recipe": read_recipe(design.files[cell.recipe]),
-            "settings": settings,
-            "epochs": plan["epochs"],
-            **{f"{part} cases": names for part, names in case_names(split).items()},
-            **({"own settings": own} if own else {}),
-        }
+        definition = {"recipe": read_recipe(design.files[cell.recipe]), "settings": settings, "epochs": plan["epochs"]}
+        definition |= {f"{part} cases": names for part, names in case_names(split).items()}
+        definition |= {"own settings": own} if own else {}
         planned = is_planned(run)
         if planned:
             _check_same(run, path, definition)
@@ -111,12 +101,11 @@ def prepare_cells(
             "conditions": tests | ({TRAINING: items(split.training, root)} if training_score else {}),
             "definition": definition,
         }
-        _write(path, job)
+        write_text(path, json.dumps(job, indent=1, default=str) + "\n")
         if not planned:
-            prepare_run(
-                design.dataset, split, run, recipe=design.files[cell.recipe], settings=[*settings, *own], seed=cell.seed,
-                plan=plan, plan_settings=_own_plan(design, cell, settings),
-            )  # fmt: skip
+            options: Row = {"settings": [*settings, *own], "plan_settings": _own_plan(design, cell, settings)}
+            options |= {"recipe": design.files[cell.recipe], "seed": cell.seed, "plan": plan}
+            prepare_run(design.dataset, split, run, **options)
         jobs[path] = cell
     return jobs
 
@@ -150,10 +139,6 @@ def unequal_recipes(design: Design) -> list[str]:
 
 def _bare(key: str) -> str:
     return key.removeprefix("plan::")
-
-
-def _write(path: Path, content: Row) -> None:
-    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def _check_same(made: Path, record: Path, definition: Row) -> None:

@@ -44,8 +44,7 @@ class PairedDifference(NamedTuple):
 def bootstrap_means(differences: npt.ArrayLike, resamples: int = 10_000, seed: int = 0) -> Array:
     """(resamples,) means of resampled (S, K) differences; seeds (rows) and cases (columns) are drawn with replacement.
 
-    A training seed affects all cases of its run, so rows and columns are drawn independently of one another, and a
-    resample is the mean over the drawn rows and columns (Owen 2007, The pigeonhole bootstrap).
+    They are drawn independently: a seed affects all cases of its run (Owen 2007, The pigeonhole bootstrap).
     """
     d = _table("differences", differences)
     if resamples < 1:
@@ -59,10 +58,7 @@ def bootstrap_means(differences: npt.ArrayLike, resamples: int = 10_000, seed: i
 
 
 def signed_rank_p(differences: npt.ArrayLike) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test over (K,) differences; 1 if all of them are zero.
-
-    Zeros are left out (Wilcoxon's own rule); the distribution is exact for few cases (scipy decides).
-    """
+    """Two-sided p of Wilcoxon's signed-rank test over (K,) differences, zeros left out; 1 if all of them are zero."""
     (d,) = _table("differences", [differences])
     if not d.any():
         return 1.0
@@ -130,22 +126,17 @@ def compare_recipes(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
 
 def _difference(scores: Array, baseline: Array) -> Row:
     scored = np.isfinite(baseline[0])
-    left_out = {"left_out": int((~scored).sum())}
-    if not scored.any():
-        nothing = dict.fromkeys(("dice", "baseline_dice", "difference", "low", "high", "p"))
-        return {**nothing, "cases": 0, "seeds": len(scores), **left_out}
     a, b = scores[:, scored], baseline[:, scored]
-    row = paired_difference(a, b)._asdict()
-    if too_few(row) or (row["p"] < ALPHA and not excludes_zero(row)):
-        row["p"] = None
-    return {"dice": float(a.mean()), "baseline_dice": float(b.mean()), **row, **left_out}
+    row: Row = dict.fromkeys(("dice", "baseline_dice", *PairedDifference._fields)) | {"cases": 0, "seeds": len(a)}
+    if scored.any():
+        row |= {"dice": float(a.mean()), "baseline_dice": float(b.mean())} | paired_difference(a, b)._asdict()
+        if too_few(row) or (row["p"] < ALPHA and not excludes_zero(row)):
+            row["p"] = None
+    return row | {"left_out": int((~scored).sum())}
 
 
 def _by_budget(rows: Iterable[Row], recipes: Iterable[str]) -> Iterator[tuple[int, dict[str, dict[str, Array]]]]:
-    """Each label budget and its Dice: class (``mean`` over classes first) -> recipe -> (S, K), seeds and cases sorted.
-
-    A class that any run has no score for is NaN for that case in all runs.
-    """
+    """Each budget and its Dice: class (``mean`` first) -> recipe -> (S, K); NaN in all runs where one has no score."""
     names, of_budget = list(dict.fromkeys(recipes)), defaultdict(list)
     for row in rows:
         of_budget[row["labels"]].append(row)
@@ -167,11 +158,7 @@ def _by_budget(rows: Iterable[Row], recipes: Iterable[str]) -> Iterator[tuple[in
 
 
 def recipe_means(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
-    """Dice of each recipe, label budget and class: the mean over cases and seeds, and how much the seeds differ.
-
-    Rows ``recipe``, ``labels``, ``class`` (``mean`` first), ``dice``, ``seed_std`` (sample standard deviation of the runs'
-    means; None with one seed), ``by_seed``, ``cases``, ``seeds``.
-    """
+    """Dice of each recipe, budget and class (``mean`` first): mean over cases and seeds, and the runs' ``seed_std``."""
     means = []
     for labels, scores in _by_budget(rows, recipes):
         for recipe, (name, tables) in product(dict.fromkeys(recipes), scores.items()):

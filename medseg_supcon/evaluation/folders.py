@@ -106,9 +106,7 @@ def _files(folder: Path) -> dict[str, Path]:
         if ending and not file.name.startswith("."):
             name = file.name[: -len(ending)]
             if name in files:
-                raise DataError(
-                    f"{folder}: {files[name].name} and {file.name} have the same name. Keep one of them."
-                )
+                raise DataError(f"{folder}: {files[name].name} and {file.name} have the same name. Keep one of them.")
             files[name] = file
     if not files:
         raise DataError(f"{folder} holds no NIfTI file (.nii, .nii.gz).")
@@ -130,9 +128,7 @@ def _values_in(files: Sequence[Path]) -> set[float]:
     return values
 
 
-def _pair(
-    mask_file: Path, reference_file: Path
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.float64]]:
+def _pair(mask_file: Path, reference_file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.float64]]:
     mask, mask_affine = _read(mask_file)
     reference, affine = _read(reference_file)
     mask, mask_affine = reorient(mask, mask_affine, affine)
@@ -153,9 +149,7 @@ def _pair(
 def _read(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     volume = read_nifti(file)
     if volume.data.ndim != 3 or volume.data.size == 0:
-        raise DataError(
-            f"{file}: expected a 3-D label map, found shape {volume.data.shape}. Save one volume."
-        )
+        raise DataError(f"{file}: expected a 3-D label map, found shape {volume.data.shape}. Save one volume.")
     if volume.data.dtype.kind == "f" and not np.isfinite(volume.data).all():
         raise DataError(f"{file}: holds NaN or Inf, expected label values. Save it again.")
     data = volume.data

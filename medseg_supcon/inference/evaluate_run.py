@@ -46,9 +46,7 @@ def evaluate_dataset(
     """
     files = run / "configs" / "plan.json", run / "models" / "model.pt"
     if not all(file.is_file() for file in files):
-        raise RunError(
-            f"{run} is not a trained run: configs/plan.json and models/model.pt are needed. Train it first."
-        )
+        raise RunError(f"{run} is not a trained run: configs/plan.json and models/model.pt are needed. Train it first.")
     if not dataset.labelled:
         raise DataError(f"{dataset.root} has no labelled cases. Evaluation needs label maps.")
     plan = read_plan(files[0])
@@ -58,9 +56,7 @@ def evaluate_dataset(
             f"was trained on {len(plan['channels'])} ({', '.join(plan['channels'])}). Evaluate on a data set with the "
             "same channels."
         )
-    expected = replace(
-        dataset, cases=dataset.labelled, labels=plan["labels"], ignore_label=plan["ignore_label"]
-    )
+    expected = replace(dataset, cases=dataset.labelled, labels=plan["labels"], ignore_label=plan["ignore_label"])
     report = check_dataset(expected, allow_affine_mismatch=plan.get("trust_scan_affine", False))
     problems = {f.case: f.message for f in reversed(report.errors) if f.code not in ONLY_OF_TRAINING}
     good = [case for case in dataset.labelled if case.name not in problems]
@@ -98,9 +94,7 @@ def evaluate_validation(run: Path, *, device: str | None = None, trust: bool = F
         raise RunError(f"{run / 'configs' / 'evaluate.yaml'}: dataset_dir must be the path of a folder.")
     entries = load_items(cases_of(run).get("validation", ()), folder)
     tolerance = config.get("tolerance_mm", TOLERANCE_MM)
-    return evaluate_items(
-        Predictor(run, device=device, trust=trust), entries, run / "eval", tolerance_mm=tolerance
-    )
+    return evaluate_items(Predictor(run, device=device, trust=trust), entries, run / "eval", tolerance_mm=tolerance)
 
 
 def evaluate_items(

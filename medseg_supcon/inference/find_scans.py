@@ -154,18 +154,14 @@ def _scans_in(folder: Path) -> list[Scan]:
         entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     except OSError as error:
         name = folder.resolve().name
-        return [
-            _refused(name, folder, f"the folder cannot be read ({error.strerror}). Check its permissions.")
-        ]
+        return [_refused(name, folder, f"the folder cannot be read ({error.strerror}). Check its permissions.")]
     scans = []
     for path in entries:
         kind = _kind(path) if not path.is_dir() else None
         if kind in ("nifti", "itk"):
             scans.append(Scan(scan_name(path), (path,), kind))
         elif path.is_dir() and path.name.lower().endswith((*NIFTI_ENDINGS, *ITK_ENDINGS)):
-            scans.append(
-                _refused(scan_name(path), path, "is a folder, expected a file. Pass the files in it.")
-            )
+            scans.append(_refused(scan_name(path), path, "is a folder, expected a file. Pass the files in it."))
         elif path.name.lower().endswith(FOREIGN):
             scans.append(_refused(path.name, path, f"this format is not supported. Convert it to {FORMATS}."))
     scans += _dicom_scans(folder)

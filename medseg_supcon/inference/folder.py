@@ -138,10 +138,14 @@ def _failed(scan: Scan, error: Exception, writing: bool = False) -> dict[str, An
     if isinstance(error, MedsegError):
         sentence = str(error)
     elif is_out_of_memory(error):
-        sentence = f"{scan.source}: not enough memory for this scan. Close other programs, or use a machine with more memory."
+        sentence = (
+            f"{scan.source}: not enough memory for this scan. Close other programs, or use a machine with more memory."
+        )
     elif isinstance(error, OSError) and writing:
         cure = CURES.get(error.errno or 0, "Choose another --out.")
-        sentence = f"{scan.source}: the mask {scan.name}.nii.gz could not be written ({error.strerror or error}). {cure}"
+        sentence = (
+            f"{scan.source}: the mask {scan.name}.nii.gz could not be written ({error.strerror or error}). {cure}"
+        )
     else:
         reason = " ".join(str(error).split())[:200]
         sentence = f"{scan.source}: the prediction failed ({type(error).__name__}: {reason})."
@@ -191,6 +195,4 @@ def make_writable(out: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise RunError(
-            f"{out}: masks cannot be written there ({error.strerror}). Choose another --out."
-        ) from error
+        raise RunError(f"{out}: masks cannot be written there ({error.strerror}). Choose another --out.") from error

@@ -67,9 +67,7 @@ def entry_of(prediction: Prediction, labels: dict[str, float]) -> dict[str, Any]
     }
 
 
-def _mask_facts(
-    mask: npt.NDArray[Any], spacing: Any, voxel_ml: float, labels: dict[str, float]
-) -> dict[str, Any]:
+def _mask_facts(mask: npt.NDArray[Any], spacing: Any, voxel_ml: float, labels: dict[str, float]) -> dict[str, Any]:
     """Shape, spacing, and per foreground label the voxels, the volume (ml) and whether it touches the border."""
     border = np.concatenate([mask.take(i, axis).ravel() for axis in range(3) for i in (0, -1)])
     facts = {}
@@ -131,9 +129,7 @@ class Manifest:
                 self.earlier, _ = _read(self.path)
                 # The mask of an earlier call is still there if this one failed.
                 kept = [
-                    e
-                    for e in self.earlier.values()
-                    if e["name"] not in (tried if e["status"] == "failed" else made)
+                    e for e in self.earlier.values() if e["name"] not in (tried if e["status"] == "failed" else made)
                 ]
                 text = json.dumps(self._with([*kept, *self.entries]), indent=1, allow_nan=False) + "\n"
                 write_whole(self.path, lambda file: file.write(text.encode()))

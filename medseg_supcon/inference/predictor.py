@@ -108,9 +108,7 @@ class Predictor:
             found = self.find_scans([scan])
             if len(found) > 1:
                 names = ", ".join(one.name for one in found[:3])
-                raise DataError(
-                    f"{scan} contains {len(found)} scans ({names}, ...), expected one. Pass one of them."
-                )
+                raise DataError(f"{scan} contains {len(found)} scans ({names}, ...), expected one. Pass one of them.")
             scan = found[0]
         return self.segment(self.prepare(scan), probabilities)
 
@@ -145,9 +143,7 @@ class Predictor:
             ready += self.find_scans(scan for scan in given if not isinstance(scan, Scan))
         ready = refuse_equal_names(list(dict.fromkeys(ready)))  # a scan given twice is one scan
         head = describe(self.models, self.tta, self.device, self.amp)
-        return predict_folder(
-            self.prepare, self.segment, head, ready, Path(out), probabilities, overwrite, progress
-        )
+        return predict_folder(self.prepare, self.segment, head, ready, Path(out), probabilities, overwrite, progress)
 
     def prepare(self, scan: Scan) -> Prepared:
         """Read and preprocess a scan; needs no GPU, so that it can run beside `segment`.
@@ -168,9 +164,7 @@ class Predictor:
         warnings = list(prepared.warnings)
         for attempt in attempts(self.device, self.plan["inference"]["sw_batch_size"], warnings):
             with attempt, keep_freed_memory(attempt.device.type == "cpu"):
-                classes, scores = self._infer(
-                    prepared, attempt.device, attempt.buffers, attempt.batch, probabilities
-                )
+                classes, scores = self._infer(prepared, attempt.device, attempt.buffers, attempt.batch, probabilities)
         keep = [i for i, name in enumerate(self.labels) if name in self.plan["keep_largest"]]
         keep_largest(classes, keep)
         if not classes.any():

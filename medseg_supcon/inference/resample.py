@@ -86,9 +86,7 @@ class GridMapping:
         if strays.max() > 0.02:  # voxels
             return None
         positions = [matrix[a, order[a]] * np.arange(shape[order[a]]) + matrix[a, 3] for a in range(3)]
-        return cls(
-            order, tuple(AxisInterpolation.of(p, n) for p, n in zip(positions, model_shape, strict=True))
-        )
+        return cls(order, tuple(AxisInterpolation.of(p, n) for p, n in zip(positions, model_shape, strict=True)))
 
     def blocks(
         self, chunks: Iterable[Tensor], softmax: bool

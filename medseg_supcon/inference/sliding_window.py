@@ -151,15 +151,11 @@ def windows(
     pad = [max(p - n, 0) for p, n in zip(patch_size, shape, strict=True)]
     before = [n // 2 for n in pad]
     if any(pad):
-        image = F.pad(
-            image, [side for b, n in zip(before[::-1], pad[::-1], strict=True) for side in (b, n - b)]
-        )
+        image = F.pad(image, [side for b, n in zip(before[::-1], pad[::-1], strict=True) for side in (b, n - b)])
     padded = tuple(image.shape[1:])
     steps = [p if p == n else max(int(p * (1 - overlap)), 1) for p, n in zip(patch_size, padded, strict=True)]
     places = dense_patch_slices(padded, tuple(patch_size), steps)
-    weight = compute_importance_map(
-        tuple(patch_size), mode="gaussian", sigma_scale=0.125, device=device
-    ).float()
+    weight = compute_importance_map(tuple(patch_size), mode="gaussian", sigma_scale=0.125, device=device).float()
     inside = [slice(b, b + n) for b, n in zip(before, shape, strict=True)]
     kept = slice(None), slice(None), inside[1], inside[2]
 

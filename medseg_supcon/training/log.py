@@ -35,9 +35,7 @@ def overlay_slice(image: Tensor, label: Tensor, prediction: Tensor) -> Tensor:
     picture = image[:1, :, :, z].float()
     low, high = torch.quantile(picture, torch.tensor([0.01, 0.99], device=picture.device))
     picture = ((picture - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-    panels = [
-        torch.as_tensor(blend_images(picture, m[..., z].clamp_min(0), alpha=0.4)) for m in (label, prediction)
-    ]
+    panels = [torch.as_tensor(blend_images(picture, m[..., z].clamp_min(0), alpha=0.4)) for m in (label, prediction)]
     return torch.cat([p.rot90(1, (1, 2)) for p in panels], dim=2).clamp(0, 1)
 
 

@@ -102,9 +102,7 @@ class DiceCrossEntropy(nn.Module):
         logits, labels = logits.float(), labels.long()
         known, target = (labels != self.ignore_index).to(logits.dtype), labels.clamp_min(0)
         weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights
-        total = F.cross_entropy(
-            logits, labels[:, 0], weights, ignore_index=self.ignore_index, reduction="sum"
-        )
+        total = F.cross_entropy(logits, labels[:, 0], weights, ignore_index=self.ignore_index, reduction="sum")
         # the mean by hand: if every voxel is ignored, torch's is 0 / 0
         sums = sum_over_ranks(torch.stack((total, (weights[target] * known).sum())))
         ce = sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny)

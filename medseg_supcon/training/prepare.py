@@ -70,9 +70,7 @@ GROWTHS = 8  # of a patch that is too small for the network
 def inherit(plan: dict[str, Any], init: Path, trust: bool = False) -> None:
     """Take from an earlier run what its weights depend on; code in its plan needs trust."""
     if not all((init / name).is_file() for name in ("configs/plan.json", "models/model.pt")):
-        raise RunError(
-            f"--init {init}: not a trained run (configs/plan.json and models/model.pt are needed)."
-        )
+        raise RunError(f"--init {init}: not a trained run (configs/plan.json and models/model.pt are needed).")
     earlier = read_plan(init / "configs" / "plan.json")
     check_network_trusted(init / "configs" / "plan.json", earlier, trust)
     if len(earlier["channels"]) != len(plan["channels"]):
@@ -113,9 +111,7 @@ def adapt_plan(plan: dict[str, Any]) -> None:
             axis = patch.index(min(patch))
             patch[axis] += max(divisor[axis], 8)
     plan["patch_size"] = patch
-    size, free = (
-        n / 2**30 for n in (batch_bytes(plan["batch_size"], plan), psutil.virtual_memory().available)
-    )
+    size, free = (n / 2**30 for n in (batch_bytes(plan["batch_size"], plan), psutil.virtual_memory().available))
     if size > free:
         raise ConfigError(
             f"A step of batch_size = {plan['batch_size']} scans with patch_size = {patch} takes {size:.1f} GiB for its "
@@ -290,9 +286,7 @@ def _refuse_unknown(tree: Mapping[str, Any], known: set[str], recipe: str | Path
         if key not in known and key not in NEW_SECTIONS and not re.search(rf"@{re.escape(key)}\b", text):
             near = nearest(key, known)
             hint = f" Did you mean {near}?" if near else ""
-            raise ConfigError(
-                f"Recipe {recipe}: train.yaml has no key {key!r}, and nothing refers to it.{hint}"
-            )
+            raise ConfigError(f"Recipe {recipe}: train.yaml has no key {key!r}, and nothing refers to it.{hint}")
 
 
 def _expected(plan: Mapping[str, Any], timing: Mapping[str, Any], validation_cases: int) -> dict[str, Any]:
@@ -323,9 +317,7 @@ class Request:
 
     def options(self) -> list[str]:
         """The options that were given, as on the command line."""
-        given = [
-            name for name, value in vars(self).items() if not (value is None or value is False or value == [])
-        ]
+        given = [name for name, value in vars(self).items() if not (value is None or value is False or value == [])]
         return ["--set" if name == "settings" else "--" + name.replace("_", "-") for name in given]
 
 
@@ -366,9 +358,7 @@ def prepare_dataset(
         more = read_unlabelled(request.unlabelled, dataset)
         split = replace(split, unlabelled=(*split.unlabelled, *more))
     cases = (*split.training, *split.validation, *split.unlabelled)
-    also = (
-        "" if request.unlabelled is None else f" (it does not read {request.unlabelled}; this command does)"
-    )
+    also = "" if request.unlabelled is None else f" (it does not read {request.unlabelled}; this command does)"
     report = refuse_errors(dataset, cases, split.training, path, show, request.allow_affine_mismatch, also)
     plan = prepare_run(
         dataset,
@@ -402,9 +392,7 @@ def check_planned(
     dataset = read_dataset(path)
     root = dataset.root.resolve()
     if root != Path(folder).resolve():
-        raise RunError(
-            f"{run} is planned for {folder}, not for {root}. Choose another --out, or pass {folder}."
-        )
+        raise RunError(f"{run} is planned for {folder}, not for {root}. Choose another --out, or pass {folder}.")
     options = request.options()
     if options and not resume:
         raise RunError(
@@ -443,7 +431,5 @@ def refuse_errors(
     if report.findings:
         show(report)
     if report.has_errors:
-        raise DataError(
-            f"The data set has errors (see above). Fix them, then run 'medseg check {path}' again{also}."
-        )
+        raise DataError(f"The data set has errors (see above). Fix them, then run 'medseg check {path}' again{also}.")
     return report

@@ -41,12 +41,8 @@ def check_device(device: str | None) -> str | None:
     try:
         known = torch.device(device)
     except RuntimeError:
-        raise ConfigError(
-            f"Unknown device {device!r}. Use --device cpu, cuda, or cuda:0, cuda:1, ..."
-        ) from None
-    if known.type == "cuda" and not (
-        torch.cuda.is_available() and (known.index or 0) < torch.cuda.device_count()
-    ):
+        raise ConfigError(f"Unknown device {device!r}. Use --device cpu, cuda, or cuda:0, cuda:1, ...") from None
+    if known.type == "cuda" and not (torch.cuda.is_available() and (known.index or 0) < torch.cuda.device_count()):
         raise ConfigError(
             f"--device {device}: torch finds {torch.cuda.device_count()} CUDA device(s) here. Use --device cpu."
         )

@@ -57,9 +57,7 @@ def begin_training(run: str | Path, resume: bool = False, overwrite: bool = Fals
     for file in stale:
         file.unlink()
     if stale:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the card builds a network; the run's own is drawn after this
+        with torch.random.fork_rng(devices=[]):  # the card builds a network; the run's own is drawn after this
             refresh_documents(run)
 
 
@@ -132,9 +130,7 @@ class _Workflow(ConfigWorkflow):  # type: ignore[misc]
         return self._run_expr(id=self.run_id)
 
 
-def run_config(
-    run: Path, name: str, workflow_type: str, trust: bool = False, **overrides: Any
-) -> ConfigWorkflow:
+def run_config(run: Path, name: str, workflow_type: str, trust: bool = False, **overrides: Any) -> ConfigWorkflow:
     """Run one of the bundle's configs, as ``python -m monai.bundle run`` does, and return its workflow.
 
     Args:
@@ -147,9 +143,7 @@ def run_config(
         RunError: not a run, or one that needs trust.
     """
     if not is_planned(run):
-        raise RunError(
-            f"{run} is not a run: it has no configs/plan.json. Make one with medseg plan or medseg train."
-        )
+        raise RunError(f"{run} is not a run: it has no configs/plan.json. Make one with medseg plan or medseg train.")
     check_configs_trusted(run, trust)
     device = overrides.pop("device", None)
     if device is not None:
@@ -195,9 +189,7 @@ def _check_plan(run: Path) -> None:
     path = run / "configs" / "plan.json"
     plan = read_plan(path)
     channels = len(plan["channels"])
-    network = build_network(
-        plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]), trust=True
-    )
+    network = build_network(plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]), trust=True)
     validate_plan(plan, divisor=size_divisor(network, in_channels=channels), source=path)
 
 

@@ -31,14 +31,10 @@ def stage_epochs(shares: Mapping[str, float], epochs: int) -> dict[str, int]:
         {'contrast': 5, 'classifier': 2, 'fine_tune': 3}
     """
     if not set(shares) <= set(STAGES) or any(not share >= 0 for share in shares.values()):
-        raise ConfigError(
-            f"stage_shares must give {', '.join(STAGES)} shares of at least 0, got {dict(shares)}."
-        )
+        raise ConfigError(f"stage_shares must give {', '.join(STAGES)} shares of at least 0, got {dict(shares)}.")
     used = {name: float(shares[name]) for name in STAGES if shares.get(name, 0) > 0}
     if not used.keys() - {"contrast"}:
-        raise ConfigError(
-            "stage_shares leaves the classifier untrained. Give classifier or fine_tune a share above 0."
-        )
+        raise ConfigError("stage_shares leaves the classifier untrained. Give classifier or fine_tune a share above 0.")
     if epochs < len(used):
         raise ConfigError(
             f"Training in {len(used)} stages needs at least {len(used)} epochs, got {epochs}. Give --epochs "

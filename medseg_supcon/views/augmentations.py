@@ -22,9 +22,7 @@ def check(patch_size: Sequence[int], scale: tuple[float, float], strength: float
     if not 0 < scale[0] <= scale[1]:
         raise ValueError(f"scale must be (low, high) with 0 < low <= high, got {scale}.")
     if not 0 <= strength < 2.5:
-        raise ValueError(
-            f"strength is out of range, got {strength}: a factor of 0.25 x strength must stay below 1."
-        )
+        raise ValueError(f"strength is out of range, got {strength}: a factor of 0.25 x strength must stay below 1.")
 
 
 def turning_axes(patch_size: Sequence[int], spacing: Sequence[float] | None) -> list[int]:
@@ -76,9 +74,7 @@ def affine(
     if elastic <= 0:
         return straight
     if rank != 3 or elastic > 1:
-        raise ValueError(
-            f"elastic is a probability, for patches of three axes, got {elastic} and {rank} axes."
-        )
+        raise ValueError(f"elastic is a probability, for patches of three axes, got {elastic} and {rank} axes.")
     # uniform noise smoothed by sigma deviates by 0.087 sigma^-1.5: times the magnitude, 0.2 to 1.2 voxels
     bent = mt.Rand3DElasticd(keys, prob=1.0, sigma_range=(5.0, 7.0), magnitude_range=(50.0, 150.0), **common)
     return mt.OneOf([bent, straight], weights=[elastic, 1 - elastic])
@@ -106,9 +102,7 @@ def intensity(image: str, strength: float, probabilities: tuple[float, float, fl
 def simulated_low_resolution(image: str, probability: float) -> list[Any]:
     """Half to all of the voxels per axis, and back."""
     # MONAI's default, nearest, moves the content by half a voxel; the mean over an area does not
-    return [
-        mt.RandSimulateLowResolutiond(image, prob=probability, zoom_range=(0.5, 1.0), downsample_mode="area")
-    ]
+    return [mt.RandSimulateLowResolutiond(image, prob=probability, zoom_range=(0.5, 1.0), downsample_mode="area")]
 
 
 def gamma(image: str, strength: float, probability: float) -> list[Any]:
@@ -143,9 +137,7 @@ class BiasFieldd(mt.RandomizableTransform, mt.MapTransform):  # type: ignore[mis
         mt.MapTransform.__init__(self, image)
         self.field = mt.RandBiasField(prob=1.0, degree=3, coeff_range=(-coefficient, coefficient))
 
-    def set_random_state(
-        self, seed: int | None = None, state: np.random.RandomState | None = None
-    ) -> BiasFieldd:
+    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> BiasFieldd:
         """Seed the decision and the field."""
         super().set_random_state(seed, state)
         self.field.set_random_state(seed, state)

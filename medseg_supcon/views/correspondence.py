@@ -53,9 +53,7 @@ def voxel_grid(shape: Sequence[int], matrix: torch.Tensor) -> torch.Tensor:
     rank = len(shape)
     out = matrix[:rank, rank].reshape(-1, *[1] * rank)
     for axis, length in enumerate(shape):
-        line = torch.arange(length, dtype=torch.float64).reshape(
-            [-1 if a == axis else 1 for a in range(rank)]
-        )
+        line = torch.arange(length, dtype=torch.float64).reshape([-1 if a == axis else 1 for a in range(rank)])
         out = out + matrix[:rank, axis].reshape(-1, *[1] * rank) * line
     return out
 

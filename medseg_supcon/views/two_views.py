@@ -83,9 +83,7 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
         if not 0 <= foreground <= 1:
             raise ValueError(f"foreground is a probability, 0 to 1, got {foreground}.")
         if not 0 <= jitter <= 0.5 or context < 0:
-            raise ValueError(
-                f"jitter must be between 0 and 0.5 and context at least 0, got {jitter} and {context}."
-            )
+            raise ValueError(f"jitter must be between 0 and 0.5 and context at least 0, got {jitter} and {context}.")
         self.patch_size = tuple(int(length) for length in patch_size)
         self.foreground, self.jitter = foreground, jitter
         self.margin = context_margin(self.patch_size, context)
@@ -108,9 +106,7 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
             if self.paired:
                 to_scan.append(torch.linalg.inv(affine) @ affine_of(view[self.image_key]))
                 low = [max(first, 0) for first in start]
-                high = [
-                    min(first + n, extent) - 1 for first, n, extent in zip(start, size, shape, strict=True)
-                ]
+                high = [min(first + n, extent) - 1 for first, n, extent in zip(start, size, shape, strict=True)]
                 inside.append(within(voxel_grid(self.patch_size, to_scan[-1]), low, high))
         result = {
             "image": torch.stack([_plain(view[self.image_key]).float() for view in views]),

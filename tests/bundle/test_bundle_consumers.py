@@ -59,9 +59,7 @@ def test_one_preprocessing(trained_run: Path, phantoms: Path) -> None:
         torch.testing.assert_close(tensor.affine, first.affine, rtol=0, atol=0)
 
 
-def test_inference_command_gives_the_masks_of_medseg(
-    trained_run: Path, phantoms: Path, elsewhere: Path
-) -> None:
+def test_inference_command_gives_the_masks_of_medseg(trained_run: Path, phantoms: Path, elsewhere: Path) -> None:
     scans = phantoms / "imagesTs"
     bundle_run(trained_run, "inference.yaml", elsewhere, "--dataset_dir", str(scans), "--output_dir", "masks")
     names = sorted(path.name for path in scans.glob("*.nii.gz"))
@@ -119,8 +117,6 @@ def test_bundle_load_in_another_bundles_folder_is_no_mixture(
     trained_run: Path, planned_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(planned_run())  # its plan, of another network, would be found at bundle_root "."
-    network = load(
-        trained_run.name, bundle_dir=str(trained_run.parent), workflow_type="inference", device="cpu"
-    )
+    network = load(trained_run.name, bundle_dir=str(trained_run.parent), workflow_type="inference", device="cpu")
     weights = torch.load(trained_run / "models" / "model.pt", weights_only=True)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())

@@ -69,9 +69,7 @@ def test_metadata_against_monais_own_schema(trained_run: Path) -> None:
         ({"bg": 0, "a": 0.5}, "float32"),
     ],
 )
-def test_mask_type_is_the_smallest(
-    planned_run: Callable[..., Path], labels: dict[str, float], dtype: str
-) -> None:
+def test_mask_type_is_the_smallest(planned_run: Callable[..., Path], labels: dict[str, float], dtype: str) -> None:
     network = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
     found = metadata(planned_run(labels=labels, network_def=network))
     masks = found["network_data_format"]["post_processed_outputs"]["pred"]
@@ -147,9 +145,7 @@ def test_card_of_a_trained_run_gives_its_figures(trained_run: Path) -> None:
         ("two_stage", "then cross-entropy, then Dice"),
     ],
 )
-def test_what_is_said_of_the_loss_is_the_recipes(
-    planned_run: Callable[..., Path], recipe: str, says: str
-) -> None:
+def test_what_is_said_of_the_loss_is_the_recipes(planned_run: Callable[..., Path], recipe: str, says: str) -> None:
     run = planned_run()
     (run / "configs" / "metadata.json").unlink()
     tree = load_commented(run / "configs" / "train.yaml")

@@ -53,19 +53,13 @@ def network_of(run: Path) -> nn.Module:
 
 def python(code: str, missing: set[str], cwd: Path) -> None:
     script = WITHOUT.replace("{missing}", repr(missing)) + code
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=cwd, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=cwd, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("ending", ["yaml", "json"])
-@pytest.mark.parametrize(
-    ("name", "kind"), [("train", "train"), ("evaluate", "infer"), ("inference", "infer")]
-)
-def test_no_property_is_missing(
-    trained_run: Path, elsewhere: Path, name: str, kind: str, ending: str
-) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("train", "train"), ("evaluate", "infer"), ("inference", "infer")])
+def test_no_property_is_missing(trained_run: Path, elsewhere: Path, name: str, kind: str, ending: str) -> None:
     file = trained_run / "configs" / f"{name}.{ending}"
     workflow = ConfigWorkflow(str(file), workflow_type=kind, logging_file=False, bundle_root=str(trained_run))
     workflow.initialize()

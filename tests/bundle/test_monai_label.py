@@ -31,9 +31,7 @@ class LabelApp:
             next(iter(metadata["outputs"].items())),
         )
         self.dimension = len(image["spatial_shape"])
-        self.labels = {
-            name.lower(): int(i) for i, name in pred["channel_def"].items() if name != "background"
-        }
+        self.labels = {name.lower(): int(i) for i, name in pred["channel_def"].items() if name != "background"}
 
         self.shown = self.parser.get_parsed_content("displayable_configs", instantiate=True)
 

@@ -26,9 +26,7 @@ def test_a_single_validation_is_seen_on_an_axis_of_whole_epochs(
     assert len(drawn) == 3
     for figure in drawn:
         validation = figure.axes[-1]
-        assert any(
-            line.get_marker() == "." and list(line.get_xdata()) == [length] for line in validation.lines
-        )
+        assert any(line.get_marker() == "." and list(line.get_xdata()) == [length] for line in validation.lines)
         for axis in figure.axes:
             low, high = axis.get_xlim()
             ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]

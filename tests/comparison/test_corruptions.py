@@ -17,9 +17,7 @@ ALL = sorted(CORRUPTIONS)
 
 
 def ball(shape):
-    grid = np.stack(
-        np.meshgrid(*[np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in shape], indexing="ij")
-    )
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in shape], indexing="ij"))
     return (100 * ((grid**2).sum(0) < 0.5) + 20 + 3 * grid[0]).astype(np.float32)[None]
 
 

@@ -111,9 +111,7 @@ def test_the_table_is_the_mean_of_the_results(grid):
     ]  # fmt: skip
     for row in rows:
         name = f"{row['recipe']}_{row['optimiser']}_labels2_seed0"
-        mine = [
-            r["dice"] for r in results if (r["variant"], r["recipe"]) == (row["optimiser"], row["recipe"])
-        ]
+        mine = [r["dice"] for r in results if (r["variant"], r["recipe"]) == (row["optimiser"], row["recipe"])]
         assert float(row["test_dice"]) == pytest.approx(mean(mine), abs=1e-9)
         learnt = json.loads((out / "tests" / name / "training_scans" / "metrics.json").read_text())["rows"]
         assert float(row["training_dice"]) == pytest.approx(mean(r["dice"] for r in learnt), abs=1e-9)

@@ -12,14 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from medseg_supcon.comparison import (
-    bootstrap_means,
-    compare_recipes,
-    paired_difference,
-    recipe_means,
-    signed_rank_p,
-    verdict,
-)
+from medseg_supcon.comparison import compare_recipes, paired_difference, recipe_means, verdict
+from medseg_supcon.comparison.statistics import bootstrap_means, signed_rank_p
 
 quick = settings(deadline=None, max_examples=25, derandomize=True)
 tables = hnp.arrays(

@@ -15,11 +15,10 @@ from medseg_supcon.comparison import (
     caveats,
     compare_recipes,
     on_degraded_scans,
-    settings_and_wiring,
     verdict,
-    with_changes,
     write_comparison,
 )
+from medseg_supcon.comparison.report import settings_and_wiring, with_changes
 
 RECIPES, CLASSES, SEEDS, CASES = ("base", "same", "other"), ("organ", "tumour"), (0, 1, 4), range(9)
 
@@ -36,9 +35,7 @@ def made_rows():
                 for k in CASES:
                     for c, name in enumerate(CLASSES):
                         i = r if recipe == "other" else 0
-                        dice = (
-                            0.6 + 0.01 * labels + hard[k, c] + lucky[i, s] + noise[i, s, k, c] + 0.03 * i / 2
-                        )
+                        dice = 0.6 + 0.01 * labels + hard[k, c] + lucky[i, s] + noise[i, s, k, c] + 0.03 * i / 2
                         empty = name == "tumour" and k == 3
                         row = {
                             "recipe": recipe,
@@ -116,9 +113,7 @@ def test_every_comparison_that_is_shown_is_counted(written):
         "8 comparisons of the mean (4 on the scans as they are, 4 on degraded scans), not counting those of single"
     )
     without = caveats(found["about"], found["differences"])
-    assert any(
-        text.startswith("4 comparisons of the mean, not counting those of single classes") for text in without
-    )
+    assert any(text.startswith("4 comparisons of the mean, not counting those of single classes") for text in without)
     means = [row for row in found["differences"] if row["class"] == "mean"]
     assert any(text.startswith("4 comparisons of the mean: each") for text in caveats(found["about"], means))
     alone = caveats(found["about"], means[:1], found["robustness"][:1])
@@ -129,10 +124,7 @@ def test_a_table_of_many_classes_wraps_instead_of_scrolling(written):
     page = (written[0] / "report.html").read_text(encoding="utf-8")
     deviations = re.findall(r"<td([^>]*)>[^<]*± ", page)
     assert len(deviations) == 2 * 3 * 3  # budgets, recipes, classes and their mean
-    assert (
-        not any("n" in kind.replace("class", "") for kind in deviations)
-        and "td.n { white-space: nowrap; }" in page
-    )
+    assert not any("n" in kind.replace("class", "") for kind in deviations) and "td.n { white-space: nowrap; }" in page
 
 
 def test_differences_intervals_and_p(written):
@@ -173,9 +165,7 @@ def test_degraded_scans_are_in_the_answer(written):
             sentence = next(s for s in worse if f"With {row['labels']} " in s and row["recipe"] in s)
             clear = row["low"] > 0 or row["high"] < 0
             assert (f"{100 * row['difference']:+.2f}" in sentence) == clear == ("no clear" not in sentence)
-            assert (
-                sentence in (out / "summary.md").read_text() and sentence in (out / "report.html").read_text()
-            )
+            assert sentence in (out / "summary.md").read_text() and sentence in (out / "report.html").read_text()
     assert any("against base" in sentence for sentence in worse)
 
 
@@ -195,9 +185,7 @@ def test_too_few_seeds_or_scans_are_said_of_degraded_scans_too(seeds, cases, tol
 
 def test_the_interval_is_wider_than_one_that_takes_seeds_for_scans(written):
     _, rows, found = written
-    row = next(
-        r for r in found["differences"] if (r["recipe"], r["labels"], r["class"]) == ("other", 4, "mean")
-    )
+    row = next(r for r in found["differences"] if (r["recipe"], r["labels"], r["class"]) == ("other", 4, "mean"))
     d = (tables(rows, "other", 4, "mean") - tables(rows, "base", 4, "mean")).ravel()[None]
     low, high = two_level_bootstrap(d)
     assert row["high"] - row["low"] > 1.3 * (high - low)

@@ -43,9 +43,7 @@ def write_decathlon(root, cases=4, channels=None, **changes):
         scan, label = scan_and_label(number, channels=channels and len(channels))
         write_nifti(root / "imagesTr" / f"case_{number}.nii.gz", scan)
         write_nifti(root / "labelsTr" / f"case_{number}.nii.gz", label)
-        items.append(
-            {"image": f"./imagesTr/case_{number}.nii.gz", "label": f"./labelsTr/case_{number}.nii.gz"}
-        )
+        items.append({"image": f"./imagesTr/case_{number}.nii.gz", "label": f"./labelsTr/case_{number}.nii.gz"})
     content = {
         "name": "Toy",
         "modality": {str(i): name for i, name in enumerate(channels or ["MRI"])},

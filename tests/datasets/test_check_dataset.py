@@ -359,9 +359,7 @@ def test_a_patient_whom_the_data_list_trains_and_validates_on(tmp_path):
     rng = np.random.default_rng(0)
     for number in range(3):
         for kind, array in (("image", rng.normal(size=(8, 8, 8))), ("label", rng.integers(0, 2, (8, 8, 8)))):
-            nibabel.save(
-                nibabel.Nifti1Image(array.astype(np.float32), AFFINE), tmp_path / f"{kind}{number}.nii.gz"
-            )
+            nibabel.save(nibabel.Nifti1Image(array.astype(np.float32), AFFINE), tmp_path / f"{kind}{number}.nii.gz")
     items = [
         {"image": f"image{n}.nii.gz", "label": f"label{n}.nii.gz", "patient": who}
         for n, who in enumerate(("ann", "bob", "ann"))
@@ -416,9 +414,7 @@ def test_ct_that_is_not_in_hounsfield_units(tmp_path, disk, change, channel):
             assert {case for case, _, _ in found} == {f"case_{n}" for n in odd}
 
 
-@pytest.mark.parametrize(
-    ("factor", "reported"), [(1, False), (500, False), (1e-2, False), (1e6, True), (1e-6, True)]
-)
+@pytest.mark.parametrize(("factor", "reported"), [(1, False), (500, False), (1e-2, False), (1e6, True), (1e-6, True)])
 def test_only_extreme_scales_of_mr_are_reported(tmp_path, disk, factor, reported):
     root = disk.decathlon(tmp_path, cases=5)
     disk.nifti(root / "imagesTr/case_3.nii.gz", disk.scan_and_label(3)[0] * np.float32(factor))
@@ -430,9 +426,7 @@ def draw(root, disk, class_of):
     """Give class 2 to those cases alone for which `class_of` says so."""
     for number in range(4):
         label = disk.scan_and_label(number)[1]
-        disk.nifti(
-            root / f"labelsTr/case_{number}.nii.gz", np.where((label == 2) & (not class_of(number)), 0, label)
-        )
+        disk.nifti(root / f"labelsTr/case_{number}.nii.gz", np.where((label == 2) & (not class_of(number)), 0, label))
 
 
 def test_classes_that_training_cannot_learn(tmp_path, disk):
@@ -445,9 +439,7 @@ def test_classes_that_training_cannot_learn(tmp_path, disk):
     assert never.code == "class_not_trained" and "'vessel' (value 2, drawn in case_3)" in never.message
     assert codes(replace(dataset, validation=frozenset(["case_1"]))) == []
     draw(root, disk, lambda number: number > 1)
-    assert codes(replace(dataset, validation=frozenset(["case_2", "case_3"]))) == [
-        ("", "warning", "class_not_trained")
-    ]
+    assert codes(replace(dataset, validation=frozenset(["case_2", "case_3"]))) == [("", "warning", "class_not_trained")]
     assert codes(dataset) == []
 
 
@@ -462,9 +454,7 @@ def test_a_label_map_with_other_axes_at_the_same_place_is_called_turned(tmp_path
     nibabel.save(image.as_reoriented(change), path)
     (found,) = check_dataset(read_dataset(root)).findings
     assert (found.code, found.severity) == ("turned", "error")
-    assert (
-        f"axes run along {axes}, those of the scan along RAS" in found.message and "mm" not in found.message
-    )
+    assert f"axes run along {axes}, those of the scan along RAS" in found.message and "mm" not in found.message
 
 
 @pytest.mark.parametrize("slope", [12 / 255, 0.5, 3.0])

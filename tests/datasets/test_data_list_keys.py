@@ -33,9 +33,7 @@ def changed(root, disk, **changes):
 def with_items(root, disk, **keys):
     """Every item of the list gets the keys, each a function of its number."""
     items = json.loads((root / "dataset.json").read_text())["training"]
-    return changed(
-        root, disk, training=[{**one, **{k: v(n) for k, v in keys.items()}} for n, one in enumerate(items)]
-    )
+    return changed(root, disk, training=[{**one, **{k: v(n) for k, v in keys.items()}} for n, one in enumerate(items)])
 
 
 @pytest.mark.parametrize("layout", ["decathlon", "nnunet"])
@@ -51,9 +49,7 @@ def test_a_training_list_counts_beside_the_keys_of_nnunet(tmp_path, disk):
     for number in range(2):
         whole = (disk.scan_and_label(number)[1] > 0).astype(np.uint8)
         disk.nifti(root / f"labelsTr2/case_{number}.nii.gz", whole)
-    items = [
-        {"image": f"./imagesTr/case_{n}.nii.gz", "label": f"./labelsTr2/case_{n}.nii.gz"} for n in range(2)
-    ]
+    items = [{"image": f"./imagesTr/case_{n}.nii.gz", "label": f"./labelsTr2/case_{n}.nii.gz"} for n in range(2)]
     dataset = read_dataset(changed(root, disk, training=items, labels={"background": 0, "whole": 1}))
     assert [case.label.parent.name for case in dataset.cases] == ["labelsTr2"] * 2
     assert [case.images[0].name for case in dataset.cases] == ["case_0_0000.nii.gz", "case_1_0000.nii.gz"]
@@ -87,9 +83,7 @@ def test_a_misspelt_fold_is_not_a_random_split(tmp_path, disk, key):
         read_dataset(root)
 
 
-@pytest.mark.parametrize(
-    ("key", "near"), [("lable", "label"), ("labels", "label"), ("patient_id", "patient")]
-)
+@pytest.mark.parametrize(("key", "near"), [("lable", "label"), ("labels", "label"), ("patient_id", "patient")])
 def test_misspelt_keys_of_items(tmp_path, disk, key, near):
     root = disk.decathlon(tmp_path)
     items = json.loads((root / "dataset.json").read_text())["training"]
@@ -171,9 +165,7 @@ def test_regions_are_not_supported(tmp_path, disk):
 
 def test_paths_of_windows(tmp_path, disk):
     root = disk.decathlon(tmp_path)
-    items = [
-        {"image": f".\\imagesTr\\case_{n}.nii.gz", "label": f"labelsTr\\case_{n}.nii.gz"} for n in range(4)
-    ]
+    items = [{"image": f".\\imagesTr\\case_{n}.nii.gz", "label": f"labelsTr\\case_{n}.nii.gz"} for n in range(4)]
     dataset = read_dataset(changed(root, disk, training=items))
     assert all(case.images[0].is_file() and case.label.is_file() for case in dataset.cases)
     assert [case.name for case in dataset.cases] == [f"case_{n}" for n in range(4)]
@@ -220,9 +212,7 @@ def test_nnunets_names_of_normalisations(tmp_path, disk):
     scan = np.random.default_rng(0).uniform(0, 255, (4, 6, 5, 4)).astype("f4")
     for names in (["noNorm"], ["rescale_to_0_1"] * 2, ["rgb_to_0_1"], ["zscore"] * 2, list(formulas)):
         dataset = read_dataset(disk.nnunet(tmp_path / "-".join(names), channels=names))
-        steps = ConfigParser({"x": make_plan(fingerprint(dataset), dataset)["intensity"]}).get_parsed_content(
-            "x"
-        )
+        steps = ConfigParser({"x": make_plan(fingerprint(dataset), dataset)["intensity"]}).get_parsed_content("x")
         image = MetaTensor(scan[: len(names)].copy())
         out = Compose(steps)({"image": image})["image"].numpy()
         expected = np.stack([formulas[name](scan[i]) for i, name in enumerate(names)])
@@ -248,9 +238,7 @@ def test_keys_of_two_kinds_that_contradict_each_other(tmp_path, disk):
     assert read_dataset(changed(root, disk, modality={"0": "CT"})).channels == ("CT",)
 
 
-@pytest.mark.parametrize(
-    "entry", [{"image": ["a.nii.gz"], "labels": "b.nii.gz"}, "a.nii.gz", {"label": "b.nii.gz"}]
-)
+@pytest.mark.parametrize("entry", [{"image": ["a.nii.gz"], "labels": "b.nii.gz"}, "a.nii.gz", {"label": "b.nii.gz"}])
 def test_broken_entries_of_nnunets_dataset_key(tmp_path, disk, entry):
     root = changed(disk.nnunet(tmp_path), disk, dataset={"p0": entry})
     with pytest.raises(DataError, match=r"'label'|\"images\"|\"image\""):

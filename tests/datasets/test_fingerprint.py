@@ -89,9 +89,7 @@ def test_channels_as_itk_writes_them(tmp_path, disk):
         np.testing.assert_array_equal(a.foreground, b.foreground)
     image = MetaTensor(torch.zeros(2, 12, 10, 8), affine=torch.eye(4))
     case = dataset.cases[0]
-    label = LabelPreprocessingd({"labels": dataset.labels})({"image": image, "label": str(case.label)})[
-        "label"
-    ]
+    label = LabelPreprocessingd({"labels": dataset.labels})({"image": image, "label": str(case.label)})["label"]
     np.testing.assert_array_equal(label[0], nibabel.load(case.label).get_fdata()[..., 0, 0])
 
 

@@ -64,9 +64,7 @@ def test_a_datalist_edited_wrongly(tmp_path, disk, change):
 
 def test_paths_inside_are_relative_and_others_absolute(tmp_path):
     case = Case("a", (tmp_path / "set/x/a.nii.gz",), Path("/elsewhere/a.nii.gz"))
-    assert items([case], tmp_path / "set") == [
-        {"name": "a", "image": "x/a.nii.gz", "label": "/elsewhere/a.nii.gz"}
-    ]
+    assert items([case], tmp_path / "set") == [{"name": "a", "image": "x/a.nii.gz", "label": "/elsewhere/a.nii.gz"}]
 
 
 @pytest.mark.parametrize("layout", ["decathlon", "nnunet"])

@@ -146,10 +146,7 @@ def test_thin_and_tiny_scans_give_a_network_that_runs(shape, spacing):
 )
 def test_mirroring_stops_where_names_tell_sides(names, flips):
     assert (
-        planned((40, 40, 40), labels={"background": 0, **{n: i + 1 for i, n in enumerate(names)}})[
-            "flip_axes"
-        ]
-        == flips
+        planned((40, 40, 40), labels={"background": 0, **{n: i + 1 for i, n in enumerate(names)}})["flip_axes"] == flips
     )
 
 
@@ -176,9 +173,7 @@ def test_ct_is_clipped_and_scaled():
     assert [t["_target_"] for t in plan["intensity"]] == ["ScaleIntensityRanged"]
     stats = plan["fingerprint"]["foreground_intensity"]["CT"]
     scan = np.array([-1000.0, 40, 50, 60, 3000], dtype="f4")
-    expected = (np.clip(scan, stats["percentile_00_5"], stats["percentile_99_5"]) - stats["mean"]) / stats[
-        "std"
-    ]
+    expected = (np.clip(scan, stats["percentile_00_5"], stats["percentile_99_5"]) - stats["mean"]) / stats["std"]
     found = transforms_of(plan)({"image": MetaTensor(scan.reshape(1, 5, 1, 1))})["image"]
     np.testing.assert_allclose(found.ravel(), expected, atol=2e-3)
     assert stats["mean"] == pytest.approx(values.mean(), abs=1)
@@ -198,9 +193,7 @@ def test_ct_and_pet_are_treated_apart_and_stay_in_place():
     pet, ct = resampled.numpy()
     np.testing.assert_allclose(out["image"][0], (pet - pet.mean()) / pet.std(), atol=1e-3)
     low, high = stats["percentile_00_5"], stats["percentile_99_5"]
-    np.testing.assert_allclose(
-        out["image"][1], (np.clip(ct, low, high) - stats["mean"]) / stats["std"], atol=2e-3
-    )
+    np.testing.assert_allclose(out["image"][1], (np.clip(ct, low, high) - stats["mean"]) / stats["std"], atol=2e-3)
     assert torch.equal(out["image"].affine, resampled.affine)
     out["pred"] = out["image"].clone()
     back = Invertd("pred", spacing, orig_keys="image", nearest_interp=False)(out)["pred"]
@@ -276,9 +269,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [(key, value) for key, values in BROKEN.items() for value in values]
-)
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BROKEN.items() for value in values])
 def test_a_plan_edited_wrongly_is_refused_by_its_key(tmp_path, key, value):
     plan = copy.deepcopy(GOOD)
     validate_plan(plan)
@@ -308,16 +299,12 @@ def test_missing_and_misspelt_keys(tmp_path):
         read_plan(tmp_path / "plan.json")
 
 
-@pytest.mark.parametrize(
-    ("voxels", "spacing", "lost"), [(1, 1, True), (40, 1, True), (80, 1, False), (1, 3, False)]
-)
+@pytest.mark.parametrize(("voxels", "spacing", "lost"), [(1, 1, True), (40, 1, True), (80, 1, False), (1, 3, False)])
 def test_structures_that_the_spacing_makes_vanish(voxels, spacing, lost):
     """Most cases have voxels of 3 mm; one has a structure of few voxels of `spacing` mm."""
     rng = np.random.default_rng(0)
     values = rng.normal(50, 10, (1, 500)).astype("f4")
-    cases = [
-        CaseFingerprint(f"c{i}", (40, 40, 40), (3, 3, 3), "RAS", (900, 300, 100), values) for i in range(4)
-    ]
+    cases = [CaseFingerprint(f"c{i}", (40, 40, 40), (3, 3, 3), "RAS", (900, 300, 100), values) for i in range(4)]
     small = CaseFingerprint("small", (90, 90, 90), (spacing,) * 3, "RAS", (900, voxels, 0), values)
     found = Fingerprint((*cases, small), ("MRI",), tuple(LABELS))
     plan = make_plan(found, Dataset(None, "toy", (), ("MRI",), dict(LABELS)))
@@ -326,6 +313,4 @@ def test_structures_that_the_spacing_makes_vanish(voxels, spacing, lost):
     assert len(warnings) == lost
     if lost:
         assert "'tumour' (case small: " in warnings[0] and "3 x 3 x 3 mm" in warnings[0]
-    assert plan_warnings({**plan, "spacing": [spacing] * 3}) == [], (
-        "the plan's spacing decides, however it was set"
-    )
+    assert plan_warnings({**plan, "spacing": [spacing] * 3}) == [], "the plan's spacing decides, however it was set"

@@ -86,9 +86,7 @@ def test_nnunet_with_a_stray_scan_keeps_the_others(tmp_path, disk):
 
 
 def test_older_nnunet_lists_name_scans_without_channel_suffix(tmp_path, disk):
-    items = [
-        {"image": f"./imagesTr/case_{n}.nii.gz", "label": f"./labelsTr/case_{n}.nii.gz"} for n in range(4)
-    ]
+    items = [{"image": f"./imagesTr/case_{n}.nii.gz", "label": f"./labelsTr/case_{n}.nii.gz"} for n in range(4)]
     root = disk.nnunet(tmp_path, training=items, file_ending=None)
     cases = read_dataset(root).cases
     assert [path.name for path in cases[1].images] == ["case_1_0000.nii.gz", "case_1_0001.nii.gz"]
@@ -101,8 +99,7 @@ def test_monai_datalist_with_channels_validation_and_undeclared_labels(tmp_path,
         disk.nifti(tmp_path / f"p{number}/t2.nii", scan + 1)
         disk.nifti(tmp_path / f"p{number}/seg.nii", label * 2)
     items = [
-        {"image": [f"p{n}/t1.nii", f"p{n}/t2.nii"], "label": f"p{n}/seg.nii", "subject": f"s{n}"}
-        for n in range(3)
+        {"image": [f"p{n}/t1.nii", f"p{n}/t2.nii"], "label": f"p{n}/seg.nii", "subject": f"s{n}"} for n in range(3)
     ]
     path = disk.json(tmp_path / "list.json", {"training": items[:2], "validation": items[2:]})
     dataset = read_dataset(path)

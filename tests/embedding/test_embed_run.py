@@ -47,9 +47,7 @@ def test_a_voxel_is_seen_with_its_surroundings():
     where = torch.stack(torch.meshgrid(*[torch.arange(4, 36, 3)] * 3, indexing="ij"), -1).reshape(-1, 3)
     found = voxel_features({"net": ContrastiveNetwork(network).eval()}, image, where, (16, 16, 16))["net"]
     for (x, y, z), row in zip(where.tolist(), found[:, 0], strict=True):
-        assert float(row) == pytest.approx(
-            float(image[0, x - 4 : x + 5, y - 4 : y + 5, z - 4 : z + 5].sum()), rel=1e-4
-        )
+        assert float(row) == pytest.approx(float(image[0, x - 4 : x + 5, y - 4 : y + 5, z - 4 : z + 5].sum()), rel=1e-4)
 
 
 def test_before_is_what_training_began_from_and_after_what_it_left(trained_run):
@@ -84,9 +82,7 @@ def test_what_comes_out(embedded):
     with (out / "separation.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["vectors"] for row in rows] == [
-        f"{what} features, {when} training"
-        for what in ("encoder", "projected")
-        for when in ("before", "after")
+        f"{what} features, {when} training" for what in ("encoder", "projected") for when in ("before", "after")
     ]
     assert json.loads((out / "separation.json").read_text()) == found
     for row in rows:

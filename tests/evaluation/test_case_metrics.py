@@ -33,10 +33,7 @@ def surface(mask: np.ndarray) -> list[tuple[int, ...]]:
 
 def distances(of: np.ndarray, to: np.ndarray, spacing: tuple[float, ...]) -> list[float]:
     return [
-        min(
-            math.dist([a * s for a, s in zip(p, spacing, strict=True)], q)
-            for q in _scaled(surface(to), spacing)
-        )
+        min(math.dist([a * s for a, s in zip(p, spacing, strict=True)], q) for q in _scaled(surface(to), spacing))
         for p in surface(of)
     ]
 
@@ -88,9 +85,7 @@ def test_against_loops(
         both = sum(1 for v in np.ndindex(shape) if a[v] and b[v])
         assert row["dice"] == pytest.approx(2 * both / (a.sum() + b.sum()))
         forth, back = distances(a, b, spacing), distances(b, a, spacing)
-        assert row["hd95_mm"] == pytest.approx(
-            max(percentile(forth, 95), percentile(back, 95)), rel=1e-5, abs=1e-5
-        )
+        assert row["hd95_mm"] == pytest.approx(max(percentile(forth, 95), percentile(back, 95)), rel=1e-5, abs=1e-5)
         if all(abs(d - tolerance) > 1e-4 for d in forth + back):
             within = sum(d <= tolerance for d in forth + back)
             assert row["surface_dice"] == pytest.approx(within / len(forth + back))

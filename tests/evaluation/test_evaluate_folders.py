@@ -44,9 +44,7 @@ def test_report(folders: tuple[Path, Path], tmp_path: Path) -> None:
     report = evaluate_folders(*folders, LABELS, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == report
     rows = list(csv.DictReader((tmp_path / "out" / "metrics.csv").read_text().splitlines()))
-    assert [(row["case"], row["class"]) for row in rows] == [
-        (c, k) for c in "abc" for k in ("organ", "lesion")
-    ]
+    assert [(row["case"], row["class"]) for row in rows] == [(c, k) for c in "abc" for k in ("organ", "lesion")]
     organ = [float(row["dice"]) for row in rows if row["class"] == "organ"]
     p, r = labels_of(ord("b")) == 1, labels_of(ord("c")) == 1
     assert organ == [1.0, pytest.approx(2 * (p & r).sum() / (p.sum() + r.sum())), 1.0]
@@ -321,13 +319,9 @@ def save_as(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> 
 
 @pytest.mark.parametrize("axes", ["LPS", "RSA", "IPL"])
 def test_a_mask_whose_axes_run_otherwise_is_scored_at_its_place(tmp_path: Path, axes: str) -> None:
-    expected = evaluate_folders_of(
-        tmp_path / "same", labels_of(1).astype(np.uint8), labels_of(2).astype(np.uint8)
-    )
+    expected = evaluate_folders_of(tmp_path / "same", labels_of(1).astype(np.uint8), labels_of(2).astype(np.uint8))
     image = nib.Nifti1Image(labels_of(1).astype(np.uint8), np.diag([1, 1.5, 2, 1.0]))
-    change = nib.orientations.ornt_transform(
-        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes)
-    )
+    change = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes))
     folder = tmp_path / "turned"
     (folder / "m").mkdir(parents=True)
     nib.save(image.as_reoriented(change), folder / "m" / "a.nii.gz")
@@ -351,17 +345,13 @@ def evaluate_folders_of(folder: Path, mask: np.ndarray, reference: np.ndarray) -
         ([0, 1, 2], [0, 1, 2], []),
     ],
 )
-def test_values_of_one_side_only_are_named(
-    tmp_path: Path, masks: list[int], maps: list[int], words: list[str]
-) -> None:
+def test_values_of_one_side_only_are_named(tmp_path: Path, masks: list[int], maps: list[int], words: list[str]) -> None:
     report = evaluate_folders_of(tmp_path, *(np.array(v, np.uint8)[labels_of(1)] for v in (masks, maps)))
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["warnings"] == report["warnings"]
     assert len(report["warnings"]) == bool(words)
     assert all(word in report["warnings"][0] for word in words)
     folders = ["--predictions", str(tmp_path / "m"), "--references", str(tmp_path / "r")]
-    result = CliRunner().invoke(
-        app, ["evaluate", *folders, "--out", str(tmp_path / "cli")], catch_exceptions=False
-    )
+    result = CliRunner().invoke(app, ["evaluate", *folders, "--out", str(tmp_path / "cli")], catch_exceptions=False)
     assert result.exit_code == 0 and all(word in result.output for word in words)
 
 
@@ -380,11 +370,7 @@ def test_fractions_are_refused(tmp_path: Path, values: list[float], side: str) -
     save_as(tmp_path / side / "b.nii.gz", np.array(values, np.float32)[labels_of(1)])
     report = evaluate_folders(tmp_path / "m", tmp_path / "r")
     (problem,) = report["problems"]
-    assert (
-        problem["case"] == "b"
-        and f"{values[1]:.4g}" in problem["problem"]
-        and "fractions" in problem["problem"]
-    )
+    assert problem["case"] == "b" and f"{values[1]:.4g}" in problem["problem"] and "fractions" in problem["problem"]
     assert list(report["summary"]["classes"]) == ["1", "2"]
 
 

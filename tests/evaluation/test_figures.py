@@ -28,10 +28,7 @@ def test_overlay(tmp_path: Path, with_reference: bool) -> None:
     scan = np.random.default_rng(0).normal(size=(30, 24, 8)).astype(np.float32)
     mask = np.zeros(scan.shape, np.uint8)
     mask[5:20, 5:15, 2:6], mask[18:25, 10:20, 3:7] = 3, 7
-    files = [
-        write(tmp_path / f"{n}.nii", a, affine)
-        for n, a in (("s", scan), ("m", mask), ("p", np.roll(mask, 2, 0)))
-    ]
+    files = [write(tmp_path / f"{n}.nii", a, affine) for n, a in (("s", scan), ("m", mask), ("p", np.roll(mask, 2, 0)))]
     out = tmp_path / "new" / "picture.png"
     overlay_figure(files[0], files[1] if with_reference else None, files[2], out, LABELS)
     picture = imread(out)[..., :3]
@@ -61,9 +58,7 @@ def test_a_label_map_with_a_scaling_is_drawn(tmp_path: Path) -> None:
     assert np.array_equal(imread(tmp_path / "m.png"), imread(tmp_path / "scaled.png"))
 
 
-def test_long_legends_and_narrow_planes_stay_on_the_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_legends_and_narrow_planes_stay_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
     monkeypatch.setattr(_figures, "save", lambda figure, path: figures.append(figure))
     scan = np.random.default_rng(0).normal(size=(64, 12, 10)).astype(np.float32)
@@ -87,9 +82,7 @@ def test_many_classes_do_not_cover_their_curves(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(_figures, "save", lambda figure, path: figures.append(figure))
     for number in (3, 30):
         classes = {f"val_dice_class {i}": [0.1, 0.2] for i in range(number)}
-        curves_figure(
-            {"epoch": [1, 2], "loss": [2, 1], "val_mean_dice": [0.1, 0.2], **classes}, tmp_path / "a"
-        )
+        curves_figure({"epoch": [1, 2], "loss": [2, 1], "val_mean_dice": [0.1, 0.2], **classes}, tmp_path / "a")
     few, many = (figure.axes[1] for figure in figures)
     assert len(few.get_legend().get_texts()) == 4
     assert [text.get_text() for text in many.get_legend().get_texts()] == ["mean"] and len(many.lines) == 31
@@ -110,8 +103,7 @@ def test_curves(tmp_path: Path) -> None:
     history = tmp_path / "history.csv"
     lines = ["epoch,step,seconds,learning_rate,loss,contrast,contrast_weight,val_mean_dice,val_dice_organ"]
     lines += [
-        f"{e},{e * 9},1.0,0.1,{2 / e},{3 / e},0.1,{'' if e % 2 else 0.5},{'' if e % 2 else 'nan'}"
-        for e in range(1, 9)
+        f"{e},{e * 9},1.0,0.1,{2 / e},{3 / e},0.1,{'' if e % 2 else 0.5},{'' if e % 2 else 'nan'}" for e in range(1, 9)
     ]
     history.write_text("\n".join(lines))
     curves_figure(history, tmp_path / "a.png")

@@ -48,15 +48,11 @@ def write_dicom(path: Path, tags: dict[int, tuple[str, Any]], sop: str = MR) -> 
     head = b"".join(element(*entry) for entry in meta)
     body = b"".join(element(tag, *entry) for tag, entry in sorted({**patient, **tags}.items()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(
-        b"\0" * 128 + b"DICM" + element(0x00020000, "UL", struct.pack("<I", len(head))) + head + body
-    )
+    path.write_bytes(b"\0" * 128 + b"DICM" + element(0x00020000, "UL", struct.pack("<I", len(head))) + head + body)
     return path
 
 
-def image_tags(
-    pixels: np.ndarray, series: str = "1.9.9.7", number: int = 1, **more: Any
-) -> dict[int, tuple[str, Any]]:
+def image_tags(pixels: np.ndarray, series: str = "1.9.9.7", number: int = 1, **more: Any) -> dict[int, tuple[str, Any]]:
     """Elements of an image (rows, columns), or (frames, rows, columns), int16."""
     return {
         0x00080008: ("CS", more.get("image_type", "ORIGINAL\\PRIMARY\\M")),
@@ -120,13 +116,10 @@ def write_multi_frame(path: Path, scan: np.ndarray, place: Callable[[int], np.nd
     del tags[0x00280030], tags[0x00180050]
     measures = element(0x00180050, "DS", [SPACING[2]]) + element(0x00280030, "DS", [SPACING[1], SPACING[0]])
     turn = element(0x00200037, "DS", DIRECTION.T[:2])
-    rescale = (
-        element(0x00281052, "DS", [0]) + element(0x00281053, "DS", [1]) + element(0x00281054, "LO", "US")
-    )
+    rescale = element(0x00281052, "DS", [0]) + element(0x00281053, "DS", [1]) + element(0x00281054, "LO", "US")
     shared = element(0x00209116, "SQ", [turn]) + element(0x00289110, "SQ", [measures])
     frames = [
-        element(0x00209113, "SQ", [element(0x00200032, "DS", place(k))])
-        + element(0x00289145, "SQ", [rescale])
+        element(0x00209113, "SQ", [element(0x00200032, "DS", place(k))]) + element(0x00289145, "SQ", [rescale])
         for k in range(scan.shape[2])
     ]
     tags[0x52009229] = ("SQ", [shared])

@@ -25,9 +25,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ((8, 8, 8), 7, 7),
     ],
 )
-def test_a_cpu_takes_fewer_large_windows_at_once(
-    patch: tuple[int, int, int], batch: int, expected: int
-) -> None:
+def test_a_cpu_takes_fewer_large_windows_at_once(patch: tuple[int, int, int], batch: int, expected: int) -> None:
     assert batch_on(CPU, batch, patch) == expected
     assert batch_on(CUDA, batch, patch) == batch
 

@@ -73,9 +73,7 @@ def test_a_scan_whose_output_is_nan_fails_alone(
     ],
     ids=str,
 )
-def test_an_interrupted_training_is_said(
-    threshold_run: Path, tmp_path: Path, checkpoint: Any, said: bool
-) -> None:
+def test_an_interrupted_training_is_said(threshold_run: Path, tmp_path: Path, checkpoint: Any, said: bool) -> None:
     file = threshold_run / "models" / "checkpoint.pt"
     if isinstance(checkpoint, bytes):
         file.write_bytes(checkpoint)
@@ -87,9 +85,7 @@ def test_an_interrupted_training_is_said(
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["warnings"] == manifest["warnings"]
 
 
-def test_cases_that_the_run_was_trained_on_are_marked(
-    trained_run: Path, phantoms: Path, tmp_path: Path
-) -> None:
+def test_cases_that_the_run_was_trained_on_are_marked(trained_run: Path, phantoms: Path, tmp_path: Path) -> None:
     lists = json.loads((trained_run / "configs" / "datalist.json").read_text())
     training = {item["name"] for item in lists["training"]}
     moved = Path(shutil.copytree(phantoms, tmp_path / "moved"))

@@ -52,9 +52,7 @@ def test_one_run_with_probabilities_gives_the_mask_that_it_gives_without(
         {"channels": ["CT"]},
     ],
 )
-def test_runs_for_different_tasks_do_not_mix(
-    make_run: Callable[..., Path], change: dict[str, object]
-) -> None:
+def test_runs_for_different_tasks_do_not_mix(make_run: Callable[..., Path], change: dict[str, object]) -> None:
     with pytest.raises(RunError, match=r"differ in (labels|channels)"):
         Predictor([make_run("one"), make_run("two", **change)], device="cpu")
 

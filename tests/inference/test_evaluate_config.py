@@ -20,9 +20,7 @@ AFFINE = np.array([[0, 1.3, 0, 2], [-0.9, 0, 0, 3], [0, 0, 2.0, 4], [0, 0, 0, 1]
 
 def evaluate(run: Path, **overrides: Any) -> tuple[float, dict[str, Any]]:
     config = str(run / "configs" / "evaluate.yaml")
-    workflow = ConfigWorkflow(
-        config, workflow_type="infer", logging_file=False, bundle_root=str(run), **overrides
-    )
+    workflow = ConfigWorkflow(config, workflow_type="infer", logging_file=False, bundle_root=str(run), **overrides)
     workflow.initialize()
     assert workflow.check_properties() == []
     workflow.run()

@@ -44,9 +44,7 @@ def test_a_network_that_gives_nan_is_not_handed_out(
 
 
 @pytest.mark.parametrize("format", ["torchscript", "onnx"])
-def test_the_file_is_whole_and_nothing_else_is_left(
-    make_run: Callable[..., Path], tmp_path: Path, format: str
-) -> None:
+def test_the_file_is_whole_and_nothing_else_is_left(make_run: Callable[..., Path], tmp_path: Path, format: str) -> None:
     if format == "onnx":
         pytest.importorskip("onnx")
         pytest.importorskip("onnxruntime")

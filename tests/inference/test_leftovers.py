@@ -72,9 +72,7 @@ def test_whose_a_temporary_file_is(
 
 
 @pytest.mark.parametrize(("age", "stays"), [(3600, True), (100_000, False)])
-def test_without_locks_age_decides(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, stays: bool
-) -> None:
+def test_without_locks_age_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, stays: bool) -> None:
     monkeypatch.setattr(files, "fcntl", None)
     left = files.temporary_name(tmp_path)
     left.touch()

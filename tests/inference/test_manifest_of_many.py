@@ -104,9 +104,7 @@ def test_sigkill_right_after_a_mask_loses_no_entry(threshold_run: Path, tmp_path
     assert done.returncode == -9
     entries = Predictor(threshold_run, device="cpu").run([tmp_path / "in"], out)["scans"]
     assert [entry["status"] for entry in entries] == ["skipped", "skipped", "skipped", "done"]
-    assert all(
-        entry["labels"]["organ"]["voxels"] == entries[3]["labels"]["organ"]["voxels"] for entry in entries
-    )
+    assert all(entry["labels"]["organ"]["voxels"] == entries[3]["labels"]["organ"]["voxels"] for entry in entries)
     assert listed(out / "manifest.json") == list("abcd")
 
 

@@ -37,9 +37,7 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
-def test_the_same_mask_from_less_memory(
-    make_run: Callable[..., Path], tmp_path: Path, error: Exception
-) -> None:
+def test_the_same_mask_from_less_memory(make_run: Callable[..., Path], tmp_path: Path, error: Exception) -> None:
     predictor = Predictor(make_run(network_def=UNET), device="cpu")
     path = save_nifti(tmp_path / "a.nii", blobs((20, 24, 18)))
     expected = predictor.predict(path)
@@ -52,9 +50,7 @@ def test_the_same_mask_from_less_memory(
     assert any("out of memory" in warning for warning in prediction.warnings)
 
 
-def test_too_little_memory_for_one_window_is_a_sentence(
-    make_run: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_too_little_memory_for_one_window_is_a_sentence(make_run: Callable[..., Path], tmp_path: Path) -> None:
     predictor = Predictor(make_run(network_def=UNET), device="cpu")
     object.__setattr__(predictor.models[0], "network", Hungry(torch.nn.Identity(), 0, OUT_OF_MEMORY[0]))
     path = save_nifti(tmp_path / "a.nii", blobs((20, 24, 18)))
@@ -62,12 +58,8 @@ def test_too_little_memory_for_one_window_is_a_sentence(
     assert "not enough memory for this scan" in manifest["scans"][0]["error"]
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("CUDA error: device-side assert"), ValueError("out of memory")]
-)
-def test_other_errors_are_not_tried_again(
-    make_run: Callable[..., Path], tmp_path: Path, error: Exception
-) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: device-side assert"), ValueError("out of memory")])
+def test_other_errors_are_not_tried_again(make_run: Callable[..., Path], tmp_path: Path, error: Exception) -> None:
     predictor = Predictor(make_run(network_def=UNET), device="cpu")
     hungry = Hungry(predictor.models[0].network, 1, error)
     object.__setattr__(predictor.models[0], "network", hungry)

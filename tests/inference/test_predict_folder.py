@@ -23,9 +23,7 @@ from medseg_supcon.inference import Predictor
 @pytest.fixture
 def scans(tmp_path: Path) -> Path:
     for number in range(3):
-        save_nifti(
-            tmp_path / "scans" / f"s{number}.nii.gz", blobs((12, 10, 9), number), np.diag([0.5, 2, 3, 1.0])
-        )
+        save_nifti(tmp_path / "scans" / f"s{number}.nii.gz", blobs((12, 10, 9), number), np.diag([0.5, 2, 3, 1.0]))
     return tmp_path / "scans"
 
 
@@ -36,9 +34,7 @@ def files(folder: Path) -> set[str]:
 def test_manifest(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
     calls: list[tuple[int, int, str]] = []
     predictor = Predictor(threshold_run, device="cpu")
-    manifest = predictor.run(
-        [scans], tmp_path / "out", progress=lambda i, n, e: calls.append((i, n, e["name"]))
-    )
+    manifest = predictor.run([scans], tmp_path / "out", progress=lambda i, n, e: calls.append((i, n, e["name"])))
     assert calls == [(1, 3, "s0"), (2, 3, "s1"), (3, 3, "s2")]
     assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
     digest = hashlib.sha256((threshold_run / "models" / "model.pt").read_bytes()).hexdigest()
@@ -57,9 +53,7 @@ def test_manifest(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
             assert label["touches_border"] == edges
 
 
-def test_finished_scans_are_skipped_and_overwrite_redoes(
-    threshold_run: Path, scans: Path, tmp_path: Path
-) -> None:
+def test_finished_scans_are_skipped_and_overwrite_redoes(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
     predictor, out = Predictor(threshold_run, device="cpu"), tmp_path / "out"
     predictor.run([scans / "s0.nii.gz"], out)
     before = (out / "s0.nii.gz").stat().st_mtime_ns
@@ -149,9 +143,7 @@ def test_probabilities(threshold_run: Path, scans: Path, tmp_path: Path) -> None
     assert predictor.run([scans], out, probabilities=True)["summary"]["skipped"] == 3
 
 
-def test_a_failing_scan_is_reported_and_the_rest_go_on(
-    threshold_run: Path, scans: Path, tmp_path: Path
-) -> None:
+def test_a_failing_scan_is_reported_and_the_rest_go_on(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
     (scans / "s1.nii.gz").write_bytes(b"broken")
     out = tmp_path / "out"
     manifest = Predictor(threshold_run, device="cpu").run([scans, tmp_path / "missing.nii"], out)
@@ -226,9 +218,7 @@ def test_ctrl_c_keeps_what_is_finished_and_no_partial_file(
     assert [entry["status"] for entry in manifest["scans"]] == ["skipped", "skipped", "done"]
 
 
-def test_ctrl_c_while_a_scan_is_reported_lists_it_once(
-    threshold_run: Path, scans: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_while_a_scan_is_reported_lists_it_once(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         Predictor(threshold_run, device="cpu").run([scans], out, progress=_raise(KeyboardInterrupt()))
@@ -273,11 +263,7 @@ def test_keep_largest(make_run: Callable[..., Path], tmp_path: Path) -> None:
     scan[1:3, 15:18, 1:3] = 2.5
     scan[10, 2, 8] = 2.5
     path = save_nifti(tmp_path / "a.nii", scan)
-    mask = (
-        Predictor(make_run(weights=threshold_weights(), keep_largest=["organ"]), device="cpu")
-        .predict(path)
-        .mask
-    )
+    mask = Predictor(make_run(weights=threshold_weights(), keep_largest=["organ"]), device="cpu").predict(path).mask
     assert (mask == 4).sum() == 126
     assert mask[12:15, 12:15, 2:5].max() == 0
     assert (mask == 255).sum() == 13  # both of the lesion's
@@ -298,9 +284,7 @@ def test_written_files_are_reproducible(threshold_run: Path, scans: Path, tmp_pa
     assert (tmp_path / "x" / "s0.nii.gz").read_bytes() == (tmp_path / "y" / "s0.nii.gz").read_bytes()
 
 
-def test_a_mask_of_another_scan_is_not_taken_for_finished(
-    threshold_run: Path, scans: Path, tmp_path: Path
-) -> None:
+def test_a_mask_of_another_scan_is_not_taken_for_finished(threshold_run: Path, scans: Path, tmp_path: Path) -> None:
     """Files of two patients with the same name, predicted one after the other into one folder."""
     predictor, out = Predictor(threshold_run, device="cpu"), tmp_path / "out"
     predictor.run([scans / "s0.nii.gz"], out)

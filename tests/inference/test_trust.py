@@ -200,9 +200,7 @@ class Malice:
 
 
 @pytest.mark.parametrize("trust", [False, True])
-def test_a_malicious_checkpoint_is_never_run(
-    make_run: Callable[..., Path], tmp_path: Path, trust: bool
-) -> None:
+def test_a_malicious_checkpoint_is_never_run(make_run: Callable[..., Path], tmp_path: Path, trust: bool) -> None:
     run, mark = make_run(), tmp_path / "mark"
     for write in (
         lambda file: torch.save({"weight": Malice(mark)}, file),
@@ -264,9 +262,7 @@ def test_a_broken_plan(make_run: Callable[..., Path], tmp_path: Path) -> None:
         ("intensity", ["ScaleIntensityd"]),
     ],
 )
-def test_a_plan_edited_wrongly_is_refused_by_its_key(
-    make_run: Callable[..., Path], key: str, value: Any
-) -> None:
+def test_a_plan_edited_wrongly_is_refused_by_its_key(make_run: Callable[..., Path], key: str, value: Any) -> None:
     """Before a scan is read, and in place of a fault somewhere in torch or MONAI for each of them."""
     run = make_run(weights=threshold_weights())
     (run / "configs" / "plan.json").write_text(json.dumps(plan_of(**{key: value})))
@@ -276,9 +272,7 @@ def test_a_plan_edited_wrongly_is_refused_by_its_key(
 
 def test_a_network_with_other_classes_than_the_plan(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run(labels={"background": 0, "organ": 1})
-    manifest = Predictor(run, device="cpu").run(
-        [save_nifti(tmp_path / "a.nii", blobs((8, 8, 8)))], tmp_path / "o"
-    )
+    manifest = Predictor(run, device="cpu").run([save_nifti(tmp_path / "a.nii", blobs((8, 8, 8)))], tmp_path / "o")
     assert "3 channels, but the plan has 2 labels" in manifest["scans"][0]["error"]
 
 

@@ -24,9 +24,7 @@ CPU = torch.device("cpu")
     overlap=st.sampled_from([0.0, 0.25, 0.5, 0.8]),
     batch=st.integers(1, 5),
 )
-def test_windows_are_those_of_monai(
-    shape: tuple[int, ...], patch: tuple[int, ...], overlap: float, batch: int
-) -> None:
+def test_windows_are_those_of_monai(shape: tuple[int, ...], patch: tuple[int, ...], overlap: float, batch: int) -> None:
     torch.manual_seed(0)
     image = torch.randn(2, *shape)
     network = torch.nn.Conv3d(2, 3, 3, padding=1)

@@ -62,9 +62,7 @@ def _inverse(orientation: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("codes", [(1, 1), (0, 2), (2, 0), (3, 4), (0, 0)])
-def test_affines_and_their_codes_are_kept(
-    threshold_run: Path, tmp_path: Path, codes: tuple[int, int]
-) -> None:
+def test_affines_and_their_codes_are_kept(threshold_run: Path, tmp_path: Path, codes: tuple[int, int]) -> None:
     affine = np.diag([-0.7, 0.8, 5.0, 1.0])
     affine[:3, 3] = (3, -4, 5)
     scan = save_nifti(tmp_path / "a.nii", blobs((16, 12, 5)), affine, codes)
@@ -116,15 +114,11 @@ def test_any_grid_in_is_the_grid_out(
     assert (np.asarray(mask.dataobj) == (4 if seed % 2 else 0)).all()
 
 
-def test_resampling_puts_the_mask_where_the_structure_is(
-    make_run: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_resampling_puts_the_mask_where_the_structure_is(make_run: Callable[..., Path], tmp_path: Path) -> None:
     """A ramp along the world's z: the mask's edge lies where the ramp passes the threshold, in any grid."""
     run = make_run(weights=threshold_weights(), spacing=[1.0, 1.0, 1.0])
     affine = np.array([[0, 0.9, 0, 3], [-0.8, 0, 0, 7], [0, 0, 2.5, -20], [0, 0, 0, 1]])
-    z = (affine @ np.stack([*np.indices((12, 10, 16)).reshape(3, -1), np.ones(12 * 10 * 16)]))[2].reshape(
-        12, 10, 16
-    )
+    z = (affine @ np.stack([*np.indices((12, 10, 16)).reshape(3, -1), np.ones(12 * 10 * 16)]))[2].reshape(12, 10, 16)
     scan = (0.5 + (z + 20) / 20).astype(np.float32)  # passes 1 at z = -10 and 2 at z = 10
     mask = Predictor(run, device="cpu").predict(save_nifti(tmp_path / "a.nii", scan, affine)).mask
     sure = np.abs(z + 10) > 0.51  # half a voxel of the model's grid
@@ -132,9 +126,7 @@ def test_resampling_puts_the_mask_where_the_structure_is(
     assert ((mask == 255) == (z > 10))[np.abs(z - 10) > 0.51].all()
 
 
-@pytest.mark.parametrize(
-    "kind", ["uint8", "int16", "uint16", "int32", "float32", "float64", ">i2", ">f4", "int64"]
-)
+@pytest.mark.parametrize("kind", ["uint8", "int16", "uint16", "int32", "float32", "float64", ">i2", ">f4", "int64"])
 def test_data_types(threshold_run: Path, tmp_path: Path, kind: str) -> None:
     scan = np.random.default_rng(0).integers(0, 4, (9, 8, 7)).astype(kind)
     image = nib.Nifti1Image(scan, np.eye(4), dtype=scan.dtype)

@@ -60,9 +60,7 @@ def threshold_weights() -> dict[str, torch.Tensor]:
     }
 
 
-def write_run(
-    run: Path, weights: dict[str, torch.Tensor] | None = None, seed: int = 0, **changes: Any
-) -> Path:
+def write_run(run: Path, weights: dict[str, torch.Tensor] | None = None, seed: int = 0, **changes: Any) -> Path:
     """A run folder; weights None: random ones, wide enough that all classes win somewhere."""
     plan = plan_of(**changes)
     (run / "configs").mkdir(parents=True)

@@ -34,9 +34,7 @@ def cross_entropy(logits, labels):
 
 
 def make(**options):
-    return DiceSupConLoss(
-        cross_entropy, VoxelSupConLoss(SupConLoss(), VoxelSampler("all"), nn.Linear(5, 4)), **options
-    )
+    return DiceSupConLoss(cross_entropy, VoxelSupConLoss(SupConLoss(), VoxelSampler("all"), nn.Linear(5, 4)), **options)
 
 
 def test_the_sum_and_its_terms():

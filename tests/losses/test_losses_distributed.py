@@ -109,9 +109,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     outs = [folder / f"{rank}.pt" for rank in range(2)]
     command = [sys.executable, str(Path(__file__))]
     processes = [
-        subprocess.Popen(
-            [*command, str(r), str(folder / "store"), str(outs[r])], stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([*command, str(r), str(folder / "store"), str(outs[r])], stderr=subprocess.PIPE, text=True)
         for r in range(2)
     ]
     try:

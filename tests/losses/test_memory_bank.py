@@ -22,9 +22,7 @@ def test_holds_the_last_of_each_class(size, steps):
     for labels in steps:
         values = list(range(value, value + len(labels)))
         value += len(labels)
-        bank.enqueue(
-            torch.tensor(values, dtype=torch.float32)[:, None], torch.tensor(labels, dtype=torch.long)
-        )
+        bank.enqueue(torch.tensor(values, dtype=torch.float32)[:, None], torch.tensor(labels, dtype=torch.long))
         for v, c in zip(values, labels, strict=True):
             if c >= 0:
                 queues[c].append(v)

@@ -304,9 +304,7 @@ def test_balanced_gives_every_class_the_same_weight():
     lone = torch.where(torch.arange(600) == 0, 3, y)
     half = SupConLoss()(z, lone, anchors=may & (lone == 1))
     rest = [SupConLoss()(z, lone, anchors=lone == c) for c in (0, 7)]
-    torch.testing.assert_close(
-        SupConLoss(class_weights="balanced")(z, lone, anchors=may), (half + sum(rest)) / 3
-    )
+    torch.testing.assert_close(SupConLoss(class_weights="balanced")(z, lone, anchors=may), (half + sum(rest)) / 3)
 
 
 def test_class_weights_in_every_form():
@@ -330,9 +328,7 @@ def test_balanced_changes_nothing_where_classes_are_equal(options):
     ids["view_ids"] = torch.arange(60) // 30
     plain = value_and_gradient(SupConLoss(**options), z, **ids)
     assert plain[0] > 0
-    torch.testing.assert_close(
-        value_and_gradient(SupConLoss(**options, class_weights="balanced"), z, **ids), plain
-    )
+    torch.testing.assert_close(value_and_gradient(SupConLoss(**options, class_weights="balanced"), z, **ids), plain)
 
 
 def test_labels_of_any_size_and_width():

@@ -45,11 +45,7 @@ def oracle(
     w=None, ignore=None, bank=(), anchors=None,
 ):  # fmt: skip
     """The loss by its definition. Rows are (vector, class, voxel, view, may be anchor)."""
-    rows = [
-        (z[i], y[i], pairs[i], views[i], anchors is None or anchors[i])
-        for i in range(len(z))
-        if y[i] != ignore
-    ]
+    rows = [(z[i], y[i], pairs[i], views[i], anchors is None or anchors[i]) for i in range(len(z)) if y[i] != ignore]
     rows += [(e, c, ("bank", n), "bank", False) for n, (e, c) in enumerate(bank) if c != ignore]
     losses = []  # of every anchor: its class and L_i
     for i, (zi, yi, pi, vi, may) in enumerate(rows):
@@ -210,9 +206,7 @@ def test_distances_that_float32_cannot_square(scale):
     assert value.item() == pytest.approx(expected, rel=1e-5)
     small = (z.detach().double() / scale).requires_grad_()
     SupConLoss(tau / scale, "euclidean")(small, torch.tensor(y)).backward()
-    torch.testing.assert_close(
-        z.grad.double() * scale, small.grad, rtol=1e-5, atol=1e-7 * min(scale / tau, 1)
-    )
+    torch.testing.assert_close(z.grad.double() * scale, small.grad, rtol=1e-5, atol=1e-7 * min(scale / tau, 1))
 
 
 def test_a_loss_beyond_float32_is_infinite():

@@ -18,9 +18,7 @@ def batch(shape=(4, 5, 3), elements=4, channels=6, classes=3, seed=0):
     return {
         "features": torch.randn(elements, channels, *shape, generator=g),
         "labels": torch.randint(-1, classes, (elements, 1, *shape), generator=g),
-        "pair_ids": torch.stack(
-            [torch.randperm(n, generator=g).view(1, *shape) - 3 for _ in range(elements)]
-        ),
+        "pair_ids": torch.stack([torch.randperm(n, generator=g).view(1, *shape) - 3 for _ in range(elements)]),
         "view_ids": torch.arange(elements) % 2,
         "scan_ids": torch.arange(elements) // 2,
     }
@@ -43,9 +41,7 @@ def by_hand(loss, b, elements=None, projection=None):
 
 
 @pytest.mark.parametrize("shape", ((30,), (6, 5), (4, 5, 3)))
-@pytest.mark.parametrize(
-    "options", ({}, {"positives": "same_voxel"}, ARTICLE, {"denominator": "other_class"})
-)
+@pytest.mark.parametrize("options", ({}, {"positives": "same_voxel"}, ARTICLE, {"denominator": "other_class"}))
 def test_equals_the_loss_of_its_voxels(shape, options):
     b, projection, loss = batch(shape), nn.Linear(6, 4), SupConLoss(0.1, **options)
     b["features"].requires_grad_()
@@ -157,9 +153,7 @@ def test_nothing_labelled_is_zero_and_attached(options):
     b["labels"][:] = -1
     b["features"].requires_grad_()
     for within_scan in (False, True):
-        value = VoxelSupConLoss(SupConLoss(**options), VoxelSampler(), projection, within_scan=within_scan)(
-            **b
-        )
+        value = VoxelSupConLoss(SupConLoss(**options), VoxelSampler(), projection, within_scan=within_scan)(**b)
         assert value.item() == 0.0
         value.backward()
     assert (b["features"].grad == 0).all()
@@ -189,9 +183,7 @@ def test_hard_sampling_takes_logits():
     logits = torch.randn(4, 3, 4, 5, 3, requires_grad=True)
     mine = VoxelSupConLoss(SupConLoss(), VoxelSampler("hard", 20, seed=0))(**b, logits=logits)
     z, y = b["features"].movedim(1, -1).reshape(-1, 6), b["labels"].flatten()
-    hard, near = (
-        VoxelSampler("hard", 20, seed=0)(b["labels"][:, 0], logits=given)[0] for given in (logits, None)
-    )
+    hard, near = (VoxelSampler("hard", 20, seed=0)(b["labels"][:, 0], logits=given)[0] for given in (logits, None))
     torch.testing.assert_close(mine, SupConLoss()(z[hard], y[hard]))
     assert not torch.equal(hard, near)
 
@@ -220,9 +212,7 @@ def test_balanced_is_right_whatever_the_sampler_finds():
             assert values[0] == pytest.approx(values[1], rel=1e-6)  # every quota is filled
         else:
             share = 12 / 300  # what class 2 gets without weights
-            assert values[0] == pytest.approx(
-                share * means[2] + (1 - share) * (means[0] + means[1]) / 2, rel=1e-5
-            )
+            assert values[0] == pytest.approx(share * means[2] + (1 - share) * (means[0] + means[1]) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize(

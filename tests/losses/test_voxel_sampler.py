@@ -203,6 +203,4 @@ def test_complaints():
     with pytest.raises(ValueError, match=r"hard_fraction must be in 0 .. 1, got 1.5"):
         VoxelSampler(hard_fraction=1.5)
     with pytest.raises(ValueError, match=r"pair_ids must match labels \(1, 4, 4\), got \(1, 4, 5\)"):
-        VoxelSampler()(
-            torch.zeros(1, 4, 4, dtype=torch.long), pair_ids=torch.zeros(1, 4, 5, dtype=torch.long)
-        )
+        VoxelSampler()(torch.zeros(1, 4, 4, dtype=torch.long), pair_ids=torch.zeros(1, 4, 5, dtype=torch.long))

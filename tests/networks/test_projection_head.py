@@ -23,9 +23,7 @@ def test_against_numpy(
     count: int, width: int, hidden: int | None, normalise_input: bool, normalise_output: bool
 ) -> None:
     torch.manual_seed(count)
-    head = ProjectionHead(
-        width, hidden, 4, normalise_input=normalise_input, normalise_output=normalise_output
-    ).train()
+    head = ProjectionHead(width, hidden, 4, normalise_input=normalise_input, normalise_output=normalise_output).train()
     x = torch.randn(count, width)
     z = x.numpy().astype(np.float64)
     if normalise_input:

@@ -22,9 +22,7 @@ from medseg_supcon.inference import Predictor
 from medseg_supcon.training import prepare_run, run_config
 
 
-def trained(
-    folder: Path, recipe: str, device: str, more: list[tuple[str, Any]], epochs: int = 1
-) -> list[float]:
+def trained(folder: Path, recipe: str, device: str, more: list[tuple[str, Any]], epochs: int = 1) -> list[float]:
     """Train a tiny run; its losses, epoch by epoch."""
     dataset = read_dataset(folder / "data")
     split = split_cases(dataset, labels=3 if recipe == "semi" else None)
@@ -56,9 +54,7 @@ def main(folder: Path) -> dict[str, Any]:
     exact = [("amp", False)]
     found["joint on cpu"] = trained(folder, "joint", "cpu", exact)
     found["joint"] = trained(folder, "joint", "cuda", exact)
-    found["joint, second GPU"] = trained(
-        folder, "joint", "cuda:1", [("amp_dtype", "float16"), ("channels_last", True)]
-    )
+    found["joint, second GPU"] = trained(folder, "joint", "cuda:1", [("amp_dtype", "float16"), ("channels_last", True)])
     found["semi"] = trained(folder, "semi", "cuda", [("unlabelled_from", 0.0)])
     article = [
         ("positives", "same_voxel"),
@@ -71,12 +67,8 @@ def main(folder: Path) -> dict[str, Any]:
     found["steps"] = resumed(run)
     found["checkpoint on a CPU"] = load_tensors(run / "models" / "checkpoint.pt")["epoch"]
     scan = folder / "scan.nii.gz"
-    nibabel.load(next((folder / "data" / "imagesTs").glob("*.nii.gz"))).slicer[:26, :22, :20].to_filename(
-        scan
-    )
-    masks = [
-        Predictor(run, device=device, amp=False).predict(scan).mask for device in ("cpu", "cuda", "cuda:1")
-    ]
+    nibabel.load(next((folder / "data" / "imagesTs").glob("*.nii.gz"))).slicer[:26, :22, :20].to_filename(scan)
+    masks = [Predictor(run, device=device, amp=False).predict(scan).mask for device in ("cpu", "cuda", "cuda:1")]
     found["masks differ in"] = [int(np.count_nonzero(mask != masks[0])) for mask in masks[1:]]
     return found
 

@@ -153,9 +153,7 @@ def test_a_single_slice(series: Write, header: dict[str, Any], thickness: float 
         assert read(folder).grid.spacing == pytest.approx([0.9, 1.1, thickness])
 
 
-@pytest.mark.parametrize(
-    "change", [{"SpacingBetweenSlices": "-20"}, {"SliceThickness": ""}, {"SliceThickness": "9"}]
-)
+@pytest.mark.parametrize("change", [{"SpacingBetweenSlices": "-20"}, {"SliceThickness": ""}, {"SliceThickness": "9"}])
 def test_positions_count_before_thickness(series: Write, change: dict[str, Any]) -> None:
     assert_truth(read(series(**change)), STORED)
 
@@ -236,9 +234,7 @@ def test_units_that_differ(series: Write) -> None:
 
 
 def lut(first: int, table: np.ndarray) -> Dataset:
-    return group(
-        LUTDescriptor=[len(table), first, 16], ModalityLUTType="US", LUTData=table.astype("<u2").tobytes()
-    )
+    return group(LUTDescriptor=[len(table), first, 16], ModalityLUTType="US", LUTData=table.astype("<u2").tobytes())
 
 
 def test_a_modality_lut(series: Write) -> None:
@@ -260,9 +256,7 @@ def test_a_modality_lut_and_a_slope(series: Write) -> None:
         image.ModalityLUTSequence[0]["LUTData"].VR = "OW"
         image.ModalityLUTSequence[0]["LUTDescriptor"].VR = "SS"
 
-    assert "there is a Modality LUT besides" in refused(
-        series(change, RescaleSlope="1", RescaleIntercept="0")
-    )
+    assert "there is a Modality LUT besides" in refused(series(change, RescaleSlope="1", RescaleIntercept="0"))
 
 
 @pytest.mark.parametrize("modality", ["CT", "MR", "NM"])
@@ -285,9 +279,7 @@ def test_monochrome1_changes_no_value(series: Write, modality: str, compressed: 
     assert [issue.code for issue in volume.issues] == ([] if modality == "CT" else ["monochrome1"])
 
 
-@pytest.mark.parametrize(
-    "header", [{}, {"RescaleSlope": "1", "RescaleIntercept": "0", "RescaleType": "Z_EFF"}]
-)
+@pytest.mark.parametrize("header", [{}, {"RescaleSlope": "1", "RescaleIntercept": "0", "RescaleType": "Z_EFF"}])
 def test_ct_that_is_not_in_hounsfield_units(series: Write, header: dict[str, str]) -> None:
     assert [issue.code for issue in read(series(Modality="CT", **header)).issues] == ["not_hounsfield"]
 
@@ -416,9 +408,7 @@ def test_two_series_and_a_pipe_in_one_folder(series: Write) -> None:
     assert volume.grid.spacing[2] == pytest.approx(2.4) and volume.data.shape == (*SHAPE[:2], 3)
 
 
-@pytest.mark.parametrize(
-    ("spaces", "codes"), [(1, []), (2, ["frame_of_reference"]), (5, ["frame_of_reference"])]
-)
+@pytest.mark.parametrize(("spaces", "codes"), [(1, []), (2, ["frame_of_reference"]), (5, ["frame_of_reference"])])
 def test_frames_of_reference(series: Write, spaces: int, codes: list[str]) -> None:
     """Places in two of them cannot be compared, but some programs write a new one per file when they anonymise."""
 

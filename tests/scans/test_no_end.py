@@ -65,9 +65,7 @@ def nothing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [pipe, device])
-@pytest.mark.parametrize(
-    "name", ["a.nii.gz", "a.nii", "a.mha", "a.nrrd", "a.dcm", "a_0000.nii", "a_0000.mhd"]
-)
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.mha", "a.nrrd", "a.dcm", "a_0000.nii", "a_0000.mhd"])
 def test_a_scan_that_is_not_a_file(tmp_path: Path, make: Callable[[Path], None], name: str) -> None:
     make(tmp_path / name)
     assert "pipe or device" in refused(tmp_path / name)
@@ -81,9 +79,7 @@ def test_a_scan_that_is_not_a_file(tmp_path: Path, make: Callable[[Path], None],
 @pytest.mark.parametrize("make", [pipe, device, folder, nothing])
 @pytest.mark.parametrize("value", ["other", "LIST\nother", "./../{}/other", "oth%01der 1 1 1"])
 @pytest.mark.parametrize("kind", ["mhd", "nhdr", "mha"])
-def test_voxels_in_what_is_not_a_file(
-    tmp_path: Path, make: Callable[[Path], None], value: str, kind: str
-) -> None:
+def test_voxels_in_what_is_not_a_file(tmp_path: Path, make: Callable[[Path], None], value: str, kind: str) -> None:
     image = sitk.GetImageFromArray(VOXELS.T)
     path = tmp_path / f"a.{kind}"
     sitk.WriteImage(image, str(path))
@@ -231,9 +227,7 @@ def test_one_voxel_far_outside(value: float) -> None:
         np.zeros((5, 5, 5)),
         np.random.default_rng(0).exponential(size=(30, 30, 30)) ** 2,  # a long tail, as vessels have
         np.pad(np.random.default_rng(0).normal(100, 10, (20, 20, 20)), 8),
-        np.where(
-            np.indices((30, 30, 30)).sum(0) < 9, 3071.0, np.random.default_rng(0).normal(0, 400, (30, 30, 30))
-        ),
+        np.where(np.indices((30, 30, 30)).sum(0) < 9, 3071.0, np.random.default_rng(0).normal(0, 400, (30, 30, 30))),
         np.random.default_rng(0).integers(-1024, 3071, (20, 20, 20)).astype(np.int16),
     ],
     ids=["zeros", "long tail", "padded", "metal", "noise"],

@@ -85,9 +85,7 @@ DIRECTIONS = r"space directions:"
 SPACINGS = (("space:", ""), ("space origin:", ""))
 
 
-@pytest.mark.parametrize(
-    "space", ["space dimension: 3\n", "space: scanner-xyz\n", "space: 3D-right-handed\n"]
-)
+@pytest.mark.parametrize("space", ["space dimension: 3\n", "space: scanner-xyz\n", "space: 3D-right-handed\n"])
 def test_nrrd_without_a_space_of_the_body(tmp_path: Path, space: str) -> None:
     assert GUESS in told(edited(tmp_path / "a.nrrd", ("space:", space)))
 
@@ -102,9 +100,7 @@ def test_nrrd_without_voxel_size(tmp_path: Path, line: str) -> None:
     assert UNKNOWN in refused(edited(tmp_path / "a.nrrd", (DIRECTIONS, line), *SPACINGS))
 
 
-@pytest.mark.parametrize(
-    "vectors", ["none none none", "(nan,0,0) (0,1,0) (0,0,1)", "(0,0,0) (0,1,0) (0,0,1)"]
-)
+@pytest.mark.parametrize("vectors", ["none none none", "(nan,0,0) (0,1,0) (0,0,1)", "(0,0,0) (0,1,0) (0,0,1)"])
 def test_nrrd_directions_that_are_none(tmp_path: Path, vectors: str) -> None:
     assert UNKNOWN in refused(edited(tmp_path / "a.nrrd", (DIRECTIONS, f"space directions: {vectors}\n")))
 
@@ -122,7 +118,5 @@ def test_nrrd_units(tmp_path: Path, unit: str, taken: bool) -> None:
 @pytest.mark.parametrize("space", ["right-anterior-superior", "RAS"])
 def test_nrrd_in_ras(tmp_path: Path, space: str) -> None:
     volume = read(edited(tmp_path / "a.nrrd", ("space:", f"space: {space}\n")))
-    np.testing.assert_allclose(
-        volume.affine, [[0.8, 0, 0, 1], [0, 0.9, 0, 2], [0, 0, 2.4, 3], [0, 0, 0, 1]], atol=1e-6
-    )
+    np.testing.assert_allclose(volume.affine, [[0.8, 0, 0, 1], [0, 0.9, 0, 2], [0, 0, 2.4, 3], [0, 0, 0, 1]], atol=1e-6)
     assert volume.issues == ()

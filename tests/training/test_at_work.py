@@ -17,9 +17,7 @@ from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.errors import RunError
 from medseg_supcon.training import prepare_run, train_run
 
-LOCKED = (
-    "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(); sys.stdin.read()"
-)
+LOCKED = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(); sys.stdin.read()"
 
 
 def contents(folder: Path) -> dict[str, bytes]:

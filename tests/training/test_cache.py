@@ -110,9 +110,7 @@ def test_a_scan_that_cannot_be_read_is_named(tmp_path, threads, place):
     items = write_scans(tmp_path, 4)
     broken = tmp_path / f"scan{place}.nii.gz"
     broken.write_bytes(broken.read_bytes()[:300])
-    with pytest.raises(
-        DataError, match=rf"scan{place}\.nii\.gz: cannot be read as NIfTI .*copy or export it again"
-    ):
+    with pytest.raises(DataError, match=rf"scan{place}\.nii\.gz: cannot be read as NIfTI .*copy or export it again"):
         CachedDataset(items, PREPROCESSING, 1e9, threads)
 
 

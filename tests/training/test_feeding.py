@@ -21,10 +21,7 @@ from medseg_supcon.training import EpochSampler, SeededDataset, cached_dataset, 
 def test_ranks_share_out_the_batches_of_one_process(cases, steps, batch, world, seed):
     one = EpochSampler(cases, steps, batch * world, seed)
     whole = list(islice(one, 2 * steps * batch * world))
-    ranks = [
-        list(islice(EpochSampler(cases, steps, batch, seed, r, world), 2 * steps * batch))
-        for r in range(world)
-    ]
+    ranks = [list(islice(EpochSampler(cases, steps, batch, seed, r, world), 2 * steps * batch)) for r in range(world)]
     rebuilt = []
     for step in range(2 * steps):
         for rank in ranks:

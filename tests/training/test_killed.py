@@ -25,9 +25,7 @@ from medseg_supcon.bundle import load_tensors
 from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.training import prepare_run
 
-pytestmark = pytest.mark.skipif(
-    "fork" not in multiprocessing.get_all_start_methods(), reason="processes are forked"
-)
+pytestmark = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes are forked")
 SETTINGS: dict[str, list[tuple[str, Any]]] = {
     "joint": [
         (

@@ -11,9 +11,7 @@ from tiny_run import TINY
 NAMES = ["@anon", "%pct", "$cash", "site#4", "import", "a::b"]
 
 
-def test_a_data_set_of_odd_names_is_trained_scored_and_predicted(
-    phantoms: Path, tmp_path: Path, medseg
-) -> None:
+def test_a_data_set_of_odd_names_is_trained_scored_and_predicted(phantoms: Path, tmp_path: Path, medseg) -> None:
     data, run = tmp_path / "hearts #2 @home", tmp_path / "run #1"
     listed = json.loads((phantoms / "dataset.json").read_text())
     items = []

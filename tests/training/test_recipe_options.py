@@ -34,9 +34,9 @@ def parser_of(run, overlay=None, settings=()):
 
 @pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adam"])
 def test_the_optimiser_is_a_setting(trained_run, name):
-    optimizer = parser_of(
-        trained_run, settings=[f"optimizer::_target_=torch.optim.{name}"]
-    ).get_parsed_content("optimizer")
+    optimizer = parser_of(trained_run, settings=[f"optimizer::_target_=torch.optim.{name}"]).get_parsed_content(
+        "optimizer"
+    )
     assert type(optimizer) is getattr(torch.optim, name)
 
 

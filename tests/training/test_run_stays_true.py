@@ -147,9 +147,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_a_file_that_is_not_a_checkpoint_is_a_sentence(
-    run: Path, phantoms: Path, medseg: Any, fault: str
-) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_a_sentence(run: Path, phantoms: Path, medseg: Any, fault: str) -> None:
     path = run / "models" / "checkpoint.pt"
     torch.save(BAD[fault](torch.load(path, weights_only=True)), path)
     code, _, error = medseg("train", phantoms, "--out", run, "--resume", "--device", "cpu")
@@ -210,9 +208,7 @@ def test_a_schedule_keeps_its_own_length(tmp_path: Path) -> None:
         optimizer = torch.optim.SGD(weight.parameters(), lr=1.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, n=steps: 1 - step / n)
         folder = tmp_path / ("b" if not resume and steps == 20 else "a")
-        checkpoint = Checkpoint(
-            folder, weight, {"optimizer": optimizer, "lr_scheduler": schedule}, resume=resume
-        )
+        checkpoint = Checkpoint(folder, weight, {"optimizer": optimizer, "lr_scheduler": schedule}, resume=resume)
         engine: Any = Engine(lambda *_: None)
         engine.scaler, engine.state.epoch, engine.state.iteration, engine.state.max_epochs = None, 0, 0, 1
         checkpoint.start(engine)

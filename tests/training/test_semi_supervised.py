@@ -205,9 +205,7 @@ def test_without_unlabelled_scans_a_sentence_says_how_to_give_some(phantoms, tmp
     labelled = dataset.select([case.name for case in dataset.labelled][:3])
     more = [*TINY, ("plan::batch_size", 2)]
     with pytest.raises(ConfigError, match="--unlabelled DIR"):
-        prepare_run(
-            labelled, split_cases(labelled), tmp_path / "run", recipe="semi", settings=more, device="cpu"
-        )
+        prepare_run(labelled, split_cases(labelled), tmp_path / "run", recipe="semi", settings=more, device="cpu")
 
 
 def test_a_batch_of_one_scan_is_a_sentence():

@@ -92,9 +92,7 @@ def test_a_resume_puts_nothing_on_the_gpu_that_was_not_there(tmp_path: Path) -> 
     for resume in (False, True):
         network = small_network()
         optimizer = torch.optim.AdamW(network.parameters())
-        checkpoint = Checkpoint(
-            tmp_path, network, {"network": network, "optimizer": optimizer}, resume=resume
-        )
+        checkpoint = Checkpoint(tmp_path, network, {"network": network, "optimizer": optimizer}, resume=resume)
         if resume:
             checkpoint.start(engine)
             assert all(state["step"].device.type == "cpu" for state in optimizer.state.values())
@@ -111,9 +109,7 @@ def test_channels_last_is_a_layout_and_nothing_else(trained_run: Path) -> None:
     weights = torch.load(trained_run / "models" / "model.pt", weights_only=True)
     found = []
     for switched in (False, True):
-        network = load_initial(
-            build_network(plan["network_def"]), trained_run / "models" / "model.pt", switched
-        )
+        network = load_initial(build_network(plan["network_def"]), trained_run / "models" / "model.pt", switched)
         wide = next(p for p in network.parameters() if p.ndim == 5 and min(p.shape) > 1)
         assert wide.is_contiguous(memory_format=torch.channels_last_3d) == switched
         assert network.state_dict().keys() == weights.keys()
@@ -148,9 +144,7 @@ def test_unknown_options_are_sentences() -> None:
         compiled(ContrastiveNetwork(small_network()), "indoctor")
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")]
-)
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")])
 def test_a_gpu_without_bfloat16_takes_float16(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str
 ) -> None:

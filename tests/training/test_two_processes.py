@@ -117,9 +117,7 @@ def test_a_finished_run_is_resumed_from_its_configs_folder(by_two: tuple[Path, s
         assert (run / name).stat().st_size > 0
 
 
-def test_one_process_resumes_what_two_began(
-    trained_run: Path, by_two: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_one_process_resumes_what_two_began(trained_run: Path, by_two: tuple[Path, str], tmp_path: Path) -> None:
     ends = []
     for name, run in (("one", trained_run), ("two", by_two[0])):
         ends.append(Path(shutil.copytree(run, tmp_path / name)))
@@ -136,9 +134,7 @@ def jobs(trained_run: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFac
     short = {**plan, "epochs": 3, "steps_per_epoch": 2}
     settings = [("contrast_samples", 256), ("positives", "same_voxel"), ("val_interval", 3)]
     first = folder / "one" / "two_stage"
-    prepare_run(
-        dataset, split_cases(dataset), first, recipe="two_stage", settings=settings, device="cpu", plan=short
-    )
+    prepare_run(dataset, split_cases(dataset), first, recipe="two_stage", settings=settings, device="cpu", plan=short)
     shutil.copytree(first, folder / "two" / "two_stage")
     # batch_size 4: a labelled and an unlabelled scan on each process
     semi = [("contrast_samples", 256), ("val_interval", 3), ("unlabelled_from", 0.34)]
@@ -150,9 +146,7 @@ def jobs(trained_run: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFac
     scans = sorted((phantoms / "imagesTr").glob("*.nii.gz"))[:3]
     for scan in scans:
         shutil.copy(scan, folder / "scans")
-    cases = [
-        {"name": s.name[:-7], "image": f"imagesTr/{s.name}", "label": f"labelsTr/{s.name}"} for s in scans
-    ]
+    cases = [{"name": s.name[:-7], "image": f"imagesTr/{s.name}", "label": f"labelsTr/{s.name}"} for s in scans]
     (folder / "cases.json").write_text(json.dumps(cases))
     do_jobs(trained_run, folder, "one")
     torchrun(str(Path(__file__)), str(trained_run), str(folder), cwd=folder)
@@ -192,9 +186,7 @@ def test_evaluation_by_two_counts_every_case_once(jobs: Path) -> None:
             tables.append(list(csv.DictReader(stream)))
     assert len({row["case"] for row in tables[0]}) == 3
     assert tables[0] == tables[1]
-    reports = [
-        json.loads((jobs / side / "evaluation" / "metrics.json").read_text()) for side in ("one", "two")
-    ]
+    reports = [json.loads((jobs / side / "evaluation" / "metrics.json").read_text()) for side in ("one", "two")]
     assert reports[0] == reports[1]
 
 

@@ -214,9 +214,7 @@ def test_the_learning_rate_starts_anew_in_every_stage():
 )
 @settings(deadline=None, max_examples=60, derandomize=True)
 def test_batches_hold_the_share_of_unlabelled_scans(labelled, unlabelled, batch, share, ranks):
-    sampler = EpochSampler(
-        labelled, 8, batch, 3, unlabelled=unlabelled, share=share, last_epoch=2, world_size=ranks
-    )
+    sampler = EpochSampler(labelled, 8, batch, 3, unlabelled=unlabelled, share=share, last_epoch=2, world_size=ranks)
     order = torch.tensor(sampler.order(2)).view(-1, batch)
     assert len(order) == 8 * ranks
     if share is None:

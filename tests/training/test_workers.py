@@ -48,7 +48,5 @@ def test_a_batch_is_as_large_as_it_is_taken_for(trained_run: Path) -> None:
     parser.read_config(str(trained_run / "configs" / "train.yaml"))
     parser.update({"bundle_root": str(trained_run)})
     item = parser.get_parsed_content("train::dataset")[1, 0, 0]
-    found = sum(
-        tensor.numel() * tensor.element_size() for tensor in item.values() if isinstance(tensor, torch.Tensor)
-    )
+    found = sum(tensor.numel() * tensor.element_size() for tensor in item.values() if isinstance(tensor, torch.Tensor))
     assert batch_bytes(1, parser.get_parsed_content("plan")) == found

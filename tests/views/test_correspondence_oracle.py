@@ -134,9 +134,7 @@ def test_pairs_are_nearest(policy: str, shape: str, affine: str) -> None:
 @pytest.mark.parametrize("policy", geometric_policies())
 def test_pairs_are_nearest_draw_after_draw(policy: str) -> None:
     # a draw may leave a transform out, or leave traces of itself for the next
-    views = TwoViewsd(
-        PATCH, geometric_policies()[policy], foreground=0.0, context=0.3 if policy == "cropped" else 1.45
-    )
+    views = TwoViewsd(PATCH, geometric_policies()[policy], foreground=0.0, context=0.3 if policy == "cropped" else 1.45)
     case = coordinate_case((38, 36, 30), OBLIQUE)
     for seed in range(12):
         excess, missed = errors(views.set_random_state(seed)(case))

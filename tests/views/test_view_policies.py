@@ -57,17 +57,13 @@ def test_intensity_transforms_do_not_move_content(transform: mt.Transform) -> No
 
 
 def centroid(image: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    weight = (image - image.median()).clamp(min=0) * (
-        image > image.median() + 0.3 * (image.max() - image.median())
-    )
+    weight = (image - image.median()).clamp(min=0) * (image > image.median() + 0.3 * (image.max() - image.median()))
     return (weight * index).sum((1, 2, 3)) / weight.sum()
 
 
 def test_monais_default_low_resolution_would_fail_that_test() -> None:
     with pytest.raises(AssertionError):
-        test_intensity_transforms_do_not_move_content(
-            mt.RandSimulateLowResolutiond("image", zoom_range=(0.5, 0.5))
-        )
+        test_intensity_transforms_do_not_move_content(mt.RandSimulateLowResolutiond("image", zoom_range=(0.5, 0.5)))
 
 
 @pytest.mark.parametrize("policy", ALL)
