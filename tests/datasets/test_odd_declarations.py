@@ -38,8 +38,8 @@ def listed(*numbers: int, label: bool = True) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"ignore_label": 0}, "the background and the ignore label have one value, 0"),
-        ({"labels": {"ignore": 0, "organ": 1}}, "the background and the ignore label have one value, 0"),
+        ({"ignore_label": 0}, "the background and the ignore label are both 0"),
+        ({"labels": {"ignore": 0, "organ": 1}}, "the background and the ignore label are both 0"),
         (
             {"training": listed(0, 1), "validation": listed(2, 3, label=False)},
             "'c2' under \"validation\" has no",

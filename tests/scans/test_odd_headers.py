@@ -22,7 +22,7 @@ HEADER = {
 }
 
 
-def write_mha(path, data=VOXELS.tobytes(), **changes):
+def write_mha(path, data, **changes):
     lines = [f"{key} = {value}\n" for key, value in (HEADER | changes | {"ElementDataFile": "LOCAL"}).items()]
     path.write_bytes("".join(lines).encode() + data)
     return path
