@@ -151,7 +151,7 @@ def _unpacks(file: Path, names: Sequence[str]) -> bool:
     """Whether the compressed voxels of a MetaImage are whole: ITK takes what it cannot unpack for zeros."""
     unpack = zlib.decompressobj(zlib.MAX_WBITS + 32)
     with (file.parent / names[0] if names else file).open("rb") as stream, suppress(zlib.error):
-        while not names and not stream.readline().startswith(b"ElementDataFile"):
+        while not names and (line := stream.readline()) and b"ElementDataFile" not in line:
             pass
         while part := stream.read(2**16):
             unpack.decompress(part)
