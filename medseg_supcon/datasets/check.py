@@ -20,6 +20,7 @@ OUTLIER = 2.5  # factor from the median, of voxel size and field of view
 FEWEST_FOR_OUTLIERS = 4
 INTENSITY_OUTLIER = {"ct": 5.0, "nonorm": 5.0, "rgb_to_0_1": 5.0}  # factor from the median range
 MR_OUTLIER = 10_000.0  # of channels that are normalised per scan: MR scanners differ by factors of 500
+LEAST_CT_RANGE = 50.0  # HU; scans scaled to -1..1 have less
 CT_SHIFT = 300.0  # HU by which both ends of a scan's range are off
 
 RARE = {
@@ -166,9 +167,10 @@ def _intensity_outliers(dataset: Dataset, reports: Sequence[CaseReport]) -> list
             odd |= (ends.min(axis=0) > CT_SHIFT) | (ends.max(axis=0) < -CT_SHIFT)
             odd |= (least >= 0) & (least < -100).any()  # air is -1000 HU
             cure = "CT must be in Hounsfield units (air -1000, water 0) in all cases: convert it."
-            if (least >= 0).all():
+            if (least >= 0).all() or (high - low).max() < LEAST_CT_RANGE:
+                found = "no scan has a value below 0" if (least >= 0).all() else "no scan has a usual range"
                 message = (
-                    f"{dataset.root}: no scan has a value below 0 in channel {channel!r}, so the values are not in "
+                    f"{dataset.root}: {found} in channel {channel!r}, so the values are not in "
                     "Hounsfield units (air -1000, water 0). Convert the scans, or rename the channel if it is not CT."
                 )
                 findings.append(("not_hounsfield", message))

@@ -92,7 +92,11 @@ def normalisation(channel: str) -> str:
     words = set(re.split(r"[^a-z]+", name))
     if (words & CT_WORDS or "computed tomography" in name) and not words & {"pet", "mr", "mri"}:
         return "ct"
-    return name if name in BY_NAME else "zscore"
+    return next((known for known in BY_NAME if _letters(known) == _letters(name)), "zscore")
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def read_case_names(file: str | Path) -> list[str]:

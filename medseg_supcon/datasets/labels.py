@@ -82,6 +82,8 @@ def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple
             raise DataError(f'{source}: "labels" uses the {kind} {twice!r} twice. Give each class its own {kind}.')
     ground = next((pair for pair in pairs if pair[0].lower() == "background"), None)
     ground = ground or next((pair for pair in pairs if pair[1] == 0), None) or ("background", 0.0)
+    if ground[1] == ignored:
+        raise DataError(f"{source}: the background and the ignore label are both {value_text(ground[1])}. Correct one.")
     rest = sorted((pair for pair in pairs if pair != ground), key=lambda pair: pair[1])
     if not rest:
         raise DataError(f'{source}: "labels" names no class other than the background. Declare at least one.')

@@ -60,6 +60,8 @@ def read_dataset(path: str | Path) -> Dataset:
     elif not _image_folder(root):
         raise DataError(f"{path}: holds no dataset.json and no imagesTr. Give {LAYOUTS}.")
     warnings = check_keys(content, source)
+    if (splits := root / "splits_final.json").is_file():
+        warnings.append(f'{splits}: is not used. Give the items of a "training" list a "fold" (fold 0 validates).')
     cases, validation = _cases(content, path, source, warnings)
     cases = [_with_channel_files(case) for case in cases]
     if not cases:
@@ -117,6 +119,8 @@ def _cases(
         more = list_cases(content.get(key) or (), key, root, source, warnings, labelled=key == "validation")
         cases += [case for case, _ in more]
         if more and key == "validation":
+            if bare := [case.name for case, _ in more if case.label is None]:
+                raise DataError(f'{source}: {bare[0]!r} under "validation" has no "label". Move it to "unlabelled".')
             if validation:
                 warnings.append(f'{source}: items have a "fold", but the "validation" list counts.')
             validation = frozenset(case.name for case, _ in more)
@@ -215,7 +219,7 @@ def _scans(folder: Path, channels: int | None, *, suffixed: bool | None = None) 
 
 
 def _folder_cases(root: Path, source: Path, content: Mapping[str, Any]) -> list[Case]:
-    ending = str(content.get("file_ending", ".nii.gz"))
+    ending = "." + str(content.get("file_ending", ".nii.gz")).strip().lower().lstrip(".")
     if ending not in NIFTI_ENDINGS:
         raise DataError(f'{source}: "file_ending" is {ending!r}. Training data must be NIfTI (.nii.gz): convert them.')
     images = _image_folder(root)

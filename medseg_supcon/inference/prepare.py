@@ -76,7 +76,7 @@ def _check_size(model: Model, volume: Volume, scan: Scan) -> None:
 def _oddities(volume: Volume) -> list[str]:
     if volume.data.size and volume.data.min() == volume.data.max():
         return ["all voxels have one value"]
-    warnings = []
+    warnings = ["the scan is a single slice, but the model works in 3-D"] if 1 in volume.data.shape[:3] else []
     for number, channel in enumerate(volume.channels_first):
         if (outlier := outliers(channel)) is not None:
             where = f"channel {number}: " if volume.data.ndim == 4 else ""

@@ -197,7 +197,7 @@ def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) 
     limit = NEAR * min(edge, float(np.linalg.norm(step)))
     sideways = np.linalg.norm(way - np.outer(way @ normal, normal), axis=1)
     if sideways.max() > limit:
-        found = f"its slices are shifted sideways, {sideways[-1]:.1f} mm in all (the gantry was tilted)"
+        found = f"its slices are shifted sideways by up to {sideways.max():.2g} mm (a tilted gantry, or a slice out of line)"
         raise DataError(f"{source}: {found}. Resample it onto a straight grid first, for example with dcm2niix.")
     if np.linalg.norm(way - np.outer(np.arange(count), step), axis=1).max() > limit:
         gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
@@ -215,6 +215,8 @@ def _doubts(headers: Sequence[Header]) -> tuple[Issue, ...]:
         doubts["not_hounsfield"] = f"is CT and {what}: they may not be Hounsfield units"
     if header.photometric == "MONOCHROME1" and header.modality != "CT":
         doubts["monochrome1"] = "is MONOCHROME1 (shows small values bright): the stored values are used, not inverted"
+    if len({header.bits for header in headers}) > 1:
+        doubts["bits"] = "its slices have different BitsStored: values of some may be cut. Check them"
     if (count := len({header.space for header in headers if header.space})) > 1:
         doubts["frame_of_reference"] = f"its slices have {count} FrameOfReferenceUIDs. Check that they fit together"
     return tuple(Issue(code, "warning", sentence) for code, sentence in doubts.items())

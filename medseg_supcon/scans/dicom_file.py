@@ -71,6 +71,7 @@ class Header:
     mosaic: bool  # all slices tiled in one picture
     size: tuple[int, int, int]  # columns, rows, frames; a zero if the file holds no image
     photometric: str
+    bits: int  # of a stored value
     lut: bool  # whether a Modality LUT replaces the scaling
     frames: tuple[Frame, ...]
 
@@ -188,6 +189,7 @@ def _header(file: Path, dataset: Any, pixels: float) -> Header | None:
         "MOSAIC" in str(dataset.get("ImageType")).upper(),
         size,
         str(dataset.get("PhotometricInterpretation", "")),
+        int(dataset.get("BitsStored") or 0),
         bool(dataset.get("ModalityLUTSequence")),
         tuple(_frames(file, dataset, size[2])) if voxels else (),
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,8 @@ HEADER_BYTES = 2**20
 MOST_FILES = 100_000
 SPACES = ("leftposteriorsuperior", "lps", "rightanteriorsuperior", "ras", "leftanteriorsuperior", "las")
 MILLIMETRES = {"mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "???", "none"}
+MATRICES = ("TransformMatrix", "Rotation", "Orientation")
+UNSCALED = {"ElementToIntensityFunctionSlope": 1.0, "ElementToIntensityFunctionOffset": 0.0}  # ITK ignores both
 OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 
 
@@ -105,6 +109,8 @@ def _check_header(file: Path) -> tuple[list[Issue], str]:
     for name in names:
         if (problem := not_a_file(file.parent / name)) is not None:
             raise DataError(f"{file}: the file that holds its voxels cannot be read. {problem}")
+    if fields.get("CompressedData", "").lower() == "true" and not _unpacks(file, names):
+        raise DataError(f"{file}: its compressed voxels are damaged or cut short. Copy or export it again.")
     if not ("ElementDataFile" in fields if meta else lines[0].startswith("NRRD")):
         return [], ""  # not of this format: ITK says so
     doubt = _doubt(file, fields, meta)
@@ -141,14 +147,35 @@ def _data_files(value: str, below: Sequence[str]) -> list[str]:
     return [f"{pattern[1]}{n:{pattern[2]}d}{pattern[3]}" for n in numbers]
 
 
+def _unpacks(file: Path, names: Sequence[str]) -> bool:
+    """Whether the compressed voxels of a MetaImage are whole: ITK takes what it cannot unpack for zeros."""
+    unpack = zlib.decompressobj(zlib.MAX_WBITS + 32)
+    with (file.parent / names[0] if names else file).open("rb") as stream, suppress(zlib.error):
+        while not names and (line := stream.readline()) and b"ElementDataFile" not in line:
+            pass
+        while part := stream.read(2**16):
+            unpack.decompress(part)
+    return unpack.eof
+
+
 def _doubt(file: Path, fields: dict[str, str], meta: bool) -> str:
     """What a header leaves open about the orientation; DataError if it gives no voxel size, or not in mm."""
-    if odd := set(re.findall(r'"([^"]*)"', fields.get("spaceunits", fields.get("units", "")))) - MILLIMETRES:
+    units = fields.get("spaceunits", fields.get("units", f'"{fields.get("DistanceUnits", "")}"'))
+    if odd := set(re.findall(r'"([^"]*)"', units)) - MILLIMETRES:
         raise DataError(f"{file}: its header gives lengths in {min(odd)}, expected mm. Convert it.")
+    for key, plain in UNSCALED.items():
+        if _numbers(fields.get(key, "")) not in ([], [plain]):
+            raise DataError(
+                f"{file}: its header scales the values ({key} {fields[key]}), which is not read. Convert it."
+            )
+    matrix = _numbers(next((fields[key] for key in MATRICES if key in fields), ""))
+    if len(matrix) == 9 and np.abs(np.linalg.norm(np.reshape(matrix, (3, 3)), axis=1) - 1).max() > 0.01:
+        reason = "the axes of its TransformMatrix are not of length 1, so the voxel size is open"
+        raise DataError(f"{file}: {reason}. Convert it again from its source.")
     vectors = [_numbers(v) for v in re.findall(r"\(([^)]*)\)", fields.get("spacedirections", ""))]
     if meta:
         name, sizes = "ElementSpacing", _numbers(fields.get("ElementSpacing", fields.get("ElementSize", "")))
-        doubt = "" if {"TransformMatrix", "Rotation", "Orientation"} & set(fields) else "gives no TransformMatrix"
+        doubt = "" if set(MATRICES) & set(fields) else "gives no TransformMatrix"
     elif vectors:
         name, sizes = "space directions", [math.hypot(*v) for v in vectors]
         space = fields.get("space", "").lower().replace("-", "").replace(" ", "")

@@ -132,10 +132,21 @@ def _open(path: Path) -> Any:
         raise DataError(f"{path}: expected NIfTI (.nii or .nii.gz). Convert this file.")
     try:
         with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as stream:
-            second = stream.read(4) in NIFTI_2  # nibabel.load would read on, whatever comes next
-        return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_filename(path)
+            start = stream.read(540)  # nibabel.load would read on, whatever comes next
+        kind: Any = nibabel.Nifti2Image if start[:4] in NIFTI_2 else nibabel.Nifti1Image
+        image = kind.from_filename(path)
+        stored = kind.header_class(start[: kind.header_class.template_dtype.itemsize], check=False)
     except Exception as error:  # nibabel raises a dozen kinds for broken headers
         raise DataError(_unreadable(path, error)) from error
+    # nibabel reads a size of 0 as 1 mm
+    if stored["sform_code"] <= 0 and (stored["pixdim"][1 : 1 + min(3, len(image.shape))] == 0).any():
+        raise DataError(
+            f"{path}: its header does not say how large a voxel is (pixdim 0). Convert it again from its source."
+        )
+    if image.dataobj.offset < len(stored.binaryblock):
+        found = f"vox_offset {image.dataobj.offset} is inside the header"
+        raise DataError(f"{path}: its header does not say where the voxels are ({found}). Export it again.")
+    return image
 
 
 def _ends_soon(stream: gzip.GzipFile) -> bool:

@@ -205,3 +205,8 @@ def test_data_types_that_are_rare(tmp_path: Path, kind: str) -> None:
     nib.save(image, tmp_path / "a.nii")
     data = read_scan(find_scans([tmp_path / "a.nii"])[0], 1).data
     np.testing.assert_array_equal(data, values.astype(np.float32))
+
+
+def test_a_single_slice_is_warned_of(threshold_run, tmp_path):
+    scan = save_nifti(tmp_path / "a.nii", blobs((16, 16, 1)))
+    assert "the scan is a single slice, but the model works in 3-D" in predict(threshold_run, scan, tmp_path / "out")[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -430,3 +431,14 @@ def test_a_modality_lut_of_signed_values(series: Write) -> None:
         image.ModalityLUTSequence[0]["LUTDescriptor"].VR = "SS"
 
     assert_truth(read(series(change)), table[STORED])
+
+
+def test_slices_of_different_bits_are_warned_of(series: Write) -> None:
+    volume = read(series(in_slice(2, BitsStored=15, HighBit=14)))
+    assert [issue.code for issue in volume.issues] == ["bits"]
+
+
+def test_a_slice_out_of_line_is_not_zero_millimetres_off(series: Write) -> None:
+    x, *rest = position(2)
+    sentence = refused(series(in_slice(2, ImagePositionPatient=[f"{float(x) + 0.5:.4f}", *rest])))
+    assert re.search(r"sideways by up to 0\.[1-5]\d* mm .*a slice out of line", sentence)
