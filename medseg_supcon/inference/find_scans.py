@@ -214,7 +214,7 @@ def _dicom_scans(folder: Path, name: str = "") -> list[Scan]:
     except OSError as error:
         reason = f"the folder cannot be read ({error.strerror}). Check its permissions."
         return [_refused(folder.name, folder, reason)]
-    bad = "cannot be read as DICOM. It is damaged, cut short or contains no image, or a slice of the series has disappeared."
+    bad = "cannot be read as DICOM. It is damaged, cut short or contains no image; a slice of its series may be missing now."
     return [
         *(Scan(name, tuple(files), "dicom", series=digest) for name, files, digest in series),
         *(_refused(file.name, file, bad) for file in damaged),

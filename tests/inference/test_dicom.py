@@ -130,7 +130,7 @@ def nowhere(k: int, tags: dict[int, tuple[str, Any]]) -> None:
         ({"skip": [3]}, "number 3 and 4 of 7 are 4.80 mm apart, others 2.40 mm"),
         ({"skip": [1]}, "number 1 and 2 of 7 are 4.80 mm apart"),
         ({"place": lambda k: place_of(int(k * 1.2))}, "not evenly spaced"),
-        ({"place": shifted}, "gantry was tilted"),
+        ({"place": shifted}, "a tilted gantry"),
         ({"place": lambda k: place_of(k // 2)}, "8 slices at 4 places"),
         ({"place": lambda k: place_of(max(k - 1, 0))}, "8 slices at 7 places"),
         ({"place": lambda k: place_of(0)}, "8 slices at 1 places"),

@@ -129,7 +129,7 @@ def test_a_spacing_per_frame(enhanced: Write) -> None:
 
 def test_fewer_groups_than_frames(enhanced: Write) -> None:
     path = enhanced(lambda image, shared, frames: frames.pop())
-    assert "is a slice of a series missing" in str(find_scans([path.parent])[0].problem)
+    assert "a slice of its series may be missing" in str(find_scans([path.parent])[0].problem)
     assert "announces 5 frames and describes 4" in refused(path)
 
 
