@@ -25,7 +25,6 @@ from medseg_supcon.bundle import (
     write_twins,
 )
 from medseg_supcon.errors import MedsegError, RunError
-from medseg_supcon.files import read_json
 from medseg_supcon.inference import evaluate_validation
 from medseg_supcon.networks import build_network, size_divisor
 from medseg_supcon.plan import literal, read_plan, validate_plan, write_plan
@@ -99,7 +98,7 @@ def is_complete(run: Path) -> bool:
 
 
 def _epochs(run: Path) -> int:
-    return int(read_json(run / "configs" / "plan.json")["epochs"])
+    return int(read_plan(run / "configs" / "plan.json")["epochs"])
 
 
 def extend_training(run: Path, epochs: int) -> None:

@@ -143,6 +143,8 @@ BAD = {
     "weights alone": lambda saved: saved["model"],
     "epoch as text": lambda saved: saved | {"epoch": "2"},
     "empty": lambda saved: {},
+    "epoch below 0": lambda saved: saved | {"epoch": -5},
+    "epoch after the end": lambda saved: saved | {"epoch": 10**6},
 }
 
 
@@ -163,6 +165,37 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_a_sentence(run: Path, part: str)
     torch.save(saved, path)
     with pytest.raises(RunError, match=f"does not fit the {part} of the config"):
         train_run(run, device="cpu", resume=True, quiet=True)
+
+
+def _odd_rate(state: Any) -> None:
+    state["optimizer"]["param_groups"][0]["lr"] = "a"
+
+
+def _odd_moment(state: Any) -> None:
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+
+
+def _odd_schedule(state: Any) -> None:
+    state["lr_scheduler"]["last_epoch"] = "a"
+
+
+@pytest.mark.parametrize("change", [_odd_rate, _odd_moment, _odd_schedule])
+def test_a_checkpoint_with_one_odd_value_is_a_sentence(run: Path, change: Any) -> None:
+    """torch loads these, and fails in the first step."""
+    path = run / "models" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    change(saved["state"])
+    saved |= {"finished": False, "epoch": 1}
+    torch.save(saved, path)
+    with pytest.raises(RunError, match="does not fit the"):
+        train_run(run, device="cpu", resume=True, quiet=True)
+
+
+def test_a_damaged_plan_is_a_sentence_in_resume(run: Path, phantoms: Path, medseg: Any) -> None:
+    path = run / "configs" / "plan.json"
+    path.write_text(path.read_text().replace('"epochs": 2', '"epochs": "many"'))
+    code, _, error = medseg("train", phantoms, "--out", run, "--resume", "--device", "cpu")
+    assert code == 2 and "plan.json" in error and "many" in error
 
 
 def test_a_checkpoint_cut_short_is_a_sentence(run: Path) -> None:
