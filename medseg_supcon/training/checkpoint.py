@@ -68,9 +68,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     saved = load_tensors(path)
     whole = isinstance(saved, dict) and saved.keys() >= TYPES.keys()
-    if whole and all(isinstance(saved[key], kind) for key, kind in TYPES.items()):
-        if 0 <= saved["epoch"] <= saved["max_epochs"] and saved["iteration"] >= saved["epoch"]:
-            return dict(saved)
+    whole = whole and all(isinstance(saved[key], kind) for key, kind in TYPES.items())
+    if whole and 0 <= saved["epoch"] <= saved["max_epochs"] and saved["iteration"] >= saved["epoch"]:
+        return dict(saved)
     raise RunError(
         f"{path} is not a checkpoint that medseg wrote. Copy it again, or delete it to train from the start."
     )
