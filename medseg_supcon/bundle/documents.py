@@ -94,17 +94,15 @@ def _history(path: Path) -> dict[str, Any]:
             rows = list(csv.DictReader(stream))
         validated = [(float(r["val_mean_dice"]), int(r["epoch"])) for r in rows if r.get("val_mean_dice")]
         dice, epoch = max((v for v in validated if isfinite(v[0])), default=(None, None), key=itemgetter(0))
-        return (
-            {
-                "epochs": int(rows[-1]["epoch"]),
-                "steps": int(rows[-1]["step"]),
-                "minutes": round(sum(float(r["seconds"]) for r in rows) / 60, 1),
-                "best_dice": dice,
-                "best_epoch": epoch,
-            }
-            if rows
-            else {}
-        )
+        if not rows:
+            return {}
+        return {
+            "epochs": int(rows[-1]["epoch"]),
+            "steps": int(rows[-1]["step"]),
+            "minutes": round(sum(float(r["seconds"]) for r in rows) / 60, 1),
+            "best_dice": dice,
+            "best_epoch": epoch,
+        }
     except (KeyError, ValueError, TypeError, csv.Error):
         raise RunError(f"{path} is damaged. Copy it again, or delete it: only its curves are lost.") from None
 

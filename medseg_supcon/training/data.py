@@ -122,11 +122,7 @@ def cached_dataset(
 
 
 def prepare_case(transform: Any, item: Mapping[str, Any]) -> Any:
-    """A case after the transform.
-
-    Raises:
-        DataError: the transform fails; the sentence names the case, or the file at fault.
-    """
+    """A case after the transform; a `DataError` names the case, or the file at fault."""
     try:
         return convert_to_contiguous(transform(dict(item)))
     except Exception as error:
