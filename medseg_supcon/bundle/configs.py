@@ -41,6 +41,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+for _tag in ("binary", "omap", "pairs", "set", "timestamp"):  # JSON, and so a config's twin, does not have them
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_undefined)
+
+
 class _SettingsLoader(_Loader):
     """Reads 1e-3 as a number, like YAML 1.2; PyYAML and MONAI read it as text."""
 

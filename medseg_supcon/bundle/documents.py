@@ -17,6 +17,7 @@ from medseg_supcon import __version__
 from medseg_supcon.bundle.configs import cases_of, read_config
 from medseg_supcon.bundle.folder import shared_folder
 from medseg_supcon.bundle.metadata import loss_in_words, metadata_of, train_config
+from medseg_supcon.errors import RunError
 from medseg_supcon.files import read_json, write_text
 from medseg_supcon.networks import build_network
 from medseg_supcon.text import markdown_text
@@ -88,19 +89,22 @@ def _history(path: Path) -> dict[str, Any]:
     """Length, time and best validation Dice of the training so far; empty before training."""
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    if not rows:
-        return {}
-    validated = [(float(r["val_mean_dice"]), int(r["epoch"])) for r in rows if r.get("val_mean_dice")]
-    dice, epoch = max((v for v in validated if isfinite(v[0])), default=(None, None), key=itemgetter(0))
-    return {
-        "epochs": int(rows[-1]["epoch"]),
-        "steps": int(rows[-1]["step"]),
-        "minutes": round(sum(float(r["seconds"]) for r in rows) / 60, 1),
-        "best_dice": dice,
-        "best_epoch": epoch,
-    }
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        validated = [(float(r["val_mean_dice"]), int(r["epoch"])) for r in rows if r.get("val_mean_dice")]
+        dice, epoch = max((v for v in validated if isfinite(v[0])), default=(None, None), key=itemgetter(0))
+        if not rows:
+            return {}
+        return {
+            "epochs": int(rows[-1]["epoch"]),
+            "steps": int(rows[-1]["step"]),
+            "minutes": round(sum(float(r["seconds"]) for r in rows) / 60, 1),
+            "best_dice": dice,
+            "best_epoch": epoch,
+        }
+    except (KeyError, ValueError, TypeError, csv.Error):
+        raise RunError(f"{path} is damaged. Copy it again, or delete it: only its curves are lost.") from None
 
 
 def write_network(run: Path) -> None:

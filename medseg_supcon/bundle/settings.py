@@ -48,6 +48,7 @@ def _read_recipe(name: str, above: tuple[Path, ...]) -> dict[str, Any]:
     overlay = read_yaml_file(path, f"Recipe {path}") or {}
     if not isinstance(overlay, dict):
         raise ConfigError(f"Recipe {path} must map keys of train.yaml to values, found {type(overlay).__name__}.")
+    overlay = {str(key): value for key, value in overlay.items()}
     base = overlay.pop("base", None)
     if base is None:
         return overlay

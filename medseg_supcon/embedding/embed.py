@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.data.utils import dense_patch_slices
@@ -35,7 +36,7 @@ from medseg_supcon.files import write_csv, write_text
 from medseg_supcon.losses import IGNORE_INDEX, VoxelSampler
 from medseg_supcon.networks import ContrastiveNetwork, ProjectionHead, build_network, definition_problem
 from medseg_supcon.plan import LabelPreprocessingd, literal, read_plan
-from medseg_supcon.training import load_initial
+from medseg_supcon.training import load_initial, prepare_case
 
 BEFORE, AFTER = "before training", "after training"
 HEAD = "projection."  # its part of the names in checkpoint.pt
@@ -137,7 +138,7 @@ def _sample_features(
     """Features (N, F) of the sampled voxels by each network, their class indices (N,) and scans' numbers (N,)."""
     features: dict[str, list[Tensor]] = {name: [] for name in networks}
     labels, scans = [], []
-    for number, case in enumerate(map(prepare, load_items(items(cases, root), root))):
+    for number, case in enumerate(prepare_case(prepare, item) for item in load_items(items(cases, root), root)):
         label = torch.as_tensor(case["label"]).long()
         indices = sampler(label).indices
         where = torch.stack(torch.unravel_index(indices, label.shape[1:]), 1)
@@ -230,6 +231,9 @@ def embed_run(
     sets = {f"encoder features, {when}": rows.numpy() for when, rows in features.items()}
     with torch.no_grad():
         sets |= {f"projected features, {when}": head(features[when]).float().numpy() for when, head in heads.items()}
+    for name, vectors in sets.items():
+        if not np.isfinite(vectors).all():
+            raise RunError(f"{run}: its {name}, contain NaN or infinity: its weights are useless. Train again.")
     rows = [
         {"vectors": name, "width": x.shape[1]} | class_separation(x, labels, scans, seed) for name, x in sets.items()
     ]

@@ -102,8 +102,11 @@ def curves_figure(history: str | Path | Mapping[str, Sequence[Any]], path: str |
     Raises:
         RunError: the history is missing or has no epoch.
     """
-    columns = history if isinstance(history, Mapping) else _columns(Path(history))
-    epochs = [int(float(epoch)) for epoch in columns.get("epoch", [])]
+    try:
+        columns = history if isinstance(history, Mapping) else _columns(Path(history))
+        epochs = [int(float(epoch)) for epoch in columns.get("epoch", [])]
+    except (ValueError, TypeError):  # also text that is not UTF-8
+        raise RunError(f"{history} is damaged. Copy it again, or train again.") from None
     if not epochs:
         raise RunError(f"{history}: this history has no epoch. Train first.")
 

@@ -13,8 +13,8 @@ import torch
 from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, io_orientation
 
-from medseg_supcon.bundle import Model
-from medseg_supcon.errors import DataError
+from medseg_supcon.bundle import Model, innermost
+from medseg_supcon.errors import DataError, MedsegError
 from medseg_supcon.scans import Grid, Scan, Volume, outliers, read_scan
 from medseg_supcon.text import counted
 
@@ -54,7 +54,16 @@ def _preprocess(model: Model, volume: Volume, scan: Scan) -> MetaTensor:
     image = MetaTensor(voxels, affine=torch.from_numpy(affine), meta=meta)
     image.meta["original_channel_dim"] = 0
     image.meta["filename_or_obj"] = str(scan.files[0])
-    prepared: MetaTensor = model.preprocessing({"image": image})["image"]
+    try:
+        prepared: MetaTensor = model.preprocessing({"image": image})["image"]
+    except RuntimeError as error:  # MONAI's, around what a transform raises
+        cause = innermost(error)
+        if isinstance(cause, MedsegError | MemoryError | torch.OutOfMemoryError):
+            raise cause from None
+        raise DataError(
+            f"{scan.source}: the preprocessing of {model.name} fails ({' '.join(str(cause).split())[:200]}). Look at "
+            '"intensity" in its plan.json, and at the scan.'
+        ) from error
     return prepared
 
 

@@ -7,6 +7,7 @@ from medseg_supcon.training.data import (
     SeededDataset,
     cached_dataset,
     item_seed,
+    prepare_case,
     two_view_dataset,
 )
 from medseg_supcon.training.handlers import (

@@ -10,6 +10,7 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from medseg_supcon.bundle import load_tensors
@@ -67,11 +68,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     saved = load_tensors(path)
     whole = isinstance(saved, dict) and saved.keys() >= TYPES.keys()
-    if whole and all(isinstance(saved[key], kind) for key, kind in TYPES.items()):
+    whole = whole and all(isinstance(saved[key], kind) for key, kind in TYPES.items())
+    if whole and 0 <= saved["epoch"] <= saved["max_epochs"] and saved["iteration"] >= saved["epoch"]:
         return dict(saved)
     raise RunError(
         f"{path} is not a checkpoint that medseg wrote. Copy it again, or delete it to train from the start."
     )
+
+
+def _alike(own: Any, saved: Any) -> bool:
+    """Whether no number, mapping or list of a saved state is of another kind than the one it replaces."""
+    if isinstance(own, dict) and isinstance(saved, dict):
+        return all(_alike(value, saved[key]) for key, value in own.items() if key in saved)
+    if isinstance(own, list | tuple) and isinstance(saved, list | tuple):
+        return all(map(_alike, own, saved))
+    if isinstance(own, int | float):
+        return isinstance(saved, int | float)
+    return isinstance(saved, dict) == isinstance(own, dict)
 
 
 class Checkpoint:
@@ -141,7 +154,15 @@ class Checkpoint:
                 state = saved["state"][name]
                 if isinstance(thing, LambdaLR):  # a longer training has another schedule
                     state = {**thing.state_dict(), **{key: state[key] for key in OF_SCHEDULE}}
+                if not _alike(thing.state_dict(), state):
+                    raise ValueError("a value is of another kind.")
                 thing.load_state_dict(state)
+                if isinstance(thing, Optimizer) and any(
+                    isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape
+                    for parameter, values in thing.state.items()
+                    for value in values.values()
+                ):
+                    raise ValueError("a tensor has another shape.")
             except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:  # torch's own
                 raise RunError(
                     f"{self.path} does not fit the {name} of the config: {str(error).splitlines()[-1].strip()} Set "

@@ -61,7 +61,7 @@ class CachedDataset(Dataset[Any]):
         def prepare(item: Mapping[str, Any]) -> Any:
             if not hasattr(own, "transform"):  # MONAI's transforms may not be shared
                 own.transform = deepcopy(transform)
-            return _prepare(own.transform, item)
+            return prepare_case(own.transform, item)
 
         with (
             CountDisplay("preparing scans", len(self.data), quiet) as display,
@@ -78,7 +78,7 @@ class CachedDataset(Dataset[Any]):
         return len(self.data)
 
     def __getitem__(self, number: int) -> Any:
-        return self.held[number] if number < len(self.held) else _prepare(self.transform, self.data[number])
+        return self.held[number] if number < len(self.held) else prepare_case(self.transform, self.data[number])
 
 
 def _in_order(work: Callable[[Any], Any], items: Sequence[Any], threads: int) -> Generator[Any, None, None]:
@@ -121,8 +121,8 @@ def cached_dataset(
     return CachedDataset(data, transform, memory_share * available, _threads(data, room), quiet)
 
 
-def _prepare(transform: Any, item: Mapping[str, Any]) -> Any:
-    """A case after the transform; errors name its file."""
+def prepare_case(transform: Any, item: Mapping[str, Any]) -> Any:
+    """A case after the transform; a `DataError` names the case, or the file at fault."""
     try:
         return convert_to_contiguous(transform(dict(item)))
     except Exception as error:

@@ -147,6 +147,8 @@ class EarlyStop:
     """
 
     def __init__(self, validator: Any, patience: int | None = None) -> None:
+        if patience is not None and patience < 1:
+            raise ConfigError(f"early_stop must be at least 1, or null, got {patience}.")
         self.validator, self.patience = validator, patience
         self.best, self.waited = -math.inf, 0
 

@@ -15,6 +15,7 @@ from monai.visualize import blend_images
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from medseg_supcon.errors import RunError
 from medseg_supcon.files import write_csv
 from medseg_supcon.training.ranks import mean_over_ranks
 
@@ -83,8 +84,13 @@ class TrainingLog:
             for stale in self.folder.glob("events.out.tfevents.*"):
                 stale.unlink()
         elif self.path.exists():
-            with self.path.open(newline="") as stream:
-                self.rows = [r for r in csv.DictReader(stream) if int(r["epoch"]) <= done]
+            try:
+                with self.path.open(newline="", encoding="utf-8") as stream:
+                    self.rows = [r for r in csv.DictReader(stream) if int(r["epoch"]) <= done]
+            except (KeyError, ValueError, TypeError, csv.Error):
+                raise RunError(
+                    f"{self.path} is damaged. Copy it again, or delete it: only its curves are lost."
+                ) from None
         self.writer = SummaryWriter(str(self.folder), purge_step=engine.state.iteration + 1 if done else None)
 
     def add(self, engine: Engine) -> None:

@@ -24,8 +24,7 @@ from medseg_supcon.bundle import (
     write_network,
     write_twins,
 )
-from medseg_supcon.errors import MedsegError, RunError
-from medseg_supcon.files import read_json
+from medseg_supcon.errors import ConfigError, MedsegError, RunError
 from medseg_supcon.inference import evaluate_validation
 from medseg_supcon.networks import build_network, size_divisor
 from medseg_supcon.plan import literal, read_plan, validate_plan, write_plan
@@ -34,6 +33,7 @@ from medseg_supcon.training.prepare import refresh_documents
 from medseg_supcon.training.ranks import PATIENCE, meet
 from medseg_supcon.training.speed import check_device, free_memory
 
+HIGHEST_RATE = 1e3  # far above any that trains
 WRITTEN_LAST = ("eval/metrics.json", "docs/curves.png")
 OF_EARLIER_WEIGHTS = ("eval/metrics.csv", *WRITTEN_LAST)
 
@@ -99,7 +99,7 @@ def is_complete(run: Path) -> bool:
 
 
 def _epochs(run: Path) -> int:
-    return int(read_json(run / "configs" / "plan.json")["epochs"])
+    return int(read_plan(run / "configs" / "plan.json")["epochs"])
 
 
 def extend_training(run: Path, epochs: int) -> None:
@@ -159,7 +159,11 @@ def run_config(run: Path, name: str, workflow_type: str, trust: bool = False, **
     )
     with settings_at_fault():
         workflow.initialize()
-        workflow.parser.get_parsed_content("train::trainer" if workflow_type == "train" else "evaluator")
+        engine = workflow.parser.get_parsed_content("train::trainer" if workflow_type == "train" else "evaluator")
+        if workflow_type == "train" and engine.state.max_epochs < 1:
+            raise ConfigError(f"train::trainer::max_epochs must be at least 1, got {engine.state.max_epochs}.")
+        if workflow_type == "train" and any(group["lr"] > HIGHEST_RATE for group in engine.optimizer.param_groups):
+            raise ConfigError(f"learning_rate must be at most {HIGHEST_RATE:g}. Usual are 1e-4 to 1e-2.")
     with _own_errors(run):
         workflow.run()
         workflow.finalize()

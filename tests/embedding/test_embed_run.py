@@ -129,3 +129,21 @@ def test_faults_are_sentences(trained_run, phantoms, tmp_path):
     with pytest.raises(DataError, match="nobody"):
         embed_run(trained_run, dataset, tmp_path / "out", cases=["nobody"])
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_and_transforms_that_fail_are_sentences(trained_run, phantoms, tmp_path, medseg):
+    """Weights of 3e38 are finite, and their features are not."""
+    run, options = tmp_path / "run", ["--out", tmp_path / "out", "--device", "cpu", "--voxels", 20]
+    shutil.copytree(trained_run, run)
+    weights = torch.load(run / "models" / "model.pt", weights_only=True)
+    next(iter(weights.values())).fill_(3e38)
+    torch.save(weights, run / "models" / "model.pt")
+    code, _, error = medseg("embed", run, phantoms, *options)
+    assert code == 2 and "NaN or infinity" in error
+    plan = json.loads((run / "configs" / "plan.json").read_text())
+    plan["intensity"] = [{"_target_": "NormalizeIntensityd", "keys": "other"}]
+    (run / "configs" / "plan.json").write_text(json.dumps(plan))
+    shutil.copy(trained_run / "models" / "model.pt", run / "models" / "model.pt")
+    for command in ("embed", "evaluate"):
+        code, _, error = medseg(command, run, phantoms, *(options if command == "embed" else options[:4]))
+        assert code == 2 and "other" in error and "plan.json" in error

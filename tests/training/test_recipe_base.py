@@ -59,3 +59,13 @@ def test_a_recipe_describes_itself(tmp_path, comment, says):
 def test_a_recipe_that_leads_nowhere_is_a_sentence(tmp_path, text, sentence):
     with pytest.raises(ConfigError, match=sentence):
         read_recipe(write(tmp_path, a=text)["a"])
+
+
+@pytest.mark.parametrize("value", ["!!binary aGVsbG8=", "!!set {a, b}", "2020-01-01", "!!omap [a: 1]"])
+def test_what_json_does_not_have_is_a_sentence(tmp_path, value):
+    with pytest.raises(ConfigError, match="is not YAML"):
+        read_recipe(write(tmp_path, a=f"seed: {value}\n")["a"])
+
+
+def test_a_key_that_is_not_a_text_becomes_one(tmp_path):
+    assert read_recipe(write(tmp_path, a="~: 3\n7: 4\n")["a"]) == {"None": 3, "7": 4}

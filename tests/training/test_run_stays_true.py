@@ -143,6 +143,8 @@ BAD = {
     "weights alone": lambda saved: saved["model"],
     "epoch as text": lambda saved: saved | {"epoch": "2"},
     "empty": lambda saved: {},
+    "epoch below 0": lambda saved: saved | {"epoch": -5},
+    "epoch after the end": lambda saved: saved | {"epoch": 10**6},
 }
 
 
@@ -165,6 +167,58 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_a_sentence(run: Path, part: str)
         train_run(run, device="cpu", resume=True, quiet=True)
 
 
+def _odd_rate(state: Any) -> None:
+    state["optimizer"]["param_groups"][0]["lr"] = "a"
+
+
+def _odd_moment(state: Any) -> None:
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+
+
+def _odd_schedule(state: Any) -> None:
+    state["lr_scheduler"]["last_epoch"] = "a"
+
+
+@pytest.mark.parametrize("change", [_odd_rate, _odd_moment, _odd_schedule])
+def test_a_checkpoint_with_one_odd_value_is_a_sentence(run: Path, change: Any) -> None:
+    """torch loads these, and fails in the first step."""
+    path = run / "models" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    change(saved["state"])
+    saved |= {"finished": False, "epoch": 1}
+    torch.save(saved, path)
+    with pytest.raises(RunError, match="does not fit the"):
+        train_run(run, device="cpu", resume=True, quiet=True)
+
+
+def test_a_damaged_plan_is_a_sentence_in_resume(run: Path, phantoms: Path, medseg: Any) -> None:
+    path = run / "configs" / "plan.json"
+    path.write_text(path.read_text().replace('"epochs": 2', '"epochs": "many"'))
+    code, _, error = medseg("train", phantoms, "--out", run, "--resume", "--device", "cpu")
+    assert code == 2 and "plan.json" in error and "many" in error
+
+
+@pytest.mark.parametrize("scored", [True, False])
+@pytest.mark.parametrize("text", ["epoch,loss\nx,y\n", "a,b\n\xff,1\n"])
+def test_a_damaged_history_is_a_sentence(run: Path, text: str, scored: bool) -> None:
+    (run / "logs" / "history.csv").write_bytes(text.encode("latin-1"))
+    path = run / "models" / "checkpoint.pt"
+    torch.save(torch.load(path, weights_only=True) | {"finished": False, "epoch": 1, "iteration": 3}, path)
+    if not scored:  # then nothing is removed, and no document is rewritten, before training goes on
+        shutil.rmtree(run / "eval")
+        (run / "docs" / "curves.png").unlink()
+    with pytest.raises(RunError, match=r"history\.csv is damaged"):
+        train_run(run, device="cpu", resume=True, quiet=True)
+
+
+@pytest.mark.parametrize(("key", "value"), [("train::trainer::max_epochs", 0), ("learning_rate", 1e99)])
+def test_values_that_fail_only_in_training_are_refused(phantoms: Path, tmp_path: Path, key: str, value: float) -> None:
+    dataset, run = read_dataset(phantoms), tmp_path / "run"
+    prepare_run(dataset, split_cases(dataset), run, epochs=1, settings=[*TINY, (key, value)], device="cpu")
+    with pytest.raises(ConfigError, match=key.split("::")[-1]):
+        train_run(run, device="cpu", quiet=True)
+
+
 def test_a_checkpoint_cut_short_is_a_sentence(run: Path) -> None:
     path = run / "models" / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:5000])
@@ -175,16 +229,17 @@ def test_a_checkpoint_cut_short_is_a_sentence(run: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        (("plan::spacing", [1e9, 1, 1]), "at most 100"),
-        (("plan::patch_size", [0, 0, 0]), "above 0"),
-        (("plan::patch_size", [100000, 100000, 100000]), "GiB free"),
-        (("batch_size", 1_000_000), "GiB free"),
+        (("plan::spacing", [1e9, 1, 1]), "from 0.0001 to 100"),
+        (("plan::patch_size", [0, 0, 0]), "from 1 to 1024"),
+        (("plan::patch_size", [1024, 1024, 1024]), "GiB free"),
+        (("batch_size", 1_000_000), "from 1 to 1024"),
         (("batch_size", 10**12), "from 1 to"),
         (("steps_per_epoch", 10**9), "from 1 to"),
         (("device", "nonsense"), "nonsense"),
         (("device", "cuda:77"), "cuda:77"),
         (("bundle_root", "/etc"), "--out"),
         (("val_interval", 0), "val_interval"),
+        (("early_stop", -1), "early_stop"),
         (("gradient_clip", -1), "gradient_clip"),
         (("memory_share", 7), "memory_share"),
     ],
