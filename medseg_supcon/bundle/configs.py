@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
 
 
 for _tag in ("binary", "omap", "pairs", "set", "timestamp"):  # JSON, and so a config's twin, does not have them
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_undefined)
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_undefined)  # type: ignore[type-var]
 
 
 class _SettingsLoader(_Loader):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -73,13 +74,13 @@ def trained_on(run: Path, dataset: Dataset) -> set[str]:
     if not training:
         return set()
     folder = plain_text(read_config(config).get("dataset_dir", "")) if config.is_file() else ""
-    images = {Path(file).resolve() for item in load_items(training, folder or "") for file in _images(item)}
+    images = {os.path.realpath(file) for item in load_items(training, folder or "") for file in _images(item)}
     same = read_plan(run / "configs" / "plan.json")["name"] == dataset.name
     names = {item.get("name") for item in training} if same else set()
     return {
         case.name
         for case in dataset.cases
-        if case.name in names or not images.isdisjoint(file.resolve() for file in case.images)
+        if case.name in names or not images.isdisjoint(os.path.realpath(file) for file in case.images)
     }
 
 
