@@ -20,7 +20,7 @@ from medseg_supcon.bundle.metadata import loss_in_words, metadata_of, train_conf
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import read_json, write_text
 from medseg_supcon.networks import build_network
-from medseg_supcon.text import markdown_text
+from medseg_supcon.text import counted, markdown_text
 
 TEMPLATE = "segmentation/docs/README.md.j2"
 
@@ -55,6 +55,7 @@ def write_model_card(run: Path) -> None:
     config, cases = train_config(run), cases_of(run)
     card = environment.from_string(text).render(
         plan=plan,
+        counted=counted,
         version=__version__,
         cases={name: len(items) for name, items in cases.items()},
         seen=sum(item in cases.get("training", ()) for item in cases.get("validation", ())),

@@ -170,6 +170,17 @@ def test_card_of_an_untrained_run_says_so(planned_run: Callable[..., Path]) -> N
     assert "Voxels of value 9 are not annotated" in card
 
 
+def test_one_of_a_thing_is_singular(planned_run: Callable[..., Path]) -> None:
+    run = planned_run()
+    path = run / "configs" / "plan.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 1, "steps_per_epoch": 1, "batch_size": 1}))
+    (run / "logs").mkdir(exist_ok=True)
+    (run / "logs" / "history.csv").write_text("epoch,step,seconds\n1,1,60\n")
+    write_model_card(run)
+    card = (run / "docs" / "README.md").read_text()
+    assert "1 epoch of 1 step, with 1 scan per step" in card and "Trained: 1 epoch, 1 step, 1.0 minute," in card
+
+
 def test_twins_have_equal_content(trained_run: Path) -> None:
     names = sorted(p.stem for p in (trained_run / "configs").glob("*.yaml"))
     assert {"train", "evaluate", "inference"} <= set(names)

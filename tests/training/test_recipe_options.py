@@ -112,7 +112,7 @@ def test_a_part_of_a_reference_is_set_in_a_copy_and_comments_stay_where_they_wer
   bias_field: "@bias_field"
 """
     assert after == before.replace('view_2: "@view_1"\n', section)
-    with pytest.raises(ConfigError, match="no part"):
+    with pytest.raises(ConfigError, match="has no key"):
         set_key(tree, "device::index", 1, "train.yaml")
 
 
