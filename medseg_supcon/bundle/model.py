@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import pickle
 import warnings
@@ -194,7 +195,7 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
     except MemoryError:
         raise
     except OSError as error:
-        if error.errno is None:
+        if error.errno in (None, errno.EINVAL):  # a file that was cut short
             raise RunError(f"{path} is damaged: {error}. Copy it again.") from error
         raise RunError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
     except Exception as error:  # torch raises many kinds for a damaged or unsafe file
