@@ -37,7 +37,7 @@ def test_a_run_is_trained_by_one_command_at_a_time(trained_run: Path, tmp_path: 
         code, _, said = medseg("train", dataset, "--out", run, "--resume", "--device", "cpu")
         assert code == 2
         assert f"Another medseg is working in {run}" in " ".join(said.split())
-        with pytest.raises(RunError, match="at work"):
+        with pytest.raises(RunError, match="is working in"):
             train_run(run, device="cpu", resume=True, quiet=True)
         assert contents(run) == before
         os.kill(other.pid, signal.SIGKILL)
@@ -55,7 +55,7 @@ def test_a_folder_is_planned_by_one_command_at_a_time(phantoms: Path, tmp_path: 
     dataset, run = read_dataset(phantoms), tmp_path / "run"
     (run / ".planning").mkdir(parents=True)
     (run / ".planning" / "of the other.txt").write_text("half a run")
-    with at_work_in(run), pytest.raises(RunError, match="Another medseg is at work"):
+    with at_work_in(run), pytest.raises(RunError, match="Another medseg is working in"):
         prepare_run(dataset, split_cases(dataset), run, epochs=1, device="cpu")
     assert list(contents(run)) == [".planning/of the other.txt"]
 
