@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from medseg_supcon.bundle import cases_of, plain_text, read_config
 from medseg_supcon.datasets import Dataset, check_dataset, items, load_items
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation import Row, add_problems, score_mask, write_metrics
-from medseg_supcon.inference.folder import make_writable, read_ahead
+from medseg_supcon.inference.folder import make_writable, segment_each
 from medseg_supcon.inference.predictor import Predictor
 from medseg_supcon.inference.prepare import Prediction
 from medseg_supcon.plan import read_plan
@@ -134,40 +132,21 @@ def evaluate_items(
     make_writable(out)
     make_writable(out / "predictions")
     rows: list[Row] = []
+    plan = predictor.plan
+    classes = plan["labels"], plan["ignore_label"], tolerance_mm, plan.get("trust_scan_affine", False)
 
-    def score(prediction: Prediction, label: Path) -> list[Row]:
-        write_nifti(out / "predictions" / f"{prediction.name}.nii.gz", prediction.mask, prediction.grid)
-        plan = predictor.plan
-        scored = score_mask(
-            prediction.name,
-            prediction.mask,
-            prediction.grid.affine,
-            label,
-            plan["labels"],
-            plan["ignore_label"],
-            tolerance_mm,
-            plan.get("trust_scan_affine", False),
-        )
-        if seen is None:
-            return scored
-        return [row | {"trained_on": prediction.name in seen} for row in scored]
+    def score(scan: Scan, prediction: Prediction) -> list[Row]:
+        mask, grid = prediction.mask, prediction.grid
+        write_nifti(out / "predictions" / f"{scan.name}.nii.gz", mask, grid)
+        scored = score_mask(scan.name, mask, grid.affine, labels[scan], *classes)
+        return scored if seen is None else [row | {"trained_on": scan.name in seen} for row in scored]
 
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as scorer:
-        pending: Future[list[Row]] | None = None
-        try:
-            for scan, prepared in read_ahead(reader, predictor.prepare, list(labels)):
-                prediction = predictor.segment(prepared.result())
-                if pending is not None:
-                    rows += pending.result()
-                pending = scorer.submit(score, prediction, labels[scan])
-            if pending is not None:
-                rows += pending.result()
-        except BaseException:
-            reader.shutdown(wait=False, cancel_futures=True)
-            with suppress(Exception):
-                if pending is not None:
-                    pending.result()
-            raise
+    def add(scan: Scan, outcome: list[Row] | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        rows.extend(outcome)
+
+    segment_each(list(labels), predictor.prepare, predictor.segment, score, add)
     report = write_metrics(sorted(rows, key=lambda row: str(row["case"])), out)
     return add_problems(out, problems) if problems else report
 
