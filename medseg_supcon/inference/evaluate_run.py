@@ -25,23 +25,10 @@ TOLERANCE_MM = 1.0
 def evaluate_dataset(
     run: Path, dataset: Dataset, out: Path, *, device: str | None = None, trust: bool = False
 ) -> dict[str, Any]:
-    """Score a run on the labelled cases of a data set; cases with errors become ``problems`` of the report.
+    """Score a run on the labelled cases of a data set, as `evaluate_items`; cases with errors become ``problems``.
 
-    Each row says in ``trained_on`` whether the run was trained on the case.
-
-    Args:
-        run: a trained run.
-        dataset: what was read.
-        out: folder for ``metrics.csv``, ``metrics.json`` and the masks (``predictions/``).
-        device: where the network runs; default: the first GPU, or the CPU.
-        trust: the run's plan and inference config may be code.
-
-    Returns:
-        the content of ``metrics.json``.
-
-    Raises:
-        RunError: not a trained run, or one that needs trust. DataError: no labelled case, other channels than the
-            run's, or no case can be scored.
+    Each row says in ``trained_on`` whether the run was trained on the case. DataError if no case can be scored, or
+    the channels are not the run's; RunError if the run is not trained, or needs trust.
     """
     files = run / "configs" / "plan.json", run / "models" / "model.pt"
     if not all(file.is_file() for file in files):
@@ -83,10 +70,7 @@ def trained_on(run: Path, dataset: Dataset) -> set[str]:
 
 
 def evaluate_validation(run: Path, *, device: str | None = None, trust: bool = False) -> dict[str, Any]:
-    """Score a run on its own validation cases, into ``eval/``; see `evaluate_dataset`.
-
-    The cases are those of datalist.json; ``dataset_dir`` and ``tolerance_mm`` are evaluate.yaml's.
-    """
+    """Score a run on the validation cases of its datalist.json, into ``eval/``, with evaluate.yaml's settings."""
     config = read_config(run / "configs" / "evaluate.yaml")
     folder = plain_text(config.get("dataset_dir", ""))
     if folder is None:
@@ -105,23 +89,11 @@ def evaluate_items(
     problems: dict[str, str] | None = None,
     seen: set[str] | None = None,
 ) -> dict[str, Any]:
-    """Score a predictor on items with absolute paths, each in the scan's own grid.
+    """Score a predictor on items with absolute paths, each in the scan's own grid; the content of ``metrics.json``.
 
-    One thread reads the next scan and one writes and scores the last mask, while this one segments.
-
-    Args:
-        predictor: of one run or several.
-        entries: ``{"name", "image": path or paths, "label": path}``.
-        out: folder for ``metrics.csv``, ``metrics.json`` and the masks (``predictions/``).
-        tolerance_mm: of the surface Dice.
-        problems: case -> why it is not among the items; added to the report.
-        seen: names of cases for ``trained_on`` in the rows; None: without that column.
-
-    Returns:
-        the content of ``metrics.json``.
-
-    Raises:
-        DataError: a scan or label map cannot be used, or they are in different places.
+    Writes ``metrics.csv``, ``metrics.json`` and the masks (``predictions/``) to ``out``. ``tolerance_mm`` is that of
+    the surface Dice, ``problems`` says per case why it is not among the items, and ``seen`` names the cases for the
+    column ``trained_on``. DataError if a scan or label map cannot be used, or they are in different places.
     """
     labels = {}
     for entry in entries:

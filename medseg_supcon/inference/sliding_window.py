@@ -57,9 +57,8 @@ def network_outputs(model: Model, device: torch.device, tta: bool, amp: bool) ->
 
 def batch_on(device: torch.device, batch_size: int, patch_size: Sequence[int]) -> int:
     """Windows per call: fewer on a CPU if they are large, but at least two (torch is slower with one)."""
-    if device.type != "cpu":
-        return batch_size
-    return min(batch_size, max(2, CPU_VOXELS // math.prod(patch_size)))
+    most = max(2, CPU_VOXELS // math.prod(patch_size)) if device.type == "cpu" else batch_size
+    return min(batch_size, most)
 
 
 def windows(
@@ -71,12 +70,14 @@ def windows(
     device: torch.device,
     buffer_device: torch.device,
 ) -> Iterator[Tensor]:
-    """Yield the blended output in chunks along the first axis.
+    """MONAI's `sliding_window_inference` with Gaussian weights, addition for addition, as rows that are finished.
+
+    Only one patch's depth is in memory at a time, which bounds the memory for long scans with many classes.
 
     Args:
-        image: (C, X, Y, Z).
+        image: (C, X, Y, Z); padded with zeros to the patch.
         predict: (B, C, *patch_size) -> (B, K, *patch_size).
-        patch_size: voxels per axis; the scan is padded with zeros to it.
+        patch_size: voxels per axis.
         overlap: of neighbouring windows, 0 <= overlap < 1.
         batch_size: windows per call of ``predict``.
         device: where ``predict`` works.
@@ -86,50 +87,39 @@ def windows(
         (K, rows, Y, Z) float32 on ``buffer_device``; the rows of all chunks add up to X. A chunk is a view of the
         buffer, valid until the next one is requested.
     """
-    shape = tuple(image.shape[1:])
-    pad = [max(p - n, 0) for p, n in zip(patch_size, shape, strict=True)]
-    before = [n // 2 for n in pad]
-    if any(pad):
-        image = F.pad(image, [side for b, n in zip(before[::-1], pad[::-1], strict=True) for side in (b, n - b)])
+    shape, patch = tuple(image.shape[1:]), tuple(patch_size)
+    pad = [max(p - n, 0) for p, n in zip(patch, shape, strict=True)]
+    inside = [slice(p // 2, p // 2 + n) for p, n in zip(pad, shape, strict=True)]
+    image = F.pad(image, [side for p in reversed(pad) for side in (p // 2, p - p // 2)]) if any(pad) else image
     padded = tuple(image.shape[1:])
-    steps = [p if p == n else max(int(p * (1 - overlap)), 1) for p, n in zip(patch_size, padded, strict=True)]
-    places = dense_patch_slices(padded, tuple(patch_size), steps)
-    weight = compute_importance_map(tuple(patch_size), mode="gaussian", sigma_scale=0.125, device=device).float()
-    inside = [slice(b, b + n) for b, n in zip(before, shape, strict=True)]
-    kept = slice(None), slice(None), inside[1], inside[2]
-
-    first, total, count = 0, torch.empty(0), torch.empty(0)  # rows from `first` on are unfinished
+    steps = [p if p == n else max(int(p * (1 - overlap)), 1) for p, n in zip(patch, padded, strict=True)]
+    places = dense_patch_slices(padded, patch, steps)
+    weight = compute_importance_map(patch, mode="gaussian", sigma_scale=0.125, device=device).float()
+    weight_here = weight.to(buffer_device)
+    count = torch.zeros((1, patch[0], *padded[1:]), device=buffer_device)
+    first, total = 0, torch.empty(0)  # rows from `first` on are unfinished
 
     def finished(end: int) -> Tensor:
         """The rows of the scan itself in [first, end), blended."""
         rows = slice(max(inside[0].start - first, 0), max(min(inside[0].stop, end) - first, 0))
-        return total[:, rows][kept].div_(count[:, rows][kept])
+        return total[:, rows, inside[1], inside[2]].div_(count[:, rows, inside[1], inside[2]])
 
     for start in range(0, len(places), batch_size):
         batch = places[start : start + batch_size]
         patches = torch.stack([image[(slice(None), *place)] for place in batch]).to(device)
         outputs = predict(patches).float() * weight
+        if start == 0:
+            total = torch.zeros((outputs.shape[1], patch[0], *padded[1:]), device=buffer_device)
         for place, output in zip(batch, outputs.to(buffer_device), strict=True):
-            x = place[0].start
-            if total.ndim == 1:
-                total = torch.zeros((len(output), patch_size[0], *padded[1:]), device=buffer_device)
-                count = torch.zeros((1, patch_size[0], *padded[1:]), device=buffer_device)
-                weight_here = weight.to(buffer_device)
-            if x > first:
+            if (x := place[0].start) > first:
                 yield finished(x)
-                _advance(total, x - first)
-                _advance(count, x - first)
+                for buffer in (*total, *count):  # class by class, so that no copy of all is needed
+                    buffer[: first - x] = buffer[x - first :].clone()
+                    buffer[first - x :] = 0
                 first = x
             total[:, :, place[1], place[2]] += output
             count[0, :, place[1], place[2]] += weight_here
-    yield finished(first + patch_size[0])
-
-
-def _advance(buffer: Tensor, rows: int) -> None:
-    """Shift the buffer by some rows, class by class, so that no copy of it is needed; new rows are 0."""
-    for part in buffer:
-        part[:-rows] = part[rows:].clone()
-        part[-rows:] = 0
+    yield finished(first + patch[0])
 
 
 def with_less_memory(
