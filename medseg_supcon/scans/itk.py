@@ -32,10 +32,9 @@ OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 
 
 def ras_affine(lps: npt.NDArray[Any]) -> Affine:
-    """A (4, 4) affine to LPS mm as one to RAS+ mm, to the precision that NIfTI stores.
+    """A (4, 4) affine to LPS mm as one to RAS+ mm, in NIfTI's precision: a scan gives one mask in any format.
 
-    MONAI's Spacing aligns its grid by corners or by centres, depending on the last digits of an oblique
-    affine: rounded like this, a scan gives one mask whatever format it came in.
+    (MONAI's Spacing aligns its grid by corners or by centres, depending on the last digits of an oblique affine.)
     """
     return np.asarray(RAS @ lps, dtype=np.float32).astype(np.float64)
 
@@ -82,8 +81,8 @@ def _itk(file: Path, method: Literal["Execute", "ReadImageInformation"]) -> Any:
     except RuntimeError as error:
         if "allocat" in str(error).lower():  # ITK's own words for a full memory
             raise MemoryError(str(file)) from error
-        reason = "It, or the file that holds its voxels, is damaged or not the format that its name says."
-        raise DataError(f"{file}: cannot be read. {reason}") from error
+        reason = "It, or the file that holds its voxels, is damaged or not the format that its name says"
+        raise DataError(f"{file}: cannot be read. {reason}.") from error
     return reader if image is None else image
 
 
