@@ -245,13 +245,10 @@ def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) 
 
 def _doubts(headers: Sequence[Header]) -> tuple[Issue, ...]:
     header, doubts = headers[0], {}
-    modality, unit, lut_or_scaled = (
-        header.text["Modality"],
-        header.frames[0].unit,
-        header.lut or header.frames[0].scaling,
-    )
-    if modality == "CT" and (not lut_or_scaled or unit not in ("", "HU", "US")):
-        what = f"gives values in {unit}" if lut_or_scaled else "gives no rescale slope and intercept"
+    modality, first = header.text["Modality"], header.frames[0]
+    scaled = first.scaling is not None or header.lut
+    if modality == "CT" and (not scaled or first.unit not in ("", "HU", "US")):
+        what = f"gives values in {first.unit}" if scaled else "gives no rescale slope and intercept"
         doubts["not_hounsfield"] = f"is CT and {what}: they may not be Hounsfield units"
     if header.text["PhotometricInterpretation"] == "MONOCHROME1" and modality != "CT":
         doubts["monochrome1"] = "is MONOCHROME1 (shows small values bright): the stored values are used, not inverted"

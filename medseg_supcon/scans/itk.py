@@ -63,9 +63,8 @@ def read_itk_header(file: Path) -> tuple[tuple[int, ...], Affine]:
     """Shape (X, Y, Z) or (X, Y, Z, C), and affine to RAS+ mm, without the voxels; raises DataError if damaged."""
     _check_header(file)
     reader = _itk(file, "ReadImageInformation")
-    channels = int(reader.GetNumberOfComponents())
-    size = (*reader.GetSize(), 1)[:3]
-    return (*(int(n) for n in size), *((channels,) if channels > 1 else ())), _affine(reader)
+    channels, size = reader.GetNumberOfComponents(), (*reader.GetSize(), 1)[:3]
+    return (*size, channels) if channels > 1 else size, _affine(reader)
 
 
 def _itk(file: Path, method: Literal["Execute", "ReadImageInformation"]) -> Any:
@@ -88,8 +87,7 @@ def _itk(file: Path, method: Literal["Execute", "ReadImageInformation"]) -> Any:
 
 def _affine(image: Any) -> Affine:
     """Voxel indices to RAS+ mm of a SimpleITK image, or reader; of more than 3 dimensions the first three."""
-    n = image.GetDimension()
-    lps, m = np.eye(4), min(n, 3)
+    lps, n, m = np.eye(4), image.GetDimension(), min(image.GetDimension(), 3)
     lps[:m, :m] = (np.reshape(image.GetDirection(), (n, n)) * image.GetSpacing())[:m, :m]
     lps[:m, 3] = image.GetOrigin()[:m]
     return ras_affine(lps)
@@ -124,7 +122,7 @@ def _fields(lines: Sequence[str], meta: bool) -> tuple[dict[str, str], list[str]
         key, _, value = line.partition("=" if meta else ":")
         if not meta and not line.strip():  # the end
             break
-        if value.startswith("="):  # NRRD's own keys
+        if value.startswith("="):  # a key of a person's own in NRRD
             continue
         key = key.strip() if meta else key.lower().replace(" ", "")
         fields[key] = value.strip()
@@ -164,9 +162,8 @@ def _doubt(file: Path, fields: dict[str, str], meta: bool) -> str:
         raise DataError(f"{file}: its header gives lengths in {min(odd)}, expected mm. Convert it.")
     for key, plain in UNSCALED.items():
         if _numbers(fields.get(key, "")) not in ([], [plain]):
-            raise DataError(
-                f"{file}: its header scales the values ({key} {fields[key]}), which is not read. Convert it."
-            )
+            found = f"its header scales the values ({key} {fields[key]})"
+            raise DataError(f"{file}: {found}, which is not read. Convert it.")
     matrix = _numbers(next((fields[key] for key in MATRICES if key in fields), ""))
     if len(matrix) == 9 and np.abs(np.linalg.norm(np.reshape(matrix, (3, 3)), axis=1) - 1).max() > 0.01:
         reason = "the axes of its TransformMatrix are not of length 1, so the voxel size is open"
