@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ Labels = dict[str, "int | float"]
 # Values of float label files carry rounding of the scaling; a value this close to a declared one is that one.
 TOLERANCE = 1e-3
 LARGEST = 2**53  # beyond it float64 merges neighbouring whole numbers
+MOST_VALUES = 64  # undeclared values above which a label map looks like a scan
 STRAY = np.iinfo(np.int16).min
 
 
@@ -52,20 +53,14 @@ def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple
     Takes the decathlon's ``{"0": "background", "1": "tumour"}`` and nnU-Net's ``{"background": 0, "tumour": 1}``.
     """
     if not isinstance(declared, Mapping):
-        raise DataError(
-            f'{source}: "labels" must map class names to values, such as {{"background": 0, "tumour": 1}}; '
-            f"found {type(declared).__name__}."
-        )
-    by_value = all(_number(key) is not None for key in declared) and not all(
-        _number(value) is not None for value in declared.values()
-    )
+        what = 'must map class names to values, such as {"background": 0, "tumour": 1}'
+        raise DataError(f'{source}: "labels" {what}; found {type(declared).__name__}.')
+    by_value = None not in map(_number, declared) and None in map(_number, declared.values())
     pairs: list[tuple[str, float]] = []
     for key, entry in declared.items():
         if isinstance(entry, list | tuple):
-            raise ConfigError(
-                f"{source}: label {key!r} is a region, the values {list(entry)}. Overlapping regions are not "
-                f"supported yet: give every class one value of its own."
-            )
+            cure = "Overlapping regions are not supported yet: give every class one value of its own."
+            raise ConfigError(f"{source}: label {key!r} is a region, the values {list(entry)}. {cure}")
         name, value = (entry, _number(key)) if by_value else (key, _number(entry))
         if value is None or abs(value) > LARGEST:
             raise DataError(f"{source}: label {key!r} must have a number up to 2^53 as its value, found {entry!r}.")
@@ -75,20 +70,17 @@ def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple
         raise DataError(f'{source}: "ignore_label" must be a number, found {ignore!r}.')
     ignored = next((value for name, value in pairs if name.lower() == "ignore"), ignored)
     pairs = [(name, value) for name, value in pairs if name.lower() != "ignore" and value != ignored]
-    for kind, which in (("name", 0), ("value", 1)):
-        entries: list[str | float] = [pair[which] for pair in pairs]
-        twice = next((entry for entry in entries if entries.count(entry) > 1), None)
-        if twice is not None:
-            raise DataError(f'{source}: "labels" uses the {kind} {twice!r} twice. Give each class its own {kind}.')
-    ground = next((pair for pair in pairs if pair[0].lower() == "background"), None)
-    ground = ground or next((pair for pair in pairs if pair[1] == 0), None) or ("background", 0.0)
+    for kind, entries in zip(("name", "value"), zip(*pairs, strict=True), strict=False):
+        if twice := [entry for entry in entries if entries.count(entry) > 1]:
+            raise DataError(f'{source}: "labels" uses the {kind} {twice[0]!r} twice. Give each class its own {kind}.')
+    by_name = [pair for pair in pairs if pair[0].lower() == "background"]
+    ground = [*by_name, *(pair for pair in pairs if pair[1] == 0), ("background", 0.0)][0]
     if ground[1] == ignored:
         raise DataError(f"{source}: the background and the ignore label are both {value_text(ground[1])}. Correct one.")
     rest = sorted((pair for pair in pairs if pair != ground), key=lambda pair: pair[1])
     if not rest:
         raise DataError(f'{source}: "labels" names no class other than the background. Declare at least one.')
-    labels = {name: _plain(value) for name, value in [ground, *rest]}
-    return labels, None if ignored is None else _plain(ignored)
+    return {name: _plain(value) for name, value in [ground, *rest]}, None if ignored is None else _plain(ignored)
 
 
 def value_text(value: float) -> str:
@@ -112,24 +104,48 @@ def scan_labels(files: Iterable[Path], source: Path, ignore: object = None) -> t
 
     values = sorted(set().union(*in_parallel(read_values, files)))
     if len(values) > 256 or any(value != int(value) for value in values):
-        raise DataError(
-            f'{source}: declares no "labels", and the label files hold {len(values)} different values, '
-            f'perhaps fractions. Declare the classes: "labels": {{"background": 0, "tumour": 1}}.'
-        )
+        found = f'declares no "labels", and the label files hold {len(values)} different values, perhaps fractions'
+        raise DataError(f'{source}: {found}. Declare the classes: "labels": {{"background": 0, "tumour": 1}}.')
     declared = {f"label {int(value)}": value for value in values if value != 0}
     if not declared:
         raise DataError(f"{source}: the label files hold no value other than 0. At least one structure must be drawn.")
     return parse_labels({"background": 0, **declared}, source, ignore)
 
 
-def label_type(values: Collection[float]) -> np.dtype[Any]:
-    """The smallest integer type that holds all values; float32 if one is not an integer. The bundle's script does the same.
+def is_near(value: float, others: Iterable[float]) -> bool:
+    """Whether a value counts as one of some others."""
+    return any(abs(value - other) <= TOLERANCE for other in others)
 
-    Example:
-        >>> from medseg_supcon.datasets import label_type
-        >>> label_type([0, 4, 255]), label_type([-1, 0, 127])
-        (dtype('uint8'), dtype('int8'))
-    """
+
+def stray_values(path: Path, counts: Mapping[float, int], declared: Sequence[float]) -> tuple[str, str] | None:
+    """Code and sentence on values of a label map (value -> voxels) that are not declared; None if there are none."""
+    stray = [value for value in counts if not is_near(value, declared)]
+    if not stray:
+        return None
+    fractional = [value for value in stray if value != round(value)]
+    few = ", ".join(f"{value_text(value)} ({counts[value]} voxels)" for value in (fractional or stray)[:5])
+    known = ", ".join(map(value_text, declared[:20])) + ", ..." * (len(declared) > 20)
+    stored = nibabel.load(path).dataobj
+    if len(stray) > MOST_VALUES:
+        why = (
+            f"With {len(stray)} such values it looks like a scan (are scan and label map swapped in the list?) or was "
+        )
+        why += "resampled with interpolation (use nearest neighbour)."
+    elif (stored.slope, stored.inter) != (1, 0):
+        why = (
+            f"Its header scales the stored values (scl_slope {stored.slope:.6g}, scl_inter {stored.inter:g}). Save the "
+        )
+        why += "class values as whole numbers, without scaling."
+    elif fractional:
+        why = "If it was resampled, use nearest neighbour; if these are probabilities, save class values."
+    else:
+        why = 'Correct the label map, or declare the value under "labels" in dataset.json.'
+    code = "fractional_label" if fractional else "undeclared_label"
+    return code, f"holds {few}, declared are {known}. {why}"
+
+
+def label_type(values: Collection[float]) -> np.dtype[Any]:
+    """The smallest integer type that holds all values, or float32; the same as in the bundle's script."""
     if not all(float(value).is_integer() for value in values):
         return np.dtype(np.float32)
     low, high = int(min(values)), int(max(values))
@@ -140,12 +156,6 @@ def snap_labels(label: npt.NDArray[Any], values: Iterable[float]) -> npt.NDArray
     """The label map with every value within 1e-3 of one of `values` set to exactly that one.
 
     Float label files and files with a scaling hold 0.9999999 instead of 1. Other values stay as they are.
-
-    Example:
-        >>> import numpy as np
-        >>> from medseg_supcon.datasets import snap_labels
-        >>> snap_labels(np.array([0.0, 0.9999999, 0.5]), [0, 1]).tolist()
-        [0.0, 1.0, 0.5]
     """
     declared = list(values)
     if label.dtype.kind != "f" or set(count_values(label)) <= set(declared):
@@ -163,13 +173,6 @@ def reorient(
 
     Every voxel stays at its place in space: axes are swapped and mirrored, nothing is interpolated. An affine
     that is not valid stays as it is.
-
-    Example:
-        >>> import numpy as np
-        >>> from medseg_supcon.datasets import reorient
-        >>> label, affine = reorient(np.zeros((2, 3, 4)), np.diag([-1.0, 1, 1, 1]), np.eye(4))
-        >>> label.shape, affine[0].tolist()
-        ((2, 3, 4), [1.0, 0.0, 0.0, -1.0])
     """
     if not np.isfinite(affine).all():
         return data, affine
@@ -186,15 +189,7 @@ def class_indices(
 ) -> npt.NDArray[np.int16]:
     """Class indices of a label map: values of the files in, 0..C-1 and `IGNORE_INDEX` out, same shape.
 
-    Raises:
-        DataError: the label map holds a value that the plan does not declare.
-
-    Example:
-        >>> import numpy as np
-        >>> from medseg_supcon.datasets import class_indices
-        >>> plan = {"labels": {"background": 0, "tumour": 4}, "ignore_label": 255}
-        >>> class_indices(np.array([0.0, 4.0, 255.0]), plan).tolist()
-        [0, 1, -1]
+    `DataError`: the label map holds a value that the plan does not declare.
     """
     values, indices = list(plan["labels"].values()), list(range(len(plan["labels"])))
     if plan.get("ignore_label") is not None:
@@ -206,10 +201,8 @@ def class_indices(
         stray |= {float(value) for value in np.unique(label[..., part][indexed == STRAY])}
     if stray:
         few, declared = (", ".join(map(value_text, part)) for part in (sorted(stray)[:5], values))
-        raise DataError(
-            f"{source}: holds {few}, but the declared values are {declared}. Correct the label map or declare "
-            "the value."
-        )
+        cure = "Correct the label map or declare the value."
+        raise DataError(f"{source}: holds {few}, but the declared values are {declared}. {cure}")
     return out
 
 
