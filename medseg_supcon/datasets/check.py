@@ -65,23 +65,20 @@ class Report:
         """Whether training must refuse."""
         return bool(self.errors)
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Numbers of cases, labelled cases, errors and warnings."""
-        cases, labelled, errors = len(self.dataset.cases), len(self.dataset.labelled), len(self.errors)
-        return {"cases": cases, "labelled": labelled, "errors": errors, "warnings": len(self.findings) - errors}
-
     def summary(self) -> str:
         """One closing sentence."""
-        cases, labelled, errors, warnings = self.counts.values()
-        bare = f", {cases - labelled} without label map" if cases > labelled else ""
+        cases, bare = len(self.dataset.cases), len(self.dataset.cases) - len(self.dataset.labelled)
+        errors, warnings = len(self.errors), len(self.findings) - len(self.errors)
         found = f"{counted(errors, 'error')}, {counted(warnings, 'warning')}" if self.findings else "no problems found"
-        return f"{self.dataset.name}: {counted(cases, 'case')} checked{bare}, {found}."
+        without = f", {bare} without label map" if bare else ""
+        return f"{self.dataset.name}: {counted(cases, 'case')} checked{without}, {found}."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         findings = [{**asdict(f), "file": None if f.file is None else str(f.file)} for f in self.findings]
-        return {"dataset": self.dataset.name, "root": str(self.dataset.root), **self.counts, "findings": findings}
+        counts = {"cases": len(self.dataset.cases), "labelled": len(self.dataset.labelled), "errors": len(self.errors)}
+        counts["warnings"] = len(self.findings) - counts["errors"]
+        return {"dataset": self.dataset.name, "root": str(self.dataset.root), **counts, "findings": findings}
 
 
 @dataclass
@@ -90,7 +87,7 @@ class CaseReport:
 
     case: Case
     findings: list[Finding] = field(default_factory=list)
-    contents: list[tuple[Path, bytes]] = field(default_factory=list)  # file and hash of the voxels, per channel
+    contents: dict[bytes, Path] = field(default_factory=dict)  # hash of the voxels -> file, per channel
     intensities: list[tuple[float, float, float]] = field(default_factory=list)  # lowest, 0.5 and 99.5 %, per channel
     spacing: tuple[float, ...] = ()  # (3,) mm in RAS order, of the first usable image
     shape: tuple[int, ...] = ()  # (3,) its voxels in RAS order
@@ -105,15 +102,14 @@ class CaseReport:
 def check_dataset(dataset: Dataset, *, allow_affine_mismatch: bool = False) -> Report:
     """What is wrong with a data set, case by case. Never raises for a bad file: it is a finding.
 
-    Errors: files that are missing, unreadable, 2-D or 4-D; shapes, axes or affines of scan and label map that differ;
-    NaN or Inf; a constant image; undeclared, fractional or overlapping labels; only empty label maps; differing channel
-    counts; one image in two cases; an invalid or sheared affine; a header in metres or microns, or with two voxel sizes.
+    Errors: files that are missing, unreadable, 2-D or 4-D; shapes, axes or affines of scan and label map that differ (a
+    warning if `allow_affine_mismatch`: the scan's affine is then the right one); NaN or Inf; a constant image; undeclared,
+    fractional or overlapping labels; only empty label maps; differing channel counts; one image in two cases; an invalid
+    or sheared affine; a header in metres or microns, or with two voxel sizes.
 
     Warnings: what reading the data set did not use; an empty label map; a class that nobody drew, or one case alone, or
     no training case; a single slice; a qform that disagrees with the sform; a header without orientation; outliers of
     spacing, size and intensity; CT that is not in Hounsfield units; a patient who both trains and validates.
-
-    `allow_affine_mismatch`: differing affines are warnings; the scan's is then the right one.
     """
     mismatch = "warning" if allow_affine_mismatch else "error"
     reports = in_parallel(lambda case: _case_report(case, dataset, mismatch), dataset.cases)
@@ -134,8 +130,8 @@ def check_dataset(dataset: Dataset, *, allow_affine_mismatch: bool = False) -> R
 def _case_report(case: Case, dataset: Dataset, mismatch: str) -> CaseReport:
     """Read a case once, list its faults, measure it if it has none; `mismatch`: severity of differing affines."""
     report, names = CaseReport(case), dataset.channels
-    read = [(path, volume) for path in case.images if (volume := _read(report, path)) is not None]
-    images = [(path, volume) for path, volume in read if _is_scan(report, path, volume, len(names))]
+    most = 3 if len(case.images) > 1 or len(names) == 1 else 4
+    images = [(path, volume) for path in case.images if (volume := _read(report, path, most)) is not None]
     number = sum(len(volume.channels_first) for _, volume in images)
     if len(images) == len(case.images) and number != len(names):
         sentence = f"the case has {counted(number, 'channel')}, the data set {len(names)} ({', '.join(names)})"
@@ -155,30 +151,25 @@ def _case_report(case: Case, dataset: Dataset, mismatch: str) -> CaseReport:
     return report
 
 
-def _read(report: CaseReport, file: Path) -> Volume | None:
-    """The file's voxels; None, and a finding, if it cannot be read."""
+def _read(report: CaseReport, file: Path, most: int) -> Volume | None:
+    """The voxels of a file with 3 to `most` axes; None, and a finding, if it cannot be read or has others."""
     try:
-        return read_nifti(file)
+        volume = read_nifti(file)
     except DataError as error:
         missing = "no such file" in str(error) or "does not exist" in str(error)
         code = "missing" if missing else "unreadable"
         report.findings.append(Finding(report.case.name, file, "error", code, str(error)))
         return None
-
-
-def _is_scan(report: CaseReport, path: Path, volume: Volume, channels: int) -> bool:
     shape = volume.data.shape
-    found = f"is {len(shape)}-D (shape {shape}), expected"
     if 0 in shape:
-        report.add(path, "empty_image", f"has no voxels (shape {shape}). Export it again.")
-    elif len(shape) < 3:
-        report.add(path, "not_3d", f"{found} a 3-D scan. Leave it out.")
-    elif len(shape) > 4 or (len(shape) == 4 and (len(report.case.images) > 1 or channels == 1)):
-        cure = "Save one volume of the series, or declare its channels in dataset.json."
-        report.add(path, "not_3d", f"{found} one 3-D scan. {cure}")
-    else:
-        return True
-    return False
+        report.add(file, "empty_image", f"has no voxels (shape {shape}). Export it again.")
+        return None
+    if not 3 <= len(shape) <= most:
+        series = "Save one volume of the series, or declare its channels in dataset.json."
+        cure = series if len(shape) > 3 else "Leave the case out."
+        report.add(file, "not_3d", f"is {len(shape)}-D (shape {shape}), expected one 3-D volume. {cure}")
+        return None
+    return volume
 
 
 def _check_intensities(report: CaseReport, path: Path, volume: Volume) -> None:
@@ -187,8 +178,7 @@ def _check_intensities(report: CaseReport, path: Path, volume: Volume) -> None:
         with np.errstate(over="ignore"):
             voxels = np.ascontiguousarray(channel.T, dtype=np.float32)  # NIfTI is stored in Fortran order
         if bad := int(np.count_nonzero(~np.isfinite(voxels))):
-            sentence = f"{where}holds {bad} voxels that are NaN, Inf or beyond 3.4e38. Repair or leave it out."
-            report.add(path, "not_finite", sentence)
+            report.add(path, "not_finite", f"{where}holds {bad} voxels that are NaN, Inf or beyond 3.4e38. Repair it.")
             continue
         low = float(channel.min())
         if low == float(channel.max()):
@@ -202,7 +192,10 @@ def _check_intensities(report: CaseReport, path: Path, volume: Volume) -> None:
         report.intensities.append((low, float(usual[0]), float(usual[1])))
         content = hashlib.blake2b(voxels.data, digest_size=16, person=b"voxels")
         content.update(repr(voxels.shape).encode())
-        report.contents.append((path, content.digest()))
+        if (twin := report.contents.get(content.digest())) is not None:
+            what = f"the same voxels as another channel of the case, {twin}"
+            report.add(path, "duplicate_image", f"holds {what}. Give each channel its own file.", "warning")
+        report.contents[content.digest()] = path
 
 
 def _has_geometry(report: CaseReport, path: Path, volume: Volume) -> bool:
@@ -230,13 +223,11 @@ def _check_grid(report: CaseReport, image: Image, scan: Image, mismatch: str) ->
     turned, affine = reorient(volume.data, volume.affine, reference.affine)
     if turned.shape[:3] == expected and farthest_corner(expected, affine, reference.affine) <= near:
         axes = ["".join(nibabel.aff2axcodes(one.affine)) for one in (volume, reference)]
-        found = (
-            f"is at the place of its scan {file}, but its axes run along {axes[0]}, those of the scan along {axes[1]}"
-        )
+        found = f"is at the place of {file}, but its axes run along {axes[0]}, those of the scan along {axes[1]}"
         report.add(path, "turned", f"{found}. Save it with the axes of the scan (nibabel's as_reoriented does).")
     elif own != expected:
-        sentence = f"has {own} voxels, its scan {file} has {expected}. Export it on the scan's grid."
-        report.add(path, "shape_mismatch", sentence)
+        found = f"has {own} voxels, its scan {file} has {expected}"
+        report.add(path, "shape_mismatch", f"{found}. Export it on the scan's grid.")
     else:
         found = f"is up to {farthest:.3g} mm away from its scan {file}: their affines differ"
         cure = "Export it on the scan's grid, or give --allow-affine-mismatch if the voxels do match."
@@ -248,17 +239,14 @@ def _read_label(report: CaseReport, path: Path) -> Volume | None:
     if path in report.case.images:
         report.add(path, "label_is_image", "is named as scan and as label map. Correct the data list.")
         return None
-    if (volume := _read(report, path)) is None:
+    if (volume := _read(report, path, 4)) is None:
         return None
-    data = volume.data
-    if data.ndim == 4:
-        overlap = int(np.count_nonzero(np.count_nonzero(data, axis=3) > 1))
+    if volume.data.ndim == 4:
+        overlap = int(np.count_nonzero(np.count_nonzero(volume.data, axis=3) > 1))
         what = f"its one-hot labels overlap in {overlap} voxels" if overlap else "it is one-hot"
         code = "overlapping_labels" if overlap else "one_hot_label"
-        report.add(path, code, f"is 4-D (shape {data.shape}): {what}. Save one 3-D map with one value per class.")
-        return None
-    if data.ndim != 3 or data.size == 0:
-        report.add(path, "not_3d", f"is {data.ndim}-D (shape {data.shape}), expected a 3-D label map.")
+        found = f"is 4-D (shape {volume.data.shape}): {what}"
+        report.add(path, code, f"{found}. Save one 3-D map with one value per class.")
         return None
     for issue in volume.issues:
         if issue.code != "no_orientation":  # its scan has the same fault, or another grid
@@ -275,23 +263,17 @@ def _check_values(report: CaseReport, path: Path, data: npt.NDArray[Any], datase
         report.add(path, *stray)
     report.classes |= {name for name, value in dataset.labels.items() if is_near(value, counts)}
     if stray is None and not report.classes - {next(iter(dataset.labels))}:
-        sentence = "no structure is drawn in it. Leave the case out if that is not intended."
-        report.add(path, "empty_label", sentence, "warning")
+        report.add(path, "empty_label", "shows no structure. Leave the case out if that is not intended.", "warning")
 
 
 def _find_duplicates(reports: Sequence[CaseReport]) -> None:
-    """Images whose voxels are those of an earlier one: an error between cases, a warning within one."""
-    first: dict[bytes, tuple[CaseReport, Path]] = {}
+    """Images whose voxels are those of an earlier case."""
+    first: dict[bytes, CaseReport] = {}
     for report in reports:
-        for path, content in report.contents:
-            if content not in first:
-                first[content] = (report, path)
-                continue
-            other, earlier = first[content]
-            what, cure, severity = f"case {other.case.name}", "Remove one of the two cases.", "error"
-            if other is report:
-                what, cure, severity = "another channel of the case", "Give each channel its own file.", "warning"
-            report.add(path, "duplicate_image", f"holds the same voxels as {what}, {earlier}. {cure}", severity)
+        for content, path in report.contents.items():
+            if (other := first.setdefault(content, report)) is not report:
+                what = f"the same voxels as case {other.case.name}, {other.contents[content]}"
+                report.add(path, "duplicate_image", f"holds {what}. Remove one of the two cases.")
 
 
 def _find_geometry_outliers(reports: Sequence[CaseReport]) -> None:
@@ -332,10 +314,12 @@ def _intensity_outliers(dataset: Dataset, reports: Sequence[CaseReport]) -> list
             odd |= (least >= 0) & (least < -100).any()  # air is -1000 HU
             cure = "CT must be in Hounsfield units (air -1000, water 0) in all cases: convert it."
             if (least >= 0).all() or (high - low).max() < LEAST_CT_RANGE:
-                found = "no scan has a value below 0" if (least >= 0).all() else "no scan has a usual range"
-                what = f"{found} in channel {channel!r}, so the values are not in Hounsfield units (air -1000, water 0)"
+                what = (
+                    f"no scan has {'a value below 0' if (least >= 0).all() else 'a usual range'} in channel {channel!r}"
+                )
+                why = "so the values are not in Hounsfield units (air -1000, water 0)"
                 advice = "Convert the scans, or rename the channel if it is not CT."
-                findings.append(("not_hounsfield", f"{dataset.root}: {what}. {advice}"))
+                findings.append(("not_hounsfield", f"{dataset.root}: {what}, {why}. {advice}"))
         if len(measured) < FEWEST_FOR_OUTLIERS and kind != "ct":
             continue
         usual = f"{np.median(low):.4g} to {np.median(high):.4g}"

@@ -56,10 +56,8 @@ class Dataset:
         chosen, known = dict.fromkeys(names), {case.name for case in self.cases}
         if unknown := [name for name in chosen if name not in known]:
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-            raise DataError(
-                f"{self.root}: no case is called {unknown[0]!r}{more}. Names of cases are file names without "
-                f"extension, such as {nearest(unknown[0], known) or min(known)!r}."
-            )
+            cure = f"Give file names without extension, such as {nearest(unknown[0], known) or min(known)!r}."
+            raise DataError(f"{self.root}: no case is called {unknown[0]!r}{more}. {cure}")
         if not chosen:
             raise DataError(f"{self.root}: the list of cases to use is empty. Name at least one case.")
         cases = tuple(case for case in self.cases if case.name in chosen)
@@ -67,13 +65,7 @@ class Dataset:
 
 
 def normalisation(channel: str) -> str:
-    """How a channel of this name is normalised: "ct", or one of nnU-Net's "nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1".
-
-    Example:
-        >>> from medseg_supcon.datasets import normalisation
-        >>> [normalisation(name) for name in ("CT", "CT arterial", "T1", "PET/CT", "noNorm")]
-        ['ct', 'ct', 'zscore', 'zscore', 'nonorm']
-    """
+    """How a channel of this name is normalised: "ct", or one of nnU-Net's names in `BY_NAME`."""
     name = channel.strip().lower()
     words = set(re.split(r"[^a-z]+", name))
     if (words & CT_WORDS or "computed tomography" in name) and not words & {"pet", "mr", "mri"}:
@@ -88,8 +80,7 @@ def read_case_names(file: str | Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        what = f"cannot be read as text in UTF-8 ({error})"
-        raise DataError(f"{path}: {what}. Give a file with one case name per line.") from None
+        raise DataError(f"{path}: is not a readable text in UTF-8 ({error}). Write one case name per line.") from None
     names = [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in text.splitlines()]
     if not any(names):
         raise DataError(f"{path}: names no case. Write one case name per line.")
@@ -111,15 +102,13 @@ def split_cases(
 ) -> Split:
     """Split a data set by patients, for a budget of `labels` labelled cases, validation included.
 
-    The order of the labelled cases depends on the seed and their names only; a budget of N takes the first N. Whether
-    a case trains or validates is decided along that order, so a smaller budget's training cases are among those of a
-    larger one, and likewise for validation. About ``max(1, min(20, round(validation_fraction * N)))`` cases validate
-    (more if a patient has many scans). If the data list names validation cases, only these validate; without a budget
-    all of them do. With `validation_fraction` 0 all cases of the budget train, and the first 20 also validate.
+    The seed and the names alone order the labelled cases; a budget of N takes the first N, and whether a case trains or
+    validates is decided along that order, so a smaller budget's training cases are among those of a larger one, likewise
+    for validation. About ``max(1, min(20, round(validation_fraction * N)))`` cases validate, more if a patient has many
+    scans. If the data list names validation cases, only these validate; without a budget all of them do. With a fraction
+    of 0 all cases of the budget train, and the first 20 also validate.
 
-    Raises:
-        DataError: fewer labelled cases than `labels`, or a patient on both sides of the data list's own split.
-        ValueError: `validation_fraction` outside [0, 1).
+    `DataError`: fewer labelled cases than `labels`, or a patient on both sides of the data list's own split.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction must be at least 0 and below 1, got {validation_fraction}")
@@ -159,8 +148,7 @@ def split_cases(
         training = training or validation
         validation = training if validation_fraction > 0 else training[:MOST_VALIDATION]
         why = "no other labelled patient can validate" if validation_fraction > 0 else "all of them train"
-        names = ", ".join(case.name for case in training[:3])
-        names += f" and {len(training) - 3} more" if len(training) > 3 else ""
+        names = ", ".join(case.name for case in training[:3]) + ", ..." * (len(training) > 3)
         warnings.append(
             f"Validation uses the training cases themselves ({names}): {why}. Its scores say nothing about new scans."
         )
@@ -175,15 +163,14 @@ def _group(case: Case) -> str:
 
 def patient_on_both_sides(dataset: Dataset) -> str | None:
     """A sentence on a patient whose labelled scans both train and validate in the data list; None if none does."""
-    sides: tuple[set[str], set[str]] = (set(), set())
-    for case in dataset.labelled:
-        sides[case.name in dataset.validation].add(_group(case))
-    if not (both := sides[0] & sides[1]):
-        return None
-    return (
-        f"{dataset.root}: patient {min(both).removeprefix('patient ')!r} has scans both in the training and in the "
-        "validation part of the data list. Keep a patient's scans on one side."
+    trains, validates = (
+        {_group(case) for case in dataset.labelled if (case.name in dataset.validation) == side}
+        for side in (False, True)
     )
+    if not trains & validates:
+        return None
+    found = f"patient {min(trains & validates).removeprefix('patient ')!r} both trains and validates in the data list"
+    return f"{dataset.root}: {found}. Keep a patient's scans on one side."
 
 
 def write_datalist(split: Split, path: str | Path, dataset_dir: str | Path) -> None:
@@ -254,8 +241,8 @@ def inside(root: Path, text: object, source: Path) -> Path:
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise DataError(f"{source}: a path must be a non-empty text, found {text!r}. Correct the data list.")
     if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]|\\\\", text):
-        what = f"{text!r} is an absolute path of Windows, which does not exist here"
-        raise DataError(f"{source}: {what}. Write paths relative to the list's folder, such as imagesTr/a.nii.gz.")
+        cure = "Write paths relative to the list's folder."
+        raise DataError(f"{source}: {text!r} is an absolute path of Windows, which does not exist here. {cure}")
     base = os.path.normpath(root.absolute())
     if "\\" in text and not os.path.exists(Path(base) / text):  # noqa: PTH110 - Path.exists raises for long names
         text = text.replace("\\", "/")
@@ -263,6 +250,6 @@ def inside(root: Path, text: object, source: Path) -> Path:
         return Path(text)
     full = os.path.normpath(Path(base) / text)
     if os.path.commonpath([base, full]) != base:
-        cure = "Relative paths must stay inside it; write an absolute path if you mean this file."
+        cure = "Write an absolute path if you mean this file."
         raise DataError(f"{source}: the path {text!r} leaves the data folder {root}. {cure}")
     return Path(full)

@@ -131,13 +131,12 @@ def measure_case(case: Case, dataset: Dataset, volumes: Sequence[Volume], label:
     """The fingerprint of a labelled case whose images and label map have been read."""
     channels = [channel for volume in volumes for channel in volume.channels_first]
     if len(channels) != len(dataset.channels):
-        expected = f"the data set declares {len(dataset.channels)} ({', '.join(dataset.channels)})"
-        found = f"case {case.name} has {len(channels)} channels, {expected}"
-        raise DataError(f"{case.images[0]}: {found}. Correct the data list or the file.")
+        found = f"{len(channels)} channels, the data set declares {', '.join(dataset.channels)}"
+        raise DataError(f"{case.images[0]}: has {found}. Correct the data list or the file.")
     for path, array in zip(case.images * len(channels), channels, strict=False):
         if array.shape != label.data.shape:
-            found = f"the label map has {label.data.shape} voxels, its scan {path} has {array.shape}"
-            raise DataError(f"{case.label}: {found}. Export the label map on the grid of the scan.")
+            found = f"has {label.data.shape} voxels, its scan {path} has {array.shape}"
+            raise DataError(f"{case.label}: {found}. Export it on the scan's grid.")
     plan = {"labels": dataset.labels, "ignore_label": dataset.ignore_label}
     indices = class_indices(label.data, plan, case.label or "label map")
     voxels = count_values(indices)

@@ -31,23 +31,18 @@ def check_name(name: object, source: Path, key: str) -> str:
     return text
 
 
-def whole_number(value: object) -> int | None:
-    """A whole number, also as a text; None for anything else."""
-    number = _number(value)
-    return int(number) if number is not None and number.is_integer() else None
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
+def as_number(value: object) -> int | float | None:
+    """A finite number, also as a text; None for anything else. A whole one is an int: it reads better in a file."""
     try:
-        number = float(value)
-    except (ValueError, OverflowError):
+        number = float(str(value))
+    except ValueError:
         return None
-    return number if np.isfinite(number) else None
+    if not np.isfinite(number):
+        return None
+    return int(number) if number.is_integer() else number
 
 
-def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple[Labels, int | float | None]:
+def parse_labels(declared: object, source: Path, ignore: object) -> tuple[Labels, int | float | None]:
     """Class name -> value, background first and then by value, and the ignore label ("ignore" is not a class).
 
     Takes the decathlon's ``{"0": "background", "1": "tumour"}`` and nnU-Net's ``{"background": 0, "tumour": 1}``.
@@ -55,17 +50,17 @@ def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple
     if not isinstance(declared, Mapping):
         what = 'must map class names to values, such as {"background": 0, "tumour": 1}'
         raise DataError(f'{source}: "labels" {what}; found {type(declared).__name__}.')
-    by_value = None not in map(_number, declared) and None in map(_number, declared.values())
-    pairs: list[tuple[str, float]] = []
+    by_value = None not in map(as_number, declared) and None in map(as_number, declared.values())
+    pairs: list[tuple[str, int | float]] = []
     for key, entry in declared.items():
         if isinstance(entry, list | tuple):
-            cure = "Overlapping regions are not supported yet: give every class one value of its own."
-            raise ConfigError(f"{source}: label {key!r} is a region, the values {list(entry)}. {cure}")
-        name, value = (entry, _number(key)) if by_value else (key, _number(entry))
+            cure = "Overlapping regions are not supported yet: give every class a value of its own."
+            raise ConfigError(f"{source}: label {key!r} is the region {list(entry)}. {cure}")
+        name, value = (entry, as_number(key)) if by_value else (key, as_number(entry))
         if value is None or abs(value) > LARGEST:
             raise DataError(f"{source}: label {key!r} must have a number up to 2^53 as its value, found {entry!r}.")
         pairs.append((check_name(name, source, "labels"), value))
-    ignored = _number(ignore)
+    ignored = as_number(ignore)
     if ignore is not None and ignored is None:
         raise DataError(f'{source}: "ignore_label" must be a number, found {ignore!r}.')
     ignored = next((value for name, value in pairs if name.lower() == "ignore"), ignored)
@@ -74,13 +69,13 @@ def parse_labels(declared: object, source: Path, ignore: object = None) -> tuple
         if twice := [entry for entry in entries if entries.count(entry) > 1]:
             raise DataError(f'{source}: "labels" uses the {kind} {twice[0]!r} twice. Give each class its own {kind}.')
     by_name = [pair for pair in pairs if pair[0].lower() == "background"]
-    ground = [*by_name, *(pair for pair in pairs if pair[1] == 0), ("background", 0.0)][0]
+    ground = [*by_name, *(pair for pair in pairs if pair[1] == 0), ("background", 0)][0]
     if ground[1] == ignored:
         raise DataError(f"{source}: the background and the ignore label are both {value_text(ground[1])}. Correct one.")
     rest = sorted((pair for pair in pairs if pair != ground), key=lambda pair: pair[1])
     if not rest:
         raise DataError(f'{source}: "labels" names no class other than the background. Declare at least one.')
-    return {name: _plain(value) for name, value in [ground, *rest]}, None if ignored is None else _plain(ignored)
+    return dict([ground, *rest]), ignored
 
 
 def value_text(value: float) -> str:
@@ -88,12 +83,7 @@ def value_text(value: float) -> str:
     return f"{value:.0f}" if value == round(value) else f"{value:.4g}"
 
 
-def _plain(value: float) -> int | float:
-    """An int if the number is whole: it reads better in a file."""
-    return int(value) if value.is_integer() else value
-
-
-def scan_labels(files: Iterable[Path], source: Path, ignore: object = None) -> tuple[Labels, int | float | None]:
+def labels_in_files(files: Iterable[Path], source: Path) -> Labels:
     """Labels as the files show them: ``{"background": 0, "label 1": 1, ...}``; `check_dataset` reports unreadable files."""
 
     def read_values(path: Path) -> set[float]:
@@ -106,10 +96,9 @@ def scan_labels(files: Iterable[Path], source: Path, ignore: object = None) -> t
     if len(values) > 256 or any(value != int(value) for value in values):
         found = f'declares no "labels", and the label files hold {len(values)} different values, perhaps fractions'
         raise DataError(f'{source}: {found}. Declare the classes: "labels": {{"background": 0, "tumour": 1}}.')
-    declared = {f"label {int(value)}": value for value in values if value != 0}
-    if not declared:
+    if not any(values):
         raise DataError(f"{source}: the label files hold no value other than 0. At least one structure must be drawn.")
-    return parse_labels({"background": 0, **declared}, source, ignore)
+    return {"background": 0, **{f"label {int(value)}": value for value in values if value != 0}}
 
 
 def is_near(value: float, others: Iterable[float]) -> bool:
@@ -191,33 +180,32 @@ def class_indices(
 
     `DataError`: the label map holds a value that the plan does not declare.
     """
-    values, indices = list(plan["labels"].values()), list(range(len(plan["labels"])))
+    index_of = {value: index for index, value in enumerate(plan["labels"].values())}
     if plan.get("ignore_label") is not None:
-        values, indices = [*values, plan["ignore_label"]], [*indices, IGNORE_INDEX]
+        index_of[plan["ignore_label"]] = IGNORE_INDEX
     out = np.empty_like(label, dtype=np.int16)
     stray: set[float] = set()
     for part in slabs(label.shape[-1] if label.ndim else 0, label.size):
-        out[..., part] = indexed = _indexed(label[..., part], values, indices)
+        out[..., part] = indexed = _indexed(label[..., part], index_of)
         stray |= {float(value) for value in np.unique(label[..., part][indexed == STRAY])}
     if stray:
-        few, declared = (", ".join(map(value_text, part)) for part in (sorted(stray)[:5], values))
-        cure = "Correct the label map or declare the value."
-        raise DataError(f"{source}: holds {few}, but the declared values are {declared}. {cure}")
+        few, declared = (", ".join(map(value_text, part)) for part in (sorted(stray)[:5], index_of))
+        raise DataError(f"{source}: holds {few}, but the declared values are {declared}. Correct it or declare them.")
     return out
 
 
-def _indexed(label: npt.NDArray[Any], values: list[int | float], indices: list[int]) -> npt.NDArray[np.int16]:
-    """Class indices, `STRAY` for a value that is not one of `values`; by a table if all are small integers."""
+def _indexed(label: npt.NDArray[Any], index_of: Mapping[float, int]) -> npt.NDArray[np.int16]:
+    """Class indices, `STRAY` for a value that has none; by a table if all are small integers."""
     whole = as_whole(label)
     if whole is None:
         out = np.full(label.shape, STRAY, dtype=np.int16)
         label = label.astype(np.float64)  # differences of unsigned integers are never below 0
-        for value, index in zip(values, indices, strict=True):
+        for value, index in index_of.items():
             out[np.abs(label - value) <= TOLERANCE] = index
         return out
     low = int(whole.min())
     table = np.full(int(whole.max()) - low + 1, STRAY, dtype=np.int16)
-    for value, index in zip(values, indices, strict=True):
+    for value, index in index_of.items():
         if float(value).is_integer() and 0 <= value - low < len(table):
             table[int(value) - low] = index
     return table[whole.astype(np.int64) - low]

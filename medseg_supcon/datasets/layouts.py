@@ -7,12 +7,11 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from medseg_supcon.datasets.dataset import SECTIONS, Case, Dataset, inside, texts
-from medseg_supcon.datasets.labels import check_name, parse_labels, scan_labels, whole_number
+from medseg_supcon.datasets.labels import as_number, check_name, labels_in_files, parse_labels
 from medseg_supcon.errors import DataError, nearest
 from medseg_supcon.files import read_json
 from medseg_supcon.scans import NIFTI_ENDINGS, read_header, stem
@@ -47,16 +46,12 @@ def read_dataset(path: str | Path) -> Dataset:
     path = Path(path)
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for long names
         raise DataError(f"{path}: there is no such file or folder. Give {LAYOUTS}.")
-    path = _without_dots(path)
+    path = path.resolve() if ".." in path.parts else path  # so that paths below it can be compared by name
+    if not path.is_dir() and path.suffix.lower() != ".json":
+        raise DataError(f"{path}: is not a data set. Give {LAYOUTS}.")
     source = path / "dataset.json" if path.is_dir() else path
     root = source.parent
-    content: dict[str, Any] = {}
-    if source.is_file():
-        if source.suffix.lower() != ".json":
-            raise DataError(f"{path}: is not a data set. Give {LAYOUTS}.")
-        content = read_json(source, DataError)
-    elif not _image_folder(root):
-        raise DataError(f"{path}: holds no dataset.json and no imagesTr. Give {LAYOUTS}.")
+    content = read_json(source, DataError) if source.is_file() else {}
     warnings = _check_keys(content, source)
     if (splits := root / "splits_final.json").is_file():
         warnings.append(f'{splits}: is not used. Give the items of a "training" list a "fold" (fold 0 validates).')
@@ -66,28 +61,17 @@ def read_dataset(path: str | Path) -> Dataset:
     cases = _with_patients([_with_channel_files(case) for case in cases], root, warnings)
     label_files = [case.label for case in cases if case.label]
     if not label_files:
-        cure = "put it into labelsTr under the scan's name, or name it in the data list"
-        raise DataError(
-            f"{source}: none of the {len(cases)} scans has a label map. Training needs at least one: {cure}."
-        )
+        cure = "Put at least one into labelsTr under its scan's name, or name it in the data list."
+        raise DataError(f"{source}: none of the {len(cases)} scans has a label map. {cure}")
     expected, number = content.get("numTraining"), len(content.get("training", ())) or len(label_files)
-    if expected is not None and whole_number(expected) not in (number, len(label_files)):
+    if expected is not None and as_number(expected) not in (number, len(label_files)):
         warnings.append(f'{source}: "numTraining" is {expected!r}, but there are {number} training cases.')
-    ignore = content.get("ignore_label")
-    declared = content.get("labels")
-    labels, ignore_label = (
-        parse_labels(declared, source, ignore) if declared else scan_labels(label_files, source, ignore)
-    )
-    return Dataset(
-        root=root,
-        name=check_name(content.get("name") or root.resolve().name or "data", source, "name"),
-        cases=_without_twins(cases, source),
-        channels=_channels(content, cases[0], source),
-        labels=labels,
-        ignore_label=ignore_label,
-        validation=frozenset(case.name for case in cases if case.name in validation and case.label),
-        warnings=tuple(warnings),
-    )
+    declared = content.get("labels") or labels_in_files(label_files, source)
+    labels, ignore_label = parse_labels(declared, source, content.get("ignore_label"))
+    name = check_name(content.get("name") or root.resolve().name or "data", source, "name")
+    held_out = frozenset(case.name for case in cases if case.name in validation and case.label)
+    channels, whole = _channels(content, cases[0], source), _without_twins(cases, source)
+    return Dataset(root, name, whole, channels, labels, ignore_label, held_out, tuple(warnings))
 
 
 def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:
@@ -97,7 +81,7 @@ def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:
     """
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: there is no such folder. Give a folder of NIfTI scans.")
-    root = _without_dots(Path(folder))
+    root = Path(folder).resolve() if ".." in Path(folder).parts else Path(folder)  # as above
     cases = tuple(Case(name, images) for name, images in _scans(root, len(dataset.channels)).items())
     if not cases:
         raise DataError(f"{root}: holds no NIfTI scan (.nii or .nii.gz). Give a folder of scans.")
@@ -138,23 +122,24 @@ def _cases(
     content: Mapping[str, Any], path: Path, source: Path, warnings: list[str]
 ) -> tuple[list[Case], frozenset[str]]:
     """The cases of a data set in any layout, and the names of those that validate."""
-    root, files = source.parent, content.get("dataset")
+    files = content.get("dataset")
     if "training" not in content and isinstance(files, Mapping):
         if odd := [name for name, entry in files.items() if not isinstance(entry, Mapping)]:
             raise DataError(f'{source}: {odd[0]!r} under "dataset" must hold "images" and "label".')
-        renamed = {
-            name: {("image" if k == "images" else k): v for k, v in entry.items()} for name, entry in files.items()
-        }
-        entries = [{**entry, "name": name} for name, entry in renamed.items()]
+        entries = [{**entry, "name": name} for name, entry in files.items()]
         return [case for case, _ in _listed(entries, "dataset", source, warnings)], frozenset()
     if "training" not in content:
-        if not path.is_dir():
-            raise DataError(f'{source}: has no "training" list. Give {LAYOUTS}.')
-        return _folder_cases(root, source, content), frozenset()
+        return _folder_cases(path, content), frozenset()
     if also := [f'"{key}"' for key in ("file_ending", "dataset") if key in content]:
         warnings.append(f'{source}: has a "training" list and {" and ".join(also)}: only the list is used.')
     listed = _listed(content["training"], "training", source, warnings)
-    cases, validation = [case for case, _ in listed], _fold_0(listed, source)
+    cases = [case for case, _ in listed]
+    folds = {case.name: str(fold) for case, fold in listed if fold is not None}
+    validation = frozenset(name for name, fold in folds.items() if fold in ("0", "0.0"))  # as in MONAI's Auto3DSeg
+    if folds and not 0 < len(validation) < len(listed):
+        found = f'the values of "fold" are {", ".join(sorted(set(folds.values())))}'
+        cure = "Number the folds from 0, or remove the key."
+        raise DataError(f"{source}: fold 0 validates and the other folds train, but {found}. {cure}")
     for key in ("validation", "unlabelled", "unlabeled"):
         more = [case for case, _ in _listed(content.get(key) or (), key, source, warnings)]
         cases += more
@@ -175,13 +160,14 @@ def _listed(entries: object, key: str, source: Path, warnings: list[str]) -> lis
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         raise DataError(f'{source}: "{key}" must be a list of items {{"image": path, "label": path}}.')
     items = [entry if isinstance(entry, Mapping) else {"image": entry} for entry in entries]
-    kinds = dict.fromkeys(tuple(map(str, item)) for item in items)
-    warnings += dict.fromkeys(w for keys in kinds for w in _unknown(keys, ITEM_KEYS, f'an item of "{key}"', source))
+    known = (*ITEM_KEYS, "images") if key == "dataset" else ITEM_KEYS  # nnU-Net's word
+    warnings += dict.fromkeys(w for keys in items for w in _unknown(keys, known, f'an item of "{key}"', source))
     listed: list[tuple[Case, object]] = []
     for number, item in enumerate(items, 1):
-        if not item.get("image"):
+        paths = item.get("image") or item.get("images")
+        if not paths:
             raise DataError(f'{source}: item {number} of "{key}" has no "image". Give it the path of its scan.')
-        images = tuple(inside(source.parent, text, source) for text in texts(item["image"]))
+        images = tuple(inside(source.parent, text, source) for text in texts(paths))
         if any(path.name.startswith("._") for path in images):
             continue
         labels = texts(None if key.startswith("unlabel") else item.get("label"))
@@ -201,21 +187,9 @@ def _case_name(images: tuple[Path, ...], label: Path | None) -> str:
         return stem(label)
     if len(stems) == 1:
         return stems[0]
-    equal = takewhile(lambda signs: len(set(signs)) == 1, zip(*stems, strict=False))
-    common = "".join(signs[0] for signs in equal).rstrip("_-. ")
+    common = os.path.commonprefix(stems).rstrip("_-. ")  # noqa: RUF071 - names, not paths
     common = re.sub(r"[_\-.](0+|t)$", "", common)  # a_0000, a_0001 and a_t1, a_t2 share too much
     return common if len(common) > 1 else images[0].parent.name
-
-
-def _fold_0(listed: list[tuple[Case, object]], source: Path) -> frozenset[str]:
-    """Names of the cases of fold 0, if items have a "fold" (the rule of MONAI's Auto3DSeg)."""
-    folds = {case.name: str(fold) for case, fold in listed if fold is not None}
-    chosen = frozenset(name for name, fold in folds.items() if fold in ("0", "0.0"))
-    if folds and not 0 < len(chosen) < len(listed):
-        found = f'the values of "fold" are {", ".join(sorted(set(folds.values())))}'
-        cure = "Number the folds from 0, or remove the key."
-        raise DataError(f"{source}: fold 0 validates and the other folds train, but {found}. {cure}")
-    return chosen
 
 
 def _with_patients(cases: list[Case], root: Path, warnings: list[str]) -> list[Case]:
@@ -234,19 +208,14 @@ def _without_twins(cases: Sequence[Case], source: Path) -> tuple[Case, ...]:
     seen: dict[str, Case] = {}
     for case in cases:
         if not re.fullmatch(r"[^./\\\0\n][^/\\\0\n]*", case.name):
-            what = f"the case name {case.name!r} cannot be a file name"
-            raise DataError(f"{source}: {what}. Use letters, digits, - and _.")
+            cure = "Use letters, digits, - and _."
+            raise DataError(f"{source}: the case name {case.name!r} cannot be a file name. {cure}")
         if case.name in seen:
             files = f"{seen[case.name].images[0]} and {case.images[0]}"
             cure = 'Rename a file, remove the double item, or give the items a "name".'
             raise DataError(f"{source}: two cases are called {case.name!r} ({files}). {cure}")
         seen[case.name] = case
     return tuple(cases)
-
-
-def _without_dots(path: Path) -> Path:
-    """The path itself, or if it has a ``..``, its target: then paths below it can be compared by name."""
-    return path.resolve() if ".." in path.parts else path
 
 
 def _with_channel_files(case: Case) -> Case:
@@ -257,10 +226,6 @@ def _with_channel_files(case: Case) -> Case:
     pattern = re.compile(re.escape(stem(image)) + r"_\d{4}")
     files = [file for file in _nifti_files(image.parent) if pattern.fullmatch(stem(file))]
     return replace(case, images=tuple(files) or case.images)
-
-
-def _image_folder(root: Path) -> Path | None:
-    return next((root / name for name in ("imagesTr", "images") if (root / name).is_dir()), None)
 
 
 def _nifti_files(folder: Path) -> list[Path]:
@@ -285,14 +250,14 @@ def _scans(folder: Path, channels: int, suffixed: bool | None = None) -> dict[st
     return {name: tuple(sorted(own)) for name, own in scans.items()}
 
 
-def _folder_cases(root: Path, source: Path, content: Mapping[str, Any]) -> list[Case]:
+def _folder_cases(path: Path, content: Mapping[str, Any]) -> list[Case]:
+    images = next((path / name for name in ("imagesTr", "images") if (path / name).is_dir()), None)
+    if images is None:
+        raise DataError(f'{path}: has neither a "training" list nor a folder imagesTr. Give {LAYOUTS}.')
     ending = "." + str(content.get("file_ending", ".nii.gz")).strip().lower().lstrip(".")
     if ending not in NIFTI_ENDINGS:
-        raise DataError(f'{source}: "file_ending" is {ending!r}. Training data must be NIfTI (.nii.gz): convert them.')
-    images = _image_folder(root)
-    if images is None:
-        raise DataError(f'{source}: has no "training" list, and {root} holds no imagesTr. Give {LAYOUTS}.')
-    labels = {stem(file): file for file in _nifti_files(root / images.name.replace("images", "labels"))}
+        raise DataError(f'{path}: "file_ending" is {ending!r}. Training data must be NIfTI (.nii.gz): convert them.')
+    labels = {stem(file): file for file in _nifti_files(path / images.name.replace("images", "labels"))}
     stems = {stem(file) for file in _nifti_files(images)}
     if not stems:
         raise DataError(f"{images}: holds no NIfTI scan (.nii or .nii.gz). Put the training scans there.")
@@ -305,13 +270,12 @@ def _folder_cases(root: Path, source: Path, content: Mapping[str, Any]) -> list[
     if labels and not set(labels) & set(scans):
         names = f"{next(iter(labels))!r}, {next(iter(scans))!r}"
         cure = "Name each label map as its scan, without the channel suffix _0000."
-        raise DataError(f"{root}: no label map has the name of a scan ({names}). {cure}")
-    cases = [Case(name, files, labels.get(name)) for name, files in scans.items()]
+        raise DataError(f"{path}: no label map has the name of a scan ({names}). {cure}")
     with_suffix = any(stem(files[0]) != name for name, files in scans.items())
     suffixes = [f"_{n:04d}" for n in range(number)] if with_suffix else [""]
     for name in set(labels) - set(scans):  # a label map without its scan: the check reports it
-        cases.append(Case(name, tuple(images / f"{name}{s}{ending}" for s in suffixes), labels[name]))
-    return sorted(cases, key=lambda case: case.name)
+        scans[name] = tuple(images / f"{name}{s}{ending}" for s in suffixes)
+    return [Case(name, scans[name], labels.get(name)) for name in sorted(scans)]
 
 
 def _channels(content: Mapping[str, Any], case: Case, source: Path) -> tuple[str, ...]:
@@ -327,9 +291,9 @@ def _channels(content: Mapping[str, Any], case: Case, source: Path) -> tuple[str
             number = shape[3] if len(shape) == 4 and number == 1 else number
         declared = [declared or "scan"] if number == 1 else [f"{declared or 'channel'} {n}" for n in range(number)]
     if isinstance(declared, Mapping):
-        pairs = [(whole_number(number), name) for number, name in declared.items()]
+        pairs = [(as_number(number), name) for number, name in declared.items()]
         if any(number is None for number, _ in pairs):  # {"CT": 0}
-            pairs = [(whole_number(number), name) for name, number in declared.items()]
+            pairs = [(as_number(number), name) for name, number in declared.items()]
         by_number = {number: name for number, name in pairs if number is not None}
         if len(by_number) < len(pairs):
             example = 'to their names, such as {"0": "T1", "1": "FLAIR"}'
