@@ -33,8 +33,6 @@ RARE = {
     "class_in_one_case": "a single case shows the class {}: if that case validates, the class is not learnt.",
 }
 
-Image = tuple[Path, Volume]
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -212,7 +210,7 @@ def _has_geometry(report: CaseReport, path: Path, volume: Volume) -> bool:
     return True
 
 
-def _check_grid(report: CaseReport, image: Image, scan: Image, mismatch: str) -> None:
+def _check_grid(report: CaseReport, image: tuple[Path, Volume], scan: tuple[Path, Volume], mismatch: str) -> None:
     """Whether a label map, or a further channel, is on the grid of the scan."""
     (path, volume), (file, reference) = image, scan
     own, expected = volume.data.shape[:3], reference.data.shape[:3]

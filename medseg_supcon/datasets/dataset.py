@@ -103,12 +103,10 @@ def split_cases(
     """Split a data set by patients, for a budget of `labels` labelled cases, validation included.
 
     The seed and the names alone order the labelled cases; a budget of N takes the first N, and whether a case trains or
-    validates is decided along that order, so a smaller budget's training cases are among those of a larger one, likewise
-    for validation. About ``max(1, min(20, round(validation_fraction * N)))`` cases validate, more if a patient has many
-    scans. If the data list names validation cases, only these validate; without a budget all of them do. With a fraction
-    of 0 all cases of the budget train, and the first 20 also validate.
-
-    `DataError`: fewer labelled cases than `labels`, or a patient on both sides of the data list's own split.
+    validates is decided along that order, so the cases of a smaller budget are on the same side in a larger one. About
+    ``max(1, min(20, round(validation_fraction * N)))`` cases validate, more if a patient has many scans. If the data list
+    names validation cases, only these validate (`DataError` if that separates scans of a patient); without a budget all
+    of them do. With a fraction of 0 all cases of the budget train, and the first 20 also validate.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction must be at least 0 and below 1, got {validation_fraction}")
@@ -118,9 +116,7 @@ def split_cases(
         raise DataError(f"{dataset.root}: no case has a label map. Training needs at least one.")
     if not 1 <= total <= len(labelled):
         found = f"{total} labelled cases were asked for, but it has {len(labelled)}"
-        raise DataError(
-            f"{dataset.root}: {found}. Ask for at least 1 and at most {len(labelled)}, or label more scans."
-        )
+        raise DataError(f"{dataset.root}: {found}. Ask for at least 1 and at most {len(labelled)}.")
 
     def draw(text: str) -> bytes:
         return hashlib.sha256(f"{seed}\0{text}".encode()).digest()
@@ -149,9 +145,7 @@ def split_cases(
         validation = training if validation_fraction > 0 else training[:MOST_VALIDATION]
         why = "no other labelled patient can validate" if validation_fraction > 0 else "all of them train"
         names = ", ".join(case.name for case in training[:3]) + ", ..." * (len(training) > 3)
-        warnings.append(
-            f"Validation uses the training cases themselves ({names}): {why}. Its scores say nothing about new scans."
-        )
+        warnings.append(f"Validation uses the training cases ({names}): {why}. Its scores say nothing about new scans.")
     used = {case.name for case in (*training, *validation)}
     rest = tuple(replace(case, label=None) for case in dataset.cases if case.name not in used)
     return Split(tuple(training), tuple(validation), rest, tuple(warnings))
@@ -163,13 +157,10 @@ def _group(case: Case) -> str:
 
 def patient_on_both_sides(dataset: Dataset) -> str | None:
     """A sentence on a patient whose labelled scans both train and validate in the data list; None if none does."""
-    trains, validates = (
-        {_group(case) for case in dataset.labelled if (case.name in dataset.validation) == side}
-        for side in (False, True)
-    )
-    if not trains & validates:
+    sides = [{_group(c) for c in dataset.labelled if (c.name in dataset.validation) == side} for side in (False, True)]
+    if not (both := sides[0] & sides[1]):
         return None
-    found = f"patient {min(trains & validates).removeprefix('patient ')!r} both trains and validates in the data list"
+    found = f"patient {min(both).removeprefix('patient ')!r} both trains and validates in the data list"
     return f"{dataset.root}: {found}. Keep a patient's scans on one side."
 
 
@@ -205,8 +196,7 @@ def read_datalist(path: Path) -> dict[str, list[Item]]:
         entries = content.get(section)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             what = 'must be a list of items {"name": text, "image": path, "label": path}'
-            found = "nothing" if entries is None else type(entries).__name__
-            raise DataError(f'{path}: "{section}" {what}, found {found}.')
+            raise DataError(f'{path}: "{section}" {what}. Correct it, or plan the run again.')
     return {section: content[section] for section in SECTIONS}
 
 

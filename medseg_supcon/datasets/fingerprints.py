@@ -13,13 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg_supcon.datasets.dataset import Case, Dataset
-from medseg_supcon.datasets.labels import class_indices
+from medseg_supcon.datasets.labels import Floats, class_indices
 from medseg_supcon.errors import DataError
 from medseg_supcon.scans import Volume, count_values, in_parallel, read_header, read_nifti
 
 SAMPLES_PER_CASE = 10_000
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -107,11 +105,7 @@ def _spread(values: Floats) -> dict[str, Any]:
 def fingerprint(
     dataset: Dataset, cases: Sequence[Case] | None = None, known: Mapping[Case, CaseFingerprint] | None = None
 ) -> Fingerprint:
-    """The fingerprint of a data set or of some of its cases; of unlabelled ones only the header is read.
-
-    `known`: cases that need not be read again, `Report.fingerprints` of `check_dataset`. `DataError`: no case, an
-    unreadable file, a label map of another shape than its scan's, or a label value that is not declared.
-    """
+    """The fingerprint of a data set or of some of its cases; `known` ones (`Report.fingerprints`) are not read again."""
     chosen = tuple(dataset.cases if cases is None else cases)
     if not chosen:
         raise DataError(f"{dataset.root}: no case to take a fingerprint of.")

@@ -15,9 +15,9 @@ from medseg_supcon.losses import IGNORE_INDEX
 from medseg_supcon.scans import as_whole, count_values, in_parallel, read_nifti, slabs
 
 Labels = dict[str, "int | float"]
-
-# Values of float label files carry rounding of the scaling; a value this close to a declared one is that one.
-TOLERANCE = 1e-3
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+TOLERANCE = 1e-3  # float label files carry rounding of the scaling: a value this close to a declared one is that one
 LARGEST = 2**53  # beyond it float64 merges neighbouring whole numbers
 MOST_VALUES = 64  # undeclared values above which a label map looks like a scan
 STRAY = np.iinfo(np.int16).min
@@ -116,15 +116,10 @@ def stray_values(path: Path, counts: Mapping[float, int], declared: Sequence[flo
     known = ", ".join(map(value_text, declared[:20])) + ", ..." * (len(declared) > 20)
     stored = nibabel.load(path).dataobj
     if len(stray) > MOST_VALUES:
-        why = (
-            f"With {len(stray)} such values it looks like a scan (are scan and label map swapped in the list?) or was "
-        )
-        why += "resampled with interpolation (use nearest neighbour)."
+        why = f"With {len(stray)} such values it is a scan (swapped in the list?) or was resampled with interpolation."
     elif (stored.slope, stored.inter) != (1, 0):
-        why = (
-            f"Its header scales the stored values (scl_slope {stored.slope:.6g}, scl_inter {stored.inter:g}). Save the "
-        )
-        why += "class values as whole numbers, without scaling."
+        scaling = f"scl_slope {stored.slope:.6g}, scl_inter {stored.inter:g}"
+        why = f"Its header scales the stored values ({scaling}). Save whole class values, without scaling."
     elif fractional:
         why = "If it was resampled, use nearest neighbour; if these are probabilities, save class values."
     else:
@@ -141,11 +136,8 @@ def label_type(values: Collection[float]) -> np.dtype[Any]:
     return np.min_scalar_type(high if low >= 0 else min(low, -high - 1))  # -128 is as far as 127
 
 
-def snap_labels(label: npt.NDArray[Any], values: Iterable[float]) -> npt.NDArray[Any]:
-    """The label map with every value within 1e-3 of one of `values` set to exactly that one.
-
-    Float label files and files with a scaling hold 0.9999999 instead of 1. Other values stay as they are.
-    """
+def snap_labels(label: Array, values: Iterable[float]) -> Array:
+    """The label map with values within 1e-3 of one of `values`, as a scaling leaves them, set to exactly that one."""
     declared = list(values)
     if label.dtype.kind != "f" or set(count_values(label)) <= set(declared):
         return label
@@ -155,9 +147,7 @@ def snap_labels(label: npt.NDArray[Any], values: Iterable[float]) -> npt.NDArray
     return out
 
 
-def reorient(
-    data: npt.NDArray[Any], affine: npt.NDArray[np.float64], like: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+def reorient(data: Array, affine: Floats, like: Floats) -> tuple[Array, Floats]:
     """A volume (X, Y, Z, ...) and its affine with the axes in the order and direction of another affine.
 
     Every voxel stays at its place in space: axes are swapped and mirrored, nothing is interpolated. An affine
@@ -173,13 +163,8 @@ def reorient(
     return turned, affine @ nibabel.orientations.inv_ornt_aff(change, data.shape[:3])
 
 
-def class_indices(
-    label: npt.NDArray[Any], plan: Mapping[str, Any], source: str | Path = "label map"
-) -> npt.NDArray[np.int16]:
-    """Class indices of a label map: values of the files in, 0..C-1 and `IGNORE_INDEX` out, same shape.
-
-    `DataError`: the label map holds a value that the plan does not declare.
-    """
+def class_indices(label: Array, plan: Mapping[str, Any], source: str | Path = "label map") -> npt.NDArray[np.int16]:
+    """Class indices 0..C-1 and `IGNORE_INDEX` for the values of a label map; `DataError` if one is not declared."""
     index_of = {value: index for index, value in enumerate(plan["labels"].values())}
     if plan.get("ignore_label") is not None:
         index_of[plan["ignore_label"]] = IGNORE_INDEX
@@ -194,7 +179,7 @@ def class_indices(
     return out
 
 
-def _indexed(label: npt.NDArray[Any], index_of: Mapping[float, int]) -> npt.NDArray[np.int16]:
+def _indexed(label: Array, index_of: Mapping[float, int]) -> npt.NDArray[np.int16]:
     """Class indices, `STRAY` for a value that has none; by a table if all are small integers."""
     whole = as_whole(label)
     if whole is None:

@@ -16,10 +16,7 @@ from medseg_supcon.errors import DataError, nearest
 from medseg_supcon.files import read_json
 from medseg_supcon.scans import NIFTI_ENDINGS, read_header, stem
 
-LAYOUTS = (
-    "a folder with dataset.json, imagesTr and labelsTr (Medical Segmentation Decathlon or nnU-Net v2), a "
-    "folder with images and labels, or a MONAI datalist JSON"
-)
+LAYOUTS = "a folder with dataset.json (decathlon, nnU-Net v2) or with images and labels, or a MONAI datalist JSON"
 LISTS = (*SECTIONS, "unlabeled", "test")
 CHANNEL_KEYS = ("channel_names", "modality")
 DESCRIPTIONS = (  # of the decathlon, nnU-Net v1 and v2, and MONAI: nothing in a training depends on them
@@ -75,10 +72,7 @@ def read_dataset(path: str | Path) -> Dataset:
 
 
 def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:
-    """The scans of a folder as unlabelled cases of `dataset` (its channels, ``_0000`` suffixes for several).
-
-    `DataError`: no folder, no scan in it, or a name that the data set has already.
-    """
+    """The scans of a folder as unlabelled cases of `dataset`, with ``_0000`` suffixes for several channels."""
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: there is no such folder. Give a folder of NIfTI scans.")
     root = Path(folder).resolve() if ".." in Path(folder).parts else Path(folder)  # as above
@@ -96,10 +90,8 @@ def _check_keys(content: Mapping[str, Any], source: Path) -> list[str]:
         entries = content[key] if isinstance(content[key], list) and key not in KEYS else []
         is_case = ["image" in e if isinstance(e, dict) else str(e).lower().endswith(NIFTI_ENDINGS) for e in entries]
         if any(is_case):
-            raise DataError(
-                f'{source}: {key!r} is a list of {sum(is_case)} cases, but lists of cases are called "training", '
-                f'"validation", "unlabelled" or "test" (not used in training).{_hint(key, LISTS)} Rename it.'
-            )
+            found = f"{key!r} is a list of {sum(is_case)} cases, but such lists are called {', '.join(LISTS)}"
+            raise DataError(f"{source}: {found}.{_hint(key, LISTS)} Rename it.")
     return _unknown(keys, KEYS, "the file", source)
 
 
@@ -118,24 +110,22 @@ def _hint(key: str, known: Sequence[str]) -> str:
     return f" Did you mean {near!r}?" if near else ""
 
 
-def _cases(
-    content: Mapping[str, Any], path: Path, source: Path, warnings: list[str]
-) -> tuple[list[Case], frozenset[str]]:
+def _cases(content: Mapping[str, Any], path: Path, source: Path, warnings: list[str]) -> tuple[list[Case], set[str]]:
     """The cases of a data set in any layout, and the names of those that validate."""
     files = content.get("dataset")
     if "training" not in content and isinstance(files, Mapping):
         if odd := [name for name, entry in files.items() if not isinstance(entry, Mapping)]:
             raise DataError(f'{source}: {odd[0]!r} under "dataset" must hold "images" and "label".')
         entries = [{**entry, "name": name} for name, entry in files.items()]
-        return [case for case, _ in _listed(entries, "dataset", source, warnings)], frozenset()
+        return [case for case, _ in _listed(entries, "dataset", source, warnings)], set()
     if "training" not in content:
-        return _folder_cases(path, content), frozenset()
+        return _folder_cases(path, content), set()
     if also := [f'"{key}"' for key in ("file_ending", "dataset") if key in content]:
         warnings.append(f'{source}: has a "training" list and {" and ".join(also)}: only the list is used.')
     listed = _listed(content["training"], "training", source, warnings)
     cases = [case for case, _ in listed]
     folds = {case.name: str(fold) for case, fold in listed if fold is not None}
-    validation = frozenset(name for name, fold in folds.items() if fold in ("0", "0.0"))  # as in MONAI's Auto3DSeg
+    validation = {name for name, fold in folds.items() if fold in ("0", "0.0")}  # as in MONAI's Auto3DSeg
     if folds and not 0 < len(validation) < len(listed):
         found = f'the values of "fold" are {", ".join(sorted(set(folds.values())))}'
         cure = "Number the folds from 0, or remove the key."
@@ -148,7 +138,7 @@ def _cases(
                 raise DataError(f'{source}: {bare[0]!r} under "validation" has no "label". Move it to "unlabelled".')
             if validation:
                 warnings.append(f'{source}: items have a "fold", but the "validation" list counts.')
-            validation = frozenset(case.name for case in more)
+            validation = {case.name for case in more}
     return cases, validation
 
 
@@ -208,12 +198,10 @@ def _without_twins(cases: Sequence[Case], source: Path) -> tuple[Case, ...]:
     seen: dict[str, Case] = {}
     for case in cases:
         if not re.fullmatch(r"[^./\\\0\n][^/\\\0\n]*", case.name):
-            cure = "Use letters, digits, - and _."
-            raise DataError(f"{source}: the case name {case.name!r} cannot be a file name. {cure}")
+            raise DataError(f"{source}: case name {case.name!r} cannot be a file name. Use letters, digits, - and _.")
         if case.name in seen:
             files = f"{seen[case.name].images[0]} and {case.images[0]}"
-            cure = 'Rename a file, remove the double item, or give the items a "name".'
-            raise DataError(f"{source}: two cases are called {case.name!r} ({files}). {cure}")
+            raise DataError(f"{source}: two cases are called {case.name!r} ({files}). Rename a file or name its item.")
         seen[case.name] = case
     return tuple(cases)
 

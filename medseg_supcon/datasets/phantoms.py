@@ -14,14 +14,13 @@ from nibabel.affines import from_matvec
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
+from medseg_supcon.datasets.labels import Floats
 from medseg_supcon.errors import DataError
 
 PHANTOM_LABELS = {"background": 0, "capsule": 1, "core": 2, "anterior horn": 3, "posterior horn": 4, "nodule": 5}
 ORIENTATIONS = ("RAS", "LPS", "PIR", "LAS", "ASL", "SRP", "RSA", "IPL")
 SPACINGS = ((1, 1, 1), (0.8, 0.8, 0.8), (1, 1, 2), (1.2, 1, 0.9), (1.5, 1.2, 1.2), (0.9, 0.9, 1.5))  # mm
 AIR, TISSUE, BRIGHT = 0.05, 0.5, 0.85
-
-Floats = npt.NDArray[np.float64]
 
 
 def make_phantoms(folder: str | Path, *, cases: int = 12, unseen: int = 4, seed: int = 0, size: float = 56.0) -> Path:
