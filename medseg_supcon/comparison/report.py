@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,7 @@ from markupsafe import Markup
 
 from medseg_supcon import __version__
 from medseg_supcon.comparison import figures, statistics
-from medseg_supcon.comparison.results import RUN_SCORES, Results, grid_table, means_of_tests
-from medseg_supcon.comparison.statistics import (
-    MEAN,
-    compare_recipes,
-    excludes_zero,
-    recipe_means,
-    too_few,
-    verdict,
-)
+from medseg_supcon.comparison.statistics import MEAN, compare_recipes, excludes_zero, too_few, verdict
 from medseg_supcon.evaluation import EMPTY_RULE
 from medseg_supcon.files import write_csv, write_text
 from medseg_supcon.text import counted, markdown_text
@@ -31,20 +24,30 @@ Row = dict[str, Any]
 FEW_CASES = 10
 
 
+@dataclass(frozen=True)
+class Results:
+    """Everything that a report is made of; rows start with the run's key: ``recipe``, ``labels``, ``seed``, ``variant``."""
+
+    about: Row  # what was compared, as JSON values
+    scores: Mapping[str, Sequence[Row]]  # condition (``clean`` first) -> a row per run, test case and class
+    runs: Sequence[Row]  # a row per run: what it cost and how it ended
+    histories: Sequence[Row]  # a row per run, with ``history``: the rows of its history.csv, as numbers
+
+
 def write_comparison(out: Path, results: Results) -> Row:
     """Write the CSV tables, ``pictures/``, ``summary.md`` and ``report.html``; returns what they say, as JSON values."""
     about, clean, pictures = results.about, results.scores["clean"], out / "pictures"
-    recipes = list(about["recipes"])
-    differences = _compare(clean, about)
+    recipes, variants = list(about["recipes"]), about["variants"]
+    compared = [  # in a grid the recipes are compared within every variant
+        {"condition": condition} | ({"variant": variant["name"]} if about["axes"] else {}) | row
+        for condition, rows in results.scores.items()
+        for variant in variants
+        for row in compare_recipes([r for r in rows if r.get("variant", "") == variant["name"]], recipes)
+    ]
+    differences = [_without(row, "condition") for row in compared if row["condition"] == "clean"]
     headline = [row for row in differences if row["class"] == MEAN]
     degraded = [{"condition": c} | row for c, rows in results.scores.items() if c != "clean" for row in rows]
-    worse = [
-        {"condition": condition} | row
-        for condition, rows in (results.scores if degraded else {}).items()
-        for row in _compare(rows, about)
-        if row["class"] == MEAN
-    ]
-    robustness = with_changes(worse, recipes)
+    robustness = with_changes([row for row in compared if row["class"] == MEAN], recipes) if degraded else []
     report: Row = {
         "about": about,
         "differences": differences,
@@ -56,15 +59,14 @@ def write_comparison(out: Path, results: Results) -> Row:
     }
     tables = {"results": clean, "runs": results.runs, "differences": differences, "robustness": degraded}
     if about["axes"]:
-        variants = about["variants"]
         report["answers"] = _grid_answers(headline)
-        report["table"] = grid_table(variants, recipes, results.runs, means_of_tests(clean))
+        report["table"] = statistics.grid_table(variants, recipes, results.runs, clean)
         tables["grid"] = _grid_rows(report["table"], headline)
         figures.grid_figure(report["table"], recipes, pictures / "grid.png")
         figures.grid_curves_figure(results.histories, variants, recipes, pictures / "grid_curves.png")
     else:
         report["answers"] = [*map(answer, headline), *on_degraded_scans(robustness)]
-        report["means"] = tables["summary"] = recipe_means(clean, recipes)
+        report["means"] = tables["summary"] = statistics.recipe_means(clean, recipes)
         figures.efficiency_figure(report["means"], recipes, pictures / "label_efficiency.png")
         figures.differences_figure(headline, pictures / "differences.png")
         if len(about["classes"]) > 1:
@@ -74,20 +76,14 @@ def write_comparison(out: Path, results: Results) -> Row:
             figures.robustness_figure(robustness, recipes, pictures / "robustness.png")
     for name, rows in tables.items():
         if rows:
-            write_csv(out / f"{name}.csv", [key for key in rows[0] if key != "by_seed"], rows)
+            write_csv(out / f"{name}.csv", list(_without(rows[0], "by_seed")), rows)
     for name, template in (("report.html", "html.j2"), ("summary.md", "markdown.j2")):
         write_text(out / name, _render(report | {"headline": headline, "format": template}, pictures))
     return report
 
 
-def _compare(rows: Iterable[Row], about: Row) -> list[Row]:
-    """`compare_recipes`; in a grid within every variant, with ``variant`` first."""
-    if not about["axes"]:
-        return compare_recipes(rows, about["recipes"])
-    of_variant: dict[str, list[Row]] = {variant["name"]: [] for variant in about["variants"]}
-    for row in rows:
-        of_variant[row["variant"]].append(row)
-    return [{"variant": v} | row for v, mine in of_variant.items() for row in compare_recipes(mine, about["recipes"])]
+def _without(row: Row, column: str) -> Row:
+    return {key: value for key, value in row.items() if key != column}
 
 
 def answer(row: Row) -> str:
@@ -96,10 +92,10 @@ def answer(row: Row) -> str:
     if row["difference"] is None:
         return start
     p = "" if row["p"] is None else f"p = {row['p']:.3g}, "
+    number = f"{counted(row['cases'], 'test scan')}, {counted(row['seeds'], 'seed')}"
     return (
         f"{start} {row['recipe']} scores {row['dice']:.4f}, {row['baseline']} {row['baseline_dice']:.4f}: "
-        f"{points(row['difference'])} Dice points (95 % interval {interval(row)}, {p}{counted(row['cases'], 'test scan')}, "
-        f"{counted(row['seeds'], 'seed')})."
+        f"{points(row['difference'])} Dice points (95 % interval {interval(row)}, {p}{number})."
     )
 
 
@@ -111,15 +107,13 @@ def on_degraded_scans(robustness: Sequence[Row]) -> list[str]:
             groups.setdefault((row["labels"], row["recipe"]), []).append(row)
     sentences = []
     for (labels, recipe), rows in groups.items():
-        clear = [row for row in rows if excludes_zero(row)]
-        differ = ", ".join(f"{points(r['difference'])} ({interval(r)}) with {r['condition']}" for r in clear)
+        clear = [f"{points(r['difference'])} ({interval(r)}) with {r['condition']}" for r in rows if excludes_zero(r)]
         rest = ", ".join(row["condition"] for row in rows if not excludes_zero(row))
         baseline, few = rows[0]["baseline"], too_few(rows[0])
-        if not differ:
+        text = f"{recipe} against {baseline} {', '.join(clear)}{few and f', {few}: too few to be sure'}"
+        text += f"; no clear difference with {rest}" if rest else ""
+        if not clear:
             text = f"no clear difference between {recipe} and {baseline} with {rest}"
-        else:
-            text = f"{recipe} against {baseline} {differ}{few and f', {few}: too few to be sure'}"
-            text += f"; no clear difference with {rest}" if rest else ""
         sentences.append(f"With {counted(labels, 'labelled scan')}, on degraded scans: {text}.")
     return sentences
 
@@ -155,13 +149,16 @@ def _costs(runs: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
     for recipe in dict.fromkeys(recipes):
         mine = [run for run in runs if run["recipe"] == recipe]
         total, steps = (sum(run[key] for run in mine) for key in ("minutes", "steps"))
-        minutes = total / len(mine)
-        cost = {"recipe": recipe, "runs": len(mine), "minutes": round(minutes, 2)}
-        cost["seconds_per_step"] = 60 * total / max(steps, 1)
-        cost["relative_time"] = minutes / costs[0]["minutes"] if costs and costs[0]["minutes"] else 1.0
-        cost["memory_gib"] = max((run["memory_gib"] for run in mine if run["memory_gib"]), default=None)
-        cost["machine"] = ", ".join(sorted({run["machine"] for run in mine if run["machine"]}))
-        costs.append(cost)
+        minutes, base = total / len(mine), costs[0]["minutes"] if costs else 0
+        costs.append({
+            "recipe": recipe,
+            "runs": len(mine),
+            "minutes": round(minutes, 2),
+            "seconds_per_step": 60 * total / max(steps, 1),
+            "relative_time": minutes / base if base else 1.0,
+            "memory_gib": max((run["memory_gib"] for run in mine if run["memory_gib"]), default=None),
+            "machine": ", ".join(sorted({run["machine"] for run in mine if run["machine"]})),
+        })  # fmt: skip
     return costs
 
 
@@ -225,11 +222,12 @@ def _render(report: Row, pictures: Path) -> str:
     with_labels = len(about["splits"]) > 1 or not about["axes"]
     levels = {variant["name"]: list(variant["levels"].values()) for variant in about["variants"]}
 
-    def place(row: Row) -> list[str]:  # the cells that say of which budget and variant a row is
-        return [str(row["labels"])] * with_labels + levels[row.get("variant", "")]
-
     def shown(value: Any) -> Any:
         return value if isinstance(value, Markup) or not isinstance(value, str) else Markup(markdown_text(value))
+
+    def pairs(settings: Mapping[str, Any]) -> str:
+        texts = [f"{key}: {value}" for key, value in settings.items()]
+        return ", ".join(t if len(t) < 110 else f"{t[:107]}..." for t in texts) or "nothing"
 
     environment = Environment(
         autoescape=True,
@@ -240,11 +238,6 @@ def _render(report: Row, pictures: Path) -> str:
         # not joinpath(a, b): some of Python 3.10 take one part
         loader=FunctionLoader(lambda name: (files(__package__) / "templates" / name).read_text(encoding="utf-8")),
     )
-
-    def pairs(settings: Mapping[str, Any]) -> str:
-        texts = [f"{key}: {value}" for key, value in settings.items()]
-        return ", ".join(t if len(t) < 110 else f"{t[:107]}..." for t in texts) or "nothing"
-
     environment.filters |= {
         "points": points,
         "number": lambda value, digits=4: "-" if value is None else f"{value:.{digits}f}",
@@ -258,11 +251,12 @@ def _render(report: Row, pictures: Path) -> str:
     text = environment.get_template("report.j2").render(
         report,
         classes=list(dict.fromkeys(row["class"] for row in report["differences"])),
-        place=place,
+        # the cells that say of which budget and variant a row is
+        place=lambda row: [str(row["labels"])] * with_labels + levels[row.get("variant", "")],
         place_head=["labels"] * with_labels + list(about["axes"]),
         overlays={name: settings_and_wiring(overlay) for name, overlay in about["overlays"].items()},
         levels=[(axis, level, settings) for axis, of in about["axes"].items() for level, settings in of.items()],
-        titles=dict(zip(RUN_SCORES, ("loss", "train", "valid.", "test"), strict=True)),
+        titles=dict(zip(statistics.RUN_SCORES, ("loss", "train", "valid.", "test"), strict=True)),
         p_rule=statistics.P_RULE,
         rules=[statistics.LEFT_OUT_RULE, EMPTY_RULE],
         fewest=(statistics.FEWEST_SEEDS, statistics.FEWEST_CASES),
