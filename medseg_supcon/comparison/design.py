@@ -9,15 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from pydantic.functional_validators import field_validator
 
 from medseg_supcon.bundle import read_recipe, read_yaml_file, shared_folder
@@ -29,22 +21,13 @@ Names = Iterable[str] | None
 Axes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # axis -> level -> settings
 
 PUT_ASIDE = 0.25  # share of the cases to test on if no case is left over
-EXPECTED = {
-    "recipes": "a list of names or .yaml files, or a mapping NAME: {recipe: NAME or file, KEY: VALUE, ...}",
-    "variants": "a mapping AXIS: {LEVEL: {KEY: VALUE, ...}, ...}",
-    "seeds": "a list of whole numbers from 0",
-    "labels": "a list of whole numbers from 1, or 'all'",
-    "validation": "a share from 0 to 0.9",
-    "epochs": "a whole number from 1",
-    "settings": "a mapping KEY: VALUE",
-    "robustness": "true or false",
-    "training_score": "true or false",
-}
 AsList = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 # a level may be called 0.1
 NamedByText = BeforeValidator(lambda value: {str(k): v for k, v in value.items()} if isinstance(value, dict) else value)
 Level = Annotated[dict[str, Any], BeforeValidator(lambda settings: {} if settings is None else settings)]
 Levels = Annotated[dict[str, Level], NamedByText]
+Seeds = Annotated[list[NonNegativeInt], AsList, Field(min_length=1)]
+Budgets = Annotated[list[PositiveInt | Literal["all"]], AsList, Field(min_length=1)]
 
 
 class Recipe(BaseModel):
@@ -55,18 +38,23 @@ class Recipe(BaseModel):
 
 
 class ComparisonConfig(BaseModel):
-    """What a comparison's file says; None: the command line's default applies."""
+    """What a comparison's file says; None: the command line's default applies. Descriptions say what is expected."""
 
     model_config = ConfigDict(strict=True, frozen=True)
-    recipes: Annotated[dict[str, Recipe], NamedByText] = {}
-    variants: Annotated[dict[str, Levels], NamedByText] = {}
-    seeds: Annotated[list[NonNegativeInt], AsList, Field(min_length=1)] | None = None
-    labels: Annotated[list[PositiveInt | Literal["all"]], AsList, Field(min_length=1)] | None = None
-    validation: Annotated[float, Field(ge=0, le=0.9)] | None = None
-    epochs: PositiveInt | None = None
-    settings: dict[str, Any] = {}
-    robustness: bool | None = None
-    training_score: bool = False
+    recipes: Annotated[dict[str, Recipe], NamedByText] = Field(
+        default={},
+        description="a list of names or .yaml files, or a mapping NAME: {recipe: NAME or file, KEY: VALUE, ...}",
+    )
+    variants: Annotated[dict[str, Levels], NamedByText] = Field(
+        default={}, description="a mapping AXIS: {LEVEL: {KEY: VALUE, ...}, ...}"
+    )
+    seeds: Seeds | None = Field(default=None, description="a list of whole numbers from 0")
+    labels: Budgets | None = Field(default=None, description="a list of whole numbers from 1, or 'all'")
+    validation: float | None = Field(default=None, ge=0, le=0.9, description="a share from 0 to 0.9")
+    epochs: PositiveInt | None = Field(default=None, description="a whole number from 1")
+    settings: dict[str, Any] = Field(default={}, description="a mapping KEY: VALUE")
+    robustness: bool | None = Field(default=None, description="true or false")
+    training_score: bool = Field(default=False, description="true or false")
 
     @property
     def named_recipes(self) -> list[tuple[str, str]]:
@@ -92,17 +80,17 @@ def read_comparison(name: str | Path) -> ComparisonConfig:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
         raise ConfigError(f"--config {name}: the file does not exist. Known by name: {known}.")
-    given = read_yaml_file(path, str(path)) or {}
+    given, fields = read_yaml_file(path, str(path)) or {}, ComparisonConfig.model_fields
     if not isinstance(given, dict):
-        raise ConfigError(f"{path} must be a mapping of {', '.join(EXPECTED)}; found {given!r:.80}.")
+        raise ConfigError(f"{path} must be a mapping of {', '.join(fields)}; found {given!r:.80}.")
     for key in given:
-        if key not in EXPECTED:
-            raise ConfigError(f"{path} has an unknown key {key!r}. {suggestion(key, EXPECTED)}")
+        if key not in fields:
+            raise ConfigError(f"{path} has an unknown key {key!r}. {suggestion(key, fields)}")
     try:
         config = ComparisonConfig.model_validate(given)
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
-        raise ConfigError(f"{path}: {key} must be {EXPECTED[key]}; found {given[key]!r:.200}.") from None
+        raise ConfigError(f"{path}: {key} must be {fields[key].description}; found {given[key]!r:.200}.") from None
     for recipe in config.recipes.values():
         if recipe.recipe.endswith((".yaml", ".yml")):
             recipe.recipe = str(path.parent / recipe.recipe)
@@ -229,26 +217,24 @@ def design_comparison(
         raise ConfigError("--seeds: expected whole numbers from 0, separated by commas, such as 0,1,2.")
     budgets = ["all" if budget is None else budget for budget in labels]
     for option, values in (("recipes", names[1:]), ("seeds", seeds), ("labels", budgets)):
-        repeated = [value for number, value in enumerate(values) if value in values[:number]]
-        if repeated:
-            raise ConfigError(f"--{option}: {repeated[0]} is given twice. Give each value once.")
+        for number, value in enumerate(values):
+            if value in values[:number]:
+                raise ConfigError(f"--{option}: {value} is given twice. Give each value once.")
     pool, test, tested_on = _test_cases(dataset, cases, test_cases, labels, split_seed)
     most = max((budget for budget in labels if budget is not None), default=0)
     if test and most > len(pool.labelled):
-        raise DataError(
-            f"--labels {most}: in addition to {counted(len(test), 'test case')}, {dataset.root} has "
-            f"{counted(len(pool.labelled), 'labelled case')}. Ask for at most that many, or name fewer cases to test on "
-            "with --test-cases FILE."
-        )
+        labelled = f"{dataset.root} has {counted(len(pool.labelled), 'labelled case')}"
+        cure = "Ask for at most that many, or name fewer cases to test on with --test-cases FILE."
+        raise DataError(f"--labels {most}: in addition to {counted(len(test), 'test case')}, {labelled}. {cure}")
     splits: dict[int, Split] = {}
     for budget in labels:
         split = split_cases(pool, labels=budget, seed=split_seed, validation_fraction=validation)
-        splits[len({c.name for c in (*split.training, *split.validation)})] = split
+        splits[len(_names(split.training, split.validation))] = split
     if not test:
-        used = {c.name for s in splits.values() for c in (*s.training, *s.validation)}
-        patients = {c.patient for c in pool.cases if c.name in used and c.patient is not None}
+        used = {case.name: case for split in splits.values() for case in (*split.training, *split.validation)}
+        patients = {case.patient for case in used.values()} - {None}
         test = tuple(c for c in pool.labelled if c.name not in used and c.patient not in patients)
-        tested = {case.name for case in test}
+        tested = _names(test)
         for n, split in splits.items():
             splits[n] = replace(split, unlabelled=tuple(c for c in split.unlabelled if c.name not in tested))
         tested_on = (
@@ -256,10 +242,8 @@ def design_comparison(
             "(--test-cases chooses others)"
         )
     if not test:
-        raise DataError(
-            f"{dataset.root}: no labelled case is left to test on. Name some with --test-cases FILE, or give smaller "
-            "budgets with --labels."
-        )
+        cure = "Name some with --test-cases FILE, or give smaller budgets with --labels."
+        raise DataError(f"{dataset.root}: no labelled case is left to test on. {cure}")
     # A recipe that needs unlabelled scans would otherwise fail hours later.
     bare = [n for n, split in splits.items() if not split.unlabelled]
     for name, file in files.items():
@@ -273,12 +257,18 @@ def design_comparison(
     return Design(dataset, names, files, tuple(seeds), splits, test, tested_on, own or {}, axes, make_variants(axes))
 
 
+def _names(*parts: Iterable[Case]) -> set[str]:
+    return {case.name for cases in parts for case in cases}
+
+
 def _test_cases(
     dataset: Dataset, cases: Names, test_cases: Names, labels: Sequence[int | None], split_seed: int
 ) -> tuple[Dataset, tuple[Case, ...], str]:
     """The pool, the test cases (none: what the budgets leave), and how they were chosen."""
     pool = dataset if cases is None else dataset.select(cases)
-    in_pool = {case.name for case in pool.cases}
+    in_pool = _names(pool.cases)
+    tested_on = "the labelled cases that --cases leaves out"
+    test = tuple(case for case in dataset.labelled if case.name not in in_pool)
     if test_cases is not None:
         test, tested_on = dataset.select(test_cases).cases, "the cases that --test-cases names"
         for case in test:
@@ -286,28 +276,22 @@ def _test_cases(
                 raise DataError(f"--test-cases: {case.name!r} has no label map to test against. Leave it out.")
             if case.name in in_pool and cases is not None:
                 raise DataError(f"{case.name!r} is in --cases and in --test-cases: a case cannot train and test.")
-    else:
-        test = tuple(case for case in dataset.labelled if case.name not in in_pool)
-        tested_on = "the labelled cases that --cases leaves out"
-        if not test and all(n is not None and n < len(pool.labelled) for n in labels):
-            return pool, (), ""
-        if not test:
-            split = split_cases(pool, seed=split_seed, validation_fraction=PUT_ASIDE)
-            if split.warnings:
-                raise DataError(
-                    f"{dataset.root}: comparing recipes takes at least two labelled patients, one of them to test on; "
-                    f"found {counted(len(dataset.labelled), 'labelled case')}."
-                )
-            test = split.validation
-            tested_on = f"{counted(len(test), 'case')} put aside at random first (--test-cases chooses others)"
-    names, patients = {case.name for case in test}, {case.patient for case in test if case.patient is not None}
-    rest = [case for case in pool.cases if case.name not in names]
+    elif not test and all(budget is not None and budget < len(pool.labelled) for budget in labels):
+        return pool, (), ""
+    elif not test:
+        split = split_cases(pool, seed=split_seed, validation_fraction=PUT_ASIDE)
+        if split.warnings:
+            needed = "comparing recipes takes at least two labelled patients, one of them to test on"
+            raise DataError(f"{dataset.root}: {needed}; found {counted(len(dataset.labelled), 'labelled case')}.")
+        test = split.validation
+        tested_on = f"{counted(len(test), 'case')} put aside at random first (--test-cases chooses others)"
+    patients, tested = {case.patient for case in test} - {None}, _names(test)
+    rest = [case for case in pool.cases if case.name not in tested]
     for case in rest:
         if case.patient in patients:
-            raise DataError(
-                f"case {case.name!r} would train, and another scan of its patient {case.patient!r} tests. Keep a patient's "
-                "scans on one side: name the cases with --cases and --test-cases."
-            )
+            cure = "Keep a patient's scans on one side: name the cases with --cases and --test-cases."
+            who = f"another scan of its patient {case.patient!r} would test"
+            raise DataError(f"case {case.name!r} would train, and {who}. {cure}")
     if not rest:
         raise DataError(f"{pool.root}: every case is a test case, none is left to train on.")
     return pool.select(case.name for case in rest), test, tested_on

@@ -60,8 +60,9 @@ def write_comparison(out: Path, results: Results) -> Row:
     tables = {"results": clean, "runs": results.runs, "differences": differences, "robustness": degraded}
     if about["axes"]:
         report["answers"] = _grid_answers(headline)
-        report["table"] = statistics.grid_table(variants, recipes, results.runs, clean)
-        tables["grid"] = _grid_rows(report["table"], headline)
+        report["table"] = table = statistics.grid_table(variants, recipes, results.runs, clean, headline)
+        cells = [(row, recipe, of) for row in table for recipe, of in row["of"].items()]
+        tables["grid"] = [{"labels": row["labels"], **row["levels"], "recipe": r, **of} for row, r, of in cells]
         figures.grid_figure(report["table"], recipes, pictures / "grid.png")
         figures.grid_curves_figure(results.histories, variants, recipes, pictures / "grid_curves.png")
     else:
@@ -173,18 +174,6 @@ def with_changes(robustness: Sequence[Row], recipes: Sequence[str]) -> list[Row]
     return changed
 
 
-def _grid_rows(table: Sequence[Row], headline: Sequence[Row]) -> list[Row]:
-    """The rows of ``grid.csv``."""
-    paired = {(row["variant"], row["recipe"], row["labels"]): row for row in headline}
-    rows = []
-    for row in table:
-        for recipe, of in row["of"].items():
-            against = paired.get((row["variant"], recipe, row["labels"]), {})
-            difference = {key: against.get(key) for key in ("difference", "low", "high", "p")}
-            rows.append({"labels": row["labels"], **row["levels"], "recipe": recipe, **of, **difference})
-    return rows
-
-
 def _grid_answers(headline: Sequence[Row]) -> list[str]:
     answers = []
     for labels, recipe in dict.fromkeys((row["labels"], row["recipe"]) for row in headline):
@@ -256,9 +245,7 @@ def _render(report: Row, pictures: Path) -> str:
         place_head=["labels"] * with_labels + list(about["axes"]),
         overlays={name: settings_and_wiring(overlay) for name, overlay in about["overlays"].items()},
         levels=[(axis, level, settings) for axis, of in about["axes"].items() for level, settings in of.items()],
-        titles=dict(zip(statistics.RUN_SCORES, ("loss", "train", "valid.", "test"), strict=True)),
-        p_rule=statistics.P_RULE,
-        rules=[statistics.LEFT_OUT_RULE, EMPTY_RULE],
+        empty_rule=EMPTY_RULE,
         fewest=(statistics.FEWEST_SEEDS, statistics.FEWEST_CASES),
     )
     return text if html else re.sub(r"\n{3,}", "\n\n", text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import shutil
@@ -18,7 +17,7 @@ from medseg_supcon.comparison.design import Cell, Design, case_names
 from medseg_supcon.comparison.report import Results, write_comparison
 from medseg_supcon.datasets import items
 from medseg_supcon.errors import RunError
-from medseg_supcon.evaluation import summarise
+from medseg_supcon.evaluation import read_history, summarise
 from medseg_supcon.files import folder_lock, read_json, write_text
 from medseg_supcon.plan import plan_warnings, read_plan, write_plan
 from medseg_supcon.text import counted
@@ -224,10 +223,11 @@ def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell], setting
         run, tests = Path(job["run"]), Path(job["tests"])
         rows = {}
         for condition in job["conditions"]:
-            if (saved := jobs.read_scores(job, condition)) is None:
+            if (scored := jobs.read_scores(job, condition)) is None:
                 raise RunError(f"{jobs.scores_folder(tests, condition)} was changed. Give the command again.")
-            rows[condition] = [cell.key | row for row in saved]
-        history = _read_history(run)
+            rows[condition] = [cell.key | row for row in scored]
+        saved = read_history(run / "logs" / "history.csv")
+        history = [{key: value for key, value in row.items() if math.isfinite(value)} for row in saved]
         histories.append(cell.key | {"history": history})
         runs.append(
             cell.key | _run_row(history, rows[jobs.CLEAN]) | jobs.read_cost(tests) | {"finished": is_finished(run)}
@@ -271,17 +271,3 @@ def _run_row(history: Sequence[Row], clean: Sequence[Row]) -> Row:
         "steps": int(history[-1]["step"]),
         "minutes": round(sum(row["seconds"] for row in history) / 60, 2),
     }
-
-
-def _read_history(run: Path) -> list[dict[str, float]]:
-    """The rows of a run's ``history.csv`` without empty and infinite values; a `RunError` if it is missing or damaged."""
-    path = run / "logs" / "history.csv"
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = [{k: float(v) for k, v in row.items() if v and k != "stage"} for row in csv.DictReader(stream)]
-        history = [{k: v for k, v in row.items() if math.isfinite(v)} for row in rows]
-        if not history or any({"epoch", "step", "seconds"} - set(row) for row in history):
-            raise ValueError("it lacks an epoch, step or seconds")
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise RunError(f"{path} is damaged ({error}). Delete {run} to train this run again.") from None
-    return history

@@ -18,18 +18,10 @@ Row = dict[str, Any]
 
 MEAN = "mean"  # the class name of the mean over classes in tables
 RUN_SCORES = ("contrastive_loss", "training_dice", "validation_dice", "test_dice")
+COMPARED = ("difference", "low", "high", "p")
 FEWEST_SEEDS = 3  # fewer say little about the chance of training
 FEWEST_CASES = 6  # with fewer, p cannot fall below 0.05
 ALPHA = 0.05
-LEFT_OUT_RULE = (
-    "A class that a test case does not have gets no score from a run that rightly left it empty. It is left out for that "
-    "case in all runs, so that every run's mean is over the same cases."
-)
-P_RULE = (
-    "p: Wilcoxon's signed-rank test, two-sided, over test scans, each with the mean over its seeds. It says nothing about "
-    f"other seeds: it is shown with at least {FEWEST_SEEDS} seeds and {FEWEST_CASES} scans, and never to "
-    "contradict an interval that includes 0."
-)
 
 
 class PairedDifference(NamedTuple):
@@ -48,9 +40,7 @@ def bootstrap_means(differences: npt.ArrayLike, resamples: int = 10_000, seed: i
 
     They are drawn independently: a seed affects all cases of its run (Owen 2007, The pigeonhole bootstrap).
     """
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
-    d, rng = _table("differences", differences), np.random.default_rng(seed)
+    d, rng = np.asarray(differences, dtype=np.float64), np.random.default_rng(seed)
     # How often each row and column is drawn: multinomial counts, so that no index table is made.
     rows, columns = (rng.multinomial(n, np.full(n, 1 / n), size=resamples) for n in d.shape)
     return np.asarray(((rows @ d) * columns).sum(axis=1) / d.size)
@@ -77,27 +67,22 @@ def paired_difference(
         confidence: of the interval, in (0, 1).
 
     Raises:
-        ValueError: shapes differ, a table is empty or has a value that is not finite, or a confidence outside (0, 1).
+        ValueError: shapes differ, a table is empty or has a value that is not finite, or an option is out of range.
 
     Example:
         >>> paired_difference([[0.9, 0.8]], [[0.9, 0.8]])
         PairedDifference(difference=0.0, low=0.0, high=0.0, p=1.0, cases=2, seeds=1)
     """
-    a, b = _table("scores", scores), _table("baseline", baseline)
-    if a.shape != b.shape:
-        raise ValueError(f"scores and baseline must share one shape, got {a.shape} and {b.shape}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    a, b = (np.asarray(table, dtype=np.float64) for table in (scores, baseline))
+    if a.shape != b.shape or a.ndim != 2 or a.size == 0 or not np.isfinite([a, b]).all():
+        shapes = f"{a.shape} and {b.shape}"
+        raise ValueError(f"scores and baseline must be finite and share one shape (seeds, cases); got shapes {shapes}")
+    if not (0 < confidence < 1 and resamples > 0):
+        got = f"confidence={confidence}, resamples={resamples}"
+        raise ValueError(f"confidence must be between 0 and 1, and resamples positive; got {got}")
     d, tail = a - b, (1 - confidence) / 2
     low, high = np.quantile(bootstrap_means(d, resamples, seed), (tail, 1 - tail))
     return PairedDifference(float(d.mean()), float(low), float(high), signed_rank_p(d.mean(axis=0)), *d.shape[::-1])
-
-
-def _table(name: str, values: Any) -> Array:
-    table = np.asarray(values, dtype=np.float64)
-    if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all():
-        raise ValueError(f"{name} must be finite numbers, (seeds, cases) and not empty; got shape {table.shape}")
-    return table
 
 
 def compare_recipes(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
@@ -105,8 +90,8 @@ def compare_recipes(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
 
     Takes a row per run, case and class: ``recipe``, ``labels``, ``seed``, ``case``, ``class``, ``dice`` (or None). Gives
     rows ``recipe``, ``baseline``, ``labels``, ``class`` (``mean``: over classes, per case), ``dice``, ``baseline_dice``,
-    ``difference``, ``low``, ``high`` (95 %), ``p`` (None unless `P_RULE` allows it), ``cases``, ``seeds``, ``left_out``
-    (cases without a score). A ValueError if a run or one of its cases is missing.
+    ``difference``, ``low``, ``high`` (95 %), ``p`` (None with few seeds or cases, or if the interval contradicts it),
+    ``cases``, ``seeds``, ``left_out`` (cases without a score). A ValueError if a run or one of its cases is missing.
     """
     if len(recipes) < 2:
         raise ValueError(f"recipes must name at least two, the baseline first; got {list(recipes)}")
@@ -163,24 +148,29 @@ def recipe_means(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
 
 
 def grid_table(
-    variants: Sequence[Row], recipes: Sequence[str], runs: Sequence[Row], results: Iterable[Row]
+    variants: Sequence[Row],
+    recipes: Sequence[str],
+    runs: Sequence[Row],
+    results: Iterable[Row],
+    headline: Iterable[Row],
 ) -> list[Row]:
-    """A row per label budget and variant; its ``of`` has recipe -> score of `RUN_SCORES` -> mean over seeds, or None.
+    """A row per label budget and variant; its ``of`` has recipe -> mean over seeds of each of `RUN_SCORES`, or None.
 
-    The test Dice is the mean over the same classes and cases for all variants and recipes; ``results`` as in
-    `compare_recipes`.
+    The test Dice is over the same classes and cases for all variants and recipes (``results`` as in `compare_recipes`).
+    Also in ``of`` is the difference from the baseline, of ``headline``.
     """
     rows = [row | {"recipe": (row["variant"], row["recipe"])} for row in results]
     means = recipe_means(rows, list(dict.fromkeys(row["recipe"] for row in rows)))
     tested = {(*row["recipe"], row["labels"]): row["dice"] for row in means if row["class"] == MEAN}
+    paired = {(row["variant"], row["recipe"], row["labels"]): row for row in headline}
     table = []
     for labels, variant in product(sorted({run["labels"] for run in runs}), variants):
-        of: Row = {}
+        of: dict[str, Row] = {}
         for key in product([variant["name"]], dict.fromkeys(recipes), [labels]):
             mine = [run for run in runs if (run["variant"], run["recipe"], run["labels"]) == key]
             known = {score: [run[score] for run in mine if run.get(score) is not None] for score in RUN_SCORES}
-            means_of_runs = {score: fmean(values) if values else None for score, values in known.items()}
-            of[key[1]] = means_of_runs | {"test_dice": tested[key]}
+            of[key[1]] = {score: fmean(values) if values else None for score, values in known.items()}
+            of[key[1]] |= {"test_dice": tested[key]} | {name: paired.get(key, {}).get(name) for name in COMPARED}
         table.append({"labels": labels, "variant": variant["name"], "levels": variant["levels"], "of": of})
     return table
 
