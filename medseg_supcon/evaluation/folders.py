@@ -28,28 +28,14 @@ def evaluate_folders(
     tolerance_mm: float = 1.0,
     ignore_label: float | None = None,
 ) -> dict[str, Any]:
-    """Scores the masks of one folder against the label maps of equal name in another.
+    """Scores the masks of one folder against the label maps of equal name in another; returns ``metrics.json``'s content.
 
-    A mask may have nnU-Net's suffix of a single channel: ``x_0000.nii.gz`` is scored against ``x.nii.gz``. Its axes
-    may run in another order or direction than those of the label map, if both are at the same place.
-    A label map without a mask, a mask on another grid, fractional values and a damaged file are ``problems`` of
-    the report, and the other cases are scored. Values that only masks or only label maps have are ``warnings``;
-    masks without a label map are listed in ``without_reference``. Lengths are mm whatever unit a header names: a
-    mask in metres may be scored against a label map in mm.
+    A mask may have nnU-Net's suffix of a single channel, and its axes may run in another order or direction than those of
+    the label map, if both are at the same place. What is wrong with one case is one of the ``problems``, and the others are
+    scored; ``warnings`` are about values that only one side has. Lengths are mm whatever unit a header names.
 
-    Args:
-        predictions: folder of NIfTI masks.
-        references: folder of NIfTI label maps.
-        labels: class name -> value, background first; None: the values in the files, named by number.
-        out: folder for ``metrics.csv`` and ``metrics.json``; None: nothing is written.
-        tolerance_mm: of the surface Dice.
-        ignore_label: value of the label maps that means "not annotated".
-
-    Returns:
-        what ``metrics.json`` holds: ``summary``, ``rows``, ``problems``, ``warnings``, ``without_reference``.
-
-    Raises:
-        DataError: a folder is missing or holds no NIfTI file, or no case at all could be scored.
+    ``labels``: class name -> value, background first; None: the values in the files. ``ignore_label`` is the value of the
+    label maps that means "not annotated". A DataError if a folder is missing or empty, or no case could be scored.
     """
     masks, maps = _files(Path(predictions)), _files(Path(references))
     # one called x_0000 is x if that alone is a label map's name and no other mask's

@@ -41,23 +41,16 @@ def case_metrics(
     ignore_mask: Array | None = None,
     tolerance_mm: float = 1.0,
 ) -> list[Row]:
-    """Dice, HD95, surface Dice and volumes (``volume_ml``, ``reference_volume_ml``) of each foreground class of one case.
+    """Dice, HD95, surface Dice and volumes (ml) of each foreground class of one case, as `METRICS` and ``*_ml``.
 
-    - ``dice``: 2 |P n R| / (|P| + |R|), in 0..1.
-    - ``hd95_mm``: the larger of the two directed 95th percentiles of the distances between the surfaces
-      (voxels of a class with a face neighbour outside it), in mm (as `monai.metrics`).
-    - ``surface_dice``: the share of both surfaces within ``tolerance_mm`` of the other, in 0..1
-      (normalised surface Dice, Nikolov et al. 2021, arXiv:1809.04430, on voxel surfaces).
-    - ``empty``, the rule for empty classes. ``"both"``: the scores are None and in no mean (a score of 1 would let
-      absent classes dominate it). ``"prediction"`` or ``"reference"``: Dice and surface Dice are 0 and HD95 is the
-      diagonal of the scan, so that a missed structure never improves a mean. ``""``: neither is empty.
+    HD95 is in mm, as in `monai.metrics`: the larger of the two directed 95th percentiles of the distances between the
+    surfaces (voxels of a class with a face neighbour outside it). Surface Dice is the share of both surfaces within the
+    tolerance of the other (normalised surface Dice, Nikolov et al. 2021, arXiv:1809.04430). An absent structure that is
+    found absent has no score, because a score of 1 would dominate a mean; a missed one never improves a mean (`EMPTY_RULE`).
 
     Args:
-        prediction, reference: label maps (X, Y, Z) in the values of ``labels``.
-        spacing_mm: mm per axis.
-        labels: class name -> value, in class order; the first is background and gets no row.
+        prediction, reference: label maps (X, Y, Z) in the values of ``labels``, background first.
         ignore_mask: (X, Y, Z), True at voxels that count for no class of either map.
-        tolerance_mm: the distance within which two surfaces count as agreeing.
 
     Raises:
         ValueError: shapes differ, or a spacing or tolerance is not positive.
@@ -198,10 +191,9 @@ def write_metrics(
 class MetricsReport(Metric):  # type: ignore[misc]  # ignite's stubs are not followed
     """Scores each case in the scan's own grid, and writes ``metrics.csv`` and ``metrics.json`` at the end.
 
-    As an evaluator's ``key_val_metric`` its value is the mean Dice over classes (of the classes' means); NaN if no
-    class has a score. Takes the evaluator's decollated output, dicts with ``pred`` and ``label`` (1, X, Y, Z),
-    MetaTensors on one grid in the label files' own values, and ``name`` from its batch. With several ranks the rows
-    of all are gathered and rank 0 writes.
+    Its value is the mean Dice over classes (of the classes' means); NaN if no class has a score. Takes the evaluator's
+    decollated output, dicts with ``pred`` and ``label`` (1, X, Y, Z), MetaTensors on one grid in the label files' own
+    values, and ``name`` from its batch. With several ranks the rows of all are gathered and rank 0 writes.
 
     Args:
         folder: where the two files go.
