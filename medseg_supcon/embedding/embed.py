@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import starmap
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +20,25 @@ from torch import Tensor, nn
 from medseg_supcon.bundle import (
     cases_of,
     check_configs_trusted,
-    is_code,
     is_planned,
-    leaves,
     load_model,
     load_tensors,
-    plain_text,
     read_config,
     scan_preprocessing,
+    settings_at_fault,
 )
 from medseg_supcon.datasets import Case, Dataset, items, load_items
 from medseg_supcon.embedding.separation import class_separation, principal_components, scatter_figure, t_sne
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.files import write_csv, write_text
 from medseg_supcon.losses import IGNORE_INDEX, VoxelSampler
-from medseg_supcon.networks import ContrastiveNetwork, ProjectionHead, build_network, definition_problem
+from medseg_supcon.networks import ContrastiveNetwork
 from medseg_supcon.plan import LabelPreprocessingd, literal, read_plan
 from medseg_supcon.text import counted
-from medseg_supcon.training import load_initial, prepare_case
+from medseg_supcon.training import prepare_case
 
 BEFORE, AFTER = "before training", "after training"
 HEAD = "projection."  # its part of the names in checkpoint.pt
-# How train.yaml makes the projection head, apart from plain values.
-HEAD_CODE = {"_target_": "medseg_supcon.networks.ProjectionHead", "in_channels": "$@train::network.in_channels"}
 DEFAULT_CASES = 8
 
 Networks = Mapping[str, ContrastiveNetwork]
@@ -71,9 +67,10 @@ def heads_of(run: Path, trust: bool = False) -> tuple[dict[str, nn.Module], str]
         raise RunError(f"{checkpoint} is not a checkpoint of a training. Copy it again.") from None
     if prefix is None:
         return {}, "The run's checkpoint does not hold its projection head: only features are shown."
-    heads = {when: head.eval() for when in (BEFORE, AFTER) if (head := _begun(run, trust)[1]) is not None}
-    if not heads:  # an expression that gives None
+    head = _begun(run, trust)[1]
+    if head is None:  # an expression that gives None
         return {}, "The run has no projection head: only features are shown."
+    heads = {BEFORE: head.eval(), AFTER: deepcopy(head)}
     try:
         heads[AFTER].load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
     except RuntimeError as error:
@@ -84,34 +81,14 @@ def heads_of(run: Path, trust: bool = False) -> tuple[dict[str, nn.Module], str]
 
 def _begun(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
     """Network and projection head (None: the run has none) as the run's seed makes them, one after the other."""
-    file = run / "configs" / "train.yaml"
-    config, network_def = read_config(file), read_plan(run / "configs" / "plan.json")["network_def"]
-    head, seed, begins = (config.get(key) for key in ("projection", "seed", "init_weights"))
-    weights = None if begins is None else plain_text(begins)
-    options = {key: value for key, value in head.items() if key not in HEAD_CODE} if isinstance(head, dict) else {}
-    ours = isinstance(head, dict) and HEAD_CODE.items() <= head.items() and not any(starmap(is_code, leaves(options)))
-    plain = isinstance(seed, int) and (begins is None or weights is not None) and (head is None or ours)
-    if not (plain and definition_problem(network_def) is None):
-        return _evaluated(run, trust)
-    set_determinism(seed=seed)
-    try:
-        network = load_initial(build_network(network_def), weights)
-        return network, None if head is None else ProjectionHead(ContrastiveNetwork(network).in_channels, **options)
-    except (TypeError, ValueError) as error:  # an option that the head does not have, or of a wrong size
-        raise RunError(f"{file}: projection cannot be made ({error}).") from None
-    finally:
-        set_determinism(seed=None)
-
-
-def _evaluated(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
-    """The same from train.yaml as MONAI evaluates it, for recipes with another start or head than ours."""
     check_configs_trusted(run, trust)
     parser = ConfigParser()
     parser.read_config(str(run / "configs" / "train.yaml"))
     parser["bundle_root"] = literal(str(run))
     parser["device"] = "$torch.device('cpu')"  # the start of a run does not depend on the device
-    set_determinism(seed=int(parser.get_parsed_content("seed")))
-    network, head = parser.get_parsed_content("network"), parser.get_parsed_content("projection")
+    with settings_at_fault():
+        set_determinism(seed=int(parser.get_parsed_content("seed")))
+        network, head = parser.get_parsed_content("network"), parser.get_parsed_content("projection")
     set_determinism(seed=None)
     if not (isinstance(network, nn.Module) and isinstance(head, nn.Module | None)):
         raise RunError(f"{run / 'configs' / 'train.yaml'}: network and projection must be torch modules.")
@@ -238,10 +215,6 @@ def _choose(run: Path, dataset: Dataset, names: Iterable[str] | None) -> tuple[S
 
 
 def _sentence(row: dict[str, Any]) -> str:
-    names = {
-        "silhouette": "silhouette {}",
-        "linear_probe": "linear probe {} (balanced accuracy)",
-        "collapse": "collapse {}",
-    }
-    scores = [text.format("-" if row[key] is None else f"{row[key]:.3f}") for key, text in names.items()]
-    return f"{row['vectors']}: {', '.join(scores)}."
+    shown = {key: f"{value:.3f}" if isinstance(value, float) else "-" for key, value in row.items()}
+    scores = f"silhouette {shown['silhouette']}, linear probe {shown['linear_probe']} (balanced accuracy)"
+    return f"{row['vectors']}: {scores}, collapse {shown['collapse']}."

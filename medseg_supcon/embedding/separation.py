@@ -48,23 +48,21 @@ def class_separation(vectors: Floats, labels: Integers, groups: Integers, seed: 
 def _linear_probe(vectors: Floats, labels: Integers, groups: Integers, seed: int) -> float | None:
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
-    from sklearn.model_selection import GroupKFold, StratifiedKFold
+    from sklearn.model_selection import GroupKFold, StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    rarest = int(np.unique(labels, return_counts=True)[1].min())
-    if (scans := len(np.unique(groups))) > 1:  # a scan's voxels are never on both sides
-        folds = GroupKFold(min(FOLDS, scans)).split(vectors, labels, groups)
-    elif rarest > 1:
-        folds = StratifiedKFold(min(FOLDS, rarest), shuffle=True, random_state=seed).split(vectors, labels)
-    else:
+    scans, rarest = len(np.unique(groups)), int(np.unique(labels, return_counts=True)[1].min())
+    if scans == rarest == 1:
         return None
-    predicted = np.empty_like(labels)
-    for train, test in folds:
-        if len(np.unique(labels[train])) < 2:
-            return None
-        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
-        predicted[test] = probe.fit(vectors[train], labels[train]).predict(vectors[test])
+    if scans > 1:  # a scan's voxels are never on both sides
+        folds = list(GroupKFold(min(FOLDS, scans)).split(vectors, labels, groups))
+    else:
+        folds = list(StratifiedKFold(min(FOLDS, rarest), shuffle=True, random_state=seed).split(vectors, labels))
+    if any(len(np.unique(labels[train])) < 2 for train, _ in folds):
+        return None
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
+    predicted = cross_val_predict(probe, vectors, labels, cv=folds)
     # A class in a single scan cannot be learnt from the others: it counts as missed.
     return float(balanced_accuracy_score(labels, predicted))
 
