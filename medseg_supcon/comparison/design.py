@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
-from pydantic.functional_validators import field_validator
 
 from medseg_supcon.bundle import read_recipe, read_yaml_file, shared_folder
 from medseg_supcon.datasets import VALIDATION, Case, Dataset, Split, split_cases
@@ -28,6 +27,8 @@ Level = Annotated[dict[str, Any], BeforeValidator(lambda settings: {} if setting
 Levels = Annotated[dict[str, Level], NamedByText]
 Seeds = Annotated[list[NonNegativeInt], AsList, Field(min_length=1)]
 Budgets = Annotated[list[PositiveInt | Literal["all"]], AsList, Field(min_length=1)]
+RECIPES = "a list of names or .yaml files, or a mapping NAME: {recipe: NAME or file, KEY: VALUE, ...}"
+VARIANTS = "a mapping AXIS: {LEVEL: {KEY: VALUE, ...}, ...}"
 
 
 class Recipe(BaseModel):
@@ -37,17 +38,21 @@ class Recipe(BaseModel):
     recipe: str
 
 
+def _recipes_by_name(recipes: Any) -> Any:
+    if not (isinstance(recipes, list) and all(isinstance(recipe, str) for recipe in recipes)):
+        return {str(name): of for name, of in recipes.items()} if isinstance(recipes, dict) else recipes
+    by_name = {Path(recipe).stem: {"recipe": recipe} for recipe in recipes}
+    if len(by_name) < len(recipes):
+        raise ValueError("two recipes of one name")
+    return by_name
+
+
 class ComparisonConfig(BaseModel):
     """What a comparison's file says; None: the command line's default applies. Descriptions say what is expected."""
 
     model_config = ConfigDict(strict=True, frozen=True)
-    recipes: Annotated[dict[str, Recipe], NamedByText] = Field(
-        default={},
-        description="a list of names or .yaml files, or a mapping NAME: {recipe: NAME or file, KEY: VALUE, ...}",
-    )
-    variants: Annotated[dict[str, Levels], NamedByText] = Field(
-        default={}, description="a mapping AXIS: {LEVEL: {KEY: VALUE, ...}, ...}"
-    )
+    recipes: Annotated[dict[str, Recipe], BeforeValidator(_recipes_by_name)] = Field(default={}, description=RECIPES)
+    variants: Annotated[dict[str, Levels], NamedByText] = Field(default={}, description=VARIANTS)
     seeds: Seeds | None = Field(default=None, description="a list of whole numbers from 0")
     labels: Budgets | None = Field(default=None, description="a list of whole numbers from 1, or 'all'")
     validation: float | None = Field(default=None, ge=0, le=0.9, description="a share from 0 to 0.9")
@@ -61,16 +66,6 @@ class ComparisonConfig(BaseModel):
         """(name, name or file), the baseline first."""
         return [(name, recipe.recipe) for name, recipe in self.recipes.items()]
 
-    @field_validator("recipes", mode="before")
-    @classmethod
-    def _by_name(cls, recipes: Any) -> Any:
-        if not (isinstance(recipes, list) and all(isinstance(recipe, str) for recipe in recipes)):
-            return recipes
-        by_name = {Path(recipe).stem: {"recipe": recipe} for recipe in recipes}
-        if len(by_name) < len(recipes):
-            raise ValueError("two recipes of one name")
-        return by_name
-
 
 def read_comparison(name: str | Path) -> ComparisonConfig:
     """A comparison's YAML file, or a shipped one (``article``); recipe files in it are relative to its own folder."""
@@ -83,9 +78,8 @@ def read_comparison(name: str | Path) -> ComparisonConfig:
     given, fields = read_yaml_file(path, str(path)) or {}, ComparisonConfig.model_fields
     if not isinstance(given, dict):
         raise ConfigError(f"{path} must be a mapping of {', '.join(fields)}; found {given!r:.80}.")
-    for key in given:
-        if key not in fields:
-            raise ConfigError(f"{path} has an unknown key {key!r}. {suggestion(key, fields)}")
+    if unknown := [key for key in given if key not in fields]:
+        raise ConfigError(f"{path} has an unknown key {unknown[0]!r}. {suggestion(unknown[0], fields)}")
     try:
         config = ComparisonConfig.model_validate(given)
     except ValidationError as error:
@@ -217,9 +211,8 @@ def design_comparison(
         raise ConfigError("--seeds: expected whole numbers from 0, separated by commas, such as 0,1,2.")
     budgets = ["all" if budget is None else budget for budget in labels]
     for option, values in (("recipes", names[1:]), ("seeds", seeds), ("labels", budgets)):
-        for number, value in enumerate(values):
-            if value in values[:number]:
-                raise ConfigError(f"--{option}: {value} is given twice. Give each value once.")
+        if repeated := [value for number, value in enumerate(values) if value in values[:number]]:
+            raise ConfigError(f"--{option}: {repeated[0]} is given twice. Give each value once.")
     pool, test, tested_on = _test_cases(dataset, cases, test_cases, labels, split_seed)
     most = max((budget for budget in labels if budget is not None), default=0)
     if test and most > len(pool.labelled):
@@ -229,36 +222,34 @@ def design_comparison(
     splits: dict[int, Split] = {}
     for budget in labels:
         split = split_cases(pool, labels=budget, seed=split_seed, validation_fraction=validation)
-        splits[len(_names(split.training, split.validation))] = split
+        splits[len(_names((*split.training, *split.validation)))] = split
     if not test:
-        used = {case.name: case for split in splits.values() for case in (*split.training, *split.validation)}
-        patients = {case.patient for case in used.values()} - {None}
-        test = tuple(c for c in pool.labelled if c.name not in used and c.patient not in patients)
+        used = [case for split in splits.values() for case in (*split.training, *split.validation)]
+        taken, patients = _names(used), {case.patient for case in used} - {None}
+        test = tuple(c for c in pool.labelled if c.name not in taken and c.patient not in patients)
         tested = _names(test)
         for n, split in splits.items():
             splits[n] = replace(split, unlabelled=tuple(c for c in split.unlabelled if c.name not in tested))
-        tested_on = (
-            "the labelled cases that no run trains or validates on; no run gets them as unlabelled scans either "
-            "(--test-cases chooses others)"
-        )
+        none = "no run gets them as unlabelled scans either (--test-cases chooses others)"
+        tested_on = f"the labelled cases that no run trains or validates on; {none}"
     if not test:
         cure = "Name some with --test-cases FILE, or give smaller budgets with --labels."
         raise DataError(f"{dataset.root}: no labelled case is left to test on. {cure}")
     # A recipe that needs unlabelled scans would otherwise fail hours later.
-    bare = [n for n, split in splits.items() if not split.unlabelled]
-    for name, file in files.items():
-        if bare and read_recipe(file).get("train::sampler::required"):
-            raise ConfigError(
-                f"The recipe {name} also learns from scans without labels, and with {counted(bare[0], 'labelled scan')} "
-                "none is left: the others are tested on, or all are labelled. Name the scans to test on with "
-                "--test-cases FILE, so that the rest counts as unlabelled, or give smaller budgets with --labels."
-            )
+    bare = next((n for n, split in splits.items() if not split.unlabelled), None)
+    hungry = [name for name, file in files.items() if read_recipe(file).get("train::sampler::required")]
+    if bare is not None and hungry:
+        raise ConfigError(
+            f"The recipe {hungry[0]} also learns from scans without labels, and with {counted(bare, 'labelled scan')} "
+            "none is left: the others are tested on, or all are labelled. Name the scans to test on with --test-cases "
+            "FILE, so that the rest counts as unlabelled, or give smaller budgets with --labels."
+        )
     splits, axes = dict(sorted(splits.items())), axes or {}
     return Design(dataset, names, files, tuple(seeds), splits, test, tested_on, own or {}, axes, make_variants(axes))
 
 
-def _names(*parts: Iterable[Case]) -> set[str]:
-    return {case.name for cases in parts for case in cases}
+def _names(cases: Iterable[Case]) -> set[str]:
+    return {case.name for case in cases}
 
 
 def _test_cases(
@@ -266,8 +257,7 @@ def _test_cases(
 ) -> tuple[Dataset, tuple[Case, ...], str]:
     """The pool, the test cases (none: what the budgets leave), and how they were chosen."""
     pool = dataset if cases is None else dataset.select(cases)
-    in_pool = _names(pool.cases)
-    tested_on = "the labelled cases that --cases leaves out"
+    in_pool, tested_on = _names(pool.cases), "the labelled cases that --cases leaves out"
     test = tuple(case for case in dataset.labelled if case.name not in in_pool)
     if test_cases is not None:
         test, tested_on = dataset.select(test_cases).cases, "the cases that --test-cases names"
@@ -287,11 +277,9 @@ def _test_cases(
         tested_on = f"{counted(len(test), 'case')} put aside at random first (--test-cases chooses others)"
     patients, tested = {case.patient for case in test} - {None}, _names(test)
     rest = [case for case in pool.cases if case.name not in tested]
-    for case in rest:
-        if case.patient in patients:
-            cure = "Keep a patient's scans on one side: name the cases with --cases and --test-cases."
-            who = f"another scan of its patient {case.patient!r} would test"
-            raise DataError(f"case {case.name!r} would train, and {who}. {cure}")
+    if both := [case for case in rest if case.patient in patients]:
+        who = f"case {both[0].name!r} would train, and another scan of its patient {both[0].patient!r} would test"
+        raise DataError(f"{who}. Keep a patient's scans on one side: name the cases with --cases and --test-cases.")
     if not rest:
         raise DataError(f"{pool.root}: every case is a test case, none is left to train on.")
     return pool.select(case.name for case in rest), test, tested_on

@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, local
 from time import sleep
 from typing import Any
 
@@ -67,10 +66,9 @@ def run_cell(job: Job, device: str, quiet: bool = False, sharing: int = 1) -> No
     run, tests = Path(job["run"]), Path(job["tests"])
     if not is_complete(run):
         train_run(run, device=device, resume=True, quiet=quiet, trust=True, **_memory_share(run, sharing))
-        where = torch.device(device)
         # after an interruption, the larger of the two parts' peaks
-        memory = max(read_cost(tests)["memory_gib"] or 0.0, peak_memory_gib(where))
-        cost = {"memory_gib": round(memory, 3), "machine": machine_name(where)}
+        memory = max(read_cost(tests)["memory_gib"] or 0.0, peak_memory_gib(torch.device(device)))
+        cost = {"memory_gib": round(memory, 3), "machine": machine_name(torch.device(device))}
         write_text(tests / "cost.json", json.dumps(cost) + "\n")
     for condition, items in job["conditions"].items():
         if read_scores(job, condition) is None:
@@ -134,19 +132,15 @@ def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Callable[[Path, s
     One worker shows its progress. Several are silent, write ``JOB.log``, and share CPU threads and memory for scans.
     ``where`` has a device for each worker; ``done`` is called here after each job, with what went wrong ("": nothing).
     """
-    processes: set[subprocess.Popen[bytes]] = set()
-    free: SimpleQueue[str] = SimpleQueue()
-    for device in where:
-        free.put(device)
+    processes, own, free = set[subprocess.Popen[bytes]](), local(), iter(where)
+
+    def take_device() -> None:
+        own.device = next(free)
 
     def task(job: Path) -> str:
-        device = free.get()
-        try:
-            return run_process(job, device, where, processes)
-        finally:
-            free.put(device)
+        return run_process(job, own.device, where, processes)
 
-    with ThreadPoolExecutor(len(where)) as threads:
+    with ThreadPoolExecutor(len(where), initializer=take_device) as threads:
         running = {threads.submit(task, job): job for job in jobs}
         try:
             for future in as_completed(running):
@@ -161,8 +155,8 @@ def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Callable[[Path, s
 def run_process(job: Path, device: str, where: Sequence[str], processes: set[subprocess.Popen[bytes]]) -> str:
     """One job to its end, its process among ``processes`` until then: what went wrong, or an empty string."""
     environment, name = process_environment(device, where)
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_WORKING_FOLDER, str(job), name]
-    command += [str(len(where)), str(os.getpid())]
+    arguments = [str(job), name, str(len(where)), str(os.getpid())]
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_WORKING_FOLDER, *arguments]
     log = job.with_suffix(".log") if len(where) > 1 else None
     with log.open("wb") if log else nullcontext() as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
@@ -173,9 +167,9 @@ def run_process(job: Path, device: str, where: Sequence[str], processes: set[sub
         raise KeyboardInterrupt
     if code < 0:  # the process itself says nothing
         return f"it was ended by {signal.Signals(-code).name}; perhaps memory ran out"
-    if code == 0 or log is None:
-        return "see above" if code else ""
-    lines = log.read_text(errors="replace").strip().splitlines()
+    if code == 0:
+        return ""
+    lines = log.read_text(errors="replace").strip().splitlines() if log else ["see above"]
     return lines[-1].removeprefix("medseg: ") if lines else f"see {log}"
 
 

@@ -44,7 +44,9 @@ def write_comparison(out: Path, results: Results) -> Row:
         for variant in variants
         for row in compare_recipes([r for r in rows if r.get("variant", "") == variant["name"]], recipes)
     ]
-    differences = [_without(row, "condition") for row in compared if row["condition"] == "clean"]
+    differences = [
+        {k: v for k, v in row.items() if k != "condition"} for row in compared if row["condition"] == "clean"
+    ]
     headline = [row for row in differences if row["class"] == MEAN]
     degraded = [{"condition": c} | row for c, rows in results.scores.items() if c != "clean" for row in rows]
     robustness = with_changes([row for row in compared if row["class"] == MEAN], recipes) if degraded else []
@@ -77,14 +79,10 @@ def write_comparison(out: Path, results: Results) -> Row:
             figures.robustness_figure(robustness, recipes, pictures / "robustness.png")
     for name, rows in tables.items():
         if rows:
-            write_csv(out / f"{name}.csv", list(_without(rows[0], "by_seed")), rows)
+            write_csv(out / f"{name}.csv", [column for column in rows[0] if column != "by_seed"], rows)
     for name, template in (("report.html", "html.j2"), ("summary.md", "markdown.j2")):
         write_text(out / name, _render(report | {"headline": headline, "format": template}, pictures))
     return report
-
-
-def _without(row: Row, column: str) -> Row:
-    return {key: value for key, value in row.items() if key != column}
 
 
 def answer(row: Row) -> str:
