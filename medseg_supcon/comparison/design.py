@@ -100,12 +100,10 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The levels in words: ``SGD, fixed, with``."""
-        return ", ".join(self.levels.values())
+        return ", ".join(self.levels.values())  # such as "SGD, fixed, with"
 
     @property
     def folder(self) -> str:
-        """The name as part of a folder's name."""
         return "-".join(re.sub(r"[^\w.]+", "_", level) for level in self.levels.values())
 
 
@@ -133,8 +131,7 @@ class Cell:
     variant: Variant = Variant()
 
     @property
-    def name(self) -> str:
-        """The name of the run's folder."""
+    def name(self) -> str:  # of the run's folder
         under = f"_{self.variant.folder}" if self.variant.folder else ""
         return f"{self.recipe}{under}_labels{self.labels}_seed{self.seed}"
 
@@ -192,8 +189,7 @@ def design_comparison(
     get them as unlabelled scans either); if there are none of those, a quarter of the cases is put aside first.
 
     ``recipes``, the baseline first, are names or files, or (name, name or file); ``labels`` are budgets, validation (a
-    share below 1) included, None for the whole pool. A `ConfigError` for recipes or values that cannot be compared, a
-    `DataError` for cases that are unknown, on both sides or without label, or if no case is left to test on.
+    share below 1) included, None for the whole pool. A `ConfigError` or `DataError` if they cannot be compared.
     """
     named = [r if isinstance(r, tuple) else (Path(r).stem, r) for r in recipes]
     names = tuple(name for name, _ in named)

@@ -135,14 +135,10 @@ def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> Non
 def learning_figure(histories: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
     """Loss, contrastive loss and validation Dice by epoch at the largest budget; thin: each run, bold: their mean."""
     _, runs = _of_largest_budget(histories)
-    figure = new_figure(10.5, 3.4)
+    figure, styles = new_figure(10.5, 3.4), _styles(recipes)
+    looks = [({"recipe": name}, {"color": styles[name][0], "linewidth": 2.0, "label": name}) for name in styles]
     for axis, (column, title) in zip(figure.subplots(1, 3), (("loss", "Training loss"), CONTRAST, DICE), strict=True):
-        for recipe, (color, _, _) in _styles(recipes).items():
-            curves = _used_curves([run for run in runs if run["recipe"] == recipe], column)
-            for curve in curves:
-                axis.plot(list(curve), list(curve.values()), color=color, linewidth=0.7, alpha=0.5)
-            _plot_mean(axis, curves, color=color, linewidth=2.0, label=recipe)
-        dress(axis, title, epochs=_epochs(runs))
+        _draw_curves(axis, title, column, runs, looks, each=True)
     _finish(figure, path)
 
 
@@ -156,15 +152,19 @@ def grid_curves_figure(histories: Sequence[Row], variants: Sequence[Row], recipe
     lines = dict(zip(dict.fromkeys(recipes), LINES * len(recipes), strict=False))
     figure = new_figure(max(5.0, 1.0 + 3.3 * len(columns)), 6.2)
     axes = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
-    for row, (column, title) in zip(axes, (CONTRAST, DICE), strict=True):
-        for axis, level in zip(row, columns, strict=True):
-            shown = [v["name"] for v in variants if not others or v["levels"][first] == level]
-            for variant, (recipe, line) in product(shown, lines.items()):
-                mine = [run for run in runs if (run["variant"], run["recipe"]) == (variant, recipe)]
-                look = {"linestyle": line, "color": colors[group_of[variant]], "linewidth": 1.6}
-                _plot_mean(axis, _used_curves(mine, column), **look)
-            dress(axis, f"{level}: {title.lower()}" if others else title, epochs=_epochs(runs))
-            axis.set_xlabel("epoch" if column == DICE[0] else "")
+    for (level_number, level), (row, (column, title)) in product(enumerate(columns), enumerate((CONTRAST, DICE))):
+        shown = [v["name"] for v in variants if not others or v["levels"][first] == level]
+        looks = [
+            (
+                {"variant": name, "recipe": recipe},
+                {"color": colors[group_of[name]], "linestyle": line, "linewidth": 1.6},
+            )
+            for name, (recipe, line) in product(shown, lines.items())
+        ]
+        heading = f"{level}: {title.lower()}" if others else title
+        _draw_curves(axes[row, level_number], heading, column, runs, looks)
+    for axis in axes[0]:
+        axis.set_xlabel("")
     for group, color in colors.items():
         axes[0, 0].plot([], [], color=color, linewidth=2, label=group)
     for recipe, line in lines.items():
@@ -172,18 +172,17 @@ def grid_curves_figure(histories: Sequence[Row], variants: Sequence[Row], recipe
     _finish(figure, path, most=4)
 
 
-def _epochs(runs: Sequence[Row]) -> list[int]:
-    return [int(row["epoch"]) for run in runs for row in run["history"]]
-
-
-def _used_curves(runs: Sequence[Row], column: str) -> list[dict[int, float]]:
-    """Epoch -> value of each run; without those that are 0 throughout: a term that is not in use."""
-    curves = [{int(row["epoch"]): row[column] for row in run["history"] if column in row} for run in runs]
-    return [curve for curve in curves if any(curve.values())]
-
-
-def _plot_mean(axis: Any, curves: Sequence[dict[int, float]], **style: Any) -> None:
-    """The mean of the curves over the epochs that all have; a line alone would not show a single point."""
-    epochs = sorted(set.intersection(*map(set, curves))) if curves else []
-    mean = [float(np.mean([curve[epoch] for curve in curves])) for epoch in epochs]
-    axis.plot(epochs, mean, marker="." if len(epochs) < 3 else "", **style)
+def _draw_curves(
+    axis: Any, title: str, column: str, runs: Sequence[Row], looks: Sequence[tuple[Row, Row]], each: bool = False
+) -> None:
+    """By epoch, the mean of the runs that have a look's keys, over the epochs that all have; with ``each``, also each run."""
+    for keys, look in looks:
+        histories = [run["history"] for run in runs if keys.items() <= run.items()]
+        curves = [{int(row["epoch"]): row[column] for row in rows if column in row} for rows in histories]
+        curves = [curve for curve in curves if any(curve.values())]  # 0 throughout: a term that is not in use
+        for curve in curves if each else ():
+            axis.plot(list(curve), list(curve.values()), color=look["color"], linewidth=0.7, alpha=0.5)
+        epochs = sorted(set.intersection(*map(set, curves))) if curves else []
+        mean = [float(np.mean([curve[epoch] for curve in curves])) for epoch in epochs]
+        axis.plot(epochs, mean, marker="." if len(epochs) < 3 else "", **look)  # a line alone would not show a point
+    dress(axis, title, epochs=[int(row["epoch"]) for run in runs for row in run["history"]])

@@ -6,11 +6,10 @@ import base64
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from medseg_supcon import __version__
@@ -119,27 +118,20 @@ def on_degraded_scans(robustness: Sequence[Row]) -> list[str]:
 
 def caveats(about: Row, differences: Sequence[Row], robustness: Sequence[Row] = ()) -> list[str]:
     """What a reader must know before they rely on a number; both kinds of differences are those that are shown."""
-    sentences = list(dict.fromkeys(about["warnings"]))
     seeds, cases = len(about["seeds"]), len(about["test"])
-    if seeds == 1:
-        sentences.append(
-            "One seed: the intervals cover the choice of test scans, not the chance of training. Another seed may "
-            "reverse a small difference."
-        )
-    elif seeds < statistics.FEWEST_SEEDS:
-        sentences.append(f"{seeds} seeds: the intervals cover little of the chance of training and are too narrow.")
-    if cases < FEW_CASES:
-        sentences.append(f"{counted(cases, 'test scan')}: too few for a firm statement about other scans.")
     clean = sum(row["class"] == MEAN and row["difference"] is not None for row in differences)
     degraded = sum(row["condition"] != "clean" and row["difference"] is not None for row in robustness)
-    if clean + degraded > 1:
-        where = f" ({clean} on the scans as they are, {degraded} on degraded scans)" if degraded else ""
-        more = ", not counting those of single classes" if len({row["class"] for row in differences}) > 2 else ""
-        sentences.append(
-            f"{clean + degraded} comparisons of the mean{where}{more}: each interval is a 95 % interval by itself, so one "
-            "in twenty excludes 0 by chance even without a difference."
-        )
-    return sentences
+    where = f" ({clean} on the scans as they are, {degraded} on degraded scans)" if degraded else ""
+    more = ", not counting those of single classes" if len({row["class"] for row in differences}) > 2 else ""
+    one = "the intervals cover the choice of test scans, not the chance of training"
+    each = "each interval is a 95 % interval by itself, so one in twenty excludes 0 by chance even without a difference"
+    sentences = [
+        (seeds == 1, f"One seed: {one}. Another seed may reverse a small difference."),
+        (1 < seeds < statistics.FEWEST_SEEDS, f"{seeds} seeds: the intervals cover little of the chance of training and are too narrow."),
+        (cases < FEW_CASES, f"{counted(cases, 'test scan')}: too few for a firm statement about other scans."),
+        (clean + degraded > 1, f"{clean + degraded} comparisons of the mean{where}{more}: {each}."),
+    ]
+    return [*dict.fromkeys(about["warnings"]), *(sentence for applies, sentence in sentences if applies)]
 
 
 def _costs(runs: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
@@ -210,27 +202,19 @@ def _render(report: Row, pictures: Path) -> str:
     levels = {variant["name"]: list(variant["levels"].values()) for variant in about["variants"]}
 
     def shown(value: Any) -> Any:
-        return value if isinstance(value, Markup) or not isinstance(value, str) else Markup(markdown_text(value))
+        return (
+            value if html or isinstance(value, Markup) or not isinstance(value, str) else Markup(markdown_text(value))
+        )
 
     def pairs(settings: Mapping[str, Any]) -> str:
         texts = [f"{key}: {value}" for key, value in settings.items()]
         return ", ".join(t if len(t) < 110 else f"{t[:107]}..." for t in texts) or "nothing"
 
-    environment = Environment(
-        autoescape=True,
-        finalize=None if html else shown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # not joinpath(a, b): some of Python 3.10 take one part
-        loader=FunctionLoader(lambda name: (files(__package__) / "templates" / name).read_text(encoding="utf-8")),
-    )
+    options: Row = {"autoescape": True, "finalize": shown, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=PackageLoader(__package__), undefined=StrictUndefined, **options)
+    environment.filters |= {"points": points, "interval": interval, "counted": counted, "pairs": pairs}
     environment.filters |= {
-        "points": points,
         "number": lambda value, digits=4: "-" if value is None else f"{value:.{digits}f}",
-        "interval": interval,
-        "counted": counted,
-        "pairs": pairs,
         "marked": lambda text, row: (text, ("", "up", "down")[excludes_zero(row)]),
         "p": lambda p: "-" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}",
         "inline": lambda name: "data:image/png;base64," + base64.b64encode((pictures / name).read_bytes()).decode(),

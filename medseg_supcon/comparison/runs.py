@@ -48,14 +48,12 @@ def compare(
     """Train and test every run of a design, write tables, pictures and ``report.html``; returns ``comparison.json``.
 
     Finished runs are kept and interrupted ones go on, so the same call can be made again. ``epochs`` (default: the first
-    plan's length) and ``settings`` are those of all runs, ``trust_scan_affine`` is ``--allow-affine-mismatch``, and with
-    ``trust`` foreign code in the folder's runs is run. A `RunError` if the folder holds something else, another call is at
-    work in it, an earlier run was made with something else, a run failed, or one needs trust.
+    plan's length) and ``settings`` are those of all runs. A `RunError` if the folder holds something else, another call is
+    at work in it, an earlier run was made with something else, a run failed, or one needs trust.
     """
-    if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
-        raise RunError(f"{out} is not empty and holds no comparison. Choose another --out.")
-    out.mkdir(parents=True, exist_ok=True)
     if not (out / MARKER).exists():
+        if out.exists() and any(out.iterdir()):
+            raise RunError(f"{out} is not empty and holds no comparison. Choose another --out.")
         write_text(out / MARKER, "{}\n")
     with folder_lock(out, wait=False) as free:
         if not free:
@@ -125,8 +123,7 @@ def prepare_cells(
         definition = {"recipe": read_recipe(design.files[cell.recipe]), "settings": settings, "epochs": plan["epochs"]}
         definition |= {f"{part} cases": names for part, names in case_names(split).items()}
         definition |= {"own settings": own} if own else {}
-        planned = is_planned(run)
-        if planned:
+        if planned := is_planned(run):
             _check_same(run, path, definition)
         job = {
             "run": str(run.resolve()),

@@ -21,6 +21,7 @@ from medseg_supcon.scans import farthest_corner, read_nifti, same_grid
 
 Row = dict[str, Any]
 Array = npt.NDArray[Any]
+Volume = tuple[Array, Array]  # voxels and affine
 Labels = Mapping[str, float]  # class name -> value in the files, background first
 
 METRICS = ("dice", "hd95_mm", "surface_dice")
@@ -69,8 +70,7 @@ def case_metrics(
         raise ValueError(f"spacing_mm must be three positive numbers and tolerance_mm must be positive, got {sizes}")
     worst = (0.0, float(np.linalg.norm(np.multiply(prediction.shape, spacing))), 0.0)
     scores_of = {"both": (None, None, None), "prediction": worst, "reference": worst}
-    voxel_ml = float(np.prod(spacing)) / 1000
-    counted = True if ignore_mask is None else ~ignore_mask
+    voxel_ml, counted = float(np.prod(spacing)) / 1000, True if ignore_mask is None else ~ignore_mask
     rows: list[Row] = []
     for name, value in list(labels.items())[1:]:
         p, r = (prediction == value) & counted, (reference == value) & counted
@@ -98,7 +98,7 @@ def score_mask(
     name: str,
     mask: Array,
     affine: Array,
-    label: Path | tuple[Array, Array],
+    label: Path | Volume,
     labels: Labels,
     ignore_label: float | None,
     tolerance_mm: float,
@@ -123,10 +123,8 @@ def score_mask(
     return [{"case": name} | row for row in case_metrics(mask, voxels, spacing, labels, ignored, tolerance_mm)]
 
 
-def check_grids(
-    what: str, other: str, volume: tuple[Array, Array], reference: tuple[Array, Array], trust_affine: bool = False
-) -> None:
-    """A DataError if two volumes (voxels, affine) are of different shapes or in different places."""
+def check_grids(what: str, other: str, volume: Volume, reference: Volume, trust_affine: bool = False) -> None:
+    """A DataError if two volumes are of different shapes or in different places."""
     (data, affine), (expected, its_affine) = volume, reference
     if data.shape != expected.shape:
         shapes = f"has shape {data.shape} and {other} {expected.shape}"
