@@ -127,7 +127,10 @@ def caveats(about: Row, differences: Sequence[Row], robustness: Sequence[Row] = 
     each = "each interval is a 95 % interval by itself, so one in twenty excludes 0 by chance even without a difference"
     sentences = [
         (seeds == 1, f"One seed: {one}. Another seed may reverse a small difference."),
-        (1 < seeds < statistics.FEWEST_SEEDS, f"{seeds} seeds: the intervals cover little of the chance of training and are too narrow."),
+        (
+            1 < seeds < statistics.FEWEST_SEEDS,
+            f"{seeds} seeds: the intervals cover little of the chance of training and are too narrow.",
+        ),
         (cases < FEW_CASES, f"{counted(cases, 'test scan')}: too few for a firm statement about other scans."),
         (clean + degraded > 1, f"{clean + degraded} comparisons of the mean{where}{more}: {each}."),
     ]

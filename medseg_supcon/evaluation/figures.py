@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from medseg_supcon.datasets import snap_labels
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation.metrics import Array, Labels
-from medseg_supcon.scans import read_nifti
+from medseg_supcon.scans import Volume, read_nifti
 
 INK, GRID = "#222222", "#dddddd"
 # Okabe and Ito's palette, which colour-blind people can distinguish, and then matplotlib's tab20.
@@ -146,20 +146,25 @@ LETTER: Any = {"fontsize": 8, "color": "white", "bbox": SHADE, "ha": "center", "
 ON_DARK: Any = {"frameon": True, "facecolor": "#555555", "edgecolor": "none", "labelcolor": "white"}  # of a legend
 
 
-def overlay_figure(scan: Path, reference: Path, prediction: Path, path: Path, labels: Labels) -> None:
+def overlay_figure(
+    scan: Path | Volume, reference: Path | Volume | None, prediction: Path | Volume, path: Path, labels: Labels
+) -> None:
     """Draws the axial, coronal and sagittal plane with most foreground, with masks, as a PNG; axes are in mm.
 
-    The reference is above, the prediction with the reference's outline below. The files are NIfTI on one grid (of a scan
-    with channels last, the first is shown). A DataError if one cannot be read, or a mask has another shape than the scan.
+    The reference (if any) is above, the prediction with the reference's outline below. All are NIfTI files or volumes on
+    one grid (of a scan with channels last, the first is shown). A DataError if a file cannot be read, or shapes differ.
     """
     image, spacing = _canonical(scan)
-    masks: list[Array] = []
-    for file in (reference, prediction):
-        masks.append(snap_labels(_canonical(file)[0], labels.values()))  # a file with a scaling has 2.9999998 for 3
-        if masks[-1].shape != image.shape:
-            raise DataError(f"{file} has shape {masks[-1].shape} and {scan} {image.shape}. They must share one grid.")
+    masks: dict[str, Array] = {}
+    for title, file in (("reference", reference), ("prediction", prediction)):
+        if file is not None:
+            # a file with a scaling has 2.9999998 for 3
+            masks[title] = mask = snap_labels(_canonical(file)[0], labels.values())
+            if mask.shape != image.shape:
+                one, other = (what if isinstance(what, Path) else "its volume" for what in (file, scan))
+                raise DataError(f"{one} has shape {mask.shape} and {other} {image.shape}. They must share one grid.")
     foreground = list(labels.items())[1:]
-    slices = [_best_slice(masks[0], foreground, cut) for cut in range(3)]
+    slices = [_best_slice(next(iter(masks.values())), foreground, cut) for cut in range(3)]
 
     def plane(volume: Array, cut: int) -> Array:
         """(vertical, horizontal), first row at the bottom."""
@@ -170,31 +175,33 @@ def overlay_figure(scan: Path, reference: Path, prediction: Path, path: Path, la
     widths = size[[horizontal for _, _, horizontal, _ in PLANES]]
     widths = np.maximum(widths, NARROWEST * widths.sum())
     height = max(size[vertical] for *_, vertical in PLANES) * 9.0 / widths.sum()
-    figure = new_figure(9.4, min(max(height, 1.2), 9.0) * 2 + 1.1)
-    axes = figure.subplots(2, 3, squeeze=False, gridspec_kw={"width_ratios": widths})
-    for title, mask, line in zip(("reference", "prediction"), masks, axes, strict=True):
+    figure = new_figure(9.4, min(max(height, 1.2), 9.0) * len(masks) + 1.1)
+    axes = figure.subplots(len(masks), 3, squeeze=False, gridspec_kw={"width_ratios": widths})
+    for (title, mask), line in zip(masks.items(), axes, strict=True):
         for (name, cut, horizontal, vertical), axis in zip(PLANES, line, strict=True):
             box = (0, size[horizontal], 0, size[vertical])
             axis.imshow(plane(image, cut), "gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", extent=box)
             for number, (_, value) in enumerate(foreground):
                 _outline(axis, plane(mask, cut) == value, box, color_of(number), fill=True)
-                if title == "prediction":
-                    _outline(axis, plane(masks[0], cut) == value, box, "white")
+                if title == "prediction" and "reference" in masks:
+                    _outline(axis, plane(masks["reference"], cut) == value, box, "white")
             axis.set(xlim=box[:2], ylim=box[2:], anchor="N", facecolor="black")
             dress_image(axis, f"{title}, {name}")
             for place, letter in zip(PLACES, ENDS[horizontal] + ENDS[vertical], strict=True):
                 axis.text(*place, letter, transform=axis.transAxes, **LETTER)
-    drawn = {value for mask in masks for cut in range(3) for value in np.unique(plane(mask, cut)).tolist()}
+    drawn = {value for mask in masks.values() for cut in range(3) for value in np.unique(plane(mask, cut)).tolist()}
     shown = [(number, name) for number, (name, value) in enumerate(foreground) if value in drawn]
     handles: list[Any] = [Patch(color=color_of(number), label=name, alpha=0.8) for number, name in shown]
-    handles.append(Line2D([], [], color="white", linewidth=1.6, label="reference's outline"))
-    legend_below(figure, handles, **ON_DARK)
+    if "reference" in masks:
+        handles.append(Line2D([], [], color="white", linewidth=1.6, label="reference's outline"))
+    if handles:
+        legend_below(figure, handles, **(ON_DARK if "reference" in masks else {}))
     save(figure, path)
 
 
-def _canonical(file: Path) -> tuple[Array, Array]:
+def _canonical(file: Path | Volume) -> tuple[Array, Array]:
     """The (first) volume of a NIfTI file with its axes turned to RAS+, and its voxel sizes in mm."""
-    volume = read_nifti(file)
+    volume = file if isinstance(file, Volume) else read_nifti(file)
     if volume.data.ndim < 3:
         raise DataError(f"{file}: expected a 3-D scan, found shape {volume.data.shape}.")
     order = nibabel.io_orientation(volume.affine)

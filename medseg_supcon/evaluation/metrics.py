@@ -21,7 +21,7 @@ from medseg_supcon.scans import farthest_corner, read_nifti, same_grid
 
 Row = dict[str, Any]
 Array = npt.NDArray[Any]
-Volume = tuple[Array, Array]  # voxels and affine
+Placed = tuple[Array, Array]  # voxels and affine
 Labels = Mapping[str, float]  # class name -> value in the files, background first
 
 METRICS = ("dice", "hd95_mm", "surface_dice")
@@ -98,7 +98,7 @@ def score_mask(
     name: str,
     mask: Array,
     affine: Array,
-    label: Path | Volume,
+    label: Path | Placed,
     labels: Labels,
     ignore_label: float | None,
     tolerance_mm: float,
@@ -123,7 +123,7 @@ def score_mask(
     return [{"case": name} | row for row in case_metrics(mask, voxels, spacing, labels, ignored, tolerance_mm)]
 
 
-def check_grids(what: str, other: str, volume: Volume, reference: Volume, trust_affine: bool = False) -> None:
+def check_grids(what: str, other: str, volume: Placed, reference: Placed, trust_affine: bool = False) -> None:
     """A DataError if two volumes are of different shapes or in different places."""
     (data, affine), (expected, its_affine) = volume, reference
     if data.shape != expected.shape:

@@ -22,24 +22,25 @@ def write(path: Path, array: np.ndarray, affine: np.ndarray) -> Path:
     return path
 
 
-def test_overlay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_overlay(tmp_path: Path, with_reference: bool) -> None:
     affine = np.array([[0, 1.0, 0, 0], [-1, 0, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]])
     scan = np.random.default_rng(0).normal(size=(30, 24, 8)).astype(np.float32)
     mask = np.zeros(scan.shape, np.uint8)
     mask[5:20, 5:15, 2:6], mask[18:25, 10:20, 3:7] = 3, 7
     files = [write(tmp_path / f"{n}.nii", a, affine) for n, a in (("s", scan), ("m", mask), ("p", np.roll(mask, 2, 0)))]
     out = tmp_path / "new" / "picture.png"
-    overlay_figure(*files, out, LABELS)
+    overlay_figure(files[0], files[1] if with_reference else None, files[2], out, LABELS)
     picture = imread(out)[..., :3]
     assert picture.shape[1] > 600
     for color in map(color_of, range(2)):  # the classes' outlines and legend are there
         rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
         assert (np.abs(picture - rgb).max(-1) < 0.08).sum() > 50
     with pytest.raises(DataError, match="share one grid"):
-        overlay_figure(files[0], files[1], write(tmp_path / "x.nii", mask[:5], affine), out, LABELS)
+        overlay_figure(files[0], None, write(tmp_path / "x.nii", mask[:5], affine), out, LABELS)
     (tmp_path / "text.nii").write_text("no scan")
     with pytest.raises(DataError, match=r"text\.nii"):
-        overlay_figure(tmp_path / "text.nii", files[1], files[2], out, LABELS)
+        overlay_figure(tmp_path / "text.nii", None, files[2], out, LABELS)
 
 
 def test_a_label_map_with_a_scaling_is_drawn(tmp_path: Path) -> None:
