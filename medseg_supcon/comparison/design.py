@@ -233,10 +233,10 @@ def design_comparison(
         raise DataError(f"{dataset.root}: no labelled case is left to test on. {cure}")
     # A recipe that needs unlabelled scans would otherwise fail hours later.
     bare = next((n for n, split in splits.items() if not split.unlabelled), None)
-    hungry = [name for name, file in files.items() if read_recipe(file).get("train::sampler::required")]
-    if bare is not None and hungry:
+    needing = [name for name, file in files.items() if read_recipe(file).get("train::sampler::required")]
+    if bare is not None and needing:
         raise ConfigError(
-            f"The recipe {hungry[0]} also learns from scans without labels, and with {counted(bare, 'labelled scan')} "
+            f"The recipe {needing[0]} also learns from scans without labels, and with {counted(bare, 'labelled scan')} "
             "none is left: the others are tested on, or all are labelled. Name the scans to test on with --test-cases "
             "FILE, so that the rest counts as unlabelled, or give smaller budgets with --labels."
         )

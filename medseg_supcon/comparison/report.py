@@ -124,13 +124,11 @@ def caveats(about: Row, differences: Sequence[Row], robustness: Sequence[Row] = 
     where = f" ({clean} on the scans as they are, {degraded} on degraded scans)" if degraded else ""
     more = ", not counting those of single classes" if len({row["class"] for row in differences}) > 2 else ""
     one = "the intervals cover the choice of test scans, not the chance of training"
+    few = "the intervals cover little of the chance of training and are too narrow"
     each = "each interval is a 95 % interval by itself, so one in twenty excludes 0 by chance even without a difference"
     sentences = [
         (seeds == 1, f"One seed: {one}. Another seed may reverse a small difference."),
-        (
-            1 < seeds < statistics.FEWEST_SEEDS,
-            f"{seeds} seeds: the intervals cover little of the chance of training and are too narrow.",
-        ),
+        (1 < seeds < statistics.FEWEST_SEEDS, f"{seeds} seeds: {few}."),
         (cases < FEW_CASES, f"{counted(cases, 'test scan')}: too few for a firm statement about other scans."),
         (clean + degraded > 1, f"{clean + degraded} comparisons of the mean{where}{more}: {each}."),
     ]
@@ -205,9 +203,8 @@ def _render(report: Row, pictures: Path) -> str:
     levels = {variant["name"]: list(variant["levels"].values()) for variant in about["variants"]}
 
     def shown(value: Any) -> Any:
-        return (
-            value if html or isinstance(value, Markup) or not isinstance(value, str) else Markup(markdown_text(value))
-        )
+        plain = isinstance(value, str) and not isinstance(value, Markup)
+        return Markup(markdown_text(value)) if plain and not html else value
 
     def pairs(settings: Mapping[str, Any]) -> str:
         texts = [f"{key}: {value}" for key, value in settings.items()]

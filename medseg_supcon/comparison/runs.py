@@ -47,9 +47,9 @@ def compare(
 ) -> Row:
     """Train and test every run of a design, write tables, pictures and ``report.html``; returns ``comparison.json``.
 
-    Finished runs are kept and interrupted ones go on, so the same call can be made again. ``epochs`` (default: the first
-    plan's length) and ``settings`` are those of all runs. A `RunError` if the folder holds something else, another call is
-    at work in it, an earlier run was made with something else, a run failed, or one needs trust.
+    The same call continues an interrupted comparison: finished runs are kept. ``epochs`` (default: the first plan's length)
+    and ``settings`` are those of all runs. A `RunError` if the folder holds something else, another call is at work in it,
+    an earlier run was made with other settings, a run failed, or one needs trust.
     """
     if not (out / MARKER).exists():
         if out.exists() and any(out.iterdir()):
@@ -207,7 +207,7 @@ def _train_and_test(cells: Mapping[Path, Cell], where: Sequence[str], say: Say) 
         say(f"{counted(len(todo), 'run')} to do on {', '.join(dict.fromkeys(where))}{together}.")
     jobs.run_jobs(todo, where, done)
     if failed:
-        cure = "The others are kept: give the same command again to go on."
+        cure = "The others are kept: give the same command again to continue."
         raise RunError(f"{len(failed)} of {len(cells)} runs failed; {failed[0]}. {cure}")
 
 

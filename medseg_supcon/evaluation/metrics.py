@@ -217,16 +217,14 @@ class MetricsReport(Metric):  # type: ignore[misc]  # ignite's stubs are not fol
         super().__init__()
 
     def reset(self) -> None:
-        """Forgets the cases seen."""
         self.rows: list[Row] = []
 
     def iteration_completed(self, engine: Engine) -> None:
-        """Scores the engine's batch: MONAI's output has no place for the case's name, its batch has."""
+        # the name of a case is in MONAI's batch only
         cases = zip(engine.state.output, engine.state.batch, strict=True)
         self.update([output | {"name": case["name"]} for output, case in cases])
 
     def update(self, output: list[dict[str, Any]]) -> None:
-        """Scores the cases of one batch."""
         for item in output:
             mask, label = ((item[key].cpu().numpy()[0], np.asarray(item[key].affine)) for key in ("pred", "label"))
             self.rows += score_mask(str(item["name"]), *mask, label, *self.options)
