@@ -22,6 +22,7 @@ COMPARED = ("difference", "low", "high", "p")
 FEWEST_SEEDS = 3  # fewer say little about the chance of training
 FEWEST_CASES = 6  # with fewer, p cannot fall below 0.05
 ALPHA = 0.05
+TAIL = (1 - 0.95) / 2  # of an interval
 
 
 class PairedDifference(NamedTuple):
@@ -54,9 +55,9 @@ def signed_rank_p(differences: npt.ArrayLike) -> float:
 
 
 def paired_difference(
-    scores: npt.ArrayLike, baseline: npt.ArrayLike, *, resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
+    scores: npt.ArrayLike, baseline: npt.ArrayLike, *, resamples: int = 10_000, seed: int = 0
 ) -> PairedDifference:
-    """Scores minus baseline, with a bootstrap interval over seeds and cases and Wilcoxon's test over cases.
+    """Scores minus baseline, with a 95 % bootstrap interval over seeds and cases and Wilcoxon's test over cases.
 
     The test takes one difference per case, the mean over seeds, because runs on one case are not independent cases.
     The interval is the percentile interval of a bootstrap over seeds and cases (`seed` is that of its draws); with one
@@ -64,10 +65,9 @@ def paired_difference(
 
     Args:
         scores, baseline: (S, K), a row per training seed, a column per case, the same on both sides.
-        confidence: of the interval, in (0, 1).
 
     Raises:
-        ValueError: shapes differ, a table is empty or has a value that is not finite, or an option is out of range.
+        ValueError: shapes differ, a table is empty or has a value that is not finite, or resamples is below 1.
 
     Example:
         >>> paired_difference([[0.9, 0.8]], [[0.9, 0.8]])
@@ -77,11 +77,10 @@ def paired_difference(
     if a.shape != b.shape or a.ndim != 2 or a.size == 0 or not np.isfinite([a, b]).all():
         shapes = f"{a.shape} and {b.shape}"
         raise ValueError(f"scores and baseline must be finite and share one shape (seeds, cases); got shapes {shapes}")
-    if not (0 < confidence < 1 and resamples > 0):
-        got = f"confidence={confidence}, resamples={resamples}"
-        raise ValueError(f"confidence must be between 0 and 1, and resamples positive; got {got}")
-    d, tail = a - b, (1 - confidence) / 2
-    low, high = np.quantile(bootstrap_means(d, resamples, seed), (tail, 1 - tail))
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    d = a - b
+    low, high = np.quantile(bootstrap_means(d, resamples, seed), (TAIL, 1 - TAIL))
     return PairedDifference(float(d.mean()), float(low), float(high), signed_rank_p(d.mean(axis=0)), *d.shape[::-1])
 
 
