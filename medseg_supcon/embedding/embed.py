@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from medseg_supcon.bundle import (
     cases_of,
     check_configs_trusted,
-    is_code,
+    code_in,
     is_planned,
     is_started,
-    leaves,
     load_model,
     load_tensors,
     plain_text,
@@ -114,7 +113,7 @@ def _is_plain_head(head: Any) -> bool:
     if not isinstance(head, dict):
         return head is None
     options = {key: value for key, value in head.items() if key not in HEAD_CODE}
-    return HEAD_CODE.items() <= head.items() and not any(is_code(key, value) for key, value in leaves(options))
+    return HEAD_CODE.items() <= head.items() and not any(code_in(options))
 
 
 def _evaluated(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
