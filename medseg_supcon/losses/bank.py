@@ -11,8 +11,8 @@ from medseg_supcon.losses.checks import check_ids, check_number, check_tensor
 class MemoryBank(nn.Module):
     """A ring buffer of detached embeddings for each class: keys and positives of later steps.
 
-    Every class has room for `size` embeddings and its own write position, so a frequent class never pushes out a
-    rare one. All state is in buffers: it moves with `.to()`, and checkpoints contain it.
+    Every class has its own room and write position, so a frequent class never pushes out a rare one. All state is in
+    buffers, so checkpoints contain it.
 
     Args:
         num_classes: C.
@@ -47,9 +47,6 @@ class MemoryBank(nn.Module):
         """Write embeddings (N, D) of classes (N,) over the oldest of their class; the last `size` stay.
 
         Labels below 0 are not stored, nor embeddings that are not finite: one overflow would make every later loss NaN.
-
-        Raises:
-            ValueError, TypeError: shapes or dtypes that do not fit the bank, or a label >= C.
         """
         check_tensor("embeddings", embeddings, floating=True)
         check_tensor("labels", labels)
@@ -91,6 +88,7 @@ def bank_entries(bank: Bank | None, embeddings: Tensor) -> tuple[Tensor, Tensor]
     check_tensor("bank embeddings", stored, floating=True)
     dim, device = embeddings.shape[1], embeddings.device
     if stored.shape[1] != dim or stored.device != device:
-        got = f"{tuple(stored.shape)} on {stored.device}"
-        raise ValueError(f"bank embeddings must be (M, {dim}) on {device}, got {got}")
+        raise ValueError(
+            f"bank embeddings must be (M, {dim}) on {device}, got {tuple(stored.shape)} on {stored.device}"
+        )
     return stored.detach(), check_ids("bank labels", labels, stored, "a bank")

@@ -32,7 +32,7 @@ def check_tensor(name: str, value: Tensor, floating: bool = False) -> None:
     integers = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     if not (value.is_floating_point() if floating else integers):
         raise TypeError(f"{name} must be {'floating point' if floating else 'integers'}, got {value.dtype}")
-    if floating and value.ndim != 2:
+    if floating and (value.ndim != 2 or value.shape[1] == 0):
         raise ValueError(f"{name} must be (N, D), got shape {tuple(value.shape)}")
 
 
@@ -55,8 +55,6 @@ def number_vector(name: str, values: Tensor | Sequence[float]) -> Tensor:
         vector = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be real numbers, one for each class, got {values!r}") from None
-    if vector.ndim != 1 or vector.numel() == 0:
-        raise ValueError(f"{name} must be (C,) with C >= 1, got shape {tuple(vector.shape)}")
-    if not bool((vector.isfinite() & (vector >= 0)).all()):
-        raise ValueError(f"{name} must be finite and >= 0, got {vector.tolist()}")
+    if vector.ndim != 1 or not len(vector) or not bool((vector.isfinite() & (vector >= 0)).all()):
+        raise ValueError(f"{name} must be finite numbers >= 0, one for each class, got {vector.tolist()}")
     return vector

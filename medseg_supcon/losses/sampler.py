@@ -77,16 +77,15 @@ class VoxelSampler:
         logits: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> VoxelSample:
-        """Draw at most `max_samples` voxels (but for `all`).
+        """Draw at most `max_samples` voxels (with `all`: every labelled one).
 
         Args:
             labels: (B, *spatial) integer class indices of any size; negative: never drawn.
             pair_ids: (B, *spatial) int64, unique to a physical voxel over the batch, negative: no partner. If given,
                 voxels are drawn together with their partners, and only those that have an id: half of `max_samples`
-                by the strategy, the rest are their partners. Where the partners are more than that, those of a class
-                that the half took whole come before the others.
+                by the strategy, the rest are their partners, those of classes that the half took whole first.
             logits: (B, C, *spatial), for `hard`, a channel for every class that occurs.
-            generator: on the CPU; in place of the sampler's own.
+            generator: on the CPU, instead of the sampler's own.
 
         Raises:
             ValueError, TypeError: shapes that do not fit, or labels that are not integers.
@@ -119,8 +118,7 @@ class VoxelSampler:
         """Sorted indices of `budget` voxels (or of all) by the strategy, and whose partners come first."""
         classes, counts = _class_counts(draw.drawable)
         needed = int(classes[-1]) + 1 if len(classes) else 0
-        if self.strategy == "hard" and draw.logits is not None and draw.logits.shape[1] < needed:
-            got = draw.logits.shape[1]
+        if self.strategy == "hard" and draw.logits is not None and (got := draw.logits.shape[1]) < needed:
             raise ValueError(f"logits must have a channel for each class, at least {needed}, got {got}")
         quotas = _class_quotas(counts, budget)
         wanted = zip(classes.tolist(), counts, quotas, strict=True)
@@ -197,15 +195,13 @@ class _Draw(NamedTuple):
 
     def some(self, c: int, n: int, k: int) -> Tensor:
         """k of the n voxels of class c."""
-        total = len(self.drawable)
         if n < 32 * k:
             members = (self.drawable == c).nonzero()[:, 0]
             return members if k >= n else members[self.permutation(n)[:k]]
         # A class that fills much of the batch is met by chance: no list of its voxels is made.
-        drawn = self.drawable[:0]
+        total, drawn = len(self.drawable), self.drawable[:0]
         while len(drawn) < k:
-            tries = int(1.2 * k * total / n) + 16
-            more = torch.randint(total, (tries,), generator=self.generator).to(self.labels.device)
+            more = torch.randint(total, (int(1.2 * k * total / n) + 16,), generator=self.generator).to(drawn.device)
             drawn = torch.unique(torch.cat((drawn, more[self.drawable[more] == c])))
         return drawn[self.permutation(len(drawn))[:k]]
 

@@ -1,20 +1,17 @@
-"""The supervised contrastive loss, exact, in memory that grows with N.
-
-Here anchors and keys are chosen; `pairs.py` prepares them, and `sums.py` has the two sums over pairs.
-"""
+"""The supervised contrastive loss, exact, in memory that grows with N: anchors and keys; `sums.py` adds up the pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medseg_supcon.losses.bank import Bank, bank_entries
 from medseg_supcon.losses.checks import check_choice, check_ids, check_number, check_tensor, number_vector
-from medseg_supcon.losses.pairs import Pairs, compact, prepare
-from medseg_supcon.losses.sums import Similarity, log_sum_exp, mean_dot_of_positives, mean_over_positives
+from medseg_supcon.losses.sums import Pairs, log_sum_exp, mean_dot_of_positives, mean_over_positives
 
 Ids = Tensor | None
 MIN_TEMPERATURE = 1e-6  # at smaller ones the scores exceed what float32 can resolve
@@ -46,7 +43,7 @@ class SupConLoss(nn.Module):
     voxels within a class, and by itself does not push classes apart.
 
     Without any anchor the loss is 0 and attached to the graph. Half precision, and any input under autocast, is
-    computed in float32. A second derivative raises RuntimeError.
+    computed in float32. There is no second derivative: a backward pass with create_graph=True raises RuntimeError.
 
     Raises:
         ValueError, TypeError: an option or a weight that is not allowed.
@@ -141,8 +138,14 @@ class SupConLoss(nn.Module):
                 # A sum over no rows: 0 whatever the embeddings hold, and attached to their graph.
                 nothing = z[:0].to(dtype).sum()
                 return nothing, torch.zeros_like(nothing)
-            total = (pairs.weights * self._anchor_losses(pairs)).sum()
-            return total.to(dtype), pairs.weights.sum().to(dtype)
+            losses = log_sum_exp(pairs, self.denominator)
+            if self.denominator == "other_class":
+                losses = mean_over_positives(pairs, losses)
+            elif pairs.euclidean:
+                losses = losses + mean_over_positives(pairs, None)
+            else:
+                losses = losses - mean_dot_of_positives(pairs) / self.temperature
+            return (pairs.weights * losses).sum().to(dtype), pairs.weights.sum().to(dtype)
 
     def _pairs(
         self,
@@ -164,18 +167,18 @@ class SupConLoss(nn.Module):
             y = y[kept]
 
         def with_bank(values: Tensor, of_bank: int) -> Tensor:
-            return torch.cat((values, values.new_full((len(stored),), of_bank)))[kept]
+            return F.pad(values, (0, len(stored)), value=of_bank)[kept]
 
-        classes = compact(y)
+        classes = _compact(y)
         # A bank's entry is of no view, so of another than the batch's, and of no voxel: n is nobody's number.
-        views = None if view_ids is None else with_bank(compact(view_ids), n)
-        groups = classes if pair_ids is None else with_bank(compact(pair_ids), n)
-        subgroups = None if views is None else compact(groups * (n + 1) + views)
+        views = None if view_ids is None else with_bank(_compact(view_ids), n)
+        groups = classes if pair_ids is None else with_bank(_compact(pair_ids), n)
+        subgroups = None if views is None else _compact(groups * (n + 1) + views)
         n_positives = _occurrences(groups) - (1 if subgroups is None else _occurrences(subgroups))
         is_anchor = with_bank(may, False) & (n_positives > 0)
         if self.denominator == "same_class" and pair_ids is not None:
             # Its positive may be of another class, and the only other key.
-            own = 1 if views is None else _occurrences(compact(classes * (n + 1) + views))
+            own = 1 if views is None else _occurrences(_compact(classes * (n + 1) + views))
             is_anchor &= _occurrences(classes) > own
         weights = self._weights(y, classes, is_anchor)
         is_anchor &= weights > 0
@@ -188,11 +191,11 @@ class SupConLoss(nn.Module):
         rows, a = kept[order], len(anchors)
         b = a + int((rows[a:] < n).sum())
         # Only now do the vectors count: an ignored voxel may hold anything, NaN included.
-        z = z if a == n else z[rows[:b]]
-        z = prepare(z, stored[rows[b:] - n], unit_length=self.similarity == "cosine")
+        z = _prepare(z if a == n else z[rows[:b]], stored[rows[b:] - n], self.similarity == "cosine")
         views, subgroups = (ids if ids is None else ids[order] for ids in (views, subgroups))
-        n_positives, weights = n_positives[anchors].to(z.dtype), weights[anchors].to(z.dtype)
-        return Pairs(z, (a, b, len(z)), classes[order], views, groups[order], subgroups, n_positives, weights)
+        of_anchors = n_positives[anchors].to(z.dtype), weights[anchors].to(z.dtype)
+        form = self.similarity == "euclidean", self.temperature
+        return Pairs(z, (a, b, len(z)), classes[order], views, groups[order], subgroups, *of_anchors, *form)
 
     def _weights(self, y: Tensor, classes: Tensor, is_anchor: Tensor) -> Tensor:
         """(R,) float64 w of each row: n / (C n_c) over the anchors for "balanced", else the class's number."""
@@ -201,29 +204,87 @@ class SupConLoss(nn.Module):
         if isinstance(self.class_weights, str):
             n_c = torch.bincount(classes[is_anchor], minlength=int(classes.max()) + 1).double()
             return (n_c.sum() / ((n_c > 0).sum() * n_c.clamp_min(1.0)))[classes]
-        low, high, n = int(y.min()), int(y.max()), len(self.class_weights)
-        if low < 0 or high >= n:
-            wrong = low if low < 0 else high
-            raise ValueError(f"labels must be in 0 .. {n - 1} (there are {n} class_weights), got {wrong}")
+        n = len(self.class_weights)
+        for label in (int(y.min()), int(y.max())):
+            if not 0 <= label < n:
+                raise ValueError(f"labels must be in 0 .. {n - 1} (there are {n} class_weights), got {label}")
         # Over the largest, which no dtype overflows; the loss, a weighted mean, is the same.
         w = torch.tensor(self.class_weights, dtype=torch.float64, device=y.device)
         return (w / w.max().clamp_min(torch.finfo(w.dtype).tiny))[y]
-
-    def _anchor_losses(self, pairs: Pairs) -> Tensor:
-        """L_i of every anchor, (A,)."""
-        sim = Similarity(self.similarity == "euclidean", self.temperature)
-        lse = log_sum_exp(pairs, pairs.denominator(self.denominator), sim)
-        if self.denominator == "other_class":
-            return mean_over_positives(pairs, lse, sim)
-        if sim.euclidean:
-            return lse + mean_over_positives(pairs, None, sim)
-        return lse - mean_dot_of_positives(pairs) / self.temperature
 
     def extra_repr(self) -> str:
         names = ("temperature", "similarity", "positives", "denominator", "keys", "class_weights", "ignore_index")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
+def balanced_class_weights(counts: Tensor | Sequence[float]) -> Tensor:
+    """Inverse-frequency class weights, w_c = n / (C n_c), (C,) float64, with 0 for an absent class.
+
+    They suit voxels sampled in proportion to volume. `SupConLoss(class_weights="balanced")` counts the voxels that
+    were sampled instead, so it is right for any sampling.
+
+    Args:
+        counts: (C,) n_c, voxels per class, or frequencies; n is their sum.
+
+    Raises:
+        ValueError, TypeError: not C finite numbers >= 0 with a positive sum.
+
+    Example:
+        >>> balanced_class_weights([12, 4, 0, 8]).tolist()
+        [0.5, 1.5, 0.0, 0.75]
+    """
+    n_c = number_vector("counts", counts)
+    if not bool(n_c.sum() > 0):
+        raise ValueError(f"counts must be finite and >= 0 with a positive sum, got {n_c.tolist()}")
+    return torch.where(n_c > 0, n_c.sum() / (len(n_c) * n_c), 0.0)
+
+
+def _compact(ids: Tensor) -> Tensor:
+    """Ids as 0, 1, ..."""
+    inverse: Tensor = torch.unique(ids, return_inverse=True)[1]
+    return inverse
+
+
 def _occurrences(ids: Tensor) -> Tensor:
     """How often each row's id occurs."""
     return ids.bincount()[ids]
+
+
+def _prepare(rows: Tensor, stored: Tensor, unit_length: bool) -> Tensor:
+    """The batch's rows and a bank's, in float32 or float64, as unit vectors if asked for; zero vectors stay zero."""
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    if not unit_length:
+        largest = torch.cat([z.detach().abs().amax(1).double() for z in (rows, stored)])
+        # float32 cannot square the length of so long or short a row
+        if bool(((largest > 1e15) | ((largest > 0) & (largest < 1e-15))).any()):
+            dtype = torch.float64
+    z: Tensor = _Prepared.apply(rows, stored, unit_length, dtype)  # type: ignore[no-untyped-call]
+    return z
+
+
+class _Prepared(torch.autograd.Function):
+    """Every gradient of the loss passes here: one too large for the rows' own dtype is clamped to its largest number."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, stored: Tensor, unit_length: bool, dtype: torch.dtype) -> Tensor:
+        ctx.dtype, ctx.n = rows.dtype, len(rows)
+        z = torch.cat((rows.to(dtype), stored.to(dtype))) if len(stored) else rows.to(dtype)
+        if unit_length:
+            # by the largest entry first, so that no square overflows or vanishes
+            largest = z.abs().amax(1, keepdim=True)
+            z = torch.where(largest == 0, 0.0, z / largest)
+            norm = torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min_(torch.finfo(dtype).tiny)
+            ctx.save_for_backward(z.div_(norm), norm, largest)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("SupConLoss has no second derivative: create_graph must be False")
+        grad = grad[: ctx.n]
+        if ctx.saved_tensors:
+            unit, norm, largest = (t[: ctx.n] for t in ctx.saved_tensors)
+            grad = (grad - unit * (unit * grad).sum(1, keepdim=True)).div_(norm)
+            grad = torch.where(largest == 0, 0.0, grad.div_(largest))
+        limit = min(torch.finfo(ctx.dtype).max, torch.finfo(grad.dtype).max)
+        return grad.clamp(-limit, limit).to(ctx.dtype), None, None, None

@@ -1,20 +1,23 @@
-"""The contrastive loss on dense features: sample, project what was sampled, contrast, over all ranks."""
+"""The losses of a training step on dense features: contrast of sampled voxels over all ranks, and Dice beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from medseg_supcon.losses.bank import MemoryBank
 from medseg_supcon.losses.checks import check_number
-from medseg_supcon.losses.labels import IGNORE_INDEX, class_indices
 from medseg_supcon.losses.sampler import VoxelSampler
 from medseg_supcon.losses.supcon import SupConLoss
 
+IGNORE_INDEX = -1
+"""Class index of a voxel that nobody labelled, or that is outside the scan (padding)."""
 MAX_PAIR_ID = 1 << 40  # the scans' and the ranks' numbers are stored above it
 
 
@@ -100,8 +103,7 @@ class VoxelSupConLoss(nn.Module):
         where = torch.unravel_index(sample.indices, y.shape)
         element, label, anchors = where[0], y[where], sample.anchors
         with torch.autocast(features.device.type, enabled=False):
-            index: tuple[Tensor | slice, ...] = (element, slice(None), *where[1:])
-            z = self._project(features[index])
+            z = self._project(features.movedim(1, -1)[where])
         pair = view = torch.zeros_like(element)
         if ids is not None:
             # Voxels without a partner (the sampler `all` takes them, too) must not find each other.
@@ -142,16 +144,90 @@ class VoxelSupConLoss(nn.Module):
         return embeddings
 
     def _labels(self, features: Tensor, labels: Tensor) -> Tensor:
-        """(B, *spatial) class indices, `IGNORE_INDEX` where the loss ignores them."""
-        shape = tuple(features.shape)
+        """(B, *spatial) int64 class indices, `IGNORE_INDEX` if nobody labelled the voxel or the loss ignores it."""
+        shape, got = tuple(features.shape), tuple(labels.shape)
         if features.ndim < 3 or not features.is_floating_point():
             raise ValueError(f"features must be (B, F, *spatial) floating point, got {shape} {features.dtype}")
-        if labels.shape[:1] != features.shape[:1] or labels.shape[2:] != features.shape[2:]:
-            got = tuple(labels.shape)
-            raise ValueError(f"labels must be (B, 1 or C, *spatial) like features {shape}, got {got}")
-        y = class_indices(labels)
+        if got[:1] != shape[:1] or got[2:] != shape[2:] or got[1] == 0:
+            raise ValueError(f"labels must be (B, 1 or C, *spatial) like features {shape}, got shape {got}")
+        y = labels[:, 0].long()
+        if got[1] != 1:
+            one_hot = labels > 0.5
+            y = one_hot.to(torch.uint8).argmax(1).masked_fill_(~one_hot.any(1), IGNORE_INDEX)
+        elif labels.is_floating_point() and bool((wrong := y != labels[:, 0]).any()):
+            value = labels[:, 0][wrong][0].item()
+            raise ValueError(
+                f"labels must be whole numbers (class indices), got {value}; were they interpolated linearly?"
+            )
         ignored = self.loss.ignore_index
         return y if ignored is None else y.masked_fill(y == ignored, IGNORE_INDEX)
+
+
+class DiceSupConLoss(nn.Module):
+    """segmentation_loss + w(step) * contrastive_loss, with a linear warm-up of w.
+
+    Step t = 1, 2, ... (one for each forward pass in training mode) has w = weight * min(1, t / warmup_steps). The
+    first is above 0, so every parameter has a gradient from the start, as DDP needs.
+
+    Args:
+        segmentation_loss: called with (logits, labels): MONAI's DiceCELoss, say.
+        contrastive_loss: called with (features, labels) and pair_ids, view_ids, scan_ids, logits: a
+            `VoxelSupConLoss`. Its projection's parameters are parameters of this module.
+        weight: final weight of the contrast, >= 0. At 0 the contrast is not computed.
+        warmup_steps: steps until w is `weight`; 0: from the first step on.
+
+    Attributes:
+        terms: the last call's detached scalars: "loss", "segmentation", "contrastive", "contrast_weight".
+        step: steps so far, a buffer, so checkpoints contain it.
+
+    Raises:
+        ValueError, TypeError: weight is not a finite number >= 0, or warmup_steps not an integer >= 0.
+
+    Example:
+        >>> dice, contrast = (lambda logits, labels: logits.mean()), (lambda f, labels, **ids: f.sum())
+        >>> both = DiceSupConLoss(dice, contrast, weight=0.5, warmup_steps=2)
+        >>> [both(torch.ones(2), torch.ones(2), torch.ones(4)).item() for _ in range(3)]
+        [2.0, 3.0, 3.0]
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        segmentation_loss: Callable[..., Tensor],
+        contrastive_loss: Callable[..., Tensor],
+        weight: float = 0.1,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        check_number("weight", weight, 0)
+        check_number("warmup_steps", warmup_steps, 0, integer=True)
+        self.segmentation_loss, self.contrastive_loss = segmentation_loss, contrastive_loss
+        self.weight, self.warmup_steps = float(weight), warmup_steps
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self.terms: dict[str, Tensor] = {}
+
+    def forward(self, logits: Tensor, labels: Tensor, features: Tensor | None = None, **ids: Tensor | None) -> Tensor:
+        """The weighted sum, a scalar, of logits (B, C, *spatial), labels (B, 1, *spatial), features (B, F, *spatial).
+
+        Features may be None if weight is 0; `ids` are pair_ids, view_ids, scan_ids as for `VoxelSupConLoss`.
+        """
+        loss = segmentation = self.segmentation_loss(logits, labels)
+        dtype = torch.promote_types(segmentation.dtype, torch.float32)
+        weight = torch.full((), self.weight, device=segmentation.device, dtype=dtype)
+        if self.warmup_steps > 0:
+            weight = weight * ((self.step + 1) / self.warmup_steps).clamp(max=1.0).to(weight)
+        contrastive = torch.zeros_like(weight)
+        if self.weight > 0:
+            if features is None:
+                raise ValueError(f"features must be given if weight > 0 (weight={self.weight}), got None")
+            contrastive = self.contrastive_loss(features, labels, **ids, logits=logits.detach())
+            loss = segmentation + weight * contrastive
+        if self.training:
+            self.step += 1
+        terms = {"loss": loss, "segmentation": segmentation, "contrastive": contrastive}
+        self.terms = {name: term.detach() for name, term in terms.items()} | {"contrast_weight": weight}
+        return loss
 
 
 def _per_element(name: str, ids: Tensor | None, y: Tensor, needed: bool) -> Tensor | None:
@@ -211,15 +287,18 @@ def _gather_rows(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sizes = [int(count) for count in counts]
     owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     mine = (owner == dist.get_rank()).to(rows.device)
-    gathered: Tensor = _Gather.apply(rows, sizes, mine)  # type: ignore[no-untyped-call]
-    return gathered, _all_gather(ids, sizes), mine
+    gathered, all_ids = (_Gather.apply(x, sizes, mine) for x in (rows, ids))  # type: ignore[no-untyped-call]
+    return gathered, all_ids, mine
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: list[int], mine: Tensor) -> Tensor:
         ctx.save_for_backward(mine)
-        return _all_gather(rows, sizes)
+        padded = F.pad(rows, (0, 0, 0, max(sizes) - len(rows)))  # the backends want one size
+        received = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(received, padded)
+        return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
 
     @staticmethod
     @once_differentiable
@@ -227,12 +306,3 @@ class _Gather(torch.autograd.Function):
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
         return grad[ctx.saved_tensors[0]], None, None
-
-
-def _all_gather(rows: Tensor, sizes: list[int]) -> Tensor:
-    """Concatenation over ranks; padded to one size on the way, since the backends want that."""
-    padded = rows.new_zeros(max(sizes), rows.shape[1])
-    padded[: len(rows)] = rows
-    received = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(received, padded)
-    return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
