@@ -172,18 +172,13 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, tiles: Tiles, safe: bool) -> Tensor:
-        lse = z.new_full((tiles.stops[0],), 0.0 if safe else -torch.inf)
+        over, add, none = (torch.sum, torch.add, 0.0) if safe else (torch.logsumexp, torch.logaddexp, -torch.inf)
+        lse = z.new_full((tiles.stops[0],), none)
         for t, s in tiles.scores(z):
-            if safe:
-                e = t.fill_excluded(s.exp_(), 0.0)
-                lse[t.i] += e.sum(1)
-                if t.mirrored:
-                    lse[t.j] += e.sum(0)
-            else:
-                t.fill_excluded(s, -torch.inf)
-                lse[t.i] = torch.logaddexp(lse[t.i], s.logsumexp(1))
-                if t.mirrored:
-                    lse[t.j] = torch.logaddexp(lse[t.j], s.logsumexp(0))
+            t.fill_excluded(s.exp_() if safe else s, none)
+            lse[t.i] = add(lse[t.i], over(s, 1))
+            if t.mirrored:
+                lse[t.j] = add(lse[t.j], over(s, 0))
         if safe:
             lse.log_()
         ctx.save_for_backward(z, lse)
@@ -197,7 +192,7 @@ class _LogSumExp(torch.autograd.Function):
         # An anchor without keys takes no part: e^{s - inf} = 0.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         if not safe:
-            return _gradient(z, lse, g, tiles, Tensor.exp_), None, None
+            return _gradients(z, lse, g, tiles, Tensor.exp_)[0], None, None
         a, dz, sums = g * (-lse).exp(), torch.zeros_like(z), z.new_empty(tiles.size**2 * STRIP)
         for t, s in tiles.scores(z):
             if t.mirrored or t.i == t.j:
@@ -214,50 +209,50 @@ def mean_over_positives(pairs: Pairs, nu: Tensor | None) -> Tensor:
     nu is (A,), the log-sum-exp of the negatives of each anchor, -inf where it has none.
     """
     order, z, tiles = pairs.tiles("positive")
-    total: Tensor = _PositiveSum.apply(z, None if nu is None else nu[order], tiles)  # type: ignore[no-untyped-call]
+    shift = torch.zeros_like(pairs.n_positives) if nu is None else nu[order]
+    total: Tensor = _PositiveSum.apply(z, shift, tiles, nu is None)  # type: ignore[no-untyped-call]
     return torch.empty_like(total).index_copy(0, order, total) / pairs.n_positives
 
 
 class _PositiveSum(torch.autograd.Function):
-    """Each anchor's sum over its positives of -s or, given nu, of -log sigmoid(s - nu)."""
+    """(A,) sums over the positives of -(s_ip - nu_i) if `linear`, else of -log sigmoid(s_ip - nu_i)."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, nu: Tensor | None, tiles: Tiles) -> Tensor:
-        total = z.new_zeros(tiles.stops[0])
+    def forward(ctx: Any, z: Tensor, nu: Tensor, tiles: Tiles, linear: bool) -> Tensor:
+        f, total = torch.neg if linear else _softplus_of_minus, torch.zeros_like(nu)
         for t, s in tiles.scores(z):
-            row = -s if nu is None else -F.logsigmoid(s - nu[t.i, None])
-            total[t.i] += t.fill_excluded(row, 0.0).sum(1)
+            total[t.i] += t.fill_excluded(f(s - nu[t.i, None]), 0.0).sum(1)
             if t.mirrored:
-                column = row if nu is None else t.fill_excluded(-F.logsigmoid(s - nu[t.j]), 0.0)
-                total[t.j] += column.sum(0)
+                total[t.j] += t.fill_excluded(f(s - nu[t.j]), 0.0).sum(0)
         ctx.save_for_backward(z, nu)
-        ctx.tiles = tiles
+        ctx.rest = tiles, linear
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        z, nu = ctx.saved_tensors
-        if nu is None:
-            return _gradient(z, torch.zeros_like(g), g, ctx.tiles, lambda x: x.fill_(-1.0)), None, None
-        dnu = torch.zeros_like(nu)
-        return _gradient(z, nu, g, ctx.tiles, lambda x: x.neg_().sigmoid_().neg_(), dnu), dnu, None
+        tiles, linear = ctx.rest
+        slope = (lambda x: x.fill_(-1.0)) if linear else (lambda x: x.neg_().sigmoid_().neg_())
+        return *_gradients(*ctx.saved_tensors, g, tiles, slope), None, None
 
 
-def _gradient(z: Tensor, nu: Tensor, g: Tensor, tiles: Tiles, slope: Slope, dnu: Tensor | None = None) -> Tensor:
-    """The gradient for z of sum_i g_i sum_j f(s_ij - nu_i), with `slope` f', in place; the one for nu goes to dnu."""
-    dz = torch.zeros_like(z)
+def _softplus_of_minus(x: Tensor) -> Tensor:
+    return -F.logsigmoid(x)
+
+
+def _gradients(z: Tensor, nu: Tensor, g: Tensor, tiles: Tiles, slope: Slope) -> tuple[Tensor, Tensor]:
+    """The gradients for z and nu of sum_i g_i sum_j f(s_ij - nu_i); `slope` is f', in place."""
+    dz, dnu = torch.zeros_like(z), torch.zeros_like(nu)
     for t, s in tiles.scores(z):
         ds = t.fill_excluded(slope(s - nu[t.i, None]).mul_(g[t.i, None]), 0.0)
-        if dnu is not None:
-            dnu[t.i] -= ds.sum(1)
+        dnu[t.i] -= ds.sum(1)
         if t.mirrored or t.i == t.j:
             column = t.fill_excluded(slope(s.sub_(nu[t.j])).mul_(g[t.j]), 0.0)
-            if dnu is not None and t.mirrored:
+            if t.mirrored:
                 dnu[t.j] -= column.sum(0)
             ds += column
         tiles.add_gradient(dz, ds, t, z)
-    return dz
+    return dz, dnu
 
 
 def mean_dot_of_positives(pairs: Pairs) -> Tensor:
