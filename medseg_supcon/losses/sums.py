@@ -9,6 +9,7 @@ e^{s_ii} afterwards would cancel.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -18,17 +19,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CPU_TILE, GPU_TILE = 384, 2048  # rows of a tile: on a CPU it fits the caches; a GPU wants work for all its cores
-# Blocks that one tile may span. Wide tiles keep the number of calls small; narrow ones waste little on the diagonal,
-# where a tile cannot stand for its mirror image.
-STRIP = 4
+STRIP = 4  # blocks that one tile may span: wide tiles mean fewer calls, narrow ones waste less on the diagonal
 NONE, SOME, ALL = 0, 1, 2  # pairs of two blocks that count
 # Where |s| is at most this (unit vectors at temperature 0.02 and above), e^s needs no shift: e^50 times 1e9 keys
 # times 1e7 is below float32's 3e38. The hundredth is for unit vectors that rounding left a little too long.
 SAFE_BOUND = 50.01
 EXACT = "donot_use_mm_for_euclid_dist"  # through |x|^2 + |y|^2 - 2xy near neighbours would cancel
 
-Slope = Callable[[Tensor], Tensor]
 Criterion = tuple[Tensor, bool]  # ids (R,), and whether they must be equal in a pair that counts, or must differ
+Slope = Callable[[Tensor], Tensor]
 
 
 class Pairs(NamedTuple):
@@ -50,12 +49,8 @@ class Pairs(NamedTuple):
 
         `keys` that count for an anchor: the `positive` ones, `all`, or those of the `same_class` or `other_class`.
         """
-        named = {
-            "positive": (self.groups, True),
-            "same_class": (self.classes, True),
-            "other_class": (self.classes, False),
-        }
-        criteria = [named[keys]] if keys in named else []
+        ids = self.groups if keys == "positive" else self.classes
+        criteria = [] if keys == "all" else [(ids, keys != "other_class")]
         if self.views is not None:
             criteria.append((self.views, False))
         z, order = self.z, torch.arange(len(self.z), device=self.z.device)
@@ -80,32 +75,29 @@ class Tile(NamedTuple):
         """`values` (I, J) with `value`, in place, where a pair does not count; i = j never does."""
         if self.excluded is not None:
             values.masked_fill_(self.excluded, value)
-        if self.i == self.j:
-            values.fill_diagonal_(value)
-        return values
+        return values.fill_diagonal_(value) if self.i == self.j else values
 
 
 class Tiles:
-    """Every tile in which some pair may meet all criteria, each pair of anchor blocks once, and its scores."""
+    """Every tile in which some pair may meet all criteria, each pair of anchor blocks once, and its scores.
+
+    Autocast keeps their precision: it leaves cdist, `out=` and operations in place as they are.
+    """
 
     def __init__(self, criteria: list[Criterion], pairs: Pairs) -> None:
-        self.criteria, self.stops, self.euclidean, self.temperature = (
-            criteria,
-            pairs.stops,
-            pairs.euclidean,
-            pairs.temperature,
-        )
+        self.criteria, self.stops = criteria, pairs.stops
+        self.euclidean, self.temperature = pairs.euclidean, pairs.temperature
+        a, _, n = self.stops
         # Few rows need no larger buffer than they fill.
-        a, _, n = pairs.stops
         self.size = size = max(min(CPU_TILE if pairs.z.device.type == "cpu" else GPU_TILE, max(a, n - a)), 1)
         parts = zip((0, *self.stops), self.stops, strict=False)
         self.blocks = [slice(k, min(k + size, stop)) for first, stop in parts for k in range(first, stop, size)]
         counted = torch.full((len(self.blocks), len(self.blocks)), ALL)
         for ids, equal in criteria:
             low, high = torch.stack([torch.stack(ids[block].aminmax()) for block in self.blocks]).cpu().unbind(1)
-            one_id = low == high
-            apart, same = high[:, None] < low, one_id[:, None] & one_id & (low[:, None] == low)
-            never, always = (apart | apart.t(), same) if equal else (same, apart | apart.t())
+            apart = high[:, None] < low
+            apart, same = apart | apart.t(), (low == high)[:, None] & (low == high) & (low[:, None] == low)
+            never, always = (apart, same) if equal else (same, apart)
             counted = counted.minimum(torch.where(always, ALL, SOME).masked_fill_(never, NONE))
         self.counted = counted.tolist()
 
@@ -121,12 +113,8 @@ class Tiles:
                     yield Tile(i, j, not diagonal and kind == 0, not diagonal and kind < 2, excluded)
 
     def _excluded(self, i: slice, j: slice) -> Tensor:
-        wrong = [ids[i, None] != ids[j] if equal else ids[i, None] == ids[j] for ids, equal in self.criteria]
-        for other in wrong[1:]:
-            wrong[0].logical_or_(other)
-        return wrong[0]
-
-    # Autocast would lower the precision of neither: it leaves in-place operations, `out=` and cdist as they are.
+        wrong = [(ids[i, None] != ids[j]) if equal else (ids[i, None] == ids[j]) for ids, equal in self.criteria]
+        return reduce(Tensor.logical_or_, wrong)
 
     def scores(self, z: Tensor) -> Iterator[tuple[Tile, Tensor]]:
         """Each tile with its scores (I, J), which the next tile overwrites."""
@@ -152,10 +140,10 @@ class Tiles:
             dz[t.i] += dx
             if t.keys_too:
                 dz[t.j] += dy
-        else:
-            dz[t.i].addmm_(ds, y, alpha=1.0 / self.temperature)
-            if t.keys_too:
-                dz[t.j].addmm_(ds.t(), x, alpha=1.0 / self.temperature)
+            return
+        dz[t.i].addmm_(ds, y, alpha=1.0 / self.temperature)
+        if t.keys_too:
+            dz[t.j].addmm_(ds.t(), x, alpha=1.0 / self.temperature)
 
 
 def log_sum_exp(pairs: Pairs, keys: str) -> Tensor:
@@ -196,9 +184,10 @@ class _LogSumExp(torch.autograd.Function):
         a, dz, sums = g * (-lse).exp(), torch.zeros_like(z), z.new_empty(tiles.size**2 * STRIP)
         for t, s in tiles.scores(z):
             if t.mirrored or t.i == t.j:
-                ds = s.exp_().mul_(torch.add(a[t.i, None], a[t.j], out=sums[: s.numel()].view_as(s)))
+                factor = torch.add(a[t.i, None], a[t.j], out=sums[: s.numel()].view_as(s))
             else:
-                ds = s.exp_().mul_(a[t.i, None])
+                factor = a[t.i, None]
+            ds = s.exp_().mul_(factor)
             tiles.add_gradient(dz, t.fill_excluded(ds, 0.0), t, z)
         return dz, None, None
 
@@ -219,7 +208,8 @@ class _PositiveSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, nu: Tensor, tiles: Tiles, linear: bool) -> Tensor:
-        f, total = torch.neg if linear else _softplus_of_minus, torch.zeros_like(nu)
+        f = torch.neg if linear else (lambda x: -F.logsigmoid(x))
+        total = torch.zeros_like(nu)
         for t, s in tiles.scores(z):
             total[t.i] += t.fill_excluded(f(s - nu[t.i, None]), 0.0).sum(1)
             if t.mirrored:
@@ -233,11 +223,8 @@ class _PositiveSum(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         tiles, linear = ctx.rest
         slope = (lambda x: x.fill_(-1.0)) if linear else (lambda x: x.neg_().sigmoid_().neg_())
-        return *_gradients(*ctx.saved_tensors, g, tiles, slope), None, None
-
-
-def _softplus_of_minus(x: Tensor) -> Tensor:
-    return -F.logsigmoid(x)
+        z, nu = ctx.saved_tensors
+        return *_gradients(z, nu, g, tiles, slope), None, None
 
 
 def _gradients(z: Tensor, nu: Tensor, g: Tensor, tiles: Tiles, slope: Slope) -> tuple[Tensor, Tensor]:

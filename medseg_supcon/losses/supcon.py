@@ -25,16 +25,18 @@ class SupConLoss(nn.Module):
         L_i = LSE_{j in D(i)} s_ij  -  mean_{p in P(i)} s_ip
         L   = sum_i w_{y_i} L_i / sum_i w_{y_i}      over anchors that have a positive
 
+    Without any anchor the loss is 0 and attached to the graph. Half precision, and any input under autocast, is
+    computed in float32. There is no second derivative: a backward pass with create_graph=True raises RuntimeError.
+
     Args:
         temperature: tau, at least 1e-6.
-        similarity: `cosine` (unit vectors; a zero vector is similar to nothing), or `euclidean` (minus the distance,
-            of the embeddings as they are).
+        similarity: `cosine` (a zero vector is similar to nothing), or `euclidean` (minus the distance of the
+            embeddings as they are).
         positives: P(i): `same_class`, y_j = y_i, or `same_voxel`, equal pair_ids.
-        denominator: D(i): `all` keys (Khosla et al. 2020, eq. 2); the keys of i's class, `same_class`; or
-            `other_class`: per pair, the pair's own positive and all keys of other classes (Wang et al. 2021):
+        denominator: D(i): `all` keys (Khosla et al. 2020, eq. 2); `same_class`: the keys of i's class; `other_class`:
+            per pair, the pair's own positive and all keys of other classes (Wang et al. 2021):
             L_i = mean_p -log(e^{s_ip} / (e^{s_ip} + sum_{n: y_n != y_i} e^{s_in})).
-        keys: `all`, or `other_view`: only voxels whose view_id differs from the anchor's (positives, too). Bank
-            entries belong to no view and so count as other views.
+        keys: `all`, or `other_view`: only voxels whose view_id differs from the anchor's, positives too.
         class_weights: (C,) w >= 0, one per class; None: 1; "balanced": n / (C n_c), where n_c of the n anchors are
             of class c, so that each of the C classes present weighs the same.
         ignore_index: label of voxels that are neither anchors nor keys; None: no label is ignored.
@@ -42,16 +44,12 @@ class SupConLoss(nn.Module):
     The source article's loss is `positives="same_voxel", denominator="same_class", keys="other_view"`: it contrasts
     voxels within a class, and by itself does not push classes apart.
 
-    Without any anchor the loss is 0 and attached to the graph. Half precision, and any input under autocast, is
-    computed in float32. There is no second derivative: a backward pass with create_graph=True raises RuntimeError.
-
     Raises:
         ValueError, TypeError: an option or a weight that is not allowed.
 
     Example:
-        >>> loss = SupConLoss(temperature=0.1)
         >>> z = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
-        >>> round(loss(z, torch.tensor([0, 0, 1, 1])).item(), 6)
+        >>> round(SupConLoss(temperature=0.1)(z, torch.tensor([0, 0, 1, 1])).item(), 6)
         9.1e-05
     """
 
@@ -97,16 +95,14 @@ class SupConLoss(nn.Module):
         Args:
             embeddings: (N, D) floating point.
             labels: (N,) integers; not needed for `same_voxel` with the denominator `all` and no weights.
-            pair_ids: (N,) integers; equal ids are one physical voxel, any id any number of times (once: no positive).
-                Needed for `positives="same_voxel"`.
-            view_ids: (N,) integers. Needed for `keys="other_view"`.
-            bank: a `MemoryBank`, or embeddings (M, D) and labels (M,): further keys, and positives of their class,
-                never anchors, without gradient.
+            pair_ids: (N,) integers, for `same_voxel`; equal ids are one physical voxel, any number of times.
+            view_ids: (N,) integers, for `other_view`.
+            bank: a `MemoryBank`, or embeddings (M, D) and labels (M,): further keys and positives, never anchors, of
+                no view and without gradient.
             anchors: (N,) bool, the voxels that may be anchors; the others are keys only. None: all.
 
         Raises:
-            ValueError: shapes that do not fit, ids that are needed and missing, a label without a weight.
-            TypeError: embeddings that are not floating point, labels or ids that are not integers.
+            ValueError, TypeError: shapes or dtypes that do not fit, ids that are missing, a label without a weight.
         """
         total, weight = self.terms(embeddings, labels, pair_ids, view_ids, bank, anchors)
         return total / torch.where(weight > 0, weight, 1.0)
@@ -114,10 +110,9 @@ class SupConLoss(nn.Module):
     def terms(
         self, z: Tensor, y: Ids, pair_ids: Ids, view_ids: Ids, bank: Bank | None, anchors: Ids, share: Ids = None
     ) -> tuple[Tensor, Tensor]:
-        """Numerator sum_i w_{y_i} L_i and denominator sum_i w_{y_i} of the loss, to be added up over parts.
+        """Numerator sum_i w_{y_i} L_i and denominator sum_i w_{y_i} of the loss; the second carries no gradient.
 
         `share`, (N,) bool: whose anchors are summed here (one rank's, say); "balanced" weights count all anchors.
-        The second result carries no gradient.
         """
         check_tensor("embeddings", z, floating=True)
         n, device = len(z), z.device
@@ -133,7 +128,7 @@ class SupConLoss(nn.Module):
             raise ValueError(f"anchors must be ({n},) bool, got {tuple(anchors.shape)} {anchors.dtype}")
         dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
         with torch.autocast(device.type, enabled=False):
-            pairs = self._pairs(z, y, pair_ids, view_ids, *bank_entries(bank, z), anchors, share)
+            pairs = self._pairs(z, y, pair_ids, view_ids, bank, anchors, share)
             if pairs is None:
                 # A sum over no rows: 0 whatever the embeddings hold, and attached to their graph.
                 nothing = z[:0].to(dtype).sum()
@@ -148,17 +143,10 @@ class SupConLoss(nn.Module):
             return (pairs.weights * losses).sum().to(dtype), pairs.weights.sum().to(dtype)
 
     def _pairs(
-        self,
-        z: Tensor,
-        y: Tensor,
-        pair_ids: Ids,
-        view_ids: Ids,
-        stored: Tensor,
-        stored_y: Tensor,
-        may: Tensor,
-        share: Ids,
+        self, z: Tensor, y: Tensor, pair_ids: Ids, view_ids: Ids, bank: Bank | None, may: Tensor, share: Ids
     ) -> Pairs | None:
         """Leave out what is ignored and choose the anchors: those with a positive, a denominator and w > 0."""
+        stored, stored_y = bank_entries(bank, z)
         n, y = len(z), torch.cat((y, stored_y))
         # by number: a GPU waits for the size of each thing that a mask picks from
         kept = torch.arange(len(y), device=y.device)
@@ -191,10 +179,11 @@ class SupConLoss(nn.Module):
         rows, a = kept[order], len(anchors)
         b = a + int((rows[a:] < n).sum())
         # Only now do the vectors count: an ignored voxel may hold anything, NaN included.
-        z = _prepare(z if a == n else z[rows[:b]], stored[rows[b:] - n], self.similarity == "cosine")
+        euclidean, of_bank = self.similarity == "euclidean", stored[rows[b:] - n]
+        z = _Prepared.apply(z if a == n else z[rows[:b]], of_bank, euclidean)  # type: ignore[no-untyped-call]
         views, subgroups = (ids if ids is None else ids[order] for ids in (views, subgroups))
         of_anchors = n_positives[anchors].to(z.dtype), weights[anchors].to(z.dtype)
-        form = self.similarity == "euclidean", self.temperature
+        form = euclidean, self.temperature
         return Pairs(z, (a, b, len(z)), classes[order], views, groups[order], subgroups, *of_anchors, *form)
 
     def _weights(self, y: Tensor, classes: Tensor, is_anchor: Tensor) -> Tensor:
@@ -218,13 +207,9 @@ class SupConLoss(nn.Module):
 
 
 def balanced_class_weights(counts: Tensor | Sequence[float]) -> Tensor:
-    """Inverse-frequency class weights, w_c = n / (C n_c), (C,) float64, with 0 for an absent class.
+    """Class weights w_c = n / (C n_c), (C,) float64, of (C,) voxels per class n_c, or their share; 0 for an absent class.
 
-    They suit voxels sampled in proportion to volume. `SupConLoss(class_weights="balanced")` counts the voxels that
-    were sampled instead, so it is right for any sampling.
-
-    Args:
-        counts: (C,) n_c, voxels per class, or frequencies; n is their sum.
+    They suit voxels sampled in proportion to volume. `SupConLoss(class_weights="balanced")` suits any sampling.
 
     Raises:
         ValueError, TypeError: not C finite numbers >= 0 with a positive sum.
@@ -250,31 +235,26 @@ def _occurrences(ids: Tensor) -> Tensor:
     return ids.bincount()[ids]
 
 
-def _prepare(rows: Tensor, stored: Tensor, unit_length: bool) -> Tensor:
-    """The batch's rows and a bank's, in float32 or float64, as unit vectors if asked for; zero vectors stay zero."""
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    if not unit_length:
-        largest = torch.cat([z.detach().abs().amax(1).double() for z in (rows, stored)])
-        # float32 cannot square the length of so long or short a row
-        if bool(((largest > 1e15) | ((largest > 0) & (largest < 1e-15))).any()):
-            dtype = torch.float64
-    z: Tensor = _Prepared.apply(rows, stored, unit_length, dtype)  # type: ignore[no-untyped-call]
-    return z
-
-
 class _Prepared(torch.autograd.Function):
-    """Every gradient of the loss passes here: one too large for the rows' own dtype is clamped to its largest number."""
+    """The batch's rows and a bank's in float32 or float64, as unit vectors unless `euclidean`; zero vectors stay zero.
+
+    Every gradient of the loss passes here: one too large for the rows' own dtype is clamped to its largest number.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, stored: Tensor, unit_length: bool, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, stored: Tensor, euclidean: bool) -> Tensor:
         ctx.dtype, ctx.n = rows.dtype, len(rows)
-        z = torch.cat((rows.to(dtype), stored.to(dtype))) if len(stored) else rows.to(dtype)
-        if unit_length:
-            # by the largest entry first, so that no square overflows or vanishes
-            largest = z.abs().amax(1, keepdim=True)
-            z = torch.where(largest == 0, 0.0, z / largest)
-            norm = torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min_(torch.finfo(dtype).tiny)
-            ctx.save_for_backward(z.div_(norm), norm, largest)
+        z = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        z = torch.cat((z, stored.to(z.dtype))) if len(stored) else z
+        largest = z.abs().amax(1, keepdim=True)
+        if euclidean:
+            # float32 cannot square the length of so long or short a row
+            extreme = bool(((largest > 1e15) | ((largest > 0) & (largest < 1e-15))).any())
+            return z.double() if extreme else z
+        # by the largest entry first, so that no square overflows or vanishes
+        z = torch.where(largest == 0, 0.0, z / largest)
+        norm = torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min_(torch.finfo(z.dtype).tiny)
+        ctx.save_for_backward(z.div_(norm), norm, largest)
         return z
 
     @staticmethod
@@ -287,4 +267,4 @@ class _Prepared(torch.autograd.Function):
             grad = (grad - unit * (unit * grad).sum(1, keepdim=True)).div_(norm)
             grad = torch.where(largest == 0, 0.0, grad.div_(largest))
         limit = min(torch.finfo(ctx.dtype).max, torch.finfo(grad.dtype).max)
-        return grad.clamp(-limit, limit).to(ctx.dtype), None, None, None
+        return grad.clamp(-limit, limit).to(ctx.dtype), None, None
