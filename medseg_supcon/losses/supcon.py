@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medseg_supcon.losses.bank import Bank, bank_entries
-from medseg_supcon.losses.checks import check_choice, check_ids, check_number, check_tensor, number_vector
+from medseg_supcon.losses.checks import check_choice, check_ids, check_number, check_rows, number_vector
 from medseg_supcon.losses.sums import Pairs, log_sum_exp, mean_dot_of_positives, mean_over_positives
 
 Ids = Tensor | None
@@ -114,14 +114,14 @@ class SupConLoss(nn.Module):
 
         `share`, (N,) bool: whose anchors are summed here (one rank's, say); "balanced" weights count all anchors.
         """
-        check_tensor("embeddings", z, floating=True)
-        n, device = len(z), z.device
+        check_rows("embeddings", z)
+        n, each, device = len(z), z.shape[:1], z.device
         if y is None and (self.positives, self.denominator, self.class_weights) == ("same_voxel", "all", None):
             y = torch.full((n,), int(self.ignore_index == 0), device=device)  # any but the ignored one
-        y = check_ids("labels", y, z, "this loss (only same_voxel with all needs none)")
+        y = check_ids("labels", y, each, device, "this loss (only same_voxel with all needs none)")
         by_voxel, by_view = self.positives == "same_voxel", self.keys == "other_view"
-        pair_ids = check_ids("pair_ids", pair_ids, z, "positives='same_voxel'") if by_voxel else None
-        view_ids = check_ids("view_ids", view_ids, z, "keys='other_view'") if by_view else None
+        pair_ids = check_ids("pair_ids", pair_ids, each, device, "positives='same_voxel'") if by_voxel else None
+        view_ids = check_ids("view_ids", view_ids, each, device, "keys='other_view'") if by_view else None
         if anchors is None:
             anchors = torch.ones(n, dtype=torch.bool, device=device)
         elif anchors.dtype != torch.bool or anchors.shape != (n,):
