@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
@@ -32,22 +32,19 @@ def build_network(
     (background included) are checked if given.
 
     Raises:
-        ConfigError: the definition names no class, is code without ``trust``, an argument is wrong, the result is
-            not a network, or has other channels.
+        ConfigError: the definition names no class, is code without ``trust``, has wrong arguments or other channels.
 
     Example:
         >>> build_network({"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 2, "kernel_size": 1})
         Conv3d(1, 2, kernel_size=(1, 1, 1), stride=(1, 1, 1))
     """
     shown = f"network_def {short(network_def, 200)}"
-    if isinstance(network_def, str) and not network_def.startswith("$"):
-        raise ConfigError(f"{shown} is text: it must be a dict with _target_, or begin with $.")
-    if isinstance(network_def, Mapping) and "_target_" not in network_def:
-        raise ConfigError(f"{shown} has no _target_: name the network's class there.")
+    if not (network_def.startswith("$") if isinstance(network_def, str) else "_target_" in network_def):
+        raise ConfigError(f"{shown} must be a dict with _target_, the network's class, or begin with $.")
     problem = definition_problem(network_def)
     if problem is not None and not trust:
         raise ConfigError(f"{problem}. It may run any code: pass --trust (trust=True) if you trust its author.")
-    definition: Any = dict(network_def) if isinstance(network_def, Mapping) else network_def
+    definition: Any = network_def if isinstance(network_def, str) else dict(network_def)
     try:
         if problem is None:
             network = instantiate(definition)
@@ -65,70 +62,53 @@ def build_network(
     # every network of MONAI defines the layer that reads the scan first
     taken = next((m.in_channels for m in network.modules() if isinstance(m, CONVOLUTIONS)), in_channels)
     if in_channels not in (None, taken):
-        had = f"takes {taken} channel(s), but the scans have {in_channels}"
-        raise ConfigError(f"{shown} {had}: set in_channels to {in_channels}.")
+        got = f"takes {taken} channel(s), but the scans have {in_channels}"
+        raise ConfigError(f"{shown} {got}: set in_channels to {in_channels}.")
     given = network.get_submodule(classifier_name(network)).out_channels if num_classes is not None else None
     if given != num_classes:
-        had = f"gives {given} channel(s), but the plan has {num_classes} classes, background included"
-        raise ConfigError(f"{shown} {had}: set its out_channels to {num_classes}.")
+        got = f"gives {given} channel(s), but the plan has {num_classes} classes, background included"
+        raise ConfigError(f"{shown} {got}: set its out_channels to {num_classes}.")
     return network
 
 
-def size_divisor(network: nn.Module | Mapping[str, Any], in_channels: int, spatial_dims: int = 3) -> tuple[int, ...]:
+def size_divisor(network: nn.Module, in_channels: int, spatial_dims: int = 3) -> tuple[int, ...]:
     """The number that a patch's extent must be divisible by, a power of two per axis.
 
-    Found by running shapes through the network (or its plain ``network_def``) with weights that hold nothing
-    (PyTorch's meta device). A network that pads for itself (BasicUNet) gives 1. In training an instance norm needs two
-    voxels or more: let some axis have at least twice its divisor.
+    Found by running shapes through the network with weights that hold nothing (PyTorch's meta device). A network that
+    pads for itself (BasicUNet) gives 1. In training an instance norm needs two voxels or more: let some axis have at
+    least twice its divisor.
 
     Raises:
-        ConfigError: the network takes no patch of 128 voxels per axis.
+        ConfigError: the network takes no patch of 128 and 256 voxels per axis.
 
     Example:
         >>> size_divisor(torch.nn.Conv3d(1, 2, 3, padding=1), in_channels=1)
         (1, 1, 1)
     """
-    network = network if isinstance(network, nn.Module) else build_network(network)
-    name, base, divisors = type(network).__name__, (BASE,) * spatial_dims, []
-    failure = _failure(network, in_channels, base)
-    if failure is not None:
-        raise ConfigError(
-            f"{name} does not run on a patch of {base} voxels with {in_channels} channel(s): {failure}. Give a "
-            "network that takes any patch size, with in_channels as the scans have."
-        )
+    divisors = []
     for axis in range(spatial_dims):
-        # an odd multiple, about as large as the base, is divisible by nothing more
-        sizes = ((d, (*base[:axis], BASE + d, *base[axis + 1 :])) for d in DIVISORS)
-        divisor = next((d for d, size in sizes if _failure(network, in_channels, size) is None), None)
-        if divisor is None:
+        for divisor in DIVISORS:
+            shape = [BASE] * spatial_dims
+            shape[axis] += divisor  # an odd multiple, about as large as the base, is divisible by nothing more
+            failure = _failure(network, in_channels, tuple(shape))
+            if failure is None:
+                divisors.append(divisor)
+                break
+        else:
             raise ConfigError(
-                f"{name} takes 128 voxels along axis {axis} but no other size that was tried "
-                f"({', '.join(str(BASE + d) for d in DIVISORS)}): give a network that takes any patch size."
+                f"{type(network).__name__} does not run on a patch of {shape} voxels with {in_channels} channel(s): "
+                f"{failure}. Give a network that takes any patch size, with in_channels as the scans have."
             )
-        divisors.append(divisor)
     return tuple(divisors)
 
 
-def round_patch(
-    patch_size: Sequence[int], divisor: Sequence[int] | int, mode: Literal["up", "down", "nearest"] = "up"
-) -> tuple[int, ...]:
-    """The patch size brought to multiples of ``divisor`` (per axis, or one for all), at least one multiple per axis.
+def round_patch(patch_size: Sequence[int], divisor: Sequence[int]) -> tuple[int, ...]:
+    """The patch size, rounded up to a multiple of the divisor on each axis.
 
-    Raises:
-        ValueError: a size or divisor is not positive, the lengths differ, or the mode is unknown ("nearest": a tie
-            goes up).
-
-    Example:
-        >>> round_patch((40, 50, 33), 8)
-        (40, 56, 40)
+    >>> round_patch((40, 50, 33), (8, 8, 8))
+    (40, 56, 40)
     """
-    divisors = [divisor] * len(patch_size) if isinstance(divisor, int) else list(divisor)
-    if len(divisors) != len(patch_size) or min([*divisors, *patch_size]) < 1:
-        raise ValueError(f"patch_size and divisor must be as many positive numbers, got {patch_size}, {divisor}.")
-    if mode not in ("up", "down", "nearest"):
-        raise ValueError(f"mode is 'up', 'down' or 'nearest', got {mode!r}.")
-    pairs = zip(patch_size, divisors, strict=True)
-    return tuple(max((n + {"up": d - 1, "down": 0, "nearest": d // 2}[mode]) // d, 1) * d for n, d in pairs)
+    return tuple(-(-n // d) * d for n, d in zip(patch_size, divisor, strict=True))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from medseg_supcon.errors import ConfigError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-OWN = "network."  # how the stock network's names begin in the wrapper
+OWN = "network."  # how the stock network's names begin in the wrapper, but not in its state dict
 _SHORTEST = 1e-4  # shorter vectors stay shorter than 1: near zero, 1 / length would blow up their gradient
 _SIDE_OUTPUTS = "deep_supervision_heads"  # of DynUNet: at lower resolution, defined after the main output
 _CURE = "add one: torch.nn.Sequential(net, torch.nn.Conv3d(features, classes, 1)), if net gives features channels"
@@ -33,17 +33,12 @@ class ContrastiveNetwork(nn.Module):
     """A stock network that also gives its dense features, the input of its classifier (the last 1x1x1 convolution).
 
     In training mode it gives ``(logits, features)``, in evaluation mode ``logits``, as a sliding window expects. Of a
-    network with deep supervision only the full-resolution output counts.
+    network with deep supervision only the full-resolution output counts. ``in_channels`` is F, the features per voxel
+    (what a projection head takes in), ``out_channels`` C, the classes. Any of MONAI's networks will do, or
+    ``Sequential(UNet, Conv3d)``.
 
     A forward pre-hook takes the features and is removed after each call, so copying, saving and exporting see the
     stock network. The state dict is the stock network's, under its own names.
-
-    Args:
-        network: BasicUNet, DynUNet, SegResNet, SwinUNETR, AttentionUnet, ``Sequential(UNet, Conv3d)``, ...
-
-    Attributes:
-        in_channels: F, features per voxel (what a projection head takes in).
-        out_channels: C, classes.
 
     Raises:
         ConfigError: the network does not end in a 1x1x1 convolution.
@@ -96,24 +91,20 @@ class ContrastiveNetwork(nn.Module):
         caught, self._caught = self._caught, []
         if not caught or caught[-1].shape[2:] != x.shape[2:]:
             got = tuple(caught[-1].shape[2:]) if caught else "nothing"
-            raise ConfigError(
-                f"The layer {self._name!r} of {type(self.network).__name__} was taken for the classifier, but it read "
-                f"{got}, and the input has {tuple(x.shape[2:])} voxels; {_CURE}."
-            )
+            read = f"read {got}, and the input has {tuple(x.shape[2:])} voxels"
+            raise ConfigError(f"{type(self.network).__name__}'s classifier {self._name!r} {read}; {_CURE}.")
         return _main_output(output, x), caught[-1]
 
     def _catch(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._caught.append(inputs[0])
 
 
-def _without_own_name(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """``network.weight`` becomes ``weight``."""
+def _without_own_name(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
     for name in [name for name in state if name.startswith(prefix + OWN)]:
         state[prefix + name.removeprefix(prefix + OWN)] = state.pop(name)
 
 
-def _with_own_name(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """``weight`` becomes ``network.weight``; in place, as torch wants it."""
+def _with_own_name(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
     for name in [name for name in state if name.startswith(prefix)]:
         state[f"{prefix}{OWN}{name.removeprefix(prefix)}"] = state.pop(name)
 
