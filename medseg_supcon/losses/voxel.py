@@ -148,7 +148,7 @@ class VoxelSupConLoss(nn.Module):
         if features.ndim < 3 or not features.is_floating_point():
             raise ValueError(f"features must be (B, F, *spatial) floating point, got {shape} {features.dtype}")
         if got[:1] != shape[:1] or got[2:] != shape[2:] or got[1] == 0:
-            raise ValueError(f"labels must be (B, 1 or C, *spatial) like features {shape}, got shape {got}")
+            raise ValueError(f"labels must be (B, 1 or C, *spatial) like features {shape}, got {got}")
         y = labels[:, 0].long()
         if got[1] != 1:
             one_hot = labels > 0.5

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from medseg_supcon.errors import ConfigError
-from medseg_supcon.networks.definition import definition_problem, instantiate, short
+from medseg_supcon.networks.definition import definition_problem, instantiate
 from medseg_supcon.networks.features import CONVOLUTIONS, classifier_name
 
 DIVISORS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -38,18 +38,17 @@ def build_network(
         >>> build_network({"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 2, "kernel_size": 1})
         Conv3d(1, 2, kernel_size=(1, 1, 1), stride=(1, 1, 1))
     """
-    shown = f"network_def {short(network_def, 200)}"
-    if not (network_def.startswith("$") if isinstance(network_def, str) else "_target_" in network_def):
+    shown = f"network_def {network_def!r:.200}"
+    plain = isinstance(network_def, Mapping) and "_target_" in network_def
+    if not plain and not str(network_def).startswith("$"):
         raise ConfigError(f"{shown} must be a dict with _target_, the network's class, or begin with $.")
     problem = definition_problem(network_def)
     if problem is not None and not trust:
         raise ConfigError(f"{problem}. It may run any code: pass --trust (trust=True) if you trust its author.")
-    definition: Any = network_def if isinstance(network_def, str) else dict(network_def)
+    definition: Any = dict(network_def) if isinstance(network_def, Mapping) else network_def
     try:
-        if problem is None:
-            network = instantiate(definition)
-        else:
-            network = ConfigParser({"network_def": definition}).get_parsed_content("network_def")
+        parser = ConfigParser({"network_def": definition})
+        network = instantiate(definition) if problem is None else parser.get_parsed_content("network_def")
     except Exception as error:  # whatever a class or an expression raises; the innermost cause says what is wrong
         cause: BaseException = error
         while cause.__cause__ is not None:

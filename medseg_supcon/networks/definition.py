@@ -38,7 +38,7 @@ def chain(*definitions: Mapping[str, Any]) -> dict[str, Any]:
 def definition_problem(node: Any, level: int = 0) -> str | None:
     """Why a ``network_def`` is not plain data that names a stock network; None if it is."""
     if not isinstance(node, Mapping) or "_target_" not in node:
-        return f"network_def is {short(node)}, not a mapping with _target_"
+        return f"network_def is {node!r:.100}, not a mapping with _target_"
     target, arguments = node["_target_"], {key: value for key, value in node.items() if key != "_target_"}
     if target == CHAIN:
         if set(arguments) != {"self", "sequential"} or node["self"] != EMPTY_CHAIN:
@@ -46,18 +46,12 @@ def definition_problem(node: Any, level: int = 0) -> str | None:
         return _arguments_problem(arguments, level)
     stock = _stock_class(target)
     if stock is None:
-        return f"network_def names {short(target)}, which is not a network of torch.nn or monai.networks"
+        return f"network_def names {target!r:.100}, which is not a network of torch.nn or monai.networks"
     for name, parameter in inspect.signature(stock).parameters.items():
         loads = name.startswith(LOADS_FILES) and parameter.default not in (False, None, parameter.empty)
         if loads and name not in arguments:
             return f"network_def names {target!r}, which loads weights unless {name} is false"
     return _arguments_problem(arguments, level)
-
-
-def short(value: object, most: int = 100) -> str:
-    """The value as it is written, cut after `most` characters."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def instantiate(definition: Mapping[str, Any]) -> nn.Module:
@@ -108,16 +102,16 @@ def _arguments_problem(node: Any, level: int) -> str | None:
     if isinstance(node, Mapping):
         for key, value in node.items():
             if not isinstance(key, str) or not key.isidentifier() or key.startswith("_"):
-                return f"network_def sets {short(key)}"
+                return f"network_def sets {key!r:.100}"
             if key.startswith(LOADS_FILES) and value not in (False, None):
                 return f"network_def sets {key!r}, which loads weights"
         node = list(node.values())
     if isinstance(node, list | tuple):
         return next((p for p in (_arguments_problem(value, level + 1) for value in node) if p), None)
     if isinstance(node, str) and node[:1] in ("$", "@", "%"):
-        return f"network_def holds the expression {short(node)}"
+        return f"network_def holds the expression {node!r:.100}"
     if isinstance(node, int | float) and abs(node) > MOST_WEIGHTS:
-        return f"network_def holds the number {short(node)}"
+        return f"network_def holds the number {node!r:.100}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -66,11 +67,8 @@ class ContrastiveNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(B, channels, *spatial) to logits (B, C, *spatial), and features (B, F, *spatial) in training."""
-        if self.training:
-            return self.forward_features(x)
-        output = self.network(x)
-        self._caught = []
-        return _main_output(output, x)
+        logits, features = self.forward_features(x)
+        return (logits, features) if self.training else logits
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """``torch.compile``, in place: names in the state dict stay; arguments as for ``nn.Module.compile``."""
@@ -82,12 +80,8 @@ class ContrastiveNetwork(nn.Module):
     def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and features in either mode."""
         self._caught = []
-        handle = None if self._stays else self.classifier.register_forward_pre_hook(self._catch)
-        try:
+        with nullcontext() if self._stays else self.classifier.register_forward_pre_hook(self._catch):
             output = self.network(x)
-        finally:
-            if handle is not None:
-                handle.remove()
         caught, self._caught = self._caught, []
         if not caught or caught[-1].shape[2:] != x.shape[2:]:
             got = tuple(caught[-1].shape[2:]) if caught else "nothing"
@@ -124,9 +118,7 @@ def _main_output(output: Any, x: Tensor) -> Tensor:
 
 
 class ProjectionHead(nn.Module):
-    """A perceptron (linear, ReLU, linear; Khosla et al. 2020, section 3) on feature vectors, for training only.
-
-    Runs in float32 under autocast too, and takes any number of vectors: it has no batch statistics.
+    """A perceptron (linear, ReLU, linear; Khosla et al. 2020, section 3) on feature vectors, in float32.
 
     Args:
         in_channels: F, length of a feature vector.
