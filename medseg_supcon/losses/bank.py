@@ -11,11 +11,8 @@ from medseg_supcon.losses.checks import check_ids, check_number, check_rows
 class MemoryBank(nn.Module):
     """A ring buffer of `size` detached embeddings (D = dim) for each class: keys and positives of later steps.
 
-    Every class has its own room, so a frequent class never pushes out a rare one. All state is in buffers, so
-    checkpoints contain it.
-
-    Raises:
-        ValueError, TypeError: an argument is not an integer >= 1.
+    Every class has its own room, so a frequent class never pushes out a rare one. Checkpoints contain its state. The
+    arguments are integers >= 1 (else ValueError or TypeError).
 
     Example:
         >>> bank = MemoryBank(num_classes=2, dim=3, size=4)

@@ -36,9 +36,6 @@ class VoxelSampler:
         hard_fraction: share of a class's voxels that `hard` picks for hardness, 0 .. 1.
         seed: for a generator of the sampler's own; None: torch's global one, which a trainer seeds.
 
-    Raises:
-        ValueError, TypeError: an argument outside its values, or of another type.
-
     Example:
         >>> labels = torch.zeros(1, 8, 8, 8, dtype=torch.long)
         >>> labels[0, 0, 0, :3] = 1
@@ -85,9 +82,6 @@ class VoxelSampler:
                 partners, those of classes that the half took whole first.
             logits: (B, C, *spatial), for `hard`, a channel for every class that occurs.
             generator: on the CPU, instead of the sampler's own.
-
-        Raises:
-            ValueError, TypeError: shapes that do not fit, or labels that are not integers.
         """
         check_tensor("labels", labels)
         labels = labels.long()  # uint8 would wrap at -1

@@ -193,10 +193,7 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def mean_over_positives(pairs: Pairs, nu: Tensor | None) -> Tensor:
-    """(A,) mean over the positives of -s_ip or, given nu, of -log(e^{s_ip} / (e^{s_ip} + e^{nu_i})).
-
-    nu is (A,), the log-sum-exp of the negatives of each anchor, -inf where it has none.
-    """
+    """(A,) mean over the positives of -s_ip or, given nu (A,), of -log(e^{s_ip} / (e^{s_ip} + e^{nu_i}))."""
     order, z, tiles = pairs.tiles("positive")
     shift = torch.zeros_like(pairs.n_positives) if nu is None else nu[order]
     total: Tensor = _PositiveSum.apply(z, shift, tiles, nu is None)  # type: ignore[no-untyped-call]
@@ -246,24 +243,21 @@ def mean_dot_of_positives(pairs: Pairs) -> Tensor:
     """(A,) mean_p z_i . z_p of unit vectors, in O(N D): z_i times the sum of its positives."""
     # index_select, since the gradient of indexing adds up in no fixed order on several CPU threads
     x, groups = pairs.z[: pairs.stops[0]], pairs.groups
+    group_sums: Callable[[Tensor, Tensor], Tensor] = _GroupSums.apply
     if pairs.subgroups is None:
-        others = _group_sums(pairs.z, groups).index_select(0, groups[: len(x)]) - x
+        others = group_sums(pairs.z, groups).index_select(0, groups[: len(x)]) - x
     else:
         # The sum of the other views by subtraction, in float64, or a large view would drown a small one.
-        own_view = _group_sums(pairs.z, pairs.subgroups).double()
+        own_view = group_sums(pairs.z, pairs.subgroups).double()
         group_of = groups.new_empty(len(own_view)).scatter_(0, pairs.subgroups, groups)
-        others = _group_sums(own_view, group_of).index_select(0, group_of) - own_view
+        others = group_sums(own_view, group_of).index_select(0, group_of) - own_view
         others = others.to(x.dtype).index_select(0, pairs.subgroups[: len(x)])
     return (x * others).sum(1) / pairs.n_positives
 
 
-def _group_sums(rows: Tensor, groups: Tensor) -> Tensor:
-    """(G, D) sums of the rows (R, D) of each group (R,)."""
-    sums: Tensor = _GroupSums.apply(rows, groups)  # type: ignore[no-untyped-call]
-    return sums
-
-
 class _GroupSums(torch.autograd.Function):
+    """(G, D) sums of the rows (R, D) of each group (R,)."""
+
     @staticmethod
     def forward(ctx: Any, rows: Tensor, groups: Tensor) -> Tensor:
         ctx.save_for_backward(groups)

@@ -44,9 +44,6 @@ class SupConLoss(nn.Module):
     The source article's loss is `positives="same_voxel", denominator="same_class", keys="other_view"`: it contrasts
     voxels within a class, and by itself does not push classes apart.
 
-    Raises:
-        ValueError, TypeError: an option or a weight that is not allowed.
-
     Example:
         >>> z = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
         >>> round(SupConLoss(temperature=0.1)(z, torch.tensor([0, 0, 1, 1])).item(), 6)
@@ -122,9 +119,8 @@ class SupConLoss(nn.Module):
         by_voxel, by_view = self.positives == "same_voxel", self.keys == "other_view"
         pair_ids = check_ids("pair_ids", pair_ids, each, device, "positives='same_voxel'") if by_voxel else None
         view_ids = check_ids("view_ids", view_ids, each, device, "keys='other_view'") if by_view else None
-        if anchors is None:
-            anchors = torch.ones(n, dtype=torch.bool, device=device)
-        elif anchors.dtype != torch.bool or anchors.shape != (n,):
+        anchors = torch.ones(n, dtype=torch.bool, device=device) if anchors is None else anchors
+        if anchors.dtype != torch.bool or anchors.shape != (n,):
             raise ValueError(f"anchors must be ({n},) bool, got {tuple(anchors.shape)} {anchors.dtype}")
         dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
         with torch.autocast(device.type, enabled=False):
@@ -211,12 +207,8 @@ def balanced_class_weights(counts: Tensor | Sequence[float]) -> Tensor:
 
     They suit voxels sampled in proportion to volume. `SupConLoss(class_weights="balanced")` suits any sampling.
 
-    Raises:
-        ValueError, TypeError: not C finite numbers >= 0 with a positive sum.
-
-    Example:
-        >>> balanced_class_weights([12, 4, 0, 8]).tolist()
-        [0.5, 1.5, 0.0, 0.75]
+    >>> balanced_class_weights([12, 4, 0, 8]).tolist()
+    [0.5, 1.5, 0.0, 0.75]
     """
     n_c = number_vector("counts", counts)
     if not bool(n_c.sum() > 0):

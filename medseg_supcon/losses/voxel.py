@@ -38,9 +38,6 @@ class VoxelSupConLoss(nn.Module):
         gather: False: each rank contrasts its own voxels only.
         enqueue_per_class: embeddings of a class that one step may write to the bank.
 
-    Raises:
-        ValueError: a bank together with within_scan, or enqueue_per_class below 1.
-
     Example:
         >>> contrast = VoxelSupConLoss(SupConLoss(), VoxelSampler(max_samples=64), nn.Linear(8, 4))
         >>> contrast(torch.rand(2, 8, 6, 6, 6), torch.randint(0, 3, (2, 1, 6, 6, 6))).ndim
@@ -172,10 +169,7 @@ class DiceSupConLoss(nn.Module):
         segmentation_loss: called with (logits, labels), such as MONAI's DiceCELoss.
         contrastive_loss: called with (features, labels) and pair_ids, view_ids, scan_ids, logits: `VoxelSupConLoss`.
         weight: final weight of the contrast, >= 0. At 0 the contrast is not computed.
-        warmup_steps: steps until w is `weight`; 0: from the first step on.
-
-    Raises:
-        ValueError, TypeError: weight is not a finite number >= 0, or warmup_steps not an integer >= 0.
+        warmup_steps: steps until w is `weight`, >= 0; 0: from the first step on.
 
     Example:
         >>> dice, contrast = (lambda logits, labels: logits.mean()), (lambda f, labels, **ids: f.sum())
@@ -238,12 +232,11 @@ def _evenly(labels: Tensor, per_class: int) -> Tensor:
     return torch.cat([labels[:0], *(i[k * len(i) // len(k)] for i, k in zip(of_class, steps, strict=True))])
 
 
-# DistributedDataParallel averages gradients over the R ranks. So each rank returns the loss of the concatenated batch
-# and back-propagates R times its own share: the average is the gradient of one process that holds the whole batch.
-
-
 def _mean_over_ranks(total: Tensor, weight: Tensor, ranks: int) -> Tensor:
-    """sum over ranks of total / sum over ranks of weight, with this rank's share of the gradient times R."""
+    """sum over ranks of total / sum over ranks of weight, with R times this rank's share of the gradient.
+
+    DistributedDataParallel averages gradients over the R ranks, which gives that of the concatenated batch.
+    """
     if ranks == 1:
         return total / torch.where(weight > 0, weight, 1.0)
     sums = torch.stack((total.detach(), weight.detach()))

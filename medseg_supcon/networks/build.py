@@ -16,14 +16,11 @@ from medseg_supcon.networks.features import CONVOLUTIONS, classifier_name
 
 DIVISORS = (1, 2, 4, 8, 16, 32, 64, 128)
 BASE = 128  # divisible by all of them
+Definition = Mapping[str, Any] | str
 
 
 def build_network(
-    network_def: Mapping[str, Any] | str,
-    *,
-    in_channels: int | None = None,
-    num_classes: int | None = None,
-    trust: bool = False,
+    network_def: Definition, *, in_channels: int | None = None, num_classes: int | None = None, trust: bool = False
 ) -> nn.Module:
     """The network that a plan's ``network_def`` describes.
 
