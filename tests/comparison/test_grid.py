@@ -199,6 +199,7 @@ def test_the_article_s_grid(phantoms, trained_run):
         loss = parser.get_parsed_content("contrastive_loss").loss
         of_article = ("same_voxel", "same_class", "other_view")
         assert ((loss.positives, loss.denominator, loss.keys) == of_article) == (cell.recipe == "two_stage")
+        assert loss.class_weights == (None if cell.recipe == "two_stage" else "balanced")
 
 
 def test_the_command_line_s_options_go_before_the_file_s(phantoms, tmp_path, monkeypatch, capsys):
