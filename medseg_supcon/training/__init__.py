@@ -23,7 +23,6 @@ from medseg_supcon.training.log import TrainingLog
 from medseg_supcon.training.loss import DiceCrossEntropy, TwoViewLoss, label_pairs, prepare_views
 from medseg_supcon.training.prepare import (
     Request,
-    check_planned,
     is_of_plan,
     prepare_dataset,
     prepare_run,
@@ -64,6 +63,7 @@ from medseg_supcon.training.speed import (
 )
 from medseg_supcon.training.train import (
     begin_training,
+    check_planned,
     evaluate_and_document,
     extend_training,
     is_complete,

@@ -20,7 +20,7 @@ from medseg_supcon.files import remove_leftovers, write_whole
 FORMAT = 1
 TYPES: dict[str, Any] = {
     "finished": bool, "max_epochs": int, "epoch": int, "iteration": int, "best": float | int | None,
-    "best_epoch": int, "config": dict, "scaler": dict | None, "model": dict, "state": dict,
+    "best_epoch": int, "config": dict, "scaler": dict | None, "model": dict, "state": dict
 }  # fmt: skip
 OF_SCHEDULE = ("last_epoch", "_step_count", "_last_lr")  # what a schedule remembers; the rest is its settings
 

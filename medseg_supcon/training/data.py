@@ -47,12 +47,7 @@ class CachedDataset(Dataset[Any]):
     """
 
     def __init__(
-        self,
-        data: Sequence[Mapping[str, Any]],
-        transform: Any,
-        budget: float,
-        threads: int = 1,
-        quiet: bool = True,
+        self, data: Sequence[Mapping[str, Any]], transform: Any, budget: float, threads: int = 1, quiet: bool = True
     ) -> None:
         self.data, self.transform = list(data), transform
         self.held: list[Any] = []

@@ -17,10 +17,7 @@ SMOOTH = 1e-5  # MONAI's, in numerator and denominator of Dice
 
 
 def prepare_views(
-    batchdata: Mapping[str, Any],
-    device: str | torch.device | None = None,
-    non_blocking: bool = False,
-    **kwargs: Any,
+    batchdata: Mapping[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
 ) -> tuple[Tensor, Target]:
     """MONAI ``prepare_batch``: (B, 2, C, *patch) views become 2B patches, view 1 and 2 of a scan side by side.
 

@@ -107,11 +107,7 @@ class PseudoLabels:
     """
 
     def __init__(
-        self,
-        teacher: Teacher,
-        confidence: float = 0.9,
-        amp: bool = False,
-        dtype: torch.dtype = torch.bfloat16,
+        self, teacher: Teacher, confidence: float = 0.9, amp: bool = False, dtype: torch.dtype = torch.bfloat16
     ) -> None:
         if not 0 <= confidence <= 1:
             raise ConfigError(f"confidence must be between 0 and 1, got {confidence}.")
