@@ -19,8 +19,18 @@ from medseg_supcon.training.handlers import (
     StopOnNaN,
     StopWithoutFolder,
 )
-from medseg_supcon.training.log import TrainingLog
-from medseg_supcon.training.loss import DiceCrossEntropy, TwoViewLoss, label_pairs, prepare_views
+from medseg_supcon.training.log import CountDisplay, ProgressDisplay, TrainingLog
+from medseg_supcon.training.loss import (
+    DiceCrossEntropy,
+    PseudoLabels,
+    SemiSupervisedLoss,
+    Teacher,
+    TwoViewLoss,
+    label_pairs,
+    prepare_views,
+    shipped_network,
+    with_unknown,
+)
 from medseg_supcon.training.prepare import (
     Request,
     is_of_plan,
@@ -28,7 +38,6 @@ from medseg_supcon.training.prepare import (
     prepare_run,
     refuse_errors,
 )
-from medseg_supcon.training.progress import CountDisplay, ProgressDisplay
 from medseg_supcon.training.ranks import (
     BlankFillerd,
     RankSampler,
@@ -39,13 +48,6 @@ from medseg_supcon.training.ranks import (
     rank_device,
     rank_share,
     ranks_here,
-)
-from medseg_supcon.training.semi import (
-    PseudoLabels,
-    SemiSupervisedLoss,
-    Teacher,
-    shipped_network,
-    with_unknown,
 )
 from medseg_supcon.training.speed import (
     amp_dtype,

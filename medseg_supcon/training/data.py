@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Sampler
 from medseg_supcon.bundle import innermost
 from medseg_supcon.errors import ConfigError, DataError, MedsegError
 from medseg_supcon.scans import read_header, read_nifti
-from medseg_supcon.training.progress import CountDisplay
+from medseg_supcon.training.log import CountDisplay
 from medseg_supcon.training.ranks import ranks_here
 
 MOST_THREADS = 16
