@@ -47,9 +47,7 @@ class TrainingLog:
     A resumed run drops rows and events after the epoch that it starts from. Rank 0 writes the means over all ranks.
 
     Args:
-        folder: ``RUN/logs``.
         loss: module with ``terms``: name -> detached tensor of the last call.
-        optimizer: its first group's learning rate is logged.
         labels: foreground class names, for the per-class Dice.
         validator: evaluator with metrics ``val_mean_dice`` and ``val_dice_per_class``; ``None`` without one.
     """
@@ -75,7 +73,6 @@ class TrainingLog:
             self.validator.add_event_handler(Events.EPOCH_COMPLETED, self.draw_overlay)
 
     def start(self, engine: Engine) -> None:
-        """Start the epoch's sums; with the first epoch, open the files."""
         self._sums, self._count, self._since = {}, 0, monotonic()
         if self.writer is not None or idist.get_rank() > 0:
             return
@@ -89,19 +86,16 @@ class TrainingLog:
                 with self.path.open(newline="", encoding="utf-8") as stream:
                     self.rows = [r for r in csv.DictReader(stream) if int(r["epoch"]) <= done]
             except (KeyError, ValueError, TypeError, csv.Error):
-                raise RunError(
-                    f"{self.path} is damaged. Copy it again, or delete it: only its curves are lost."
-                ) from None
+                text = f"{self.path} is damaged. Copy it again, or delete it: only its curves are lost."
+                raise RunError(text) from None
         self.writer = SummaryWriter(str(self.folder), purge_step=engine.state.iteration + 1 if done else None)
 
     def add(self, engine: Engine) -> None:
-        """Add a step's terms to the epoch's means, on the device they are on."""
         for name, value in self.loss.terms.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._count += 1
 
     def write(self, engine: Engine) -> None:
-        """Write the epoch's row and scalars."""
         sums = mean_over_ranks(self._sums)
         if self.writer is None:  # a rank above 0
             return
@@ -136,14 +130,12 @@ class TrainingLog:
         return {MEAN: float(state.metrics[MEAN]), **dict(zip(names, per_class, strict=True))}
 
     def draw_overlay(self, engine: Engine) -> None:
-        """Draw the last validation case, for the epoch's entry."""
         if idist.get_rank() == 0:
             output = engine.state.output[0]
             image, label, logits = (torch.as_tensor(output[key]) for key in ("image", "label", "pred"))
             self._overlay = overlay_slice(image, label, logits.argmax(0, keepdim=True)).cpu()
 
     def close(self, engine: Engine) -> None:
-        """Close the event file."""
         if self.writer is not None:
             self.writer.close()
 
@@ -177,7 +169,6 @@ class ProgressDisplay:
             engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED, self.close)
 
     def start(self, engine: Engine) -> None:
-        """Show the bar, with the first epoch."""
         if not self._ends:
             self._ends.append(monotonic())
         if self.console.is_terminal and self.bar is None:
@@ -188,13 +179,11 @@ class ProgressDisplay:
             self.bar.start()
 
     def step(self, engine: Engine) -> None:
-        """Move the bar."""
         if self.bar is not None:
             done, state, left = engine.state.iteration, self._state(engine), self._left(engine)
             self.bar.update(self.bar.task_ids[0], completed=done, state=state, left=left)
 
     def epoch(self, engine: Engine) -> None:
-        """Take the epoch's time and metric; without a terminal, print them."""
         self._ends.append(monotonic())
         validated = _just_validated(self.validator, engine)
         if validated:
@@ -216,7 +205,6 @@ class ProgressDisplay:
         return f"{timedelta(seconds=int(pace * (engine.state.max_epochs - done)))} left"
 
     def close(self, engine: Engine, error: BaseException | None = None) -> None:
-        """Take the bar away; an error goes on."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
@@ -225,12 +213,7 @@ class ProgressDisplay:
 
 
 class CountDisplay:
-    """How many of a total are done. Nothing is shown for work that takes less than 3 seconds, or on ranks above 0.
-
-    Example:
-        >>> with CountDisplay("preparing scans", 2) as display:
-        ...     display.show(1)
-    """
+    """How many of a total are done. Nothing is shown for work that takes less than 3 seconds, or on ranks above 0."""
 
     PATIENCE, PAUSE = 3.0, 15.0  # seconds before the first sign, and between lines
 
@@ -244,7 +227,6 @@ class CountDisplay:
         return self
 
     def show(self, done: int) -> None:
-        """Show how many are done."""
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=done)
         elif self.silent or monotonic() < self.due:

@@ -64,13 +64,12 @@ class TwoViewLoss(nn.Module):
 class DiceCrossEntropy(nn.Module):
     """Dice loss of the foreground classes plus cross-entropy, over the batch of all ranks.
 
-    MONAI's ``DiceCELoss`` has no ``ignore_index``. Dice is taken over the whole batch, which is steadier when a
-    patch lacks a class.
+    MONAI's ``DiceCELoss`` cannot leave out the voxels of label -1. Dice is taken over the whole batch, which is
+    steadier when a patch lacks a class.
 
     Args:
         dice_weight, ce_weight: factors of the two terms.
         class_weights: (C,) weights of the cross-entropy, or ``None``.
-        ignore_index: label of voxels left out.
 
     Shape:
         logits (B, C, *spatial) and labels (B, 1, *spatial) of class indices give a scalar; 0, attached to the
@@ -84,22 +83,16 @@ class DiceCrossEntropy(nn.Module):
 
     class_weights: Tensor | None
 
-    def __init__(
-        self,
-        dice_weight: float = 1.0,
-        ce_weight: float = 1.0,
-        class_weights: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
-    ) -> None:
+    def __init__(self, dice_weight: float = 1.0, ce_weight: float = 1.0, class_weights: Tensor | None = None) -> None:
         super().__init__()
-        self.dice_weight, self.ce_weight, self.ignore_index = dice_weight, ce_weight, ignore_index
+        self.dice_weight, self.ce_weight = dice_weight, ce_weight
         self.register_buffer("class_weights", class_weights)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         logits, labels = logits.float(), labels.long()
-        known, target = (labels != self.ignore_index).to(logits.dtype), labels.clamp_min(0)
+        known, target = (labels != IGNORE_INDEX).to(logits.dtype), labels.clamp_min(0)
         weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights
-        total = F.cross_entropy(logits, labels[:, 0], weights, ignore_index=self.ignore_index, reduction="sum")
+        total = F.cross_entropy(logits, labels[:, 0], weights, ignore_index=IGNORE_INDEX, reduction="sum")
         # the mean by hand: if every voxel is ignored, torch's is 0 / 0
         sums = sum_over_ranks(torch.stack((total, (weights[target] * known).sum())))
         ce = sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
@@ -124,14 +117,11 @@ class Teacher:
     """The running average of a network's weights and norm statistics; a handler that moves it after every step.
 
     After step t: teacher = d * teacher + (1 - d) * student, with d = min(decay, (1 + t) / (10 + t)), so that the
-    first, random weights are soon forgotten.
+    first, random weights are soon forgotten (Tarvainen and Valpola 2017, Mean teachers are better role models).
 
     Args:
         network: the student, a stock network. The attribute ``network`` is the teacher, in evaluation mode.
         decay: d in the long run, 0 to below 1: about the last 1 / (1 - decay) steps count.
-
-    Source:
-        Tarvainen and Valpola 2017, Mean teachers are better role models.
     """
 
     def __init__(self, network: nn.Module, decay: float = 0.99) -> None:
@@ -216,29 +206,23 @@ class PseudoLabels:
                 "Pseudo-labels need to know which voxels of the two views are the same, and a view policy hides that "
                 "(an elastic deformation or grid distortion). Set elastic=0, or choose another policy."
             )
-        wanted = (target["label"] == IGNORE_INDEX) & (target["pair_ids"] >= 0)
-        target |= {
-            "pseudo_label": self._label(image, target["label"], target["pair_ids"], wanted),
-            "asked": wanted.sum(),
-        }
-        return image, target
-
-    def _label(self, image: Tensor, label: Tensor, pair_ids: Tensor, wanted: Tensor) -> Tensor:
+        label, pair_ids = target["label"], target["pair_ids"]
+        wanted = (label == IGNORE_INDEX) & (pair_ids >= 0)
         pseudo = torch.full_like(label, IGNORE_INDEX)
+        target |= {"pseudo_label": pseudo, "asked": wanted.sum()}
         # rows 2s and 2s + 1 are scan s
         unlabelled = (label == IGNORE_INDEX).flatten(1).all(1).view(-1, 2).all(1)
         scans = wanted.flatten(1).any(1).view(-1, 2).any(1).nonzero()[:, 0]
         if len(scans) == 0 or not bool(unlabelled.any()):
-            return pseudo
+            return image, target
         with torch.autocast(image.device.type, dtype=self.dtype, enabled=self.amp):
             probability, winner = self.teacher(image[2 * scans]).max(1, keepdim=True)
         winner = winner.masked_fill(probability < self.confidence, IGNORE_INDEX)
-        for view in (0, 1):
-            rows = 2 * scans + view
+        for rows in (2 * scans, 2 * scans + 1):
             places = pair_ids[rows].clamp_min(0).flatten(1)  # indices of view 1's voxels, for both views
             labels = winner.flatten(1).gather(1, places).view_as(winner)
             pseudo[rows] = labels.masked_fill(~wanted[rows], IGNORE_INDEX).to(pseudo.dtype)
-        return pseudo
+        return image, target
 
 
 def with_unknown(labels: Tensor, pair_ids: Tensor | None, unknown: int | None) -> Tensor:
@@ -254,10 +238,9 @@ def with_unknown(labels: Tensor, pair_ids: Tensor | None, unknown: int | None) -
 class SemiSupervisedLoss(nn.Module):
     """segmentation(labels) + u(t) * segmentation(pseudo-labels) + w(t) * contrast(both), at step t = 1, 2, ...
 
-    u(t) = pseudo_weight * exp(-5 (1 - min(1, t / pseudo_warmup))^2), and w(t) = contrast_weight *
-    min(1, t / contrast_warmup).
-
-    Called with logits (2B, C, *patch) and features (2B, F, *patch), and the target of :class:`PseudoLabels`.
+    u(t) = pseudo_weight * exp(-5 (1 - min(1, t / pseudo_warmup))^2) (Laine and Aila 2017, Temporal ensembling), and
+    w(t) = contrast_weight * min(1, t / contrast_warmup). Called with a ``ContrastiveNetwork``'s output and the target of
+    `PseudoLabels`.
 
     Args:
         segmentation_loss: called with (logits, labels); leaves voxels of label -1 out.
@@ -270,31 +253,19 @@ class SemiSupervisedLoss(nn.Module):
     Attributes:
         terms: the last call's detached scalars, the columns of ``history.csv``; ``confident`` is the share of the
             voxels without a label that have a pseudo-label.
-
-    Source:
-        Laine and Aila 2017, Temporal ensembling (the rise of u).
     """
 
     step: Tensor
 
     def __init__(
-        self,
-        segmentation_loss: Callable[..., Tensor],
-        contrastive_loss: Callable[..., Tensor],
-        *,
-        contrast_weight: float = 0.1,
-        contrast_warmup: int = 0,
-        pseudo_weight: float = 1.0,
-        pseudo_warmup: int = 0,
-        pseudo_contrast: bool = True,
-        unknown: int | None = None,
-    ) -> None:
+        self, segmentation_loss: Callable[..., Tensor], contrastive_loss: Callable[..., Tensor], *,
+        contrast_weight: float = 0.1, contrast_warmup: int = 0, pseudo_weight: float = 1.0, pseudo_warmup: int = 0,
+        pseudo_contrast: bool = True, unknown: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         numbers = (contrast_weight, contrast_warmup, pseudo_weight, pseudo_warmup)
         if not all(number >= 0 for number in numbers):
-            raise ConfigError(
-                f"The weights and warm-ups of contrast and pseudo-labels must be at least 0, got {numbers}."
-            )
+            raise ConfigError(f"Weights and warm-ups of contrast and pseudo-labels must be at least 0, got {numbers}.")
         self.segmentation_loss, self.contrastive_loss = segmentation_loss, contrastive_loss
         self.contrast_weight, self.contrast_warmup = float(contrast_weight), contrast_warmup
         self.pseudo_weight, self.pseudo_warmup = float(pseudo_weight), pseudo_warmup

@@ -107,7 +107,7 @@ def batch_bytes(batch_size: int, plan: Mapping[str, Any]) -> int:
 def free_memory() -> None:
     """Give unused GPU memory back, for the next task or another process."""
     gc.collect()  # trainer and handlers refer to each other
-    torch.cuda.empty_cache()  # does nothing if no GPU was used
+    torch.cuda.empty_cache()
 
 
 def machine_name(device: torch.device) -> str:
@@ -126,10 +126,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def time_training(run: Path, device: str | None = None) -> dict[str, Any]:
-    """Time four steps of a planned run's training, after one that is not counted, and one validation case.
-
-    Returns ``seconds_per_step``, ``seconds_per_validation_case``, ``memory_gib`` (peak) and ``machine``.
-    """
+    """Time four steps of a planned run's training, after one that is not counted, and one validation case."""
     threads = torch.get_num_threads()
     tune_malloc(keep=True)  # as the training will
     try:
@@ -142,9 +139,8 @@ def time_training(run: Path, device: str | None = None) -> dict[str, Any]:
 def time_within_memory(run: Path, device: str | None, plan: dict[str, Any], fixed: bool) -> dict[str, Any]:
     """`time_training`; if the GPU's memory is too small, with half of ``batch_size``, in the plan and the run.
 
-    Raises:
-        torch.OutOfMemoryError: two scans per step are too many, or ``batch_size`` is ``fixed``.
-        RunError: other programs hold the memory: a plan must not depend on them.
+    ``torch.OutOfMemoryError`` if two scans per step are too many, or ``batch_size`` is ``fixed``; `RunError` if other
+    programs use the memory, because a plan must not depend on them.
     """
     while True:
         try:

@@ -42,11 +42,7 @@ OF_EARLIER_WEIGHTS = ("eval/metrics.csv", *WRITTEN_LAST)
 def check_planned(
     path: Path, run: Path, request: Request, *, resume: bool, show: Callable[[Report], None], trust: bool
 ) -> None:
-    """Refuse to train a planned run on another data set, with options that it would ignore, or with errors in its cases.
-
-    Raises:
-        DataError: the cases have errors. RunError: the run is planned for something else, or needs trust.
-    """
+    """Refuse to train a planned run on another data set, with options that it would ignore, or with errors in its cases."""
     check_configs_trusted(run, trust)
     config = run / "configs" / "train.yaml"
     folder = plain_text(read_config(config).get("dataset_dir"))
@@ -155,11 +151,7 @@ class _Workflow(ConfigWorkflow):  # type: ignore[misc]
 def run_config(run: Path, trust: bool = False, **overrides: Any) -> ConfigWorkflow:
     """Run a run's ``train.yaml``, as ``python -m monai.bundle run`` does, and return its workflow.
 
-    `trust`: run code that medseg did not write on this computer. `overrides`: config keys and values, as well as the
-    device's name.
-
-    Raises:
-        RunError: not a run, or one that needs trust.
+    `trust`: run code that medseg did not write on this computer. `overrides`: config keys and values, the device by name.
     """
     if not is_planned(run):
         raise RunError(f"{run} is not a run: it has no configs/plan.json. Make one with medseg plan or medseg train.")

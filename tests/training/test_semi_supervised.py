@@ -210,4 +210,4 @@ def test_without_unlabelled_scans_a_sentence_says_how_to_give_some(phantoms, tmp
 
 def test_a_batch_of_one_scan_is_a_sentence():
     with pytest.raises(ConfigError, match="plan::batch_size=2"):
-        iter(EpochSampler(2, 4, 1, unlabelled=3, share=0.5))
+        next(iter(EpochSampler(2, 4, 1, unlabelled=3, share=0.5)))
