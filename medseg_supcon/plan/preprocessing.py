@@ -63,12 +63,7 @@ def plan_preprocessing(plan: Mapping[str, Any]) -> Compose:
 
 
 def intensity_problem(transforms: Any) -> str | None:
-    """Why a plan's ``intensity`` is not plain data that names MONAI's deterministic transforms; None if it is.
-
-    >>> intensity_problem([{"_target_": "NormalizeIntensityd", "keys": "image"}])
-    >>> intensity_problem([{"_target_": "Lambdad", "keys": "image"}])
-    "intensity names 'Lambdad', which is not a deterministic intensity transform of MONAI"
-    """
+    """Why a plan's ``intensity`` is not plain data that names MONAI's deterministic transforms; None if it is."""
     for step in transforms:
         target = step.get("_target_") if isinstance(step, Mapping) else step
         name = str(target).removeprefix("monai.transforms.")
@@ -97,11 +92,10 @@ def read_preprocessing(bundle_root: str | Path) -> Compose:
 def intensity_transforms(channels: Sequence[str], foreground: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
     """Transform configs for key ``image`` that normalise a scan, usually to about zero mean and unit variance.
 
-    CT is in absolute units: clipped to the 0.5 and 99.5 percentiles of the structures' intensities, then shifted and
-    scaled by their mean and standard deviation (nnU-Net's rule). Channels called "noNorm", "rescale_to_0_1" or
-    "rgb_to_0_1" are treated as nnU-Net does. Any other channel has no common scale and is normalised per scan.
-    Channels of several kinds are split, treated each in its way, and stacked again.
-    `foreground`: per channel "mean", "std", "percentile_00_5" and "percentile_99_5" inside the structures.
+    CT is clipped to the 0.5 and 99.5 percentiles of the structures' intensities (`foreground`, per channel), then shifted
+    and scaled by their mean and standard deviation (nnU-Net's rule). Channels called "noNorm", "rescale_to_0_1" or
+    "rgb_to_0_1" are treated as nnU-Net does; any other channel is normalised per scan. Channels of several kinds are
+    split and stacked again.
     """
     kinds = [normalisation(name) for name in channels]
     if len(set(kinds)) == 1 and (kinds[0] != "ct" or len(kinds) == 1):
@@ -115,25 +109,21 @@ def intensity_transforms(channels: Sequence[str], foreground: Sequence[Mapping[s
 
 
 def _normalise(key: str, kind: str, stats: Mapping[str, float]) -> list[dict[str, Any]]:
-    limits = {"a_min": 0, "a_max": 255, "b_min": 0, "b_max": 1}
-    steps = {
-        "nonorm": [],
-        "ct": [_window(key, stats)],
-        "rgb_to_0_1": [{"_target_": "ScaleIntensityRanged", "keys": key, **limits}],
-        "rescale_to_0_1": [{"_target_": "ScaleIntensityd", "keys": key, "minv": 0, "maxv": 1, "channel_wise": True}],
-        "zscore": [{"_target_": "NormalizeIntensityd", "keys": key, "channel_wise": True}],
-    }
-    return steps[kind]
-
-
-def _window(key: str, stats: Mapping[str, float]) -> dict[str, Any]:
-    low, high = stats["percentile_00_5"], stats["percentile_99_5"]
+    if kind == "nonorm":
+        return []
+    if kind == "rgb_to_0_1":
+        return [{"_target_": "ScaleIntensityRanged", "keys": key, "a_min": 0, "a_max": 255, "b_min": 0, "b_max": 1}]
+    if kind == "rescale_to_0_1":
+        return [{"_target_": "ScaleIntensityd", "keys": key, "minv": 0, "maxv": 1, "channel_wise": True}]
+    if kind == "zscore":
+        return [{"_target_": "NormalizeIntensityd", "keys": key, "channel_wise": True}]
+    low, high = stats["percentile_00_5"], stats["percentile_99_5"]  # CT
     if not high > low:
         low, high = low - 0.5, low + 0.5
     mean, std = stats["mean"], stats["std"] or 1.0
     limits = {"a_min": low, "a_max": high, "b_min": (low - mean) / std, "b_max": (high - mean) / std}
     rounded = {name: readable(value, 6) for name, value in limits.items()}
-    return {"_target_": "ScaleIntensityRanged", "keys": key, **rounded, "clip": True}
+    return [{"_target_": "ScaleIntensityRanged", "keys": key, **rounded, "clip": True}]
 
 
 class LabelPreprocessingd(Transform):  # type: ignore[misc]

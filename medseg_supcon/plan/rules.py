@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def default_epochs(device: str, steps_per_epoch: int) -> int:
-    """Length of a training on a CPU or a GPU, whatever its speed: 6,000 or 15,000 steps.
-
-    >>> default_epochs("cpu", 50), default_epochs("cuda:1", 250)
-    (120, 60)
-    """
+    """Length of a training on a CPU or a GPU, whatever its speed."""
     return max(1, round((CPU_STEPS if device.startswith("cpu") else GPU_STEPS) / steps_per_epoch))
 
 
@@ -55,8 +52,6 @@ def make_plan(
 
     Args:
         fingerprint: of the cases that train (`DataError` if none has a labelled structure).
-        dataset: names, channels and labels.
-        device: "cpu", or a GPU such as "cuda" or "cuda:1".
         memory_gib: the GPU's memory; None for that of this machine.
 
     Example:
@@ -68,7 +63,9 @@ def make_plan(
         'RAS'
     """
     on_gpu = not device.startswith("cpu")
-    memory = memory_gib if memory_gib is not None else _memory_gib(device)
+    memory = memory_gib or 2 * GPU_GIB_PER_LARGEST_SCAN
+    if memory_gib is None and device.startswith("cuda") and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(torch.device(device)).total_memory / 2**30
     budget = int(GPU_PATCH_VOXELS * min(1.0, memory / (2 * GPU_GIB_PER_LARGEST_SCAN))) if on_gpu else CPU_PATCH_VOXELS
     counts = fingerprint.class_voxels
     if counts[1:].sum() == 0:
@@ -86,6 +83,8 @@ def make_plan(
     scans_in_memory = memory / GPU_GIB_PER_LARGEST_SCAN * GPU_PATCH_VOXELS / math.prod(patch)
     steps_per_epoch = 250 if on_gpu else 50
     foreground = [fingerprint.foreground(c) for c in range(len(dataset.channels))]
+    # a mirrored scan would be labelled wrongly
+    sided = any(SIDED.search(name.replace("_", " ").lower()) or SIDED.search(name) for name in dataset.labels)
     return {
         "name": dataset.name,
         "channels": list(dataset.channels),
@@ -95,7 +94,7 @@ def make_plan(
         "spacing": [float(mm) for mm in spacing],
         "intensity": intensity_transforms(dataset.channels, foreground),
         "patch_size": patch,
-        "flip_axes": [] if _tells_sides(dataset.labels) else [0],
+        "flip_axes": [] if sided else [0],
         "batch_size": int(np.clip(scans_in_memory, 2, 8)) if on_gpu else 2,
         "steps_per_epoch": steps_per_epoch,
         "epochs": default_epochs(device, steps_per_epoch),
@@ -106,17 +105,6 @@ def make_plan(
         "keep_largest": [],
         "fingerprint": fingerprint.summary(),
     }
-
-
-def _tells_sides(names: Sequence[str] | dict[str, Any]) -> bool:
-    """Whether a class name says left or right, so that a mirrored scan would be labelled wrongly."""
-    return any(SIDED.search(name.replace("_", " ").lower()) or SIDED.search(name) for name in names)
-
-
-def _memory_gib(device: str) -> float:
-    if device.startswith("cuda") and torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(torch.device(device)).total_memory) / 2**30
-    return 2 * GPU_GIB_PER_LARGEST_SCAN
 
 
 def target_spacing(spacings: Floats) -> Floats:
@@ -138,24 +126,19 @@ def coarsened(spacing: Floats, extent: Floats, budget: int) -> Floats:
     The finest axes are coarsened first, so that anisotropic data become more isotropic on the way. Otherwise a patch
     would see too little of a very large scan, and a CPU would take too long.
     """
-
-    def patches(floor: float) -> float:
-        return float(np.prod(extent / np.maximum(spacing, floor)) / budget)
-
-    low, high = float(spacing.min()), float(max(extent.max(), spacing.max()))
-    if patches(low) <= MOST_PATCHES_ON_CPU:
-        return spacing
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if patches(middle) > MOST_PATCHES_ON_CPU else (low, middle)
-    return np.maximum(spacing, high)
+    finest, voxel = np.sort(spacing), np.prod(extent) / (MOST_PATCHES_ON_CPU * budget)
+    floor = 0.0
+    for axes in (1, 2, 3):  # how many of them get one spacing
+        floor = float(voxel / np.prod(finest[axes:])) ** (1 / axes)
+        if axes == 3 or floor <= finest[axes]:
+            break
+    return np.maximum(spacing, floor)
 
 
 def strides(spacing: Floats, shape: Floats, levels: int) -> list[tuple[int, int, int]]:
     """Stride per level (at least one) and axis of the encoder.
 
-    An axis is halved unless it is still more than twice as coarse as the finest one, or would fall below four
-    voxels in a scan of the median `shape`.
+    Axes are halved that are at most twice as coarse as the finest one and keep four voxels in the median `shape`.
     """
     spacing, shape = spacing.copy(), shape.copy()
     steps: list[tuple[int, int, int]] = []
@@ -182,11 +165,9 @@ def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[in
         axis = int(np.argmin(np.where(open_axes, size * spacing, np.inf)))
         longer = size.copy()
         longer[axis] += step[axis]
-        if np.prod(longer) > budget:
-            open_axes[axis] = False
-            continue
-        size = longer
-        open_axes[axis] = bool(size[axis] < np.ceil(shape[axis]))
+        fits = np.prod(longer) <= budget
+        size = longer if fits else size
+        open_axes[axis] = fits and size[axis] < np.ceil(shape[axis])
     return [int(n) for n in size]
 
 
@@ -223,18 +204,13 @@ def _are_texts(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)
 
 
-def _is_orientation(value: object) -> bool:
-    codes = value if isinstance(value, str) and len(value) == 3 else ""
-    return all(sum(code in pair for code in codes) == 1 for pair in ("LR", "PA", "IS"))
-
-
 def _are_labels(value: object) -> bool:
     values = list(value.values()) if isinstance(value, Mapping) else []
     return len(values) >= 2 and all(map(_is_number, values)) and len(set(values)) == len(values)
 
 
-def _is_network(value: object) -> bool:
-    return "_target_" in value if isinstance(value, Mapping) else str(value).startswith("$")
+def _are_definitions(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(part, Mapping) and "_target_" in part for part in value)
 
 
 def _is_window(value: object) -> bool:
@@ -243,21 +219,22 @@ def _is_window(value: object) -> bool:
     return _is_number(overlap, least=0) and overlap < 1 and _is_number(batch, int, 1, 1024)  # type: ignore[operator]
 
 
-def _are_transforms(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(t, Mapping) and "_target_" in t for t in value)
-
-
+ORIENTATIONS = ["".join(codes) for axes in permutations(("LR", "PA", "IS")) for codes in product(*axes)]
 Rule = tuple[str, Callable[[Any], bool]]  # what the value must be, and whether it is
 NUMBERS: Rule = ("a list of numbers", _are_numbers)
+NETWORK: Rule = (
+    'a mapping with a "_target_" or an expression that starts with "$"',
+    lambda v: _are_definitions([v]) or (isinstance(v, str) and v.startswith("$")),
+)
 STEPS: Rule = ("a whole number from 1 to 1,000,000", lambda v: _is_number(v, int, 1, 10**6))
 RULES: dict[str, Rule] = {
     "name": ("a text", lambda v: isinstance(v, str)),
     "channels": ("a list of channel names", lambda v: _are_texts(v) and len(v) > 0),
     "labels": ("a mapping of at least two class names to different values, background first", _are_labels),
     "ignore_label": ("null or a value of no class", lambda v: v is None or _is_number(v)),
-    "orientation": ('three axis codes such as "RAS"', _is_orientation),
+    "orientation": ('three axis codes such as "RAS"', lambda v: v in ORIENTATIONS),
     "spacing": ("three lengths in mm from 0.0001 to 100", lambda v: _are_numbers(v, 3, least=1e-4, most=100)),
-    "intensity": ('a list of transform configs, each with a "_target_"', _are_transforms),
+    "intensity": ('a list of transform configs, each with a "_target_"', _are_definitions),
     "patch_size": ("three whole numbers from 1 to 1024", lambda v: _are_numbers(v, 3, kind=int, least=1, most=1024)),
     "flip_axes": ("a list of axes among 0, 1 and 2", lambda v: _are_numbers(v, kind=int, least=0, most=2)),
     "batch_size": ("a whole number from 1 to 1024", lambda v: _is_number(v, int, 1, 1024)),
@@ -265,7 +242,7 @@ RULES: dict[str, Rule] = {
     "epochs": STEPS,
     "class_frequencies": NUMBERS,
     "class_weights": NUMBERS,
-    "network_def": ('a mapping with a "_target_" or an expression that starts with "$"', _is_network),
+    "network_def": NETWORK,
     "inference": ('an "overlap" from 0 to below 1 and a "sw_batch_size" from 1 to 1024', _is_window),
     "keep_largest": ("a list of class names", _are_texts),
     "fingerprint": ("a mapping", lambda v: isinstance(v, Mapping)),
@@ -277,7 +254,7 @@ OPTIONAL: dict[str, Rule] = {
 
 
 def read_plan(path: str | Path) -> dict[str, Any]:
-    """A validated plan from its file; `RunError` if it is missing, `ConfigError` if it is damaged or invalid."""
+    """A validated plan; `RunError` if its file is missing, `ConfigError` if it is damaged or invalid."""
     file = Path(path)
     if not file.exists():
         raise RunError(f"{file}: there is no such plan. Make one with: medseg plan DATASET --out RUN")
