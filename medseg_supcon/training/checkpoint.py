@@ -18,7 +18,6 @@ from medseg_supcon.bundle import load_tensors
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import remove_leftovers, write_whole
 
-FORMAT = 1
 TYPES: dict[str, Any] = {
     "finished": bool, "max_epochs": int, "epoch": int, "iteration": int, "best": float | int | None,
     "best_epoch": int, "config": dict, "scaler": dict | None, "model": dict, "state": dict
@@ -96,16 +95,9 @@ class Checkpoint:
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        network: nn.Module,
-        state: dict[str, Any],
-        sampler: Any = None,
-        resume: bool = False,
-        keep: str = "best",
-        validator: Any = None,
-        config: dict[str, Any] | None = None,
-    ) -> None:
+        self, folder: str | Path, network: nn.Module, state: dict[str, Any], sampler: Any = None, resume: bool = False,
+        keep: str = "best", validator: Any = None, config: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         if keep not in ("best", "last"):
             raise ValueError(f"keep must be 'best' or 'last', got {keep!r}")
         self.folder, self.network, self.state, self.sampler = Path(folder), network, state, sampler
@@ -185,7 +177,7 @@ class Checkpoint:
 
     def _write(self, engine: Any, finished: bool) -> None:
         content = {name: getattr(engine.state, name) for name in ("max_epochs", "epoch", "iteration")}
-        content |= {"format": FORMAT, "finished": finished, "best": self.best, "best_epoch": self.best_epoch}
+        content |= {"finished": finished, "best": self.best, "best_epoch": self.best_epoch}
         content |= {
             "config": self.config,
             "scaler": None if engine.scaler is None else engine.scaler.state_dict(),

@@ -161,20 +161,10 @@ class EpochSampler(Sampler[Key]):
     """
 
     def __init__(
-        self,
-        cases: int,
-        steps_per_epoch: int,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        *,
-        unlabelled: int = 0,
-        share: float | None = None,
-        first_epoch: int = 1,
-        last_epoch: int | None = None,
+        self, cases: int, steps_per_epoch: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1, *,
+        unlabelled: int = 0, share: float | None = None, first_epoch: int = 1, last_epoch: int | None = None,
         required: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if cases < 1:
             raise DataError("There is no case to train on: the training list is empty.")
         if share is not None and not 0 < share < 1:

@@ -94,12 +94,9 @@ def prepare_dataset(
     device: str | None = None,
     trust: bool = False,
 ) -> tuple[dict[str, Any], Split]:
-    """Read, split and check the data set at ``path``, and `prepare_run` on it; ``show`` gets the check's findings.
+    """Read, split and check the data set at ``path``, and `prepare_run` on it: the plan, and which cases train.
 
-    Returns the plan, and which cases train and validate.
-
-    Raises:
-        DataError: the data set has errors. ConfigError, RunError: as `prepare_run`.
+    ``show`` is called with the check's findings; `DataError` if there are errors.
     """
     recipe, seed = request.recipe or "joint", request.seed or 0
     read_recipe(recipe)
@@ -124,14 +121,9 @@ def prepare_dataset(
 
 
 def refuse_errors(
-    dataset: Dataset,
-    cases: Sequence[Case],
-    trained: Sequence[Case],
-    path: Path,
-    show: Callable[[Report], None],
-    allow_affine_mismatch: bool = False,
-    also: str = "",
-) -> Report:
+    dataset: Dataset, cases: Sequence[Case], trained: Sequence[Case], path: Path, show: Callable[[Report], None],
+    allow_affine_mismatch: bool = False, also: str = "",
+) -> Report:  # fmt: skip
     """Check the cases that are used (``trained``: by a training), each once; `DataError` after `show` if some have errors."""
     held_out = {case.name for case in cases} - {case.name for case in trained}
     used = replace(dataset, cases=tuple(dict.fromkeys(cases)), validation=frozenset(held_out))
@@ -144,32 +136,17 @@ def refuse_errors(
 
 
 def prepare_run(
-    dataset: Dataset,
-    split: Split,
-    run: Path,
-    *,
-    recipe: str | Path = "joint",
-    settings: Settings = (),
-    epochs: int | None = None,
-    minutes: float | None = None,
-    seed: int = 0,
-    init: Path | None = None,
-    device: str | None = None,
-    trust_scan_affine: bool = False,
-    plan: Mapping[str, Any] | None = None,
-    plan_settings: Settings = (),
-    trust: bool = False,
-    report: Report | None = None,
-) -> dict[str, Any]:
+    dataset: Dataset, split: Split, run: Path, *, recipe: str | Path = "joint", settings: Settings = (),
+    epochs: int | None = None, minutes: float | None = None, seed: int = 0, init: Path | None = None,
+    device: str | None = None, trust_scan_affine: bool = False, plan: Mapping[str, Any] | None = None,
+    plan_settings: Settings = (), trust: bool = False, report: Report | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write the bundle that would be trained, and return its plan; what was measured is in ``logs/expected.json``.
 
     Args:
-        dataset, split: what was read, and its training, validation and unlabelled cases.
-        run: folder to write; must not hold a run.
         recipe: name or file of the overlay on ``train.yaml``.
         settings: (key, value) overrides of ``train.yaml``, or of the plan: ``plan::key`` and ``network_def``.
-        epochs: length of training; default: `default_epochs`.
-        minutes: the length is what fits into this time on this machine instead.
+        epochs: length of training; default: `default_epochs`, or what fits into ``minutes`` on this machine.
         init: an earlier run to fine-tune: its weights, and the parts of its plan that they depend on.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; by default a GPU if there is one.
         trust_scan_affine: label maps take their scan's affine (``--allow-affine-mismatch``).
@@ -180,8 +157,8 @@ def prepare_run(
 
     Raises:
         ConfigError: a setting, recipe or plan is invalid.
-        RunError: the folder holds a run or files that a run would replace, another command uses it, or ``init`` needs
-            trust.
+        RunError: the folder contains a run or files that a run would replace, another command uses it, or ``init``
+            needs trust.
     """
     refuse_others(run)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -208,9 +185,9 @@ def prepare_run(
         adapt_plan(made)
         if epochs or "epochs" not in chosen:
             made["epochs"] = epochs or default_epochs(where, made["steps_per_epoch"])
-    expected: dict[str, Any] | None = None
     with drafted(run) as draft:
-        write_plan(made, draft / "configs" / "plan.json")
+        path = draft / "configs" / "plan.json"
+        write_plan(made, path)
         write_datalist(split, draft / "configs" / "datalist.json", dataset.root)
         _write_train_config(draft, dataset.root, recipe, dict(overlay), of_config, seed, init)
         write_network(draft)
@@ -218,11 +195,16 @@ def prepare_run(
             with settings_at_fault():
                 timing = time_within_memory(draft, device, made, fixed="batch_size" in chosen)
             expected = _fit_length(made, timing, len(split.validation), minutes)
-            write_plan(made, draft / "configs" / "plan.json")
-        _try_length(draft)
+            write_plan(made, path)
+        config = ConfigParser()
+        config.read_config(str(draft / "configs" / "train.yaml"))
+        if "stage_epochs" in config:  # a recipe in stages may need more epochs: said before there is a run
+            config["bundle_root"] = literal(str(draft))
+            with settings_at_fault():
+                config.get_parsed_content("stage_epochs")
         refresh_documents(draft)
         record_run(draft)
-    if expected is not None:
+    if plan is None:
         write_text(run / "logs" / "expected.json", json.dumps(expected, indent=2) + "\n")
     return made
 
@@ -267,9 +249,6 @@ def adapt_plan(plan: dict[str, Any]) -> None:
     """Adapt a plan's patch to its network: round it to what the network divides by, and enlarge one that is too small.
 
     At the network's deepest level a norm needs more than one voxel; otherwise the shortest axis grows.
-
-    Raises:
-        ConfigError: the plan is invalid, or one step's scans do not fit into this machine's memory.
     """
     validate_plan(plan)
     channels, classes = len(plan["channels"]), len(plan["labels"])
@@ -302,16 +281,6 @@ def refresh_documents(run: Path) -> None:
     write_model_card(run)
 
 
-def _try_length(draft: Path) -> None:
-    """A recipe in stages needs some epochs: said before there is a run that would have to be planned again."""
-    config = ConfigParser()
-    config.read_config(str(draft / "configs" / "train.yaml"))
-    if "stage_epochs" in config:
-        config["bundle_root"] = literal(str(draft))
-        with settings_at_fault():
-            config.get_parsed_content("stage_epochs")
-
-
 def is_of_plan(key: str) -> bool:
     """A setting that belongs to the plan, not to train.yaml."""
     return key.startswith(PLAN_PREFIX) or key.split("::")[0] in OF_PLAN
@@ -323,18 +292,12 @@ def _sort_settings(settings: Settings) -> tuple[Settings, Settings]:
 
 
 def _write_train_config(
-    run: Path,
-    dataset_dir: Path,
-    recipe: str | Path,
-    overlay: Mapping[str, Any],
-    settings: Settings,
-    seed: int,
+    run: Path, dataset_dir: Path, recipe: str | Path, overlay: Mapping[str, Any], settings: Settings, seed: int,
     init: Path | None,
-) -> None:
+) -> None:  # fmt: skip
     tree = load_commented(shared_folder("bundles") / TEMPLATE / "configs" / "train.yaml")
     folder = tree["dataset_dir"] = literal(str(dataset_dir.resolve()))
-    tree["seed"] = seed
-    tree["recipe"] = Path(recipe).stem
+    tree["seed"], tree["recipe"] = seed, Path(recipe).stem
     if init is not None:
         tree["init_weights"] = literal(str((init / "models" / "model.pt").resolve()))
     known = set(tree)
@@ -352,7 +315,6 @@ def _write_train_config(
     if not str(tree["device"]).startswith("$"):
         check_device(str(tree["device"]))
     (run / "configs" / "train.yaml").write_text(dump_commented(tree))
-    evaluate = run / "configs" / "evaluate.yaml"
-    other = load_commented(evaluate)
-    other["dataset_dir"] = folder
-    evaluate.write_text(dump_commented(other))
+    evaluate = load_commented(run / "configs" / "evaluate.yaml")
+    evaluate["dataset_dir"] = folder
+    (run / "configs" / "evaluate.yaml").write_text(dump_commented(evaluate))

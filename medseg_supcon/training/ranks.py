@@ -148,13 +148,9 @@ class RankSampler(VoxelSampler):
 
     @torch.no_grad()
     def __call__(
-        self,
-        labels: Tensor,
-        *,
-        pair_ids: Tensor | None = None,
-        logits: Tensor | None = None,
+        self, labels: Tensor, *, pair_ids: Tensor | None = None, logits: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> VoxelSample:
+    ) -> VoxelSample:  # fmt: skip
         if idist.get_world_size() == 1:
             return super().__call__(labels, pair_ids=pair_ids, logits=logits, generator=generator)
         rank = idist.get_rank()

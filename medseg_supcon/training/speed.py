@@ -149,7 +149,8 @@ def time_within_memory(run: Path, device: str | None, plan: dict[str, Any], fixe
             if fixed or plan["batch_size"] <= 2:
                 raise
         free_memory()  # not before: the error holds what was on the GPU
-        used = memory_of_others_gib(device)
+        free, total = torch.cuda.mem_get_info(torch.device(device or "cuda"))
+        used = (total - free - torch.cuda.memory_reserved(torch.device(device or "cuda"))) / 2**30  # by others
         if used > OTHERS_MAY_HOLD:
             raise RunError(
                 f"The GPU's memory is too small for a step, but other programs use {used:.1f} GiB of it. Plan when it is "
@@ -157,13 +158,6 @@ def time_within_memory(run: Path, device: str | None, plan: dict[str, Any], fixe
             )
         plan["batch_size"] = max(2, plan["batch_size"] // 2)
         write_plan(plan, run / "configs" / "plan.json")
-
-
-def memory_of_others_gib(device: str | None) -> float:
-    """Memory of a GPU that is neither free nor this process's."""
-    where = torch.device(device or "cuda")
-    free, total = torch.cuda.mem_get_info(where)
-    return float(total - free - torch.cuda.memory_reserved(where)) / 2**30
 
 
 def _measure(run: Path, device: str | None, threads: int) -> dict[str, Any]:
@@ -189,7 +183,13 @@ def _measure(run: Path, device: str | None, threads: int) -> dict[str, Any]:
         batch = next(batches)
         torch.set_num_threads(threads)
         loaded = perf_counter()
-        _step(trainer, batch, where)
+        inputs, target = trainer.prepare_batch(batch, where, False)
+        trainer.network.train()
+        with torch.autocast(where.type, enabled=trainer.amp, **trainer.amp_kwargs):
+            loss = trainer.loss_function(trainer.inferer(inputs, trainer.network), target)
+        loss.backward()
+        trainer.optimizer.zero_grad()
+        _wait(where)
         loading.append(loaded - start)
         computing.append(perf_counter() - loaded)
     evaluator = parser.get_parsed_content("validate::evaluator")
@@ -216,16 +216,6 @@ def seconds_per_step(loading: Sequence[float], computing: Sequence[float], worke
     pairs = zip(loading, computing, strict=True)
     times = sorted(max(load / workers, compute) if workers else load + compute for load, compute in pairs)
     return times[len(times) // 2]
-
-
-def _step(trainer: Any, batch: Any, device: torch.device) -> None:
-    inputs, target = trainer.prepare_batch(batch, device, False)
-    trainer.network.train()
-    with torch.autocast(device.type, enabled=trainer.amp, **trainer.amp_kwargs):
-        loss = trainer.loss_function(trainer.inferer(inputs, trainer.network), target)
-    loss.backward()
-    trainer.optimizer.zero_grad()
-    _wait(device)
 
 
 def _wait(device: torch.device) -> None:

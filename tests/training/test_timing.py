@@ -59,7 +59,8 @@ def test_a_gpu_too_small_for_the_plans_guess(
         return {"machine": "a GPU"}
 
     monkeypatch.setattr(_timing, "time_training", measure)
-    monkeypatch.setattr(_timing, "memory_of_others_gib", lambda device: 0.5)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 << 30, 8 << 30))  # 1 GiB: of the screen
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     plan = {"batch_size": guess}
     if ends is None:
         with pytest.raises(torch.OutOfMemoryError):
