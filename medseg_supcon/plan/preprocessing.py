@@ -129,17 +129,8 @@ def _normalise(key: str, kind: str, stats: Mapping[str, float]) -> list[dict[str
 class LabelPreprocessingd(Transform):  # type: ignore[misc]
     """Loads a case's label map, turns its values into class indices and resamples it to the grid of ``image``.
 
-    Runs after the scan's preprocessing. Nearest neighbour; -1 for voxels that are not annotated or outside the label
-    map. A case without ``label`` passes through unchanged.
-
-    Args:
-        plan: the run's plan (``labels``, ``ignore_label``).
-
-    Raises:
-        DataError: (on call) a value that the data set does not declare.
-
-    Shape:
-        adds ``label`` (1, X, Y, Z), float32 class indices on the grid of ``image`` (C, X, Y, Z).
+    Runs after the scan's preprocessing; nearest neighbour. Adds ``label`` (1, X, Y, Z), float32, -1 for voxels that are
+    not annotated or outside the label map. A case without ``label`` passes through unchanged.
     """
 
     def __init__(self, plan: Mapping[str, Any]) -> None:

@@ -49,18 +49,7 @@ def make_plan(
     the network divides by. Network: a residual UNet of three strides, more for larger patches, no stride along an axis
     that is still twice as coarse as the finest. The left-right axis may be mirrored unless a class name says left or
     right; no other axis may. Length: 120 epochs of 50 steps on a CPU, 60 of 250 on a GPU.
-
-    Args:
-        fingerprint: of the cases that train (`DataError` if none has a labelled structure).
-        memory_gib: the GPU's memory; None for that of this machine.
-
-    Example:
-        >>> import tempfile
-        >>> from medseg_supcon.datasets import fingerprint, make_phantoms, read_dataset
-        >>> from medseg_supcon.plan import make_plan
-        >>> dataset = read_dataset(make_phantoms(tempfile.mkdtemp() + "/phantoms", cases=2, unseen=0))
-        >>> make_plan(fingerprint(dataset), dataset)["orientation"]
-        'RAS'
+    `memory_gib`: the GPU's; None for that of this machine. `DataError` if no case has a labelled structure.
     """
     on_gpu = not device.startswith("cpu")
     memory = memory_gib or 2 * GPU_GIB_PER_LARGEST_SCAN
@@ -108,10 +97,9 @@ def make_plan(
 
 
 def target_spacing(spacings: Floats) -> Floats:
-    """The median spacing (3,) of (n, 3); for anisotropic data (ratio above 3) the coarse axis takes its 10th percentile.
+    """nnU-Net's rule (Isensee et al., Nature Methods 2021): the median (3,) of spacings (n, 3), or less on a coarse axis.
 
-    nnU-Net's rule (Isensee et al., Nature Methods 2021): interpolating a little along a coarse axis costs less than
-    dropping slices of the better scans.
+    Interpolating a little along a coarse axis costs less than dropping slices of the better scans.
     """
     target = np.median(spacings, axis=0)
     coarse = int(np.argmax(target))
@@ -121,10 +109,9 @@ def target_spacing(spacings: Floats) -> Floats:
 
 
 def coarsened(spacing: Floats, extent: Floats, budget: int) -> Floats:
-    """Spacing at which a scan of `extent` mm holds at most 64 patches of `budget` voxels.
+    """Spacing at which a scan of `extent` mm has at most 64 patches of `budget` voxels; the finest axes change first.
 
-    The finest axes are coarsened first, so that anisotropic data become more isotropic on the way. Otherwise a patch
-    would see too little of a very large scan, and a CPU would take too long.
+    Otherwise a patch would see too little of a very large scan, and a CPU would take too long.
     """
     finest, voxel = np.sort(spacing), np.prod(extent) / (MOST_PATCHES_ON_CPU * budget)
     floor = 0.0
@@ -153,10 +140,9 @@ def strides(spacing: Floats, shape: Floats, levels: int) -> list[tuple[int, int,
 
 
 def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[int]) -> list[int]:
-    """Voxels per axis: as isotropic in mm as can be, within `budget` voxels, no larger than the scan needs.
+    """Voxels per axis, from the smallest patch that the network takes.
 
-    Starts from the smallest patch that the network takes and lengthens the axis that is shortest in mm, one
-    divisor at a time, until each axis covers the median `shape` or the budget is spent.
+    The axis that is shortest in mm is lengthened by a divisor, until each covers the median `shape` or the budget is spent.
     """
     step = np.asarray(divisor, dtype=np.int64)
     size = step.copy()
@@ -283,10 +269,7 @@ def _pretty(value: Any, depth: int) -> str:
 
 
 def validate_plan(plan: object, *, divisor: Sequence[int] | None = None, source: str | Path = "plan.json") -> None:
-    """Refuse a plan that training could not use (`ConfigError`), with the key at fault and what it must be.
-
-    `divisor`: per axis, what the network's patch sizes must divide by; None: not checked.
-    """
+    """`ConfigError` with the key at fault for a plan that training could not use; `divisor`: of the patch, per axis."""
     if not isinstance(plan, Mapping):
         raise ConfigError(f"{source}: must hold a JSON object, found {type(plan).__name__}.")
     rules = RULES | OPTIONAL

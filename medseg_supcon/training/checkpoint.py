@@ -34,10 +34,7 @@ def save_atomically(value: Any, path: Path) -> None:
 
 
 def load_initial(network: nn.Module, path: str | Path | None, channels_last: bool = False) -> nn.Module:
-    """The network, changed in place: with the weights of ``path`` (a ``model.pt``) that have the shapes of its own.
-
-    The classifier of another data set does not fit and stays as it is; `RunError` if no tensor fits.
-    """
+    """The network, changed in place: with the weights of ``path`` (a ``model.pt``) that fit it; `RunError` if none does."""
     if channels_last:
         network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     if path is None:
@@ -87,7 +84,7 @@ class Checkpoint:
     writes, and every rank loads. Any number of processes can resume.
 
     Args:
-        folder: ``RUN/models``, on a drive that all machines see.
+        folder: ``RUN/models``, on a drive that all ranks see.
         state: name -> object with ``state_dict`` and ``load_state_dict``.
         sampler: the training sampler, whose ``epoch`` is set.
         keep: which weights become ``model.pt``: ``"last"``, or the ``"best"`` by ``validator``'s key metric.
@@ -112,7 +109,6 @@ class Checkpoint:
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def start(self, engine: Any) -> None:
-        """Load the checkpoint if asked to, and set the sampler's epoch."""
         if idist.get_rank() == 0:
             remove_leftovers(self.folder)
         if self.resume and self.path.exists():
@@ -154,11 +150,9 @@ class Checkpoint:
         self.best, self.best_epoch = saved["best"], saved["best_epoch"]
 
     def finish(self, engine: Any) -> None:
-        """Mark the training as finished, at its last epoch or by early stopping."""
         self._write(engine, finished=True)
 
     def save(self, engine: Any) -> None:
-        """Write the weights of this epoch, and mark them as the best if they are."""
         weights, metric = self.network.state_dict(), None
         if self.validator is not None and self.validator.state.epoch == engine.state.epoch:  # it was validated
             metric = float(self.validator.state.metrics[self.validator.state.key_metric_name])

@@ -144,9 +144,8 @@ class EpochSampler(Sampler[Key]):
     global batch, so K ranks with ``batch_size`` scans each see what one process with K times as many sees.
 
     Args:
-        cases: number of labelled scans, the first of the data set.
+        cases, unlabelled: number of labelled scans, the first of the data set, and of unlabelled ones, which follow.
         batch_size: scans per step on this rank.
-        unlabelled: number of unlabelled scans, those after the labelled ones.
         share: share of every batch that is unlabelled, above 0 and below 1, at least one scan of each kind;
             ``None``: every scan counts alike.
         first_epoch, last_epoch: only labelled scans are drawn before and after these; ``None``: no last one.
@@ -154,10 +153,6 @@ class EpochSampler(Sampler[Key]):
 
     Attributes:
         epoch: where iteration starts; set it before the first batch to resume.
-
-    Example:
-        >>> EpochSampler(2, steps_per_epoch=1, batch_size=4, unlabelled=3, share=0.5).order(1)
-        [1, 0, 2, 4]
     """
 
     def __init__(

@@ -31,8 +31,7 @@ class Handler:
 class LossScale(Handler):
     """Scales the loss for float16 mixed precision, where small gradients would vanish; bfloat16 needs no scale.
 
-    MONAI's trainer begins every run with a new scaler; this handler replaces it, so it must be listed before
-    ``Checkpoint``, which saves and restores its state.
+    It replaces the scaler that MONAI's trainer makes, so it must be listed before ``Checkpoint``, which restores its state.
     """
 
     event = Events.STARTED
@@ -48,11 +47,7 @@ class LossScale(Handler):
 
 
 class StepSeed(Handler):
-    """Seeds torch from (seed, step) before every step, so that a resumed run draws what an uninterrupted one does.
-
-    Other draws in between (a data loader's start, a validation) then do not change the training. Each rank has its
-    own stream (rank 0 that of a single process), so dropout differs between ranks.
-    """
+    """Seeds torch from (seed, step, rank) before every step, whatever was drawn in between or before a resumption."""
 
     event = Events.ITERATION_STARTED
 
@@ -114,12 +109,7 @@ class StopWithoutFolder(Handler):
 
 
 class LateValidation(ValidationHandler):  # type: ignore[misc]
-    """MONAI's ``ValidationHandler`` that also validates the last epoch, whatever the interval.
-
-    Args:
-        interval: epochs between validations, at least 1.
-        first: the first epoch that may be validated. While nothing trains the classifier, Dice means nothing.
-    """
+    """MONAI's ``ValidationHandler`` that also validates the last epoch, and none before ``first``."""
 
     def __init__(self, interval: int, *args: Any, first: int = 1, **kwargs: Any) -> None:
         if interval < 1:

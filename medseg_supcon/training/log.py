@@ -29,10 +29,7 @@ COLUMNS = ("description", "fields[state]", "fields[left]")  # of the progress ba
 
 
 def overlay_slice(image: Tensor, label: Tensor, prediction: Tensor) -> Tensor:
-    """The axial slice with most foreground, reference beside prediction, as an RGB image (3, Y, 2X) in 0..1.
-
-    `image`: (C, X, Y, Z), whose first channel is shown; `label`, `prediction`: (1, X, Y, Z) class indices.
-    """
+    """The axial slice with most foreground of a scan's first channel, reference beside prediction: RGB (3, Y, 2X), 0..1."""
     z = int(((label > 0) | (prediction > 0)).sum(dim=(0, 1, 2)).argmax())
     picture = image[:1, :, :, z].float()
     low, high = torch.quantile(picture, torch.tensor([0.01, 0.99], device=picture.device))
@@ -48,16 +45,15 @@ class TrainingLog:
 
     Args:
         loss: module with ``terms``: name -> detached tensor of the last call.
-        labels: foreground class names, for the per-class Dice.
+        labels: foreground class names.
         validator: evaluator with metrics ``val_mean_dice`` and ``val_dice_per_class``; ``None`` without one.
     """
 
     def __init__(
         self, folder: str | Path, loss: Any, optimizer: Any, labels: Sequence[str], validator: Any = None
     ) -> None:
-        self.folder, self.loss, self.optimizer = Path(folder), loss, optimizer
-        self.path = self.folder / "history.csv"
-        self.labels, self.validator = list(labels), validator
+        self.folder, self.path = Path(folder), Path(folder) / "history.csv"
+        self.loss, self.optimizer, self.labels, self.validator = loss, optimizer, list(labels), validator
         self.rows: list[dict[str, Any]] = []
         self.writer: SummaryWriter | None = None
         self._sums: dict[str, Tensor] = {}
@@ -99,12 +95,8 @@ class TrainingLog:
         sums = mean_over_ranks(self._sums)
         if self.writer is None:  # a rank above 0
             return
-        row: dict[str, Any] = {
-            "epoch": engine.state.epoch,
-            "step": engine.state.iteration,
-            "seconds": round(monotonic() - self._since, 2),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-        }
+        row: dict[str, Any] = {"epoch": engine.state.epoch, "step": engine.state.iteration}
+        row |= {"seconds": round(monotonic() - self._since, 2), "learning_rate": self.optimizer.param_groups[0]["lr"]}
         row |= {name: float(total) / max(1, self._count) for name, total in sums.items()}
         if _just_validated(self.validator, engine):
             row |= self._validation()

@@ -26,8 +26,8 @@ def prepare_views(
 ) -> tuple[Tensor, Target]:
     """MONAI ``prepare_batch``: (B, 2, C, *patch) views become 2B patches, view 1 and 2 of a scan side by side.
 
-    Returns the image (2B, C, *patch) and the target: ``label`` (2B, 1, *patch) class indices with -1 for voxels without
-    a label, ``pair_ids`` (2B, 1, *patch), ``view_ids`` (2B,) 0 or 1, ``scan_ids`` (2B,).
+    The target: ``label`` (2B, 1, *patch) class indices with -1 for voxels without a label, ``pair_ids`` (2B, 1, *patch),
+    ``view_ids`` (2B,) 0 or 1, ``scan_ids`` (2B,).
     """
     image: Tensor = batchdata["image"]
     scans, views = image.shape[:2]
@@ -74,11 +74,6 @@ class DiceCrossEntropy(nn.Module):
     Shape:
         logits (B, C, *spatial) and labels (B, 1, *spatial) of class indices give a scalar; 0, attached to the
         graph, if every voxel is ignored.
-
-    Example:
-        >>> loss = DiceCrossEntropy()
-        >>> float(loss(torch.zeros(1, 2, 4, 4), torch.full((1, 1, 4, 4), -1)))
-        0.0
     """
 
     class_weights: Tensor | None
@@ -118,10 +113,7 @@ class Teacher:
 
     After step t: teacher = d * teacher + (1 - d) * student, with d = min(decay, (1 + t) / (10 + t)), so that the
     first, random weights are soon forgotten (Tarvainen and Valpola 2017, Mean teachers are better role models).
-
-    Args:
-        network: the student, a stock network. The attribute ``network`` is the teacher, in evaluation mode.
-        decay: d in the long run, 0 to below 1: about the last 1 / (1 - decay) steps count.
+    ``network`` is given the student, and as an attribute is the teacher, in evaluation mode.
     """
 
     def __init__(self, network: nn.Module, decay: float = 0.99) -> None:
@@ -144,7 +136,6 @@ class Teacher:
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self.update)
 
     def update(self) -> None:
-        """Move towards the student; the first time, become equal to it."""
         t = int(self.average.n_averaged)
         self._d = min(self.decay, (1 + t) / (10 + t))
         self.average.update_parameters(self.student)
@@ -172,18 +163,13 @@ def shipped_network(ship: str, teacher: Teacher) -> nn.Module:
 class PseudoLabels:
     """MONAI ``prepare_batch``: :func:`prepare_views`, and the teacher's labels for voxels without a label.
 
-    The teacher sees view 1. Its class there, if its probability is at least ``confidence``, is the pseudo-label of
-    the voxel in view 1 and of the same physical voxel in view 2, which is augmented more strongly. In a batch that
+    The teacher sees view 1. Its class there, if its probability is at least ``confidence`` (0 to 1), is the pseudo-label
+    of the voxel in view 1 and of the same physical voxel in view 2, which is augmented more strongly. In a batch that
     contains a scan without any label, unlabelled voxels of the other scans (``ignore``, the rim of a resampled scan)
-    get theirs, too; in other batches they would be too few for a Dice.
+    get theirs, too; in other batches they would be too few for a Dice. `amp`, `dtype`: the teacher's mixed precision.
 
-    The target of :func:`prepare_views` also gets ``pseudo_label`` (2B, 1, *patch), class indices, -1 for voxels with a
-    label, outside the scan, without a partner, or below ``confidence``; and ``asked``, the number of voxels that could
-    have had one.
-
-    Args:
-        confidence: least probability of the winning class, 0 to 1; below it the voxel stays unlabelled.
-        amp, dtype: whether the teacher runs in mixed precision, and which.
+    The target also gets ``pseudo_label`` (2B, 1, *patch), class indices, -1 for voxels with a label, outside the scan,
+    without a partner, or below ``confidence``; and ``asked``, the number of voxels that could have had one.
     """
 
     def __init__(
@@ -198,9 +184,9 @@ class PseudoLabels:
         batchdata: Mapping[str, Any],
         device: str | torch.device | None = None,
         non_blocking: bool = False,
-        **kwargs: Any,
+        **more: Any,
     ) -> tuple[Tensor, Target]:
-        image, target = prepare_views(batchdata, device, non_blocking, **kwargs)
+        image, target = prepare_views(batchdata, device, non_blocking, **more)
         if "pair_ids" not in target:
             raise ConfigError(
                 "Pseudo-labels need to know which voxels of the two views are the same, and a view policy hides that "
@@ -239,8 +225,7 @@ class SemiSupervisedLoss(nn.Module):
     """segmentation(labels) + u(t) * segmentation(pseudo-labels) + w(t) * contrast(both), at step t = 1, 2, ...
 
     u(t) = pseudo_weight * exp(-5 (1 - min(1, t / pseudo_warmup))^2) (Laine and Aila 2017, Temporal ensembling), and
-    w(t) = contrast_weight * min(1, t / contrast_warmup). Called with a ``ContrastiveNetwork``'s output and the target of
-    `PseudoLabels`.
+    w(t) = contrast_weight * min(1, t / contrast_warmup). The target is that of `PseudoLabels`.
 
     Args:
         segmentation_loss: called with (logits, labels); leaves voxels of label -1 out.
@@ -292,15 +277,10 @@ class SemiSupervisedLoss(nn.Module):
             loss = loss + w * contrastive
         if self.training:
             self.step += 1
-        self.terms = {
-            "loss": loss.detach(),
-            "segmentation": segmentation.detach(),
-            "pseudo": by_pseudo.detach(),
-            "contrastive": contrastive.detach(),
-            "pseudo_weight": u,
-            "contrast_weight": w,
-            "confident": (pseudo != IGNORE_INDEX).sum() / target["asked"].clamp_min(1),
-        }
+        terms = {"loss": loss, "segmentation": segmentation, "pseudo": by_pseudo, "contrastive": contrastive}
+        terms |= {"pseudo_weight": u, "contrast_weight": w}
+        terms["confident"] = (pseudo != IGNORE_INDEX).sum() / target["asked"].clamp_min(1)
+        self.terms = {name: term.detach() for name, term in terms.items()}
         return loss
 
 

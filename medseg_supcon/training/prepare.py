@@ -143,6 +143,9 @@ def prepare_run(
 ) -> dict[str, Any]:  # fmt: skip
     """Write the bundle that would be trained, and return its plan; what was measured is in ``logs/expected.json``.
 
+    `ConfigError` if a setting, recipe or plan is invalid; `RunError` if the folder is in use or contains a run or files
+    that a run would replace, or ``init`` needs trust.
+
     Args:
         recipe: name or file of the overlay on ``train.yaml``.
         settings: (key, value) overrides of ``train.yaml``, or of the plan: ``plan::key`` and ``network_def``.
@@ -154,11 +157,6 @@ def prepare_run(
         plan_settings: (key, value) changes of that plan.
         trust: take a network from ``init`` that is code.
         report: of `check_dataset` on these cases: what it has read is not read again.
-
-    Raises:
-        ConfigError: a setting, recipe or plan is invalid.
-        RunError: the folder contains a run or files that a run would replace, another command uses it, or ``init``
-            needs trust.
     """
     refuse_others(run)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")

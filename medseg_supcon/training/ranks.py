@@ -86,10 +86,7 @@ def batch_share(batch_size: int) -> int:
 
 
 def distributed(module: nn.Module, device: str | torch.device) -> nn.Module:
-    """The module under ``DistributedDataParallel``, on GPUs with synchronised batch norms; unchanged in one process.
-
-    Wrap only what the trainer calls, so that checkpoints hold the module's own names.
-    """
+    """The module under ``DistributedDataParallel``, on GPUs with synchronised batch norms; unchanged in one process."""
     if idist.get_world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
     if torch.device(device).type == "cuda":
@@ -100,10 +97,7 @@ def distributed(module: nn.Module, device: str | torch.device) -> nn.Module:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum over the K ranks, with K times the gradient of this rank's part, because DDP averages gradients.
-
-    A loss made of such sums, and its gradient, are those of the whole batch on every rank.
-    """
+    """Sum over the K ranks, with K times the gradient of this rank's part, because DDP averages gradients."""
     if idist.get_world_size() == 1:
         return x
     total = torch.as_tensor(idist.all_reduce(x.detach().clone()))
@@ -141,10 +135,7 @@ class BlankFillerd(MapTransform):  # type: ignore[misc]
 
 
 class RankSampler(VoxelSampler):
-    """A ``VoxelSampler`` over the batch of all ranks: they contrast the voxels that one process would.
-
-    Every rank sees the label maps of all ranks, draws the same voxels (with rank 0's random state) and keeps its own.
-    """
+    """A ``VoxelSampler`` over the batch of all ranks: all draw the same voxels, by rank 0's random state, and keep theirs."""
 
     @torch.no_grad()
     def __call__(

@@ -39,9 +39,8 @@ def check_device(device: str | None) -> str | None:
     except RuntimeError:
         raise ConfigError(f"Unknown device {device!r}. Use --device cpu, cuda, or cuda:0, cuda:1, ...") from None
     if known.type == "cuda" and not (torch.cuda.is_available() and (known.index or 0) < torch.cuda.device_count()):
-        raise ConfigError(
-            f"--device {device}: torch finds {torch.cuda.device_count()} CUDA device(s) here. Use --device cpu."
-        )
+        count = torch.cuda.device_count()
+        raise ConfigError(f"--device {device}: torch finds {count} CUDA device(s) here. Use --device cpu.")
     return device
 
 
@@ -60,11 +59,7 @@ def usual_amp_dtype(device: str | torch.device) -> str:
 
 
 def tune_gpu(device: str | torch.device, *, tf32: bool = True, benchmark: bool = True) -> None:
-    """Let GPUs use their fastest kernels; changes nothing on a CPU, where trainings are reproducible.
-
-    `tf32`: TensorFloat-32 (10 bits of mantissa) for float32 products. `benchmark`: cuDNN tries its algorithms once for
-    every shape, and may choose one that adds in no fixed order.
-    """
+    """Let GPUs use their fastest kernels, at the price of reproducibility: docs/workstation.md."""
     if torch.device(device).type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.deterministic = not benchmark
@@ -85,8 +80,7 @@ def compiled(network: nn.Module, backend: str | None) -> nn.Module:
 def loader_workers(device: str | torch.device, batch_size: int, plan: Mapping[str, Any]) -> int:
     """Processes that load batches: on a GPU one for each core that this process may use, at most 16; 0 on a CPU.
 
-    Their batches take at most half of the free shared memory (a container has 64 MB by default): without any, a worker
-    dies, and the training with it.
+    Their batches take at most half of the free shared memory (64 MB in a container), without which a worker dies.
     """
     if torch.device(device).type == "cpu":
         return 0
@@ -137,10 +131,9 @@ def time_training(run: Path, device: str | None = None) -> dict[str, Any]:
 
 
 def time_within_memory(run: Path, device: str | None, plan: dict[str, Any], fixed: bool) -> dict[str, Any]:
-    """`time_training`; if the GPU's memory is too small, with half of ``batch_size``, in the plan and the run.
+    """`time_training`; if the GPU's memory is too small, with half of ``batch_size``, unless that is ``fixed``.
 
-    ``torch.OutOfMemoryError`` if two scans per step are too many, or ``batch_size`` is ``fixed``; `RunError` if other
-    programs use the memory, because a plan must not depend on them.
+    `RunError` if other programs use the memory, because a plan must not depend on them.
     """
     while True:
         try:
@@ -208,11 +201,7 @@ def _measure(run: Path, device: str | None, threads: int) -> dict[str, Any]:
 
 
 def seconds_per_step(loading: Sequence[float], computing: Sequence[float], workers: int) -> float:
-    """The median of the steps' times; workers load beside the computation, each a batch at a time.
-
-    >>> seconds_per_step([2.0], [0.5], 0), seconds_per_step([2.0], [0.5], 2), seconds_per_step([2.0], [0.5], 8)
-    (2.5, 1.0, 0.5)
-    """
+    """The median of the steps' times; workers load beside the computation, each a batch at a time."""
     pairs = zip(loading, computing, strict=True)
     times = sorted(max(load / workers, compute) if workers else load + compute for load, compute in pairs)
     return times[len(times) // 2]

@@ -199,15 +199,8 @@ def train_run(
 ) -> None:
     """Train a planned run to its end, evaluate it on its validation cases and write its documents.
 
-    Args:
-        device: overrides the config's.
-        resume: continue from ``models/checkpoint.pt``, or start if there is none.
-        trust: run code in its configs that medseg did not write on this computer.
-        overrides: of train.yaml's keys, for this call alone.
-
-    Raises:
-        RunError: another command is working in the folder, it holds a trained run and ``resume`` is False, or the run
-            needs trust.
+    `resume`: continue from ``models/checkpoint.pt``, or start if there is none. `trust`: run code in its configs that
+    medseg did not write on this computer. `overrides`: of train.yaml's keys, for this call alone.
     """
     with at_work_in(run):
         check_configs_trusted(run, trust)

@@ -18,6 +18,7 @@ from medseg_supcon.training.handlers import Handler
 from medseg_supcon.training.loss import with_unknown
 
 STAGES = ("contrast", "classifier", "fine_tune")
+Loss = Callable[..., Tensor]
 
 
 def stage_epochs(shares: Mapping[str, float], epochs: int) -> dict[str, int]:
@@ -46,34 +47,20 @@ def stage_epochs(shares: Mapping[str, float], epochs: int) -> dict[str, int]:
 
 
 def stage_at(epochs: Mapping[str, int], epoch: int) -> tuple[str, int]:
-    """The stage that an epoch (1, 2, ...) belongs to, and the stage's first epoch; past the end, the last one's.
-
-    >>> stage_at({"contrast": 5, "classifier": 2, "fine_tune": 3}, 6)
-    ('classifier', 6)
-    """
-    first, stage = 1, (STAGES[0], 1)
-    for name in STAGES:
-        if epochs.get(name, 0) > 0 and epoch >= first:
-            stage = (name, first)
-        first += epochs.get(name, 0)
-    return stage
+    """The stage of an epoch (1, 2, ...) and the stage's first epoch; past the end, those of the last stage."""
+    order = [name for name in STAGES for _ in range(epochs.get(name, 0))]
+    stage = order[min(epoch, len(order)) - 1]
+    return stage, order.index(stage) + 1
 
 
 def staged_schedule(
-    optimizer: Optimizer,
-    epochs: Mapping[str, int],
-    steps_per_epoch: int,
-    factors: Mapping[str, float] | None = None,
+    optimizer: Optimizer, epochs: Mapping[str, int], steps_per_epoch: int, factors: Mapping[str, float] | None = None,
     decay: bool = True,
-) -> LambdaLR:
+) -> LambdaLR:  # fmt: skip
     """A learning rate that restarts in every stage: linear warm-up from a tenth, then cosine decay to 0.
 
-    The warm-up is a tenth of the stage, at most 100 steps.
-
-    Args:
-        epochs: of each stage (`stage_epochs`).
-        factors: stage -> factor of the learning rate (default 1).
-        decay: ``False``: constant after the warm-up.
+    The warm-up is a tenth of the stage, at most 100 steps; without ``decay`` the rate stays constant after it.
+    `epochs`: of each stage (`stage_epochs`); `factors`: stage -> factor of the learning rate (default 1).
     """
 
     def rate(step: int) -> float:
@@ -92,17 +79,13 @@ def staged_schedule(
 
 
 class StagedNetwork(ContrastiveNetwork):
-    """A ``ContrastiveNetwork`` whose layers, while ``frozen``, stay in evaluation mode during training.
-
-    Norm statistics then stay as they are and normalise, and nothing is dropped out.
-    """
+    """A ``ContrastiveNetwork`` whose layers, while ``frozen``, stay in evaluation mode: norm statistics do not change."""
 
     def __init__(self, network: Any) -> None:
         super().__init__(network)
         self.frozen = False
 
     def train(self, mode: bool = True) -> StagedNetwork:
-        """Training mode gives logits and features, frozen or not."""
         super().train(mode)
         if mode and self.frozen:
             self.network.eval()
@@ -116,23 +99,15 @@ class StagedLoss(nn.Module):
         contrastive_loss: of stage ``contrast``, called without logits, because the classifier is not trained yet.
         classifier_loss, fine_tune_loss: of the other stages, called with (logits, labels).
         unknown: class index that stage ``contrast`` gives unlabelled voxels (`with_unknown`).
-
-    Attributes:
-        stage: set by `Stages`.
-        terms: the last call's detached scalars; ``stage`` is 1, 2 or 3.
     """
 
     def __init__(
-        self,
-        contrastive_loss: Callable[..., Tensor],
-        classifier_loss: Callable[..., Tensor],
-        fine_tune_loss: Callable[..., Tensor],
-        unknown: int | None = None,
+        self, contrastive_loss: Loss, classifier_loss: Loss, fine_tune_loss: Loss, unknown: int | None = None
     ) -> None:
         super().__init__()
         self.contrastive_loss, self.unknown = contrastive_loss, unknown
         self.classifier_loss, self.fine_tune_loss = classifier_loss, fine_tune_loss
-        self.stage = STAGES[0]
+        self.stage = STAGES[0]  # `Stages` sets it
         self.terms: dict[str, Tensor] = {}
 
     def forward(self, logits: Tensor, labels: Tensor, features: Tensor, **ids: Tensor | None) -> Tensor:
