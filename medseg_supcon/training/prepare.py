@@ -201,13 +201,14 @@ def _fit_length(plan: dict[str, Any], timing: Mapping[str, Any], cases: int, min
     epoch = plan["steps_per_epoch"] * timing["seconds_per_step"]
     validation = VALIDATIONS * cases * timing["seconds_per_validation_case"]
     if minutes is not None:
-        plan["minutes"], plan["epochs"] = minutes, int((60 * minutes - validation) / epoch)
-        if plan["epochs"] < 1:
+        fitting = (60 * minutes - validation) / epoch
+        if not 1 <= fitting <= 10**6:
             raise ConfigError(
-                f"--minutes {minutes:g} is too short: on this machine an epoch of {plan['steps_per_epoch']} steps and the "
-                f"validations take about {(epoch + validation) / 60:.2g} minutes. Give more minutes, or shorten the epoch "
-                "(--set plan::steps_per_epoch=10)."
+                f"--minutes {minutes:g} must fit 1 to 1,000,000 epochs. One of {plan['steps_per_epoch']} steps and validation "
+                f"take about {(epoch + validation) / 60:.2g} minutes here. Change M, or --set plan::steps_per_epoch=10."
             )
+        plan["epochs"] = int(fitting)
+        plan["minutes"] = int(minutes) if minutes == int(minutes) else minutes  # 5, not 5.0
     return {
         "minutes": round((plan["epochs"] * epoch + validation) / 60, 1),
         "seconds_per_step": round(timing["seconds_per_step"], 3),
