@@ -98,11 +98,11 @@ def read_json(path: Path, error: type[MedsegError] = RunError) -> dict[str, Any]
         content = dict(pairs)
         if len(content) < len(pairs):
             twice = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
-            raise error(f"{path}: holds the key {twice!r} twice in one object. Remove one of the two.")
+            raise error(f"{path}: contains the key {twice!r} twice in one object. Remove one of the two.")
         return content
 
     def refuse(word: str) -> None:
-        raise error(f"{path}: holds {word}, which is not a JSON value. Replace it by a number or null.")
+        raise error(f"{path}: contains {word}, which is not a JSON value. Replace it with a number or null.")
 
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -113,16 +113,16 @@ def read_json(path: Path, error: type[MedsegError] = RunError) -> dict[str, Any]
         where = f"{fault.msg}, line {fault.lineno}"
         raise error(f"{path} is not valid JSON ({where}). Check the commas there, and use double quotes.") from None
     except UnicodeDecodeError:
-        raise error(f"{path}: is not text in UTF-8. Save it as UTF-8 (not UTF-16, not Latin-1).") from None
+        raise error(f"{path}: is not UTF-8 text. Save it as UTF-8 (not UTF-16 or Latin-1).") from None
     except RecursionError:
         raise error(f"{path}: is nested more than {MOST_LEVELS} levels deep. Correct the file.") from None
     except ValueError:  # int() of more than 4,300 digits
-        raise error(f"{path}: holds a whole number that is too long. Correct it.") from None
+        raise error(f"{path}: contains a whole number that is too long. Correct it.") from None
     except OSError as fault:
         raise error(f"{path}: cannot be read ({fault.strerror}). Check its permissions.") from None
     if not isinstance(content, dict):
         what = type(content).__name__ if text.strip() else "an empty file"
-        raise error(f"{path}: must hold a JSON object ({{...}}), found {what}.")
+        raise error(f"{path}: must contain a JSON object ({{...}}), found {what}.")
     if (problem := _unwritable(content)) is not None:
         raise error(f"{path}: {problem}. Correct the file.")
     return content
@@ -139,11 +139,11 @@ def _unwritable(content: dict[str, Any]) -> str | None:
         elif isinstance(value, list):
             stack += [(part, level + 1) for part in value]
         elif isinstance(value, str) and HALF_CHARACTER.search(value):
-            return f"holds half a character (a lone surrogate) in {ascii(value)[:60]}"
+            return f"contains half a character (a lone surrogate) in {ascii(value)[:60]}"
         elif isinstance(value, int) and abs(value) > LARGEST:
-            return f"holds a whole number of {len(str(abs(value)))} digits"
+            return f"contains a whole number of {len(str(abs(value)))} digits"
         elif isinstance(value, float) and not math.isfinite(value):
-            return "holds a number that is too large"
+            return "contains a number that is too large"
     return None
 
 

@@ -116,7 +116,7 @@ def read_small(path: Path, source: str, error: type[MedsegError] = RunError) -> 
     """The text of a config; ``source`` is its name in the error."""
     try:
         if path.stat().st_size > MOST_BYTES:
-            raise error(f"{source} is larger than 1 MiB: it is not a config. Restore or replace it.")
+            raise error(f"{source} is larger than 1 MiB, so it is not a config. Restore or replace it.")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as fault:
         raise error(f"{source} is not in UTF-8 (byte {fault.start + 1}). Save it in UTF-8.") from None

@@ -140,7 +140,7 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
     except Exception as error:  # torch raises many kinds for a damaged or unsafe file
         raise RunError(f"{path} {_why_not_loaded(error)}") from error
     if name := _not_finite(content, ""):
-        raise RunError(f"{path}: {name} contains NaN or infinity: it is useless. Copy it again, or train again.")
+        raise RunError(f"{path}: {name} contains NaN or infinity. Copy the file again, or train again.")
     return content
 
 
@@ -151,7 +151,7 @@ def _why_not_loaded(error: Exception) -> str:
         return f"cannot be read ({error.strerror}). Check its permissions."
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
         # without torch's message, which advises to run what is in the file
-        return "was not loaded: it is damaged, or it contains code. Get a file of weights from a source that you trust."
+        return "was not loaded: it is damaged, or it contains code. Get the weights from a source that you trust."
     reason = " ".join(str(error).split())[:150].rstrip(".") or "it is empty or cut short"
     return f"is damaged or not a file of weights: {reason}. Copy it again."
 

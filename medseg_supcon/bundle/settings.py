@@ -57,7 +57,7 @@ def read_recipe(name: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
     path = _recipe_file(name)
     if not path.is_file():
         hint = suggestion(name, recipe_names())
-        raise ConfigError(f"The recipe {str(name)!r} does not exist. {hint} A recipe of your own is a .yaml file.")
+        raise ConfigError(f"The recipe {str(name)!r} does not exist. {hint} Your own recipe must be a .yaml file.")
     overlay = read_yaml_file(path, f"Recipe {path}") or {}
     if not isinstance(overlay, dict):
         raise ConfigError(f"Recipe {path} must map keys of train.yaml to values, found {type(overlay).__name__}.")

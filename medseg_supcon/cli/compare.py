@@ -15,12 +15,12 @@ from medseg_supcon.text import counted
 RECIPES = "Names or .yaml files, separated by commas; the first is the baseline."
 SEEDS = "Training seeds, separated by commas; default: 0."
 BUDGETS = "Budgets of labelled scans, validation included, separated by commas; default: all."
-CONFIG = "The comparison as a .yaml file (recipes, a grid of variants, ...), or article."
+CONFIG = "A .yaml file that describes the comparison, or 'article' for the experiments of the source article."
 LENGTH = "Length of every run; default: the planned length."
 TEST_CASES = "File with the names of the cases to test on; default: cases that no run is trained on."
 NOT_DEGRADED = "Do not also test on degraded scans (noise, bias field, ...)."
 ALSO_DEGRADED = "Test on degraded scans even if the --config file says not to."
-WORKERS = "Runs at the same time; default: one per GPU, or one. They share the CPU's threads."
+WORKERS = "Number of runs at the same time (default: one per GPU, or one on a CPU). They share the CPU's threads."
 
 
 def compare(
@@ -49,7 +49,8 @@ def compare(
 
     Name the recipes with --recipes, or give a file with --config; options override the file.
 
-    To go on after an interruption, give the command again: finished runs are kept. Without --device, all GPUs are used.
+    To continue after an interruption, run the same command again: finished runs are kept.
+    Without --device, all GPUs are used.
     """
     from medseg_supcon.bundle import parse_setting
     from medseg_supcon.comparison import ComparisonConfig, design_comparison, read_comparison

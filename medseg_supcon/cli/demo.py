@@ -57,7 +57,7 @@ def demo(
 def _clear(folder: Path, overwrite: bool) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).exists():
-            raise RunError(f"{folder} contains other files than an earlier demo. Choose another: medseg demo --out DIR")
+            raise RunError(f"{folder} contains files that no demo wrote. Choose another folder: medseg demo --out DIR")
         if not overwrite:
             raise RunError(f"{folder} contains an earlier demo. Replace it with --overwrite, or choose another --out.")
         shutil.rmtree(folder)

@@ -137,7 +137,7 @@ def print_metrics(path: Path) -> dict[str, Any]:
         say(f"{problem['case']}: {problem['problem']}", "not scored")
     if seen := {row["case"] for row in report["rows"] if row.get("trained_on")}:
         say(
-            f"the run was trained on {len(seen)} of {counted(summary['cases'], 'case')} (trained_on in metrics.csv): "
+            f"the run was trained on {len(seen)} of {counted(summary['cases'], 'case')} (trained_on in metrics.csv), "
             "the scores of those say nothing about new scans. Choose other cases with --cases."
         )
     return report

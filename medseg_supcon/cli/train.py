@@ -14,9 +14,9 @@ from medseg_supcon.cli.terminal import err, out, print_metrics, print_plan, prin
 from medseg_supcon.errors import RunError
 
 LENGTH = "Length of the training; default: 120 epochs of 50 steps on a CPU, 60 of 250 on a GPU."
-MINUTES = "Train for as many epochs as fit into M minutes on this machine, which is measured."
+MINUTES = "Train for about M minutes on this machine. A few steps are timed first."
 BUDGET = "Number of labelled scans to use, validation included (default: all). The others are treated as unlabelled."
-RECIPE = "joint (the default), dice_ce, two_stage, semi, or a .yaml file of your own."
+RECIPE = "joint (the default), dice_ce, two_stage, semi, or your own .yaml file."
 UNLABELLED = "Folder of more scans without labels, for recipes that use them."
 SEED = "Seed of the split, the weights and all random draws (default: 0)."
 RunOption = Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder of the run; it becomes a MONAI bundle.")]

@@ -43,7 +43,7 @@ def _recipes_by_name(recipes: Any) -> Any:
         return {str(name): of for name, of in recipes.items()} if isinstance(recipes, dict) else recipes
     by_name = {Path(recipe).stem: {"recipe": recipe} for recipe in recipes}
     if len(by_name) < len(recipes):
-        raise ValueError("two recipes of one name")
+        raise ValueError("two recipes with the same name")
     return by_name
 
 
@@ -111,13 +111,15 @@ def make_variants(axes: Axes) -> tuple[Variant, ...]:
     """Every combination of one level from each axis, the last axis changing fastest; without axes one variant."""
     for axis, of_axis in axes.items():
         if not of_axis:
-            raise ConfigError(f"variants: the axis {axis!r} has no levels. Give it some, or leave it out.")
+            raise ConfigError(f"variants: the axis {axis!r} has no levels. Add some, or remove the axis.")
     variants: dict[str, Variant] = {}
     for chosen in product(*(of_axis.items() for of_axis in axes.values())):
         levels = dict(zip(axes, (level for level, _ in chosen), strict=True))
         variant = Variant(levels, tuple(setting for _, settings in chosen for setting in settings.items()))
         if variants.setdefault(variant.folder.lower(), variant) is not variant:
-            raise ConfigError(f"variants: {variant.name!r} and another one would share a folder. Rename a level.")
+            raise ConfigError(
+                f"variants: {variant.name!r} and another variant would use the same folder. Rename a level."
+            )
     return tuple(variants.values())
 
 
@@ -197,12 +199,14 @@ def design_comparison(
     for name, recipe in named:
         overlay = read_recipe(recipe)
         if Path(name).name != name or "\\" in name:
-            raise ConfigError(f"recipes: {name!r} cannot be part of a folder's name. Leave the slashes out.")
+            raise ConfigError(f"recipes: {name!r} cannot be used in the name of a folder. Remove the slashes.")
         if overlay != read_recipe(files.setdefault(name, recipe)):
             both = f"{files[name]} and {recipe}"
             raise ConfigError(f"--recipes: {both} are different recipes with the same name. Rename a file.")
     if len(named) < 2:
-        raise ConfigError("--recipes: a comparison needs at least two, the baseline first, such as dice_ce,joint.")
+        raise ConfigError(
+            "--recipes: a comparison needs at least two recipes, the baseline first, such as dice_ce,joint."
+        )
     if not seeds or min(seeds) < 0:
         raise ConfigError("--seeds: expected whole numbers from 0, separated by commas, such as 0,1,2.")
     budgets = ["all" if budget is None else budget for budget in labels]
@@ -226,19 +230,19 @@ def design_comparison(
         tested = _names(test)
         for n, split in splits.items():
             splits[n] = replace(split, unlabelled=tuple(c for c in split.unlabelled if c.name not in tested))
-        none = "no run gets them as unlabelled scans either (--test-cases chooses others)"
-        tested_on = f"the labelled cases that no run trains or validates on; {none}"
+        none = "nor uses as unlabelled scans (choose others with --test-cases)"
+        tested_on = f"the labelled cases that no run trains or validates on, {none}"
     if not test:
-        cure = "Name some with --test-cases FILE, or give smaller budgets with --labels."
+        cure = "Name some with --test-cases FILE, or choose smaller budgets with --labels."
         raise DataError(f"{dataset.root}: no labelled case is left to test on. {cure}")
     # A recipe that needs unlabelled scans would otherwise fail hours later.
     bare = next((n for n, split in splits.items() if not split.unlabelled), None)
     needing = [name for name, file in files.items() if read_recipe(file).get("train::sampler::required")]
     if bare is not None and needing:
         raise ConfigError(
-            f"The recipe {needing[0]} also learns from scans without labels, and with {counted(bare, 'labelled scan')} "
-            "none is left: the others are tested on, or all are labelled. Name the scans to test on with --test-cases "
-            "FILE, so that the rest counts as unlabelled, or give smaller budgets with --labels."
+            f"The recipe {needing[0]} also needs scans without labels, but with {counted(bare, 'labelled scan')} "
+            "none are left for it. Choose smaller budgets with --labels, or name fewer scans to test on with --test-cases "
+            "FILE."
         )
     splits, axes = dict(sorted(splits.items())), axes or {}
     return Design(dataset, names, files, tuple(seeds), splits, test, tested_on, own or {}, axes, make_variants(axes))
@@ -261,21 +265,21 @@ def _test_cases(
             if case.label is None:
                 raise DataError(f"--test-cases: {case.name!r} has no label map to test against. Leave it out.")
             if case.name in in_pool and cases is not None:
-                raise DataError(f"{case.name!r} is in --cases and in --test-cases: a case cannot train and test.")
+                raise DataError(f"{case.name!r} is in --cases and in --test-cases. Remove it from one of them.")
     elif not test and all(budget is not None and budget < len(pool.labelled) for budget in labels):
         return pool, (), ""
     elif not test:
         split = split_cases(pool, seed=split_seed, validation_fraction=PUT_ASIDE)
         if split.warnings:
-            needed = "comparing recipes takes at least two labelled patients, one of them to test on"
+            needed = "comparing recipes needs at least two labelled patients, one of them for testing"
             raise DataError(f"{dataset.root}: {needed}; found {counted(len(dataset.labelled), 'labelled case')}.")
         test = split.validation
-        tested_on = f"{counted(len(test), 'case')} put aside at random first (--test-cases chooses others)"
+        tested_on = f"{counted(len(test), 'case')} chosen at random before training (choose others with --test-cases)"
     patients, tested = {case.patient for case in test} - {None}, _names(test)
     rest = [case for case in pool.cases if case.name not in tested]
     if both := [case for case in rest if case.patient in patients]:
-        who = f"case {both[0].name!r} would train, and another scan of its patient {both[0].patient!r} would test"
+        who = f"case {both[0].name!r} would be trained on, and another scan of patient {both[0].patient!r} tested on"
         raise DataError(f"{who}. Keep a patient's scans on one side: name the cases with --cases and --test-cases.")
     if not rest:
-        raise DataError(f"{pool.root}: every case is a test case, none is left to train on.")
+        raise DataError(f"{pool.root}: every case is a test case, so none is left to train on.")
     return pool.select(case.name for case in rest), test, tested_on

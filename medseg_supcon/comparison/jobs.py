@@ -166,7 +166,7 @@ def run_process(job: Path, device: str, where: Sequence[str], processes: set[sub
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if code < 0:  # the process itself says nothing
-        return f"it was ended by {signal.Signals(-code).name}; perhaps memory ran out"
+        return f"it was stopped by {signal.Signals(-code).name}; perhaps memory ran out"
     if code == 0:
         return ""
     lines = log.read_text(errors="replace").strip().splitlines() if log else ["see above"]

@@ -123,13 +123,13 @@ def caveats(about: Row, differences: Sequence[Row], robustness: Sequence[Row] = 
     degraded = sum(row["condition"] != "clean" and row["difference"] is not None for row in robustness)
     where = f" ({clean} on the scans as they are, {degraded} on degraded scans)" if degraded else ""
     more = ", not counting those of single classes" if len({row["class"] for row in differences}) > 2 else ""
-    one = "the intervals cover the choice of test scans, not the chance of training"
-    few = "the intervals cover little of the chance of training and are too narrow"
-    each = "each interval is a 95 % interval by itself, so one in twenty excludes 0 by chance even without a difference"
+    one = "the intervals reflect the choice of test scans, but not the randomness of training"
+    few = "the intervals reflect little of the randomness of training, so they are too narrow"
+    each = "even without any difference, about one 95 % interval in twenty excludes 0 by chance"
     sentences = [
         (seeds == 1, f"One seed: {one}. Another seed may reverse a small difference."),
         (1 < seeds < statistics.FEWEST_SEEDS, f"{seeds} seeds: {few}."),
-        (cases < FEW_CASES, f"{counted(cases, 'test scan')}: too few for a firm statement about other scans."),
+        (cases < FEW_CASES, f"{counted(cases, 'test scan')}: too few to be sure about other scans."),
         (clean + degraded > 1, f"{clean + degraded} comparisons of the mean{where}{more}: {each}."),
     ]
     return [*dict.fromkeys(about["warnings"]), *(sentence for applies, sentence in sentences if applies)]

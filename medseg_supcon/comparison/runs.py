@@ -53,11 +53,11 @@ def compare(
     """
     if not (out / MARKER).exists():
         if out.exists() and any(out.iterdir()):
-            raise RunError(f"{out} is not empty and holds no comparison. Choose another --out.")
+            raise RunError(f"{out} is not empty and contains no comparison. Choose another --out.")
         write_text(out / MARKER, "{}\n")
     with folder_lock(out, wait=False) as free:
         if not free:
-            raise RunError(f"Another medseg compare is at work in {out}. Wait for it, or choose another --out.")
+            raise RunError(f"Another medseg compare is working in {out}. Wait for it, or choose another --out.")
         for path in sorted((out / "plans").glob("*.json")):
             check_network_trusted(path, read_plan(path), trust)
         for run in filter(is_planned, sorted((out / "runs").glob("*"))):
@@ -82,7 +82,7 @@ def make_plans(
         definition = {
             "settings": {key: value for key, value in mine if key != LENGTH},
             "cases": [case.name for case in (*split.training, *split.unlabelled)],
-            "trust in the scans' affines": trust_affine,
+            "--allow-affine-mismatch": trust_affine,
         }
         if path.exists():
             _check_same(path, record, definition)
@@ -102,7 +102,7 @@ def make_plans(
         made = plans[labels]["epochs"]
         epochs = epochs or made
         if made != epochs:
-            cure = "Leave --epochs as it was, or choose another --out."
+            cure = "Use the same --epochs as before, or choose another --out."
             raise RunError(f"{path} was made for {made} epochs, not {epochs}. {cure}")
     return plans
 
@@ -166,7 +166,7 @@ def unequal_recipes(design: Design) -> list[str]:
         mine = dict(_own_plan(design, cell, ()))
         who = f"{cell.recipe} ({cell.variant.name})" if cell.variant.levels else cell.recipe
         if own := ", ".join(key for key in EQUAL if key in mine):
-            sentences.append(f"{who} sets its own {own}: its budget is not the baseline's.")
+            sentences.append(f"{who} sets its own {own}, so its budget differs from the baseline's.")
         if "network_def" in mine:
             sentences.append(f"{who} has its own network.")
     return list(dict.fromkeys(sentences))
@@ -179,12 +179,12 @@ def _check_same(made: Path, record: Path, definition: Row) -> None:
         earlier = read_json(record)["definition"]
         changed = [key for key in {**earlier, **now} if now.get(key) != earlier.get(key)]
     except (RunError, KeyError, TypeError, AttributeError):
-        cure = f"Delete {made} to make it again, or choose another --out."
-        raise RunError(f"{record} is missing or damaged: it says what {made} was made with. {cure}") from None
+        cure = f"Delete {made} to create it again, or choose another --out."
+        raise RunError(f"{record} , which records how {made} was made, is missing or damaged. {cure}") from None
     if changed:
         cases = any(key.endswith("cases") for key in changed)
         options = " (--cases, --test-cases, --labels, --validation, --split-seed)" if cases else ""
-        cure = f"Give what it was made with{options}, or choose another --out."
+        cure = f"Use the same options as before{options}, or choose another --out."
         raise RunError(f"{made} was prepared with other {' and '.join(changed)}. {cure}")
 
 
@@ -207,7 +207,7 @@ def _train_and_test(cells: Mapping[Path, Cell], where: Sequence[str], say: Say) 
         say(f"{counted(len(todo), 'run')} to do on {', '.join(dict.fromkeys(where))}{together}.")
     jobs.run_jobs(todo, where, done)
     if failed:
-        cure = "The others are kept: give the same command again to continue."
+        cure = "The others are kept. Run the same command again to continue."
         raise RunError(f"{len(failed)} of {len(cells)} runs failed; {failed[0]}. {cure}")
 
 
@@ -221,7 +221,7 @@ def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell], setting
         rows = {}
         for condition in job["conditions"]:
             if (scored := jobs.read_scores(job, condition)) is None:
-                raise RunError(f"{jobs.scores_folder(tests, condition)} was changed. Give the command again.")
+                raise RunError(f"{jobs.scores_folder(tests, condition)} was changed. Run the command again.")
             rows[condition] = [cell.key | row for row in scored]
         saved = read_history(run / "logs" / "history.csv")
         history = [{key: value for key, value in row.items() if math.isfinite(value)} for row in saved]

@@ -28,9 +28,9 @@ MR_OUTLIER = 10_000.0  # of channels that are normalised per scan: MR scanners d
 LEAST_CT_RANGE = 50.0  # HU; scans scaled to -1..1 have less
 CT_SHIFT = 300.0  # HU by which both ends of a scan's range are off
 RARE = {
-    "absent_class": "no label map shows the class {}, so it is not learnt. Check the declared value, or remove the class.",
-    "class_not_trained": "only validation cases show the class {}, so it is not learnt. Train on one of these cases.",
-    "class_in_one_case": "a single case shows the class {}: if that case validates, the class is not learnt.",
+    "absent_class": "no label map contains the class {}, so it cannot be learnt. Check its value, or remove the class.",
+    "class_not_trained": "only validation cases contain the class {}, so it cannot be learnt. Use one of them for training.",
+    "class_in_one_case": "only one case contains the class {}. If it is used for validation, the class cannot be learnt.",
 }
 
 
@@ -132,8 +132,8 @@ def _case_report(case: Case, dataset: Dataset, mismatch: str) -> CaseReport:
     images = [(path, volume) for path in case.images if (volume := _read(report, path, most)) is not None]
     number = sum(len(volume.channels_first) for _, volume in images)
     if len(images) == len(case.images) and number != len(names):
-        sentence = f"the case has {counted(number, 'channel')}, the data set {len(names)} ({', '.join(names)})"
-        report.add(case.images[0], "channels", f"{sentence}. Add or remove channels, or correct the declaration.")
+        sentence = f"the case has {counted(number, 'channel')}, but the data set has {len(names)} ({', '.join(names)})"
+        report.add(case.images[0], "channels", f"{sentence}. Add or remove channels, or correct their names.")
     for path, volume in images:
         _check_intensities(report, path, volume)
     usable = [image for image in images if _has_geometry(report, *image)]
@@ -176,11 +176,13 @@ def _check_intensities(report: CaseReport, path: Path, volume: Volume) -> None:
         with np.errstate(over="ignore"):
             voxels = np.ascontiguousarray(channel.T, dtype=np.float32)  # NIfTI is stored in Fortran order
         if bad := int(np.count_nonzero(~np.isfinite(voxels))):
-            report.add(path, "not_finite", f"{where}holds {bad} voxels that are NaN, Inf or beyond 3.4e38. Repair it.")
+            report.add(path, "not_finite", f"{where}contains {bad} voxels that are NaN or beyond 3.4e38. Repair it.")
             continue
         low = float(channel.min())
         if low == float(channel.max()):
-            report.add(path, "constant_image", f"{where}has the value {low:g} everywhere: an empty scan. Leave it out.")
+            report.add(
+                path, "constant_image", f"{where}has the value {low:g} everywhere, so it is empty. Leave it out."
+            )
             continue
         if (outlier := outliers(voxels)) is not None:
             found = f"{where}has {outlier[1]} voxels far outside all others (up to {outlier[0]:.3g})"
@@ -192,7 +194,7 @@ def _check_intensities(report: CaseReport, path: Path, volume: Volume) -> None:
         content.update(repr(voxels.shape).encode())
         if (twin := report.contents.get(content.digest())) is not None:
             what = f"the same voxels as another channel of the case, {twin}"
-            report.add(path, "duplicate_image", f"holds {what}. Give each channel its own file.", "warning")
+            report.add(path, "duplicate_image", f"contains {what}. Give each channel its own file.", "warning")
         report.contents[content.digest()] = path
 
 
@@ -206,7 +208,7 @@ def _has_geometry(report: CaseReport, path: Path, volume: Volume) -> bool:
         shape = volume.data.shape[:3]
         report.shape, report.spacing, _ = geometry(path, shape, volume.affine)
         if 1 in shape:
-            report.add(path, "single_slice", f"is a single slice (shape {shape}). Training is in 3-D.", "warning")
+            report.add(path, "single_slice", f"is a single slice (shape {shape}). Training needs 3-D scans.", "warning")
     return True
 
 
@@ -221,10 +223,10 @@ def _check_grid(report: CaseReport, image: tuple[Path, Volume], scan: tuple[Path
     turned, affine = reorient(volume.data, volume.affine, reference.affine)
     if turned.shape[:3] == expected and farthest_corner(expected, affine, reference.affine) <= near:
         axes = ["".join(nibabel.aff2axcodes(one.affine)) for one in (volume, reference)]
-        found = f"is at the place of {file}, but its axes run along {axes[0]}, those of the scan along {axes[1]}"
+        found = f"covers the same space as {file}, but its axes are {axes[0]} and the scan's are {axes[1]}"
         report.add(path, "turned", f"{found}. Save it with the axes of the scan (nibabel's as_reoriented does).")
     elif own != expected:
-        found = f"has {own} voxels, its scan {file} has {expected}"
+        found = f"has {own} voxels, but its scan {file} has {expected}"
         report.add(path, "shape_mismatch", f"{found}. Export it on the scan's grid.")
     else:
         found = f"is up to {farthest:.3g} mm away from its scan {file}: their affines differ"
@@ -235,7 +237,7 @@ def _check_grid(report: CaseReport, image: tuple[Path, Volume], scan: tuple[Path
 def _read_label(report: CaseReport, path: Path) -> Volume | None:
     """The label map at `path`; None, and a finding, if it is not one 3-D map."""
     if path in report.case.images:
-        report.add(path, "label_is_image", "is named as scan and as label map. Correct the data list.")
+        report.add(path, "label_is_image", "is listed both as a scan and as a label map. Correct the data list.")
         return None
     if (volume := _read(report, path, 4)) is None:
         return None
@@ -254,14 +256,18 @@ def _read_label(report: CaseReport, path: Path) -> Volume | None:
 
 def _check_values(report: CaseReport, path: Path, data: npt.NDArray[Any], dataset: Dataset) -> None:
     if data.dtype.kind == "f" and not np.isfinite(data).all():
-        report.add(path, "not_finite", "holds NaN or Inf. Set these voxels to the background or the ignore label.")
+        report.add(
+            path, "not_finite", "contains NaN or infinity. Set these voxels to the background or the ignore label."
+        )
     counts, ignored = count_values(data), [] if dataset.ignore_label is None else [dataset.ignore_label]
     stray = stray_values(path, counts, [*dataset.labels.values(), *ignored])
     if stray is not None:
         report.add(path, *stray)
     report.classes |= {name for name, value in dataset.labels.items() if is_near(value, counts)}
     if stray is None and not report.classes - {next(iter(dataset.labels))}:
-        report.add(path, "empty_label", "shows no structure. Leave the case out if that is not intended.", "warning")
+        report.add(
+            path, "empty_label", "contains no structure. If that is not intended, leave the case out.", "warning"
+        )
 
 
 def _find_duplicates(reports: Sequence[CaseReport]) -> None:
@@ -271,7 +277,7 @@ def _find_duplicates(reports: Sequence[CaseReport]) -> None:
         for content, path in report.contents.items():
             if (other := first.setdefault(content, report)) is not report:
                 what = f"the same voxels as case {other.case.name}, {other.contents[content]}"
-                report.add(path, "duplicate_image", f"holds {what}. Remove one of the two cases.")
+                report.add(path, "duplicate_image", f"contains {what}. Remove one of the two cases.")
 
 
 def _find_geometry_outliers(reports: Sequence[CaseReport]) -> None:
@@ -291,7 +297,7 @@ def _find_geometry_outliers(reports: Sequence[CaseReport]) -> None:
         ratio = values / median
         for i in np.flatnonzero(odd | (ratio > OUTLIER).any(axis=1) | (ratio < 1 / OUTLIER).any(axis=1)):
             own, usual = (" x ".join(f"{mm:.3g}" for mm in size) + " mm (RAS)" for size in (values[i], median))
-            sentence = f"its {what} is {own}, usual is {usual}. {cure}, or leave the case out."
+            sentence = f"its {what} is {own}, but {usual} is usual in this data set. {cure}, or leave the case out."
             measured[i].add(measured[i].case.images[0], code, sentence, "warning")
 
 
@@ -322,7 +328,7 @@ def _intensity_outliers(dataset: Dataset, reports: Sequence[CaseReport]) -> list
             continue
         usual = f"{np.median(low):.4g} to {np.median(high):.4g}"
         for i in np.flatnonzero(odd):
-            sentence = f"channel {channel!r} ranges from {low[i]:.4g} to {high[i]:.4g}, usual is {usual}. {cure}"
+            sentence = f"channel {channel!r} ranges from {low[i]:.4g} to {high[i]:.4g}, but {usual} is usual. {cure}"
             measured[i].add(measured[i].case.images[0], "intensity_outlier", sentence, "warning")
     return findings
 
@@ -334,7 +340,7 @@ def _rare_classes(dataset: Dataset, reports: Sequence[CaseReport]) -> list[tuple
     if not any(cases.values()):
         return []
     if not any(cases[name] for name in classes):
-        what = "none of the label maps shows a structure, so there is nothing to learn"
+        what = "none of the label maps contains a structure, so there is nothing to learn"
         return [("no_structure", f"{dataset.root}: {what}. Add a case with one, or correct the declared values.")]
     kinds: dict[str, list[str]] = {code: [] for code in RARE}
     for name in classes:

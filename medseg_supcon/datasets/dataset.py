@@ -80,10 +80,10 @@ def read_case_names(file: str | Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: is not a readable text in UTF-8 ({error}). Write one case name per line.") from None
+        raise DataError(f"{path}: is not a readable UTF-8 text file ({error}). Write one case name per line.") from None
     names = [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in text.splitlines()]
     if not any(names):
-        raise DataError(f"{path}: names no case. Write one case name per line.")
+        raise DataError(f"{path}: contains no case name. Write one case name per line.")
     return list(dict.fromkeys(filter(None, names)))
 
 
@@ -143,7 +143,11 @@ def split_cases(
     if not validation or not training:
         training = training or validation
         validation = training if validation_fraction > 0 else training[:MOST_VALIDATION]
-        why = "no other labelled patient can validate" if validation_fraction > 0 else "all of them train"
+        why = (
+            "no other labelled patient is left"
+            if validation_fraction > 0
+            else "all labelled cases are used for training"
+        )
         names = ", ".join(case.name for case in training[:3]) + ", ..." * (len(training) > 3)
         warnings.append(f"Validation uses the training cases ({names}): {why}. Its scores say nothing about new scans.")
     used = {case.name for case in (*training, *validation)}
@@ -160,7 +164,9 @@ def patient_on_both_sides(dataset: Dataset) -> str | None:
     sides = [{_group(c) for c in dataset.labelled if (c.name in dataset.validation) == side} for side in (False, True)]
     if not (both := sides[0] & sides[1]):
         return None
-    found = f"patient {min(both).removeprefix('patient ')!r} both trains and validates in the data list"
+    found = (
+        f"patient {min(both).removeprefix('patient ')!r} is used both for training and for validation in the data list"
+    )
     return f"{dataset.root}: {found}. Keep a patient's scans on one side."
 
 
@@ -229,10 +235,10 @@ def texts(paths: Any) -> list[Any]:
 def inside(root: Path, text: object, source: Path) -> Path:
     r"""A path of a data list: absolute as it is, relative from `root` and never out of it; Windows' \ is accepted."""
     if not isinstance(text, str) or not text.strip() or "\0" in text:
-        raise DataError(f"{source}: a path must be a non-empty text, found {text!r}. Correct the data list.")
+        raise DataError(f"{source}: a path must be a non-empty string, found {text!r}. Correct the data list.")
     if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]|\\\\", text):
         cure = "Write paths relative to the list's folder."
-        raise DataError(f"{source}: {text!r} is an absolute path of Windows, which does not exist here. {cure}")
+        raise DataError(f"{source}: {text!r} is an absolute Windows path. {cure}")
     base = os.path.normpath(root.absolute())
     if "\\" in text and not os.path.exists(Path(base) / text):  # noqa: PTH110 - Path.exists raises for long names
         text = text.replace("\\", "/")

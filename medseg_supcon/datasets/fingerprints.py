@@ -108,7 +108,7 @@ def fingerprint(
     """The fingerprint of a data set or of some of its cases; `known` ones (`Report.fingerprints`) are not read again."""
     chosen = tuple(dataset.cases if cases is None else cases)
     if not chosen:
-        raise DataError(f"{dataset.root}: no case to take a fingerprint of.")
+        raise DataError(f"{dataset.root}: there are no cases to analyse.")
 
     def measure(case: Case) -> CaseFingerprint:
         if known is not None and case in known:
@@ -125,11 +125,11 @@ def measure_case(case: Case, dataset: Dataset, volumes: Sequence[Volume], label:
     """The fingerprint of a labelled case whose images and label map have been read."""
     channels = [channel for volume in volumes for channel in volume.channels_first]
     if len(channels) != len(dataset.channels):
-        found = f"{len(channels)} channels, the data set declares {', '.join(dataset.channels)}"
+        found = f"{len(channels)} channels, but the data set declares {', '.join(dataset.channels)}"
         raise DataError(f"{case.images[0]}: has {found}. Correct the data list or the file.")
     for path, array in zip(case.images * len(channels), channels, strict=False):
         if array.shape != label.data.shape:
-            found = f"has {label.data.shape} voxels, its scan {path} has {array.shape}"
+            found = f"has {label.data.shape} voxels, but its scan {path} has {array.shape}"
             raise DataError(f"{case.label}: {found}. Export it on the scan's grid.")
     plan = {"labels": dataset.labels, "ignore_label": dataset.ignore_label}
     indices = class_indices(label.data, plan, case.label or "label map")

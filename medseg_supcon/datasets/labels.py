@@ -54,7 +54,7 @@ def parse_labels(declared: object, source: Path, ignore: object) -> tuple[Labels
     pairs: list[tuple[str, int | float]] = []
     for key, entry in declared.items():
         if isinstance(entry, list | tuple):
-            cure = "Overlapping regions are not supported yet: give every class a value of its own."
+            cure = "Overlapping regions are not supported yet: give every class its own value."
             raise ConfigError(f"{source}: label {key!r} is the region {list(entry)}. {cure}")
         name, value = (entry, as_number(key)) if by_value else (key, as_number(entry))
         if value is None or abs(value) > LARGEST:
@@ -94,10 +94,10 @@ def labels_in_files(files: Iterable[Path], source: Path) -> Labels:
 
     values = sorted(set().union(*in_parallel(read_values, files)))
     if len(values) > 256 or any(value != int(value) for value in values):
-        found = f'declares no "labels", and the label files hold {len(values)} different values, perhaps fractions'
+        found = f'declares no "labels", and the label files contain {len(values)} different values or fractions'
         raise DataError(f'{source}: {found}. Declare the classes: "labels": {{"background": 0, "tumour": 1}}.')
     if not any(values):
-        raise DataError(f"{source}: the label files hold no value other than 0. At least one structure must be drawn.")
+        raise DataError(f"{source}: the label files contain no value other than 0. Label at least one structure.")
     return {"background": 0, **{f"label {int(value)}": value for value in values if value != 0}}
 
 
@@ -125,7 +125,7 @@ def stray_values(path: Path, counts: Mapping[float, int], declared: Sequence[flo
     else:
         why = 'Correct the label map, or declare the value under "labels" in dataset.json.'
     code = "fractional_label" if fractional else "undeclared_label"
-    return code, f"holds {few}, declared are {known}. {why}"
+    return code, f"contains {few}, but the declared values are {known}. {why}"
 
 
 def label_type(values: Collection[float]) -> np.dtype[Any]:
@@ -175,7 +175,9 @@ def class_indices(label: Array, plan: Mapping[str, Any], source: str | Path = "l
         stray |= {float(value) for value in np.unique(label[..., part][indexed == STRAY])}
     if stray:
         few, declared = (", ".join(map(value_text, part)) for part in (sorted(stray)[:5], index_of))
-        raise DataError(f"{source}: holds {few}, but the declared values are {declared}. Correct it or declare them.")
+        raise DataError(
+            f"{source}: contains {few}, but the declared values are {declared}. Correct it or declare them."
+        )
     return out
 
 

@@ -51,14 +51,16 @@ def read_dataset(path: str | Path) -> Dataset:
     content = read_json(source, DataError) if source.is_file() else {}
     warnings = _check_keys(content, source)
     if (splits := root / "splits_final.json").is_file():
-        warnings.append(f'{splits}: is not used. Give the items of a "training" list a "fold" (fold 0 validates).')
+        warnings.append(
+            f'{splits}: is not used. Use a "training" list in which each item has a "fold" (0: validation).'
+        )
     cases, validation = _cases(content, path, source, warnings)
     if not cases:
-        raise DataError(f"{source}: names no training case. Add items to the list or scans to imagesTr.")
+        raise DataError(f"{source}: lists no training cases. Add items to the list or scans to imagesTr.")
     cases = _with_patients([_with_channel_files(case) for case in cases], root, warnings)
     label_files = [case.label for case in cases if case.label]
     if not label_files:
-        cure = "Put at least one into labelsTr under its scan's name, or name it in the data list."
+        cure = "Put at least one into labelsTr, named like its scan, or list it in the data list."
         raise DataError(f"{source}: none of the {len(cases)} scans has a label map. {cure}")
     expected, number = content.get("numTraining"), len(content.get("training", ())) or len(label_files)
     if expected is not None and as_number(expected) not in (number, len(label_files)):
@@ -78,7 +80,7 @@ def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:
     root = Path(folder).resolve() if ".." in Path(folder).parts else Path(folder)  # as above
     cases = tuple(Case(name, images) for name, images in _scans(root, len(dataset.channels)).items())
     if not cases:
-        raise DataError(f"{root}: holds no NIfTI scan (.nii or .nii.gz). Give a folder of scans.")
+        raise DataError(f"{root}: contains no NIfTI scan (.nii or .nii.gz). Give a folder of scans.")
     _without_twins([*dataset.cases, *cases], root)
     return cases
 
@@ -115,7 +117,7 @@ def _cases(content: Mapping[str, Any], path: Path, source: Path, warnings: list[
     files = content.get("dataset")
     if "training" not in content and isinstance(files, Mapping):
         if odd := [name for name, entry in files.items() if not isinstance(entry, Mapping)]:
-            raise DataError(f'{source}: {odd[0]!r} under "dataset" must hold "images" and "label".')
+            raise DataError(f'{source}: {odd[0]!r} under "dataset" must have "images" and "label".')
         entries = [{**entry, "name": name} for name, entry in files.items()]
         return [case for case, _ in _listed(entries, "dataset", source, warnings)], set()
     if "training" not in content:
@@ -129,7 +131,7 @@ def _cases(content: Mapping[str, Any], path: Path, source: Path, warnings: list[
     if folds and not 0 < len(validation) < len(listed):
         found = f'the values of "fold" are {", ".join(sorted(set(folds.values())))}'
         cure = "Number the folds from 0, or remove the key."
-        raise DataError(f"{source}: fold 0 validates and the other folds train, but {found}. {cure}")
+        raise DataError(f"{source}: fold 0 is for validation and the other folds are for training, but {found}. {cure}")
     for key in ("validation", "unlabelled", "unlabeled"):
         more = [case for case, _ in _listed(content.get(key) or (), key, source, warnings)]
         cases += more
@@ -137,7 +139,7 @@ def _cases(content: Mapping[str, Any], path: Path, source: Path, warnings: list[
             if bare := [case.name for case in more if case.label is None]:
                 raise DataError(f'{source}: {bare[0]!r} under "validation" has no "label". Move it to "unlabelled".')
             if validation:
-                warnings.append(f'{source}: items have a "fold", but the "validation" list counts.')
+                warnings.append(f'{source}: "fold" is ignored, because there is a "validation" list.')
             validation = {case.name for case in more}
     return cases, validation
 
@@ -248,7 +250,7 @@ def _folder_cases(path: Path, content: Mapping[str, Any]) -> list[Case]:
     labels = {stem(file): file for file in _nifti_files(path / images.name.replace("images", "labels"))}
     stems = {stem(file) for file in _nifti_files(images)}
     if not stems:
-        raise DataError(f"{images}: holds no NIfTI scan (.nii or .nii.gz). Put the training scans there.")
+        raise DataError(f"{images}: contains no NIfTI scan (.nii or .nii.gz). Put the training scans there.")
     declared = next((content[key] for key in CHANNEL_KEYS if key in content), None)
     number = max(1, len(declared)) if isinstance(declared, Mapping | list) else 1
     suffixed = True if "file_ending" in content else None
@@ -257,7 +259,7 @@ def _folder_cases(path: Path, content: Mapping[str, Any]) -> list[Case]:
     scans = _scans(images, number, suffixed)
     if labels and not set(labels) & set(scans):
         names = f"{next(iter(labels))!r}, {next(iter(scans))!r}"
-        cure = "Name each label map as its scan, without the channel suffix _0000."
+        cure = "Name each label map like its scan, without the channel suffix _0000."
         raise DataError(f"{path}: no label map has the name of a scan ({names}). {cure}")
     with_suffix = any(stem(files[0]) != name for name, files in scans.items())
     suffixes = [f"_{n:04d}" for n in range(number)] if with_suffix else [""]

@@ -49,7 +49,7 @@ def make_phantoms(folder: str | Path, *, cases: int = 12, unseen: int = 4, seed:
         raise ValueError(f"cases must be at least 1, unseen 0 and size 16 mm, got {cases}, {unseen} and {size}")
     root = Path(folder)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise DataError(f"{root}: is not empty. Give a new folder for the phantoms, or delete this one.")
+        raise DataError(f"{root}: is not empty. Choose a new folder for the phantoms, or delete this one.")
     items = []
     for number in range(cases + unseen):
         part = "Tr" if number < cases else "Ts"

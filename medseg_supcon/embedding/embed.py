@@ -55,21 +55,21 @@ def heads_of(run: Path, trust: bool = False) -> tuple[dict[str, nn.Module], str]
     config, checkpoint = read_config(run / "configs" / "train.yaml"), run / "models" / "checkpoint.pt"
     reasons = {
         "has no projection head": config.get("projection") is None,
-        "has a contrast weight of 0, so that its projection head was not trained": config.get("contrast_weight") == 0,
-        "has no models/checkpoint.pt, which holds the projection head": not checkpoint.exists(),
+        "has a contrast weight of 0, so its projection head was not trained": config.get("contrast_weight") == 0,
+        "has no models/checkpoint.pt, which contains the projection head": not checkpoint.exists(),
     }
     if why := next((reason for reason, applies in reasons.items() if applies), None):
-        return {}, f"The run {why}: only features are shown."
+        return {}, f"The run {why}. Only the network's features are shown."
     try:
         saved = load_tensors(checkpoint)["state"]["loss"]
         prefix = min((key.split(HEAD, 1)[0] + HEAD for key in saved if HEAD in key), key=len, default=None)
     except (KeyError, TypeError, AttributeError):
-        raise RunError(f"{checkpoint} is not a checkpoint of a training. Copy it again.") from None
+        raise RunError(f"{checkpoint} is not a training checkpoint. Copy it again.") from None
     if prefix is None:
-        return {}, "The run's checkpoint does not hold its projection head: only features are shown."
+        return {}, "The run's checkpoint does not contain its projection head. Only the network's features are shown."
     head = _begun(run, trust)[1]
     if head is None:  # an expression that gives None
-        return {}, "The run has no projection head: only features are shown."
+        return {}, "The run has no projection head. Only the network's features are shown."
     heads = {BEFORE: head.eval(), AFTER: deepcopy(head)}
     try:
         heads[AFTER].load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
@@ -162,7 +162,7 @@ def embed_run(
     plan = read_plan(run / "configs" / "plan.json")
     chosen, chosen_how = _choose(run, dataset, cases)
     if len(dataset.channels) != len(plan["channels"]):
-        channels = f"{len(dataset.channels)} channel(s) per scan, the run {len(plan['channels'])}"
+        channels = f"{len(dataset.channels)} channel(s) per scan, but the run has {len(plan['channels'])}"
         raise DataError(f"{dataset.root} has {channels}. Choose a data set with the run's channels.")
     networks = networks_of(run, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), trust)
     classes, patch = list(plan["labels"]), plan["patch_size"]
@@ -175,7 +175,7 @@ def embed_run(
     with torch.no_grad():
         sets |= {f"projected features, {when}": head(features[when]).float().numpy() for when, head in heads.items()}
     if wrong := next((name for name, vectors in sets.items() if not np.isfinite(vectors).all()), None):
-        raise RunError(f"{run}: its {wrong}, contain NaN or infinity: its weights are useless. Train again.")
+        raise RunError(f"{run}: its {wrong}, contain NaN or infinity, so its weights cannot be used. Train again.")
     rows = [{"vectors": k, "width": x.shape[1]} | class_separation(x, labels, scans, seed) for k, x in sets.items()]
     components = {name: principal_components(vectors) for name, vectors in sets.items()}
     maps = [(f"{name} ({100 * sum(shares):.0f} % of the variance)", at) for name, (at, shares) in components.items()]
@@ -210,7 +210,7 @@ def _choose(run: Path, dataset: Dataset, names: Iterable[str] | None) -> tuple[S
         labelled = (unseen or dataset.labelled)[:DEFAULT_CASES]
         how = f" that the run {'did not train' if unseen else 'trained'} on"
     if not labelled:
-        raise DataError(f"{dataset.root}: none of the cases has a label map, which the classes are taken from.")
+        raise DataError(f"{dataset.root}: none of the cases has a label map, and the classes come from label maps.")
     return labelled, f"{counted(len(labelled), 'scan')}{how}."
 
 

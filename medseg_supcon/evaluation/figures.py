@@ -100,7 +100,7 @@ def read_history(path: Path) -> list[dict[str, float]]:
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise RunError(f"{path} is damaged ({error}). Copy it again, or delete the run and train again.") from None
     if not rows:
-        raise RunError(f"{path}: the history of the training is missing or empty. Train first.")
+        raise RunError(f"{path}: the training history is missing or empty. Train first.")
     return rows
 
 

@@ -51,14 +51,14 @@ def evaluate_folders(
     for name, reference in maps.items():
         try:
             if name not in masks:
-                raise DataError(f"{reference}: there is no mask of this name in {predictions}. Predict it.")
+                raise DataError(f"{reference}: there is no mask with this name in {predictions}. Predict it.")
             (mask, mask_affine), (label, affine) = _read(masks[name]), _read(reference)
             mask, mask_affine = reorient(mask, mask_affine, affine)
             check_grids(f"{masks[name]}:", str(reference), (mask, mask_affine), (label, affine))
             if unknown := sorted(set(np.unique(mask).tolist()) - set(labels.values())):
                 holds, expected = (", ".join(map(value_text, v)) for v in (unknown[:5], labels.values()))
                 cure = "Save the class values of the label maps."
-                raise DataError(f"{masks[name]}: holds {holds}, expected {expected}. {cure}")
+                raise DataError(f"{masks[name]}: contains {holds}, expected {expected}. {cure}")
             rows += score_mask(name, mask, affine, (label, affine), labels, ignore_label, tolerance_mm)
         except DataError as error:
             problems[name] = str(error)
@@ -68,8 +68,8 @@ def evaluate_folders(
     if (in_masks := in_masks - {0}) != (in_maps := in_maps - {0}):
         shown = [", ".join(map(value_text, sorted(values))) or "no structure" for values in (in_masks, in_maps)]
         warnings.append(
-            f"{predictions}: the masks hold {shown[0]}, the label maps in {references} hold {shown[1]}. A class that only "
-            "one side has gets a Dice of 0: if the same structure has two values, convert one side."
+            f"{predictions}: the masks contain {shown[0]}, but the label maps in {references} contain {shown[1]}. A class "
+            "that only one side has gets a Dice of 0. If one structure has two values, convert one side."
         )
     return write_metrics(rows, out, problems, warnings=warnings, without_reference=sorted(set(masks) - set(maps)))
 
@@ -86,7 +86,7 @@ def _files(folder: Path) -> dict[str, Path]:
                 raise DataError(f"{folder}: {files[name].name} and {file.name} have the same name. Keep one of them.")
             files[name] = file
     if not files:
-        raise DataError(f"{folder} holds no NIfTI file (.nii, .nii.gz).")
+        raise DataError(f"{folder} contains no NIfTI file (.nii, .nii.gz).")
     return files
 
 
@@ -107,15 +107,15 @@ def _read(file: Path) -> tuple[Array, npt.NDArray[np.float64]]:
         raise DataError(f"{file}: expected a 3-D label map, found shape {data.shape}. Save one volume.")
     if data.dtype.kind == "f":
         if not np.isfinite(data).all():
-            raise DataError(f"{file}: holds NaN or Inf, expected label values. Save it again.")
+            raise DataError(f"{file}: contains NaN or infinity, expected label values. Save it again.")
         data = np.round(data)
         fractions = np.unique(volume.data[np.abs(volume.data - data) > ROUNDING])[:3]
         if fractions.size:
             cure = "Save classes instead of probabilities, and resample with nearest neighbour."
             shown = ", ".join(f"{value:.4g}" for value in fractions)
-            raise DataError(f"{file}: holds fractions ({shown}), expected whole class values. {cure}")
+            raise DataError(f"{file}: contains fractions ({shown}), expected whole class values. {cure}")
     if (number := len(np.unique(data))) > MOST_VALUES:
-        raise DataError(f"{file}: holds {number} different values, expected a label map, not a scan.")
+        raise DataError(f"{file}: contains {number} different values, expected a label map, not a scan.")
     if not np.isfinite(affine).all() or not (np.linalg.norm(affine[:3, :3], axis=0) > 0).all():
         raise DataError(f"{file}: its affine is not valid (zero or not finite). Save it on its scan's grid.")
     return data, affine

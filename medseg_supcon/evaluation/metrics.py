@@ -117,7 +117,9 @@ def score_mask(
     mask, voxels = snap_labels(mask, labels.values()), snap_labels(voxels, declared)
     if unknown := sorted(set(np.unique(voxels).tolist()) - set(declared)):
         undeclared = f"{unknown[:5]}, which the data set does not declare (declared: {declared})"
-        raise DataError(f"{name}: the label map holds {undeclared}. Add them to the labels, or correct the label map.")
+        raise DataError(
+            f"{name}: the label map contains {undeclared}. Add them to the labels, or correct the label map."
+        )
     ignored = None if ignore_label is None else voxels == ignore_label
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     return [{"case": name} | row for row in case_metrics(mask, voxels, spacing, labels, ignored, tolerance_mm)]

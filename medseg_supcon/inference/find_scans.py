@@ -129,7 +129,7 @@ def _scans_in(folder: Path) -> list[Scan]:
             passed.append(str(way))
     if passed:
         names = ", ".join(passed[:3]) + (f" and {len(passed) - 3} more" if len(passed) > 3 else "")
-        reason = f"in subfolders only DICOM is searched for, but {names} contain other scans. Pass those folders too."
+        reason = f"only DICOM is searched for in subfolders, but {names} contain other scans. Pass those folders too."
         first = next((i for i, scan in enumerate(scans) if scan.problem is None), None)
         if first is None:
             return [*scans, _refused(_name(folder), folder, reason)]

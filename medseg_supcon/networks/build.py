@@ -93,7 +93,7 @@ def size_divisor(network: nn.Module, in_channels: int, spatial_dims: int = 3) ->
         else:
             raise ConfigError(
                 f"{type(network).__name__} does not run on a patch of {shape} voxels with {in_channels} channel(s): "
-                f"{failure}. Give a network that takes any patch size, with in_channels as the scans have."
+                f"{failure}. Use a network that takes any patch size and has as many in_channels as the scans have channels."
             )
     return tuple(divisors)
 

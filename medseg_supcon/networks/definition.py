@@ -109,9 +109,9 @@ def _arguments_problem(node: Any, level: int) -> str | None:
     if isinstance(node, list | tuple):
         return next((p for p in (_arguments_problem(value, level + 1) for value in node) if p), None)
     if isinstance(node, str) and node[:1] in ("$", "@", "%"):
-        return f"network_def holds the expression {node!r:.100}"
+        return f"network_def contains the expression {node!r:.100}"
     if isinstance(node, int | float) and abs(node) > MOST_WEIGHTS:
-        return f"network_def holds the number {node!r:.100}"
+        return f"network_def contains the number {node!r:.100}"
     return None
 
 

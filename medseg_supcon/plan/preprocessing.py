@@ -73,7 +73,7 @@ def intensity_problem(transforms: Any) -> str | None:
             return f"intensity names {target!r}, which is not a deterministic intensity transform of MONAI"
         for key, value in step.items():
             if key != "_target_" and (str(key).startswith("_") or any(sign in str(value) for sign in "$@%")):
-                return f"intensity holds the expression {key!r}: {value!r}"
+                return f"intensity contains the expression {key!r}: {value!r}"
     return None
 
 
@@ -81,7 +81,9 @@ def read_preprocessing(bundle_root: str | Path) -> Compose:
     """The scan's preprocessing (key ``image``) as ``configs/inference.yaml`` of the run in ``bundle_root`` defines it."""
     path = Path(bundle_root) / "configs" / "inference.yaml"
     if not path.is_file():
-        raise RunError(f"{path} does not exist: {bundle_root} is not a run. Make one with medseg plan or medseg train.")
+        raise RunError(
+            f"{path} does not exist: {bundle_root} is not a run. Create one with medseg plan or medseg train."
+        )
     parser = ConfigParser()
     parser.read_config(str(path))
     parser["bundle_root"] = literal(str(bundle_root))

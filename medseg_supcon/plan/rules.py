@@ -58,7 +58,9 @@ def make_plan(
     budget = int(GPU_PATCH_VOXELS * min(1.0, memory / (2 * GPU_GIB_PER_LARGEST_SCAN))) if on_gpu else CPU_PATCH_VOXELS
     counts = fingerprint.class_voxels
     if counts[1:].sum() == 0:
-        raise DataError(f"{dataset.root}: the label maps of the training cases hold no structure. Add labelled cases.")
+        raise DataError(
+            f"{dataset.root}: the label maps of the training cases contain no structure. Add labelled cases."
+        )
 
     spacing = target_spacing(fingerprint.spacings)
     extents = fingerprint.shapes * fingerprint.spacings
@@ -210,10 +212,10 @@ Rule = tuple[str, Callable[[Any], bool]]  # what the value must be, and whether 
 NUMBERS: Rule = ("a list of numbers", _are_numbers)
 STEPS: Rule = ("a whole number from 1 to 1,000,000", lambda v: _is_number(v, int, 1, 10**6))
 RULES: dict[str, Rule] = {
-    "name": ("a text", lambda v: isinstance(v, str)),
+    "name": ("a string", lambda v: isinstance(v, str)),
     "channels": ("a list of channel names", lambda v: _are_texts(v) and len(v) > 0),
     "labels": ("a mapping of at least two class names to different values, background first", _are_labels),
-    "ignore_label": ("null or a value of no class", lambda v: v is None or _is_number(v)),
+    "ignore_label": ("null or a value that no class has", lambda v: v is None or _is_number(v)),
     "orientation": ('three axis codes such as "RAS"', lambda v: v in ORIENTATIONS),
     "spacing": ("three lengths in mm from 0.0001 to 100", lambda v: _are_numbers(v, 3, least=1e-4, most=100)),
     "intensity": ('a list of transform configs, each with a "_target_"', _are_definitions),
@@ -242,7 +244,7 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     """A validated plan; `RunError` if its file is missing, `ConfigError` if it is damaged or invalid."""
     file = Path(path)
     if not file.exists():
-        raise RunError(f"{file}: there is no such plan. Make one with: medseg plan DATASET --out RUN")
+        raise RunError(f"{file}: this plan does not exist. Create one with: medseg plan DATASET --out RUN")
     plan = read_json(file, ConfigError)
     validate_plan(plan, source=file)
     return plan
@@ -270,7 +272,7 @@ def _pretty(value: Any, depth: int) -> str:
 def validate_plan(plan: object, *, divisor: Sequence[int] | None = None, source: str | Path = "plan.json") -> None:
     """`ConfigError` with the key at fault for a plan that training could not use; `divisor`: of the patch, per axis."""
     if not isinstance(plan, Mapping):
-        raise ConfigError(f"{source}: must hold a JSON object, found {type(plan).__name__}.")
+        raise ConfigError(f"{source}: must contain a JSON object, found {type(plan).__name__}.")
     rules = RULES | OPTIONAL
     for key in plan:
         if key not in rules:

@@ -178,13 +178,15 @@ def check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Affi
 def _check_kind(header: Header, source: Path) -> None:
     modality, photometric = header.text["Modality"], header.text["PhotometricInterpretation"]
     if not header.frames or modality in NOT_SCANS:
-        found = f"is not a scan, or holds no image (its DICOM modality is {modality or 'not given'})"
+        found = f"is not a scan, or contains no image (its DICOM modality is {modality or 'not given'})"
         raise DataError(f"{source}: {found}. Pass the scan itself.")
     if "MOSAIC" in header.text["ImageType"].upper():
         raise DataError(f"{source}: is a mosaic, all slices tiled in one picture. Convert it with dcm2niix.")
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
         found = photometric or "no PhotometricInterpretation"
-        raise DataError(f"{header.file}: is in colour ({found}), expected grey values. Pass the scan it was made of.")
+        raise DataError(
+            f"{header.file}: is in colour ({found}), expected grey values. Pass the scan that it was made from."
+        )
 
 
 def _check_alike(headers: Sequence[Header]) -> None:
@@ -199,7 +201,7 @@ def _check_alike(headers: Sequence[Header]) -> None:
             if usual is not None and (value is None or np.abs(value - usual).max() > SAME):
                 where = f"{frame.file}: frame {number}" if header.size[2] > 1 else frame.file
                 own = "not given" if value is None else " x ".join(f"{part:g}" for part in value)
-                found = f"its {what} is {own}, and other slices have another"
+                found = f"its {what} is {own}, which differs from other slices"
                 raise DataError(f"{where}: {found}. Move it out of the folder, or export it again.")
 
 
@@ -212,7 +214,7 @@ def _check_scales(headers: Sequence[Header]) -> None:
             if frame.scaling is not None:
                 rule = "a rescale slope and intercept"
                 if header.lut or not np.isfinite(frame.scaling).all():
-                    besides = "there is a Modality LUT besides" if header.lut else "one is missing or not valid"
+                    besides = "there is also a Modality LUT" if header.lut else "one is missing or not valid"
                     raise DataError(f"{header.file}: its rescale slope is contradictory ({besides}). Export it again.")
             rules.setdefault(rule, header.file)
             if frame.unit:
@@ -220,7 +222,7 @@ def _check_scales(headers: Sequence[Header]) -> None:
     for seen in (rules, units):
         if len(seen) > 1:
             (one, first), (other, second) = list(seen.items())[:2]
-            raise DataError(f"{second}: has {other}, {first} {one}: values must be on one scale. Export it again.")
+            raise DataError(f"{second}: has {other}, but {first} has {one}. Export the series again, on one scale.")
 
 
 def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) -> None:
@@ -228,7 +230,7 @@ def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) 
     count, way = len(positions), positions - positions[0]
     places = len(np.unique(np.round(positions / SAME), axis=0))
     if places < count:
-        found = f"{count} slices at {places} places (a time series, echoes, or copies)"
+        found = f"{count} slices at {places} positions (a time series, echoes, or copies)"
         raise DataError(f"{source}: contains several volumes: {found}. Export one volume.")
     step = way[-1] / (count - 1)
     limit = NEAR * min(edge, float(np.linalg.norm(step)))
@@ -239,8 +241,10 @@ def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) 
     if np.linalg.norm(way - np.outer(np.arange(count), step), axis=1).max() > limit:
         gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
         usual, worst = float(np.median(gaps)), int(np.abs(gaps - np.median(gaps)).argmax())
-        found = f"number {worst + 1} and {worst + 2} of {count} are {gaps[worst]:.2f} mm apart, others {usual:.2f} mm"
-        raise DataError(f"{source}: slices are not evenly spaced: {found}. Export the whole series.")
+        found = (
+            f"slices {worst + 1} and {worst + 2} of {count} are {gaps[worst]:.2f} mm apart, the others {usual:.2f} mm"
+        )
+        raise DataError(f"{source}: not evenly spaced: {found}. Export the whole series.")
 
 
 def _doubts(headers: Sequence[Header]) -> tuple[Issue, ...]:
@@ -253,7 +257,7 @@ def _doubts(headers: Sequence[Header]) -> tuple[Issue, ...]:
     if header.text["PhotometricInterpretation"] == "MONOCHROME1" and modality != "CT":
         doubts["monochrome1"] = "is MONOCHROME1 (shows small values bright): the stored values are used, not inverted"
     if len({header.text["BitsStored"] for header in headers}) > 1:
-        doubts["bits"] = "its slices have different BitsStored: values of some may be cut. Check them"
+        doubts["bits"] = "its slices have different BitsStored: the values of some may be cut. Check them"
     if (count := len({header.text["FrameOfReferenceUID"] for header in headers} - {""})) > 1:
         doubts["frame_of_reference"] = f"its slices have {count} FrameOfReferenceUIDs. Check that they fit together"
     return tuple(Issue(code, "warning", sentence) for code, sentence in doubts.items())
@@ -317,7 +321,7 @@ def read_dicom_header(file: Path) -> Header:
     except DataError:
         raise
     except Exception as error:  # pydicom raises a dozen kinds for damaged files
-        found = "It is damaged, cut short, or holds no image"
+        found = "It is damaged, cut short, or contains no image"
         raise DataError(f"{file}: cannot be read as a DICOM image. {found}. Export it again.") from error
 
 
@@ -325,7 +329,7 @@ def _frames(file: Path, data: Any, count: int) -> Iterator[Frame]:
     """The frames; what a functional group says counts before the file's own, and a frame's before the shared."""
     shared, each = (list(data.get(name) or ()) for name in GROUPS)
     if each and len(each) != count:
-        raise DataError(f"{file}: announces {count} frames and describes {len(each)}. It is damaged: export it again.")
+        raise DataError(f"{file}: declares {count} frames but describes {len(each)}. It is damaged: export it again.")
     for index in range(count):
         groups = [*each[index : index + 1], *shared[:1]]
         measures, values, position, orientation = (

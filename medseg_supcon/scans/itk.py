@@ -80,7 +80,7 @@ def _itk(file: Path, method: Literal["Execute", "ReadImageInformation"]) -> Any:
     except RuntimeError as error:
         if "allocat" in str(error).lower():  # ITK's own words for a full memory
             raise MemoryError(str(file)) from error
-        reason = "It, or the file that holds its voxels, is damaged or not the format that its name says"
+        reason = "The file, or the one with its voxels, is damaged or not in the format that its name says"
         raise DataError(f"{file}: cannot be read. {reason}.") from error
     return reader if image is None else image
 
@@ -105,7 +105,7 @@ def _check_header(file: Path) -> tuple[list[Issue], str]:
     fields, names = _fields(lines, meta)
     for name in names:
         if (problem := not_a_file(file.parent / name)) is not None:
-            raise DataError(f"{file}: the file that holds its voxels cannot be read. {problem}")
+            raise DataError(f"{file}: the file with its voxels cannot be read. {problem}")
     if fields.get("CompressedData", "").lower() == "true" and not _unpacks(file, names):
         raise DataError(f"{file}: its compressed voxels are damaged or cut short. Copy or export it again.")
     if not ("ElementDataFile" in fields if meta else lines[0].startswith("NRRD")):
@@ -163,7 +163,7 @@ def _doubt(file: Path, fields: dict[str, str], meta: bool) -> str:
     for key, plain in UNSCALED.items():
         if _numbers(fields.get(key, "")) not in ([], [plain]):
             found = f"its header scales the values ({key} {fields[key]})"
-            raise DataError(f"{file}: {found}, which is not read. Convert it.")
+            raise DataError(f"{file}: {found}, which is not supported. Convert it.")
     matrix = _numbers(next((fields[key] for key in MATRICES if key in fields), ""))
     if len(matrix) == 9 and np.abs(np.linalg.norm(np.reshape(matrix, (3, 3)), axis=1) - 1).max() > 0.01:
         reason = "the axes of its TransformMatrix are not of length 1, so the voxel size is not defined"

@@ -35,8 +35,8 @@ GUESS = "left and right are a guess. Convert it again from its source, or check 
 ERRORS = ("unit", "two_voxel_sizes", "two_places")  # for a training; the rest are warnings
 DAMAGED = "It is damaged or cut short: copy or export it again."
 TOO_LONG = (
-    f"cannot be read as NIfTI (the file goes on for more than {MOST_BEHIND:,} bytes after the voxels that its header "
-    "announces). Its header is wrong, or it is damaged: export it again."
+    f"cannot be read as NIfTI (the file has more than {MOST_BEHIND:,} bytes after the voxels that its header "
+    "declares). Its header is wrong, or it is damaged: export it again."
 )
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -183,7 +183,7 @@ def _check_size(path: Path, image: Any) -> None:
     size, packed, offset = path.stat().st_size, _is_packed(path), int(image.dataobj.offset)
     voxels = image.dataobj.dtype.itemsize * math.prod(int(n) for n in image.shape)
     if offset > MOST_BEFORE or voxels > size * (MOST_PACKED if packed else 1):
-        found = f"its header announces {voxels:,} bytes of voxels after byte {offset:,}, the file has {size:,} bytes"
+        found = f"its header declares {voxels:,} bytes of voxels after byte {offset:,}, but the file has {size:,}"
         raise DataError(f"{path}: cannot be read as NIfTI ({found}). {DAMAGED}")
     if size > (offset + voxels) * (1.01 if packed else 1) + MOST_BEHIND:  # deflate adds less than 1 % to noise
         raise DataError(f"{path}: {TOO_LONG}")
@@ -228,7 +228,9 @@ def _check_header(image: Any) -> tuple[Affine, tuple[Issue, ...]]:
         found["no_orientation"] = f"its header gives no orientation (qform and sform codes 0): {GUESS}"
     elif not np.allclose(edges, sizes, rtol=SAME_SIZE, atol=0):
         one, other = (" x ".join(f"{size:.4g}" for size in three) for three in (edges, sizes))
-        found["two_voxel_sizes"] = f"its voxel size is {one} by its sform and {other} by its pixdim. Correct one."
+        found["two_voxel_sizes"] = (
+            f"its voxel size is {one} in its sform, but {other} in its pixdim. Correct one of them."
+        )
     # an edge that is rounded in pixdim moves the corners a little, which is not an error
     elif s_code > 0 and not monai_apart <= near + SAME_SIZE * float(np.linalg.norm(edges[: len(shape)] * shape)):
         why = "its pixdim fits the qform better: programs read it in different places"

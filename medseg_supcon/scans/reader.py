@@ -72,7 +72,7 @@ def read_scan(scan: Scan, channels: int) -> Volume:
         found, cure = f"{count} channels", "Pass one 4-D file, channels last, or 3-D files NAME_0000, NAME_0001, ..."
         if channels == 1:
             found, cure = f"{count} volumes (a time series or several channels)", "Split it and pass one volume."
-        raise DataError(f"{scan.source}: contains {found}, but the model takes {channels}. {cure}")
+        raise DataError(f"{scan.source}: contains {found}, but the model expects {channels}. {cure}")
     if len(volumes) == 1:
         return first
     return replace(first, data=np.moveaxis(np.concatenate([v.channels_first for v in volumes]), 0, -1))
@@ -99,7 +99,9 @@ def scan_header(scan: Scan) -> tuple[tuple[int, ...], Affine]:
 def _usable(volume: Volume, file: Path) -> Volume:
     shape = volume.data.shape
     if 0 in shape or len(shape) not in (3, 4):
-        raise DataError(f"{file}: expected a 3-D scan, or channels in a fourth axis: {shape}. 2-D images are not read.")
+        raise DataError(
+            f"{file}: expected a 3-D scan, or channels in a fourth axis: {shape}. 2-D images are not supported."
+        )
     fatal = [issue for issue in volume.issues if issue.severity == "error" and issue.code not in WARNED_OF]
     for issue in (affine_issue(volume.affine), *fatal):
         if issue is not None:

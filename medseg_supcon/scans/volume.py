@@ -125,7 +125,7 @@ def as_float32(data: npt.NDArray[Any], file: object) -> npt.NDArray[np.float32]:
     if not np.isfinite(total):
         odd = ~np.isfinite(values)
         if bad := int(np.count_nonzero(odd & ~np.isfinite(data))):
-            raise DataError(f"{file}: {bad} voxels are NaN or infinite. Replace them, for example by 0.")
+            raise DataError(f"{file}: {bad} voxels are NaN or infinite. Replace them, for example with 0.")
         count, largest = np.count_nonzero(odd), float(data.flat[np.abs(data).argmax()])
         found = f"{count} voxels do not fit into a 32-bit float (the largest is {largest:.3g}, at most 3.4e38 fits)"
         raise DataError(f"{file}: {found}. Scale the values down.")

@@ -43,7 +43,7 @@ def load_initial(network: nn.Module, path: str | Path | None, channels_last: boo
         raise RunError(f"{path} does not exist. Correct init_weights in the run's train.yaml, or set it to null.")
     weights, own = load_tensors(Path(path)), network.state_dict()
     if not isinstance(weights, dict):
-        raise RunError(f"{path} holds a {type(weights).__name__}, not the weights of a network.")
+        raise RunError(f"{path} contains a {type(weights).__name__}, not the weights of a network.")
     fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == getattr(v, "shape", None)}
     if not fitting:
         raise RunError(f"No weight in {path} fits this run's network. Is network_def the same in both plans?")

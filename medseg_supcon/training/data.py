@@ -157,7 +157,7 @@ class EpochSampler(Sampler[Key]):
         required: bool = False,
     ) -> None:  # fmt: skip
         if cases < 1:
-            raise DataError("There is no case to train on: the training list is empty.")
+            raise DataError("The training list is empty. Check configs/datalist.json.")
         if share is not None and not 0 < share < 1:
             raise ConfigError(f"unlabelled_share must be above 0 and below 1, got {share}.")
         self.cases, self.steps, self.batch_size = cases, steps_per_epoch, batch_size
@@ -186,11 +186,11 @@ class EpochSampler(Sampler[Key]):
         # checked here, because MONAI would wrap an error of __init__ in its own
         if self.required and self.unlabelled == 0:
             raise ConfigError(
-                "This recipe also learns from unlabelled scans, and configs/datalist.json lists none. Plan it into another "
+                "This recipe also needs unlabelled scans, but configs/datalist.json lists none. Plan it into another "
                 "folder with --unlabelled DIR or --labels N (the other labelled scans count as unlabelled), or use joint."
             )
         if self.share is not None and self.unlabelled > 0 and self.batch_size < 2:
-            raise ConfigError("A batch of one scan cannot be labelled and unlabelled. Use --set plan::batch_size=2.")
+            raise ConfigError("A batch needs a labelled and an unlabelled scan. Use --set plan::batch_size=2.")
         for epoch in count(self.epoch):  # read with the first key, after a checkpoint was loaded
             order = self.order(epoch)
             for step in range(self.steps):

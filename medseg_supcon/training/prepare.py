@@ -204,8 +204,8 @@ def _fit_length(plan: dict[str, Any], timing: Mapping[str, Any], cases: int, min
         fitting = (60 * minutes - validation) / epoch
         if not 1 <= fitting <= 10**6:
             raise ConfigError(
-                f"--minutes {minutes:g} must fit 1 to 1,000,000 epochs. One of {plan['steps_per_epoch']} steps and validation"
-                f" take about {(epoch + validation) / 60:.2g} minutes here. Change M, or --set plan::steps_per_epoch=10."
+                f"--minutes {minutes:g} must be enough for 1 to 1,000,000 epochs. {plan['steps_per_epoch']} steps "
+                f"and validation take about {(epoch + validation) / 60:.2g} minutes here. Change it, or use --set plan::steps_per_epoch=10."
             )
         plan["epochs"] = int(fitting)
         plan["minutes"] = int(minutes) if minutes == int(minutes) else minutes  # 5, not 5.0
@@ -227,7 +227,7 @@ def inherit(plan: dict[str, Any], init: Path, trust: bool = False) -> None:
         if len(earlier[key]) != len(plan[key]):
             had, has = ", ".join(earlier[key]), ", ".join(plan[key])
             raise ConfigError(
-                f"--init {init} has the {what} {had}; this data set has {has}. Choose a run with as many."
+                f"--init {init} has the {what} {had}; this data set has {has}. Choose a run with the same number."
             )
     load_tensors(init / "models" / "model.pt")  # damaged weights are refused before there is a run
     plan.update({key: earlier[key] for key in FROM_INIT})
@@ -256,8 +256,8 @@ def adapt_plan(plan: dict[str, Any]) -> None:
     size, free = (n / 2**30 for n in (batch_bytes(plan["batch_size"], plan), psutil.virtual_memory().available))
     if size > free:
         raise ConfigError(
-            f"A step of batch_size = {plan['batch_size']} scans with patch_size = {patch} takes {size:.1f} GiB for its "
-            f"views alone, and this machine has {free:.1f} GiB free. Choose a smaller batch_size or patch_size."
+            f"A step of batch_size = {plan['batch_size']} scans with patch_size = {patch} needs {size:.1f} GiB for its "
+            f"views alone, but this machine has {free:.1f} GiB free. Choose a smaller batch_size or patch_size."
         )
 
 

@@ -76,7 +76,7 @@ def batch_share(batch_size: int) -> int:
     ranks: int = idist.get_world_size()
     if batch_size % ranks:
         raise ConfigError(
-            f"batch_size = {batch_size} scans per step cannot be shared out evenly among {ranks} processes. "
+            f"batch_size = {batch_size} scans per step cannot be divided evenly among {ranks} processes. "
             f"Use a multiple of {ranks}, for instance --batch_size {ranks * -(-batch_size // ranks)}."
         )
     return batch_size // ranks

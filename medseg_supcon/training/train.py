@@ -73,7 +73,7 @@ def begin_training(run: str | Path, resume: bool = False, overwrite: bool = Fals
     """Refuse to train over a trained run, and remove the scores of its earlier weights; every rank calls it."""
     run = Path(run).resolve()
     if is_started(run) and not (resume or overwrite):
-        raise RunError(f"{run} already holds a trained run. Use --resume true, --overwrite true, or another folder.")
+        raise RunError(f"{run} already contains a trained run. Use --resume true, --overwrite true, or another folder.")
     if idist.get_rank() > 0 or (resume and is_finished(run)):
         return
     names = OF_EARLIER_WEIGHTS if resume else (*OF_EARLIER_WEIGHTS, "logs/history.csv")
@@ -126,8 +126,8 @@ def extend_training(run: Path, epochs: int) -> None:
         plan = read_plan(path)
         if epochs < plan["epochs"]:
             raise RunError(
-                f"{run} is planned for {plan['epochs']} epochs; a resumed training cannot end earlier, at --epochs "
-                f"{epochs}. Leave --epochs out, or choose another --out."
+                f"{run} is planned for {plan['epochs']} epochs; a resumed training cannot be shorter than that (--epochs "
+                f"{epochs}). Leave --epochs out, or choose another --out."
             )
         if epochs > plan["epochs"]:
             plan["epochs"] = epochs
@@ -145,7 +145,7 @@ class _Workflow(ConfigWorkflow):  # type: ignore[misc]
 def run_config(run: Path, trust: bool = False, **overrides: Any) -> ConfigWorkflow:
     """Run a run's ``train.yaml``, as ``python -m monai.bundle run`` does; `overrides`: its keys, the device by name."""
     if not is_planned(run):
-        raise RunError(f"{run} is not a run: it has no configs/plan.json. Make one with medseg plan or medseg train.")
+        raise RunError(f"{run} is not a run: it has no configs/plan.json. Create one with medseg plan or medseg train.")
     check_configs_trusted(run, trust)
     device = overrides.pop("device", None)
     if device is not None:
@@ -171,8 +171,8 @@ def run_config(run: Path, trust: bool = False, **overrides: Any) -> ConfigWorkfl
         cause = innermost(error)
         if isinstance(cause, OSError) and cause.errno is not None:
             raise RunError(
-                f"{cause.filename2 or cause.filename or run}: {cause.strerror}. Check the disk and permissions; what is "
-                "finished is kept, and medseg train --resume goes on from there."
+                f"{cause.filename2 or cause.filename or run}: {cause.strerror}. Check the disk and permissions. Finished "
+                "work is kept, and medseg train --resume continues from it."
             ) from error
         if isinstance(cause, MedsegError | MemoryError | torch.OutOfMemoryError):
             raise cause from None

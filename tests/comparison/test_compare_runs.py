@@ -209,20 +209,20 @@ def test_a_plan_of_other_settings_is_not_taken(design, copied):
     other = [*TINY[:1], ("plan::patch_size", [24, 24, 24]), *TINY[2:]]
     with pytest.raises(RunError, match=r"labels2\.json was prepared with other settings"):
         again(design, copied, settings=other)
-    with pytest.raises(RunError, match="other trust in the scans' affines"):
+    with pytest.raises(RunError, match="other --allow-affine-mismatch"):
         again(design, copied, trust_scan_affine=True)
     assert not (copied / "runs").exists()
 
 
 def test_a_strange_folder_is_refused(design, tmp_path):
     (tmp_path / "thesis.txt").write_text("")
-    with pytest.raises(RunError, match="holds no comparison"):
+    with pytest.raises(RunError, match="contains no comparison"):
         again(design, tmp_path)
 
 
 def test_one_comparison_at_a_time(design, tmp_path):
     (tmp_path / "comparison.json").write_text("{}\n")
-    with folder_lock(tmp_path), pytest.raises(RunError, match="Another medseg compare is at work"):
+    with folder_lock(tmp_path), pytest.raises(RunError, match="Another medseg compare is working"):
         again(design, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["comparison.json"]
 

@@ -307,5 +307,5 @@ def test_no_such_file(tmp_path):
                 read_recipe(tmp_path / "a.yaml")
     with pytest.raises(ConfigError, match="has no levels"):
         make_variants({"a": {}})
-    with pytest.raises(ConfigError, match="share a folder"):
+    with pytest.raises(ConfigError, match="use the same folder"):
         make_variants({"a": {"x y": {}, "X/y": {}}})

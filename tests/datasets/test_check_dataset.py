@@ -319,7 +319,7 @@ def test_a_header_that_says_two_things_about_place_or_none(tmp_path, disk, name)
     assert told == (list(files.values()) if expected and name != "no codes" else [files["image"]] * len(own))
     if ("error", "two_voxel_sizes") in expected:
         sizes = " x ".join(f"{float(v):.4g}" for v in np.diag(forms[1])[:3])
-        assert f"{sizes} by its sform and 1 x 1 x 1 by its pixdim" in own[0].message
+        assert f"{sizes} in its sform, but 1 x 1 x 1 in its pixdim" in own[0].message
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -454,7 +454,7 @@ def test_a_label_map_with_other_axes_at_the_same_place_is_called_turned(tmp_path
     nibabel.save(image.as_reoriented(change), path)
     (found,) = check_dataset(read_dataset(root)).findings
     assert (found.code, found.severity) == ("turned", "error")
-    assert f"axes run along {axes}, those of the scan along RAS" in found.message and "mm" not in found.message
+    assert f"its axes are {axes} and the scan's are RAS" in found.message and "mm" not in found.message
 
 
 @pytest.mark.parametrize("slope", [12 / 255, 0.5, 3.0])

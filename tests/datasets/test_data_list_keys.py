@@ -101,7 +101,7 @@ def test_other_keys_of_items_are_warnings(tmp_path, disk):
 @pytest.mark.parametrize("folds", [[1, 2, 1, 2], [0, 0, 0, 0], ["train", "val", "train", "train"]])
 def test_folds_that_name_no_validation(tmp_path, disk, folds):
     root = with_items(disk.decathlon(tmp_path), disk, fold=lambda n: folds[n])
-    with pytest.raises(DataError, match="fold 0 validates"):
+    with pytest.raises(DataError, match="fold 0 is for validation"):
         read_dataset(root)
 
 
@@ -170,7 +170,7 @@ def test_paths_of_windows(tmp_path, disk):
     assert all(case.images[0].is_file() and case.label.is_file() for case in dataset.cases)
     assert [case.name for case in dataset.cases] == [f"case_{n}" for n in range(4)]
     for path in ("C:\\data\\a.nii.gz", "d:/data/a.nii.gz", "\\\\server\\share\\a.nii.gz"):
-        with pytest.raises(DataError, match="absolute path of Windows"):
+        with pytest.raises(DataError, match="absolute Windows path"):
             read_dataset(changed(root, disk, training=[{"image": path}]))
     with pytest.raises(DataError, match="leaves the data folder"):
         read_dataset(changed(root, disk, training=[{"image": "..\\a.nii.gz"}]))

@@ -117,7 +117,7 @@ def test_faults_are_told_with_the_file(tmp_path, disk):
     scan, label = disk.scan_and_label(0)
     dataset = read_dataset(root)
     disk.nifti(root / "labelsTr/case_0.nii.gz", label + 5)
-    with pytest.raises(DataError, match=r"labelsTr/case_0.*holds 5, 6, 7"):
+    with pytest.raises(DataError, match=r"labelsTr/case_0.*contains 5, 6, 7"):
         fingerprint(dataset)
     disk.nifti(root / "labelsTr/case_0.nii.gz", label[1:])
     with pytest.raises(DataError, match=r"labelsTr/case_0.*11, 10, 8"):

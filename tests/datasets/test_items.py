@@ -108,7 +108,7 @@ def test_class_indices(dtype):
     assert class_indices(np.array([0, 4, 255], np.uint8), PLAN).tolist() == [0, 1, -1]
     assert class_indices(label * (1 + 1e-6), PLAN).tolist() == [0, 1, 2, -1, 2], "rounding of a scaled file"
     for stray in (1, 2, 3, 0.4, -1, 254):
-        with pytest.raises(DataError, match=rf"seg\.nii: holds {stray}, .*0, 4, 0\.5, 255"):
+        with pytest.raises(DataError, match=rf"seg\.nii: contains {stray}, .*0, 4, 0\.5, 255"):
             class_indices(np.array([0, stray], dtype=dtype), PLAN, "seg.nii")
 
 
@@ -155,7 +155,7 @@ def test_a_mask_takes_the_smallest_type_that_holds_its_labels(values, kind):
 def test_unsigned_values_of_a_wide_range_and_an_ignore_label_below_zero():
     plan = {"labels": {"background": 0, "organ": 200_000}, "ignore_label": -1}
     assert class_indices(np.array([0, 200_000], np.uint32), plan).tolist() == [0, 1]
-    with pytest.raises(DataError, match="holds 3,"):
+    with pytest.raises(DataError, match="contains 3,"):
         class_indices(np.array([3, 200_000], np.uint32), plan)
 
 
@@ -167,5 +167,5 @@ def test_large_label_maps_are_taken_in_slabs(monkeypatch):
     assert np.array_equal(class_indices(label, PLAN), whole)
     assert count_values(label) == counts == {float(v): int((label == v).sum()) for v in (0, 0.5, 4, 255)}
     label[-1, -1, -1] = 9
-    with pytest.raises(DataError, match="holds 9"):
+    with pytest.raises(DataError, match="contains 9"):
         class_indices(label, PLAN)

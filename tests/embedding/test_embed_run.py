@@ -114,7 +114,7 @@ def test_a_run_without_a_head_shows_features_only(trained_run, phantoms, tmp_pat
         cli.main()
     shown = capsys.readouterr()
     assert stop.value.code == 0, shown.err
-    assert "only features are shown" in shown.out and "did not train on" in shown.out
+    assert "Only the network's features are shown" in shown.out and "did not train on" in shown.out
     found = json.loads((tmp_path / "out" / "separation.json").read_text())
     assert [row["vectors"] for row in found["separation"]] == [
         "encoder features, before training",

@@ -74,7 +74,7 @@ def test_problems_of_single_cases(folders: tuple[Path, Path]) -> None:
     report = evaluate_folders(masks, labels, LABELS)
     problems = {p["case"]: p["problem"] for p in report["problems"]}
     assert set(problems) == {"a", "b", "d", "e", "f"}
-    assert "there is no mask of this name" in problems["a"]
+    assert "there is no mask with this name" in problems["a"]
     assert "shape (6, 7, 4)" in problems["b"]
     assert "affines differ" in problems["d"]
     assert "does not declare" in problems["e"]
@@ -338,10 +338,10 @@ def evaluate_folders_of(folder: Path, mask: np.ndarray, reference: np.ndarray) -
 @pytest.mark.parametrize(
     ("masks", "maps", "words"),
     [
-        ([0, 1, 3], [0, 1, 4], ["hold 1, 3,", "hold 1, 4."]),
-        ([0, 255, 0], [0, 1, 0], ["hold 255,", "hold 1."]),
-        ([0, 1, 0], [0, 1, 2], ["hold 1,", "hold 1, 2."]),
-        ([0, 0, 0], [0, 1, 2], ["no structure", "hold 1, 2."]),
+        ([0, 1, 3], [0, 1, 4], ["contain 1, 3,", "contain 1, 4."]),
+        ([0, 255, 0], [0, 1, 0], ["contain 255,", "contain 1."]),
+        ([0, 1, 0], [0, 1, 2], ["contain 1,", "contain 1, 2."]),
+        ([0, 0, 0], [0, 1, 2], ["no structure", "contain 1, 2."]),
         ([0, 1, 2], [0, 1, 2], []),
     ],
 )

@@ -131,9 +131,9 @@ def nowhere(k: int, tags: dict[int, tuple[str, Any]]) -> None:
         ({"skip": [1]}, "number 1 and 2 of 7 are 4.80 mm apart"),
         ({"place": lambda k: place_of(int(k * 1.2))}, "not evenly spaced"),
         ({"place": shifted}, "a tilted gantry"),
-        ({"place": lambda k: place_of(k // 2)}, "8 slices at 4 places"),
-        ({"place": lambda k: place_of(max(k - 1, 0))}, "8 slices at 7 places"),
-        ({"place": lambda k: place_of(0)}, "8 slices at 1 places"),
+        ({"place": lambda k: place_of(k // 2)}, "8 slices at 4 positions"),
+        ({"place": lambda k: place_of(max(k - 1, 0))}, "8 slices at 7 positions"),
+        ({"place": lambda k: place_of(0)}, "8 slices at 1 positions"),
         ({"change": nowhere}, "not every slice says where it is"),
         ({"modality": "SEG"}, "contains no scan"),
         ({"modality": "RTDOSE"}, "contains no scan"),
@@ -171,7 +171,7 @@ def test_multi_frame_files(tmp_path: Path) -> None:
     assert "2 volumes, one per file" in reason(volumes)
     assert read_scan(find_scans([volumes / "b.dcm"])[0], 1).data.shape == (9, 8, 6)
     # Two echoes of three slices make no volume of six.
-    assert "6 slices at 3 places" in reason(write_multi_frame(tmp_path / "c.dcm", SCAN, lambda k: place_of(k % 3)))
+    assert "6 slices at 3 positions" in reason(write_multi_frame(tmp_path / "c.dcm", SCAN, lambda k: place_of(k % 3)))
     film = write_dicom(tmp_path / "d.dcm", {**image_tags(np.ones((4, 5, 6))), 0x00280008: ("IS", "4")})
     assert "not every slice says where" in reason(film)
 
@@ -181,7 +181,7 @@ def test_pictures_and_documents(tmp_path: Path) -> None:
     assert "does not say where it is" in reason(picture)
     plain = image_tags(np.ones((5, 6)), modality="SR")
     report = write_dicom(tmp_path / "report.dcm", {t: v for t, v in plain.items() if t < 0x00280000})
-    assert "holds no image" in reason(report)
+    assert "contains no image" in reason(report)
     seg = write_dicom(tmp_path / "seg.dcm", image_tags(np.ones((5, 6)), "1.9.9.8", modality="SEG"))
     assert "its DICOM modality is SEG" in reason(seg)
 

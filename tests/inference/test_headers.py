@@ -87,7 +87,7 @@ def test_two_voxel_sizes_are_refused(tmp_path: Path) -> None:
     save_nifti(tmp_path / "a.nii", blobs((7, 6, 5)), np.diag([2.0, 2.0, 2.0, 1.0]))
     scan = edited(tmp_path / "a.nii", {80: struct.pack("<3f", 1, 1, 1)})
     assert sitk.ReadImage(str(scan)).GetSpacing() != tuple(nib.load(scan).affine.diagonal()[:3])
-    with pytest.raises(DataError, match="2 x 2 x 2 by its sform and 1 x 1 x 1 by its pixdim"):
+    with pytest.raises(DataError, match="2 x 2 x 2 in its sform, but 1 x 1 x 1 in its pixdim"):
         read_scan(find_scans([scan])[0], 1)
 
 

@@ -118,7 +118,7 @@ BAD: dict[str, tuple[str, Callable[[Path], None], str]] = {
         lambda p: sitk.WriteImage(sitk.Image([4, 4, 4], sitk.sitkVectorUInt8, 3), str(p)),
         "3 volumes",
     ),
-    "text dcm": ("a.dcm", _text, "damaged, cut short, or holds no image"),
+    "text dcm": ("a.dcm", _text, "damaged, cut short, or contains no image"),
     "picture": ("a.png", _text, "not a scan"),
 }
 

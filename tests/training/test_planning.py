@@ -133,7 +133,7 @@ def test_minutes_fit_the_length_to_this_machine(
     assert len(split.validation) == 2
     for minutes in (1, 1e9, float("nan"), float("inf")):
         with pytest.raises(
-            ConfigError, match=rf"--minutes {minutes:g} must fit .* take about 2 minutes".replace("+", r"\+")
+            ConfigError, match=rf"--minutes {minutes:g} must be enough for .* take about 2 minutes".replace("+", r"\+")
         ):
             prepare_run(dataset, split, run, settings=TINY, minutes=minutes, device="cpu")
     with pytest.raises(ConfigError, match="--epochs or --minutes"):

@@ -47,7 +47,7 @@ def test_monai_does_not_train_over_a_run_without_being_told_to(run: Path) -> Non
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     done = bundle_run(run)
     assert done.returncode != 0
-    assert "already holds a trained run" in done.stderr and "--overwrite true" in done.stderr
+    assert "already contains a trained run" in done.stderr and "--overwrite true" in done.stderr
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
@@ -69,7 +69,7 @@ def test_a_run_that_monai_trained_over_says_what_it_is_now(run: Path) -> None:
 def test_scores_of_earlier_weights_go_before_a_new_training_begins(run: Path) -> None:
     """So a training that is killed leaves none; weights in the making depend on no document."""
     state = torch.get_rng_state()
-    with pytest.raises(RunError, match="already holds a trained run"):
+    with pytest.raises(RunError, match="already contains a trained run"):
         begin_training(run)
     begin_training(run, resume=True)  # finished: nothing to train
     assert all((run / name).exists() for name in OF_SCORES)
@@ -80,7 +80,7 @@ def test_scores_of_earlier_weights_go_before_a_new_training_begins(run: Path) ->
 
 
 def test_a_finished_run_is_trained_longer(run: Path, phantoms: Path, medseg: Any) -> None:
-    for epochs, code, words in ((1, 2, "cannot end earlier"), (2, 0, "finished"), (3, 0, "The run is in")):
+    for epochs, code, words in ((1, 2, "cannot be shorter"), (2, 0, "finished"), (3, 0, "The run is in")):
         given = ("train", phantoms, "--out", run, "--resume", "--epochs", epochs, "--device", "cpu")
         returned, shown, error = medseg(*given)
         assert returned == code and words in " ".join((shown + error).split()), (shown, error)
