@@ -85,8 +85,8 @@ NOT_ANNOTATED = "With --references: the value in the label maps that means 'not 
 
 
 def evaluate(
-    run: Annotated[Path | None, typer.Argument(help="A trained run.")] = None,
-    dataset: Annotated[Path | None, typer.Argument(help="A data set; its labelled cases are evaluated.")] = None,
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A trained run.")] = None,
+    dataset: Annotated[Path | None, typer.Argument(metavar="DATASET", help="A data set; its labelled cases are evaluated.")] = None,
     out_dir: Annotated[Path, typer.Option("--out", metavar="FOLDER", help=METRICS)] = Path("evaluation"),
     cases: terminal.CasesOption = None,
     predictions: Annotated[Path | None, typer.Option(metavar="FOLDER", help=PREDICTIONS)] = None,

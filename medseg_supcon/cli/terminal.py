@@ -58,8 +58,8 @@ def _warn_of_unused_gpu(device: str | None) -> str | None:
     return device
 
 
-DatasetArg = Annotated[Path, typer.Argument(help="Decathlon folder, nnU-Net v2 raw folder, or MONAI datalist JSON.")]
-RunArg = Annotated[Path, typer.Argument(help="A trained run (a MONAI bundle).")]
+DatasetArg = Annotated[Path, typer.Argument(metavar="DATASET", help="Decathlon folder, nnU-Net v2 raw folder, or MONAI datalist JSON.")]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A trained run (a MONAI bundle).")]
 CASES = "File with the names of the cases to use, one per line."
 CasesOption = Annotated[Path | None, typer.Option(metavar="FILE", help=CASES)]
 DEVICE = "cpu, cuda or cuda:1; default: the first GPU, or the CPU."

@@ -196,7 +196,7 @@ def test_channel_counts(tmp_path, disk, layout):
         disk.nifti(root / "imagesTr/case_2_0002.nii.gz", disk.scan_and_label(77)[0])
     report = check_dataset(read_dataset(root))
     assert [(f.case, f.code) for f in report.errors] == [("case_2", "channels")]
-    expected = "2 channels, the data set 3" if layout == "decathlon" else "3 channels, the data set 2"
+    expected = "2 channels, but the data set has 3" if layout == "decathlon" else "3 channels, but the data set has 2"
     assert expected in report.errors[0].message
 
 

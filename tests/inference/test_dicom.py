@@ -127,8 +127,8 @@ def nowhere(k: int, tags: dict[int, tuple[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"skip": [3]}, "number 3 and 4 of 7 are 4.80 mm apart, others 2.40 mm"),
-        ({"skip": [1]}, "number 1 and 2 of 7 are 4.80 mm apart"),
+        ({"skip": [3]}, "slices 3 and 4 of 7 are 4.80 mm apart, the others 2.40 mm"),
+        ({"skip": [1]}, "slices 1 and 2 of 7 are 4.80 mm apart"),
         ({"place": lambda k: place_of(int(k * 1.2))}, "not evenly spaced"),
         ({"place": shifted}, "a tilted gantry"),
         ({"place": lambda k: place_of(k // 2)}, "8 slices at 4 positions"),

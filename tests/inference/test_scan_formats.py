@@ -111,8 +111,8 @@ BAD: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "2-D mha": ("a.mha", _itk(np.zeros((8, 8))), "expected a 3-D scan"),
     "4-D mha": ("a.mha", _itk(np.zeros((5, 4, 4, 4)), False), "expected a 3-D scan, found 4 dimensions"),
     "4-D nrrd": ("a.nrrd", _itk(np.zeros((5, 4, 4, 4)), False), "3-D scan"),
-    "text mha": ("a.mha", _text, "damaged or not the format"),
-    "text nrrd": ("a.nrrd", _text, "damaged or not the format"),
+    "text mha": ("a.mha", _text, "damaged or not in the format"),
+    "text nrrd": ("a.nrrd", _text, "damaged or not in the format"),
     "vector mha": (
         "a.mha",
         lambda p: sitk.WriteImage(sitk.Image([4, 4, 4], sitk.sitkVectorUInt8, 3), str(p)),
@@ -176,7 +176,7 @@ def test_channel_files(make_run: Callable[..., Path], tmp_path: Path) -> None:
     assert set(scans) == {"a", "b", "plain", "four_0001"}
     assert [file.name for file in scans["a"].files] == ["a_0000.nii.gz", "a_0001.nii.gz"]
     assert "2 channels" in str(scans["b"].problem)
-    with pytest.raises(DataError, match="contains 1 channels, but the model takes 2"):
+    with pytest.raises(DataError, match="contains 1 channels, but the model expects 2"):
         read_scan(scans["plain"], 2)
     save_nifti(tmp_path / "a_0001.nii.gz", blobs((8, 8, 9)))
     with pytest.raises(DataError, match="Channels must share a grid"):
