@@ -1,4 +1,4 @@
-"""The errors that a person can fix: each message is a sentence that names the file and how to fix it."""
+"""The kinds of error that a person can fix. The messages are where they are raised: search for the words of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, leftovers of killed processes, and folder locks."""
+"""Writing files completely or not at all, removing leftovers of killed processes, and folder locks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def temporary_name(folder: Path) -> Path:
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """A file that appears whole or not at all: written beside its place, then moved there."""
+    """A file that is written completely or not at all: beside its final path, then moved there."""
     while True:
         temporary = temporary_name(path.parent)
         try:
@@ -60,7 +60,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file in UTF-8 that appears whole or not at all; its folder is made, and rid of leftovers."""
+    """A UTF-8 text file, written completely or not at all. Its folder is created, and leftovers in it are removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
     # half a character (a lone surrogate) as its escape, which is also that of JSON
@@ -68,7 +68,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """A table that appears whole or not at all. None is an empty field; keys that are not columns are left out."""
+    """A CSV table, written completely or not at all. None is an empty field; keys that are not columns are left out."""
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
     writer.writerow(_csv_cell(column) for column in columns)
@@ -87,10 +87,10 @@ def _csv_cell(value: Any) -> Any:
 
 
 def read_json(path: Path, error: type[MedsegError] = RunError) -> dict[str, Any]:
-    """The object in a JSON file in UTF-8, with nothing in it that other programs read differently or cannot write.
+    """The object in a UTF-8 JSON file. What other programs read differently or cannot write is an error.
 
     Raises:
-        MedsegError: (of the type ``error``) the file is missing, empty, not UTF-8, not JSON or not an object, or holds a
+        MedsegError: (of the type ``error``) the file is missing, empty, not UTF-8, not JSON or not an object, or contains a
             key twice, NaN, a number beyond 64 bits, half a character, or more than 100 levels.
     """
 
@@ -181,8 +181,8 @@ def _is_old(path: Path) -> bool:
 def folder_lock(folder: Path, wait: bool = True) -> Iterator[bool]:
     """Keep other processes out of a folder while the block runs; the lock ends with the process, however it ends.
 
-    The lock is the file ``.medseg.lock``; a folder that cannot hold it (read-only, say) is not locked. Without ``wait``
-    the block gets False while another process holds the lock.
+    The lock is the file ``.medseg.lock``; a folder where it cannot be created (read-only, say) is not locked. Without
+    ``wait`` the block gets False while another process holds the lock.
     """
     lock = FileLock(folder / LOCK, timeout=-1 if wait else 0)
     try:

@@ -1,4 +1,4 @@
-"""Words for people: counts, suggestions, and names that Markdown or a spreadsheet would take for something else."""
+"""Helpers for messages: counts, suggestions for misspelt names, and escaping for Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows from the rest of a run: metadata.json, the model card, the network in the configs, JSON twins."""
+"""Files that are derived from the rest of a run: metadata.json, the model card, the network in the configs, JSON twins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's network as TorchScript or ONNX, compared with the network before the file is handed out."""
+"""A run's network as TorchScript or ONNX, compared with the network before the file is written."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _extra_files(run: Path, plan: dict[str, Any]) -> dict[str, str]:
 def export_model(run: Path, format: Literal["torchscript", "onnx"], out: Path, trust: bool = False) -> dict[str, Any]:
     """Write a run's network for use without this package, and compare it with the network.
 
-    A TorchScript file loads with ``torch.jit.load`` alone, takes any size that the network takes, and carries
+    A TorchScript file loads with ``torch.jit.load`` alone, takes any size that the network takes, and contains
     ``metadata.json``, ``plan.json`` and the configs as extra files, as ``monai.bundle ckpt_export`` does; the
     ``inference.json`` inside reads no file of the run. An ONNX file maps ``image`` (B, C, X, Y, Z) to
     ``pred`` (B, classes, X, Y, Z), logits, float32, with ``plan.json`` and ``metadata.json`` as properties.

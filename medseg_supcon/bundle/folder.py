@@ -1,4 +1,4 @@
-"""A run's folder: for one command at a time, written whole or not at all, its configs read as plain data."""
+"""A run's folder: used by one command at a time, created completely or not at all, its configs read as plain data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medseg_supcon.errors import ConfigError, MedsegError, RunError
 from medseg_supcon.files import folder_lock
 
 TEMPLATE = "segmentation"
-DRAFT = ".planning"  # where a run is written until it is whole
+DRAFT = ".planning"  # where a run is written until it is complete
 NOT_COPIED = ("README.md.j2", "train.yaml", "metadata.json")  # of the template: what is written for each run
 PACKAGE = Path(__file__).resolve().parents[1]
 MOST_BYTES = 2**20
@@ -57,7 +57,7 @@ def drafted(run: Path) -> Iterator[Path]:
     fresh, draft, template = not run.exists(), run / DRAFT, shared_folder("bundles") / TEMPLATE
     run.mkdir(parents=True, exist_ok=True)
     with at_work_in(run):
-        refuse_others(run)  # what came meanwhile
+        refuse_others(run)  # files that appeared meanwhile
         shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
         try:
             for source in template.rglob("*"):

@@ -39,7 +39,7 @@ class Model:
 
 
 def load_model(run: str | Path, trust: bool = False) -> Model:
-    """Load a run; weights only, even with `trust`, which runs its config and plan even if medseg did not write them.
+    """Load a run. With `trust`, code in its config and plan is run even if medseg did not write it; weights are only read.
 
     Raises:
         RunError: it is not a run, is incomplete or damaged, has weights that are NaN or infinite, or contains foreign

@@ -49,7 +49,7 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe's overlay on ``train.yaml``: a name from ``configs/``, or a YAML file of your own.
+    """A recipe's overlay on ``train.yaml``: a name from ``configs/``, or your own YAML file.
 
     A recipe with a key ``base`` starts from that recipe (a name, or the path of a file, relative to the recipe's
     folder) and overrides it. ``above`` are the recipes that have this one as their base.
@@ -153,7 +153,7 @@ def set_key(config: Any, key: str, value: Any, where: str, create: bool = False)
             index = int(part)
         elif not isinstance(node, dict):
             raise ConfigError(f"{where}: {above} is {node!r} and has no key {part!r}. Set {above} as a whole.")
-        # a component takes arguments that the template does not spell out
+        # a component takes arguments that the template does not list
         elif part not in node and not (last and (create or "_target_" in node)):
             raise ConfigError(f"{where} has no key {key!r}. {suggestion(part, node)}")
         if not last:

@@ -100,7 +100,7 @@ def check_configs_trusted(run: Path, trust: bool) -> None:
     """Passes if all configs of a run may be evaluated; called before any of them is.
 
     RunError, with file and key, if the user did not pass ``--trust``, and a config, the plan, metadata.json,
-    logging.conf or a script holds code that is neither shipped nor written by this user's medseg.
+    logging.conf or a script contains code that is neither shipped nor written by this user's medseg.
     """
     if trust:
         return
@@ -128,7 +128,7 @@ def record_run(run: Path) -> None:
     """Remember the code in a run's configs as written by this user's medseg on this machine.
 
     The record is a file of digests under ``$XDG_STATE_HOME/medseg`` (by default ``~/.local/state/medseg``), named by
-    its content, so that runs may be moved and several processes may write. That it cannot be written is no error.
+    its content, so that runs may be moved and several processes may write. It is not an error if it cannot be written.
     """
     digests = sorted({_digest(*code) for code, _ in _code_of(run)})
     text = json.dumps(digests, indent=0) + "\n"
@@ -155,7 +155,7 @@ def _records() -> Path:
 
 
 def _digest(name: str, key: str, value: Any) -> str:
-    """Of the file's name without its ending: YAML and JSON twin hold the same code."""
+    """Of the file's name without its ending: YAML and JSON twin contain the same code."""
     text = json.dumps([name.partition(".")[0], key, value], sort_keys=True, default=str)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 

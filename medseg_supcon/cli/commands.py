@@ -1,4 +1,4 @@
-"""The command line ``medseg``: its shorter commands, and how all of them end."""
+"""The shorter commands of ``medseg``, and the exit codes and error messages of all commands."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ NOT_ANNOTATED = "With --references: the value in the label maps that means 'not 
 
 def evaluate(
     run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A trained run.")] = None,
-    dataset: Annotated[Path | None, typer.Argument(metavar="DATASET", help="A data set; its labelled cases are evaluated.")] = None,
+    dataset: Annotated[
+        Path | None, typer.Argument(metavar="DATASET", help="A data set; its labelled cases are evaluated.")
+    ] = None,
     out_dir: Annotated[Path, typer.Option("--out", metavar="FOLDER", help=METRICS)] = Path("evaluation"),
     cases: terminal.CasesOption = None,
     predictions: Annotated[Path | None, typer.Option(metavar="FOLDER", help=PREDICTIONS)] = None,
@@ -97,8 +99,8 @@ def evaluate(
 ) -> None:
     """Write Dice, HD95 (mm), surface Dice and volumes (ml) per case and class, as CSV and JSON.
 
-    Pass a run and a data set (choose cases that it was not trained on with --cases), or --predictions and
-    --references for masks that exist. Exit code 3 if some cases could not be scored.
+    Pass RUN and DATASET, or --predictions and --references for masks that exist.
+    Use --cases to choose cases that the run was not trained on. Exit code 3 if some cases could not be scored.
     """
     if (predictions is None) != (references is None):
         raise ConfigError("--predictions and --references must be used together: pass both folders.")

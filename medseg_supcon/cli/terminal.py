@@ -1,4 +1,4 @@
-"""What the commands share: their common options, and how they print: nothing that a terminal would take for a command."""
+"""Options that several commands share, and printing without control characters."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def _warn_of_unused_gpu(device: str | None) -> str | None:
     return device
 
 
-DatasetArg = Annotated[Path, typer.Argument(metavar="DATASET", help="Decathlon folder, nnU-Net v2 raw folder, or MONAI datalist JSON.")]
+DatasetArg = Annotated[
+    Path, typer.Argument(metavar="DATASET", help="Decathlon folder, nnU-Net v2 raw folder, or MONAI datalist JSON.")
+]
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A trained run (a MONAI bundle).")]
 CASES = "File with the names of the cases to use, one per line."
 CasesOption = Annotated[Path | None, typer.Option(metavar="FILE", help=CASES)]

@@ -1,4 +1,4 @@
-"""`check_dataset`: every case and every file read once, its faults, and what the cases have in common."""
+"""`check_dataset`: reads every file once and reports problems of single cases and of the whole data set."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Report:
 
 @dataclass
 class CaseReport:
-    """What reading one case showed."""
+    """The result of reading one case."""
 
     case: Case
     findings: list[Finding] = field(default_factory=list)
@@ -105,9 +105,9 @@ def check_dataset(dataset: Dataset, *, allow_affine_mismatch: bool = False) -> R
     fractional or overlapping labels; only empty label maps; differing channel counts; one image in two cases; an invalid
     or sheared affine; a header in metres or microns, or with two voxel sizes.
 
-    Warnings: what reading the data set did not use; an empty label map; a class that nobody drew, or one case alone, or
+    Warnings: what reading the data set did not use; an empty label map; a class that is in no case, in one case only, or in
     no training case; a single slice; a qform that disagrees with the sform; a header without orientation; outliers of
-    spacing, size and intensity; CT that is not in Hounsfield units; a patient who both trains and validates.
+    spacing, size and intensity; CT that is not in Hounsfield units; a patient with scans on both sides of the split.
     """
     mismatch = "warning" if allow_affine_mismatch else "error"
     reports = in_parallel(lambda case: _case_report(case, dataset, mismatch), dataset.cases)
@@ -271,7 +271,7 @@ def _check_values(report: CaseReport, path: Path, data: npt.NDArray[Any], datase
 
 
 def _find_duplicates(reports: Sequence[CaseReport]) -> None:
-    """Images whose voxels are those of an earlier case."""
+    """Images with the same voxels as an earlier case."""
     first: dict[bytes, CaseReport] = {}
     for report in reports:
         for content, path in report.contents.items():
@@ -334,7 +334,7 @@ def _intensity_outliers(dataset: Dataset, reports: Sequence[CaseReport]) -> list
 
 
 def _rare_classes(dataset: Dataset, reports: Sequence[CaseReport]) -> list[tuple[str, str]]:
-    """Classes that no case shows, only one, or only cases that do not train."""
+    """Classes that are in no case, in one case only, or only in cases that are not trained on."""
     cases = {name: [r.case.name for r in reports if name in r.classes] for name in dataset.labels}
     _, *classes = dataset.labels
     if not any(cases.values()):

@@ -1,4 +1,4 @@
-"""What a data set is, which of its cases train, validate or count as unlabelled, and how a run lists them."""
+"""A data set, its split into training, validation and unlabelled cases, and the `datalist.json` of a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Item = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One scan and, if somebody drew one, its label map."""
+    """One scan and, if there is one, its label map."""
 
     name: str  # unique in the data set; the file name without extension and channel suffix
     images: tuple[Path, ...]  # one NIfTI file (3-D, or 4-D with the channels last), or one 3-D file per channel
@@ -43,7 +43,7 @@ class Dataset:
     channels: tuple[str, ...]  # names in file order, e.g. ("T1", "FLAIR")
     labels: dict[str, int | float] = field(hash=False)  # class -> value in the files, in class order, background first
     ignore_label: int | float | None = None  # value in the label files that means "not annotated"
-    validation: frozenset[str] = frozenset()  # names of the cases that validate and do not train, if that is known
+    validation: frozenset[str] = frozenset()  # names of the cases that are for validation, if the data set says so
     warnings: tuple[str, ...] = ()  # sentences on what its files say and reading did not use
 
     @property
@@ -102,11 +102,12 @@ def split_cases(
 ) -> Split:
     """Split a data set by patients, for a budget of `labels` labelled cases, validation included.
 
-    The seed and the names alone order the labelled cases; a budget of N takes the first N, and whether a case trains or
-    validates is decided along that order, so the cases of a smaller budget are on the same side in a larger one. About
-    ``max(1, min(20, round(validation_fraction * N)))`` cases validate, more if a patient has many scans. If the data list
-    names validation cases, only these validate (`DataError` if that separates scans of a patient); without a budget all
-    of them do. With a fraction of 0 all cases of the budget train, and the first 20 also validate.
+    The order of the labelled cases depends only on the seed and their names. A budget of N takes the first N. Cases are
+    assigned to training or validation along that order, so a case is on the same side in every larger budget. About
+    ``max(1, min(20, round(validation_fraction * N)))`` cases are for validation, more if a patient has many scans. If the
+    data list names validation cases, only these are used for validation (`DataError` if that separates scans of a
+    patient), and without a budget all of them. With a fraction of 0, all cases of the budget are used for training, and
+    the first 20 also for validation.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction must be at least 0 and below 1, got {validation_fraction}")
@@ -160,7 +161,7 @@ def _group(case: Case) -> str:
 
 
 def patient_on_both_sides(dataset: Dataset) -> str | None:
-    """A sentence on a patient whose labelled scans both train and validate in the data list; None if none does."""
+    """A sentence on a patient with labelled scans on both sides of the data list's split; None if there is none."""
     sides = [{_group(c) for c in dataset.labelled if (c.name in dataset.validation) == side} for side in (False, True)]
     if not (both := sides[0] & sides[1]):
         return None

@@ -1,4 +1,4 @@
-"""Label values: what a data set declares, what its files hold, and the class index of each value."""
+"""Label values: the declared ones, those in the files, and the class index of each value."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def label_type(values: Collection[float]) -> np.dtype[Any]:
 
 
 def snap_labels(label: Array, values: Iterable[float]) -> Array:
-    """The label map with values within 1e-3 of one of `values`, as a scaling leaves them, set to exactly that one."""
+    """The label map, with values within 1e-3 of one of `values` set to exactly that one: a header's scaling rounds them."""
     declared = list(values)
     if label.dtype.kind != "f" or set(count_values(label)) <= set(declared):
         return label

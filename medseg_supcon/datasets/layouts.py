@@ -1,4 +1,4 @@
-"""Finding the cases of a data set in any of the layouts that people have: folders, dataset.json, MONAI datalists."""
+"""Finds the cases of a data set in any supported layout: folders, dataset.json, MONAI datalists."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEYS = (*LISTS, *CHANNEL_KEYS, *DESCRIPTIONS, "labels", "ignore_label", "numTrai
 PATIENT_KEYS = ("patient", "subject", "group")
 NAME_KEYS = ("name", "case")
 ITEM_KEYS = ("image", "label", "fold", *PATIENT_KEYS, *NAME_KEYS)
-MISSPELT = 0.8  # similarity above which an unknown key is a known one with a slip
+MISSPELT = 0.8  # similarity above which an unknown key is a misspelt known one
 
 
 def read_dataset(path: str | Path) -> Dataset:
@@ -37,7 +37,7 @@ def read_dataset(path: str | Path) -> Dataset:
         (``imagesTr/case_0000.nii.gz``, or the files that its ``dataset`` key names), a MONAI datalist JSON, or a
         folder with ``imagesTr`` and ``labelsTr`` (or ``images`` and ``labels``) alone. A ``training`` list counts
         wherever there is one. Items may have a ``patient``; so may ``patients.json`` beside the list. Items with a
-        ``fold``: fold 0 validates, as in MONAI's Auto3DSeg. The ``test`` section is not used. An unknown key is a
+        ``fold``: fold 0 is for validation, as in MONAI's Auto3DSeg. The ``test`` section is not used. An unknown key is a
         warning of the data set, a misspelt one an error. Relative paths cannot leave the folder of the list.
     """
     path = Path(path)
@@ -113,7 +113,7 @@ def _hint(key: str, known: Sequence[str]) -> str:
 
 
 def _cases(content: Mapping[str, Any], path: Path, source: Path, warnings: list[str]) -> tuple[list[Case], set[str]]:
-    """The cases of a data set in any layout, and the names of those that validate."""
+    """The cases of a data set in any layout, and the names of those for validation."""
     files = content.get("dataset")
     if "training" not in content and isinstance(files, Mapping):
         if odd := [name for name, entry in files.items() if not isinstance(entry, Mapping)]:
@@ -254,7 +254,7 @@ def _folder_cases(path: Path, content: Mapping[str, Any]) -> list[Case]:
     declared = next((content[key] for key in CHANNEL_KEYS if key in content), None)
     number = max(1, len(declared)) if isinstance(declared, Mapping | list) else 1
     suffixed = True if "file_ending" in content else None
-    if labels and set(labels) <= stems:  # every label map has a scan of its very name
+    if labels and set(labels) <= stems:  # every label map has a scan with exactly its name
         suffixed = False
     scans = _scans(images, number, suffixed)
     if labels and not set(labels) & set(scans):

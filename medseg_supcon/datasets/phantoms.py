@@ -1,4 +1,4 @@
-"""Phantoms: a small 3-D data set made on the spot, for the demo and for tests."""
+"""Phantoms: a small generated 3-D data set, for the demo and for tests."""
 
 from __future__ import annotations
 

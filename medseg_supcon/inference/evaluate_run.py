@@ -91,7 +91,7 @@ def evaluate_items(
     """Score a predictor on items with absolute paths, each in the scan's own grid; the content of ``metrics.json``.
 
     Writes ``metrics.csv``, ``metrics.json`` and the masks (``predictions/``) to ``out``. ``tolerance_mm`` is that of
-    the surface Dice, ``problems`` says per case why it is not among the items, and ``seen`` names the cases for the
+    the surface Dice, ``problems`` says per case why it is not among the items. ``seen`` names the cases for the
     column ``trained_on``. DataError if a scan or label map cannot be used, or they are in different places.
     """
     labels = {}

@@ -16,7 +16,7 @@ from typing import Any
 from medseg_supcon.errors import DataError
 from medseg_supcon.scans import Scan, Series, is_one_of_many, kind_of, not_a_file, scan_header, series_in, stem
 
-# Formats that are not read: in a folder they are refused by name; notes and tables are passed over.
+# Unsupported formats, which are reported if a folder contains them; notes and tables are ignored.
 FOREIGN = (
     ".hdr", ".mgh", ".mgz", ".mnc", ".par", ".head", ".gipl", ".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip",
     ".mha.gz", ".nrrd.gz", ".dcm.gz", ".gipl.gz",
@@ -31,10 +31,10 @@ def find_scans(paths: Iterable[str | Path], channels: int | Sequence[str] = 1) -
     """The scans in files and folders, in order; what is wrong with one is its ``problem``.
 
     A folder gives every scan directly in it and all DICOM series in and below it, ``PATIENT/STUDY/SERIES`` called
-    ``PATIENT_STUDY_SERIES``. Other scans in its subfolders are passed over, as ``warnings`` of the first scan say;
-    hidden files and what is not a scan are passed over, damaged DICOM files are not. With several channels, 3-D
+    ``PATIENT_STUDY_SERIES``. Other scans in its subfolders are ignored, with a warning in the first scan's ``warnings``.
+    Hidden files and files that are not scans are ignored, but damaged DICOM files are reported. With several channels, 3-D
     files ``case_0000.nii.gz``, ``case_0001.nii.gz``, ... are one scan ``case``, as in nnU-Net. Two scans that
-    would get one name are both refused.
+    would get the same name are both refused.
 
     Args:
         paths: files and folders, mixed.
@@ -49,7 +49,7 @@ def find_scans(paths: Iterable[str | Path], channels: int | Sequence[str] = 1) -
     series_of = cache(series_in)
     for path in map(Path, paths):
         for scan in _scans_at(path, series_of):
-            # A link to a file has a name of its own, a link to a folder gives its files none.
+            # A link to a file has its own name; a link to a folder does not change the names of its files.
             key = tuple(Path(os.path.realpath(file.parent), file.name) for file in scan.files)
             found.setdefault(key, scan)
     scans = list(found.values())
@@ -94,7 +94,7 @@ def _one(name: str, numbered: list[tuple[int, Scan]], channels: int) -> Scan:
 
 
 def _name(path: Path) -> str:
-    # Not resolve(): the mask is called as the link, not as what it leads to; but ".." has no name.
+    # Not resolve(): the mask is named like the link, not like its target; but ".." has no name.
     return stem(os.path.abspath(path)) or "scan"  # noqa: PTH100
 
 

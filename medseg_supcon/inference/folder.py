@@ -1,4 +1,4 @@
-"""Many scans into a folder: reading, inference and writing side by side, and a manifest of the outcome."""
+"""Predicts many scans into a folder: reading, inference and writing run in parallel, and a manifest lists the outcome."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ STATUSES = ("done", "skipped", "failed")
 EXISTED = "the mask already existed"
 PAUSE = 20  # times as long as the last writing took: rewriting a long file after every scan is quadratic
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "pydicom", "SimpleITK", "scipy")
-# The parts of a plan that decide a mask. How many windows go together does not.
+# The parts of a plan that affect the mask; the number of windows per batch does not.
 DECISIVE = ("channels", "orientation", "spacing", "intensity", "patch_size", "network_def", "keep_largest")
 logger = logging.getLogger(__name__)
 
@@ -82,14 +82,14 @@ def _mask_facts(mask: npt.NDArray[Any], grid: Grid, labels: dict[str, float]) ->
 class Manifest:
     """The entries of a folder of masks; those of earlier calls stay in it.
 
-    The file is written as often as takes a twentieth of the time. A process that is killed can lose the last entries,
-    but not the masks: the next call makes their entries again from the masks.
+    Writing the file takes at most a twentieth of the time. A process that is killed can lose the last entries, but not the
+    masks: the next call creates their entries again from the masks.
     """
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         self.path, self.head, self.due = path, head, time.monotonic()
         self.entries: list[dict[str, Any]] = []
-        # Tells a mask of this call from that of another model or of other settings.
+        # Distinguishes a mask of this call from one by another model or with other settings.
         self.made_by = {"models": [model["sha256"] for model in head["models"]], "settings": head["settings"]}
         self.earlier, damaged = _read(path)
         if damaged:

@@ -30,8 +30,8 @@ class Predictor:
     """Masks of scans from one run, or from several as an ensemble (the mean of their probabilities).
 
     The masks are those of the bundle's own ``inference.yaml``, except for voxels where two classes tie to within
-    rounding. Memory is bounded: with one run and without ``probabilities``, all classes are held for one patch's
-    depth at a time.
+    rounding. Memory is bounded: with one run and without ``probabilities``, all classes are in memory only for one
+    patch's depth at a time.
 
     Args:
         run: a run's folder, or several.
@@ -138,7 +138,7 @@ class Predictor:
         return prepare(scan, self.models)
 
     def segment(self, prepared: Prepared, probabilities: bool = False) -> Prediction:
-        """The mask of a prepared scan; if the GPU's memory is too small, it is tried again with less there.
+        """The mask of a prepared scan; if the GPU's memory is too small, it is tried again with less.
 
         DataError if the network's output is NaN or infinite; MemoryError or torch's own error if one window on the CPU
         needs too much memory.

@@ -1,4 +1,4 @@
-"""The network over a whole scan: windows, stitched row by row in bounded memory, and less of it if it runs out."""
+"""Sliding-window inference over a whole scan in bounded memory, and again with less if memory runs out."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def keep_freed_memory(wanted: bool) -> Iterator[None]:
-    """Inside, if ``wanted``, large blocks that are freed stay in the process; at the end they all go back."""
+    """Inside, if ``wanted``, large blocks that are freed stay in the process; at the end they are given back."""
     if wanted:
         tune_malloc(keep=True)
     try:

@@ -204,8 +204,9 @@ def _fit_length(plan: dict[str, Any], timing: Mapping[str, Any], cases: int, min
         fitting = (60 * minutes - validation) / epoch
         if not 1 <= fitting <= 10**6:
             raise ConfigError(
-                f"--minutes {minutes:g} must be enough for 1 to 1,000,000 epochs. {plan['steps_per_epoch']} steps "
-                f"and validation take about {(epoch + validation) / 60:.2g} minutes here. Change it, or use --set plan::steps_per_epoch=10."
+                f"--minutes {minutes:g} must be enough for 1 to 1,000,000 epochs. {plan['steps_per_epoch']} steps and "
+                f"validation take about {(epoch + validation) / 60:.2g} minutes here. Change it, or use "
+                "--set plan::steps_per_epoch=10."
             )
         plan["epochs"] = int(fitting)
         plan["minutes"] = int(minutes) if minutes == int(minutes) else minutes  # 5, not 5.0

@@ -144,6 +144,6 @@ def test_minutes_fit_the_length_to_this_machine(
     assert json.loads((run / "configs" / "plan.json").read_text()) == json.loads(json.dumps(plan))
     assert json.loads((run / "logs" / "expected.json").read_text())["minutes"] == 20
     length = next(line for line in (run / "docs" / "README.md").read_text().split("\n- ") if line.startswith("Length"))
-    assert "19 epochs of 3 steps" in length and "what fits into 20 minutes on the machine that planned it." in length
+    assert "19 epochs of 3 steps" in length and "about 20 minutes on the machine that planned it." in length
     extend_training(run, 40)  # which does not fit
     assert "minutes" not in json.loads((run / "configs" / "plan.json").read_text())
