@@ -1,1 +1,1 @@
-"""The README's figures: each comes from a script here, which prints its table."""
+"""The numbers in the README: each comes from a script here, which prints its table."""

@@ -2,7 +2,7 @@
 
     MEDSEG_DATA=/data python -m benchmarks.evidence --out DIR [--set atrium] [--part deciding] [--workers 2]
 
-MEDSEG_DATA holds `Task04_Hippocampus` (with `folds.json`: trained on folds 2-4, tested on fold 1) and
+MEDSEG_DATA contains `Task04_Hippocampus` (with `folds.json`: trained on folds 2-4, tested on fold 1) and
 `LeftAtrium_1p5mm` (with `splits.json`: trained on `pool`, tested on `development_test`). Every part is one
 `medseg compare` call, which is printed, so you can run it yourself. Finished runs are kept: after an interruption,
 run the same command again. The tables are written to benchmarks/results/evidence_SET_PART.md.
@@ -152,7 +152,7 @@ def main() -> None:
     given = options.parse_args()
     root = os.environ.get("MEDSEG_DATA")
     if not root or not all((Path(root) / task.folder).is_dir() for task in TASKS.values()):
-        print("Skipped: MEDSEG_DATA must name the folder that holds Task04_Hippocampus and LeftAtrium_1p5mm.")
+        print("Skipped: MEDSEG_DATA must name the folder that contains Task04_Hippocampus and LeftAtrium_1p5mm.")
         return
     given.out.mkdir(parents=True, exist_ok=True)
     for title in given.part or PARTS:

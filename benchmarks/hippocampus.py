@@ -2,7 +2,7 @@
 
     MEDSEG_DATA=/data python -m benchmarks.hippocampus [--labels 20] [--set KEY=VALUE ...] [--out DIR]
 
-MEDSEG_DATA holds `Task04_Hippocampus` with `folds.json` (the published folds) and
+MEDSEG_DATA contains `Task04_Hippocampus` with `folds.json` (the published folds) and
 `nnunet_v2_cross_validation.json` (the published Dice of nnU-Net v2 per scan, to compare scan by scan: it was trained
 for 1000 epochs on a GPU with the other four folds, 208 scans).
 """
@@ -51,7 +51,7 @@ def main() -> None:
     given = options.parse_args()
     root = os.environ.get("MEDSEG_DATA")
     if not root or not (Path(root) / TASK).is_dir():
-        print(f"Skipped: MEDSEG_DATA must name the folder that holds {TASK}.")
+        print(f"Skipped: MEDSEG_DATA must name the folder that contains {TASK}.")
         return
     data = Path(root) / TASK
     folds = json.loads((data / "folds.json").read_text())
@@ -72,7 +72,7 @@ def main() -> None:
     theirs = np.array([[published[c][k] for k in classes] for c in cases])
     plan, expected = (json.loads((out / "run" / f).read_text()) for f in ("configs/plan.json", "logs/expected.json"))
     minutes = json.loads((out / "seconds.json").read_text()) / 60
-    told = ", ".join(("planned defaults", *given.set))
+    changes = ", ".join(("planned defaults", *given.set))
     text = [
         f"{given.labels or len(folds['fold_2']) * 3} labelled scans (validation included), {len(cases)} test scans, "
         f"{plan['epochs']} epochs of {plan['steps_per_epoch']} steps, {minutes:.1f} minutes for `medseg train` "
@@ -80,7 +80,7 @@ def main() -> None:
         "",
         "| | mean Dice | anterior | posterior |",
         "|---|---|---|---|",
-        f"| medseg_supcon, {told} | {scores.mean():.4f} | {scores[:, 0].mean():.4f} | {scores[:, 1].mean():.4f} |",
+        f"| medseg_supcon, {changes} | {scores.mean():.4f} | {scores[:, 0].mean():.4f} | {scores[:, 1].mean():.4f} |",
         f"| nnU-Net v2, published | {theirs.mean():.4f} | {theirs[:, 0].mean():.4f} | {theirs[:, 1].mean():.4f} |",
         "",
         f"Per-scan difference (ours minus nnU-Net's): {(scores.mean(1) - theirs.mean(1)).mean():+.4f}, "

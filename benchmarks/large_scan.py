@@ -63,8 +63,8 @@ def main() -> None:
         f"{machine(args.threads)}.\n\n"
         f"One int16 CT of {times(args.shape)} voxels of {times(args.spacing)} mm ({voxels * 2 / 2**20:,.0f} MiB), "
         f"{args.organs + 1} classes. All classes at its resolution in float32 would take "
-        f"{voxels * 4 * (args.organs + 1) / 2**20:,.0f} MiB, and are never held. Measured is the whole command "
-        "`medseg predict RUN SCAN --out DIR`, start-up included. Peak: the largest resident set (ru_maxrss).\n\n"
+        f"{voxels * 4 * (args.organs + 1) / 2**20:,.0f} MiB, and are never in memory together. Measured: the whole "
+        "command `medseg predict RUN SCAN --out DIR`, start-up included. Peak: the largest resident set (ru_maxrss).\n\n"
         + "\n".join(lines)
         + "\n"
     )

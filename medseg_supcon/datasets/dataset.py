@@ -122,7 +122,7 @@ def split_cases(
     def draw(text: str) -> bytes:
         return hashlib.sha256(f"{seed}\0{text}".encode()).digest()
 
-    def wanted(count: int) -> int:  # grows by at most one as `count` does, hence the nesting
+    def wanted(count: int) -> int:  # grows by at most one as `count` does, so budgets are nested
         return max(1, min(MOST_VALIDATION, round(validation_fraction * count), count - 1))
 
     ordered = sorted(labelled, key=lambda case: (draw(_group(case)), _group(case), draw(f"case {case.name}")))
