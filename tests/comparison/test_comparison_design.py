@@ -105,7 +105,7 @@ def test_a_recipe_may_stand_twice_and_is_trained_once(tmp_path):
     [
         ({"recipes": ("joint",)}, ConfigError, "at least two"),
         ({"recipes": ("joint", "jiont")}, ConfigError, "Did you mean joint"),
-        ({"recipes": (("a/b", "joint"), "joint")}, ConfigError, "'a/b' cannot be part of a folder's name"),
+        ({"recipes": (("a/b", "joint"), "joint")}, ConfigError, "'a/b' cannot be used in the name of a folder"),
         ({"seeds": []}, ConfigError, "--seeds"),
         ({"seeds": [0, 1, 0]}, ConfigError, "--seeds: 0 is given twice"),
         ({"labels": [5, 5]}, ConfigError, "--labels: 5 is given twice"),

@@ -50,7 +50,7 @@ def test_scans_in_subfolders_are_named(threshold_run: Path, tmp_path: Path) -> N
     assert [entry["status"] for entry in entries] == ["done", "done"]
     told = [warning for entry in entries for warning in entry["warnings"] if "contain other scans" in warning]
     assert told == [
-        f"{tmp_path}: in subfolders only DICOM is searched for, but {Path('sub') / 'deep'} contain other scans. Pass "
+        f"{tmp_path}: only DICOM is searched for in subfolders, but {Path('sub') / 'deep'} contain other scans. Pass "
         "those folders too."
     ]
     (tmp_path / "sub" / "deep" / "a.nii").rename(tmp_path / "sub" / "deep" / "a.mgz")
