@@ -91,8 +91,8 @@ def is_mask_of(mask: Path, scan: Scan) -> bool:
 def scan_header(scan: Scan) -> tuple[tuple[int, ...], Affine]:
     """Shape (X, Y, Z) or (X, Y, Z, C), and affine to RAS+ mm, of a scan's first file or its series, without voxels."""
     if scan.kind == "dicom":
-        headers, frames, affine = check_series(scan.files)
-        return (*headers[0].size[:2], len(frames)), affine
+        frames, affine = check_series(scan.files)
+        return (*frames[0].size[:2], len(frames)), affine
     return (read_header if scan.kind == "nifti" else read_itk_header)(scan.files[0])
 
 
