@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Literal, NamedTuple
 
 import torch
@@ -203,10 +204,8 @@ class _Draw(NamedTuple):
         if self.logits is not None:
             return 1.0 - self.logits.movedim(1, -1)[where].float().softmax(1)[:, c]
         score = torch.rand(len(voxels), generator=self.generator).to(voxels.device) * 0.5
-        for axis in range(1, self.labels.ndim):
-            for step in (-2, -1, 1, 2):
-                moved = list(where)
-                moved[axis] = (where[axis] + step).clamp(0, self.labels.shape[axis] - 1)
-                neighbour = self.labels[tuple(moved)]
-                score += (neighbour != c) & (neighbour >= 0)
+        for axis, step in product(range(1, self.labels.ndim), (-2, -1, 1, 2)):
+            moved = (where[axis] + step).clamp(0, self.labels.shape[axis] - 1)
+            neighbour = self.labels[(*where[:axis], moved, *where[axis + 1 :])]
+            score += (neighbour != c) & (neighbour >= 0)
         return score

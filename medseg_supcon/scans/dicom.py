@@ -57,10 +57,10 @@ class Frame:
     """A file's only slice, or one of a multi-frame file. Identifiers, which lead to a patient, are never shown."""
 
     file: Path
-    number: int  # in its file, from 1
     text: dict[str, str]  # TEXT_TAGS; "" if the file does not say
     size: tuple[int, int, int]  # columns, rows and frames of the file; a zero if it holds no image
     lut: bool  # whether a Modality LUT replaces the scaling
+    number: int  # in its file, from 1
     # None: the file does not say, or nothing valid
     position: Numbers | None  # (3,) of the first voxel, LPS mm
     orientation: Numbers | None  # (6,) directions of a row and of a column
@@ -73,11 +73,9 @@ class Frame:
 def series_in(folder: Path, name: str = "") -> tuple[Series, list[Path]]:
     """The DICOM series directly in a folder, (name, slices in order, digest) each, and the damaged files.
 
-    A single series is called as the folder, or `name`, several ``<folder>_series<number>``. Series identifiers are never
-    shown: they identify a patient's examination. A digest tells series apart. Reports, plans and drawings are skipped.
+    Series are told apart by a digest: their identifiers identify a patient's examination. Documents are skipped.
     """
-    by_series: dict[str, list[Frame]] = {}
-    damaged = []
+    by_series, damaged = dict[str, list[Frame]](), []
     for file in sorted(folder.iterdir()):
         if file.name.startswith(".") or file.is_dir() or not looks_like_dicom(file):
             continue
@@ -117,11 +115,7 @@ def is_one_of_many(file: Path, series: Series) -> int:
 
 
 def read_dicom(files: Sequence[Path]) -> Volume:
-    """The volume (X, Y, Z) that the slices of a series, or the frames of a file, make; DataError if they make none.
-
-    Values are what the header defines: stored values through the slice's own slope and intercept, or through its
-    Modality LUT. MONOCHROME1 says how to show them, and changes none.
-    """
+    """The volume (X, Y, Z) that the slices of a series, or the frames of a file, make; DataError if they make none."""
     frames, affine = check_series(files)
     columns, rows, _ = frames[0].size
     data = np.empty((len(frames), rows, columns), dtype=np.float32)
@@ -140,7 +134,15 @@ def check_series(files: Sequence[Path]) -> tuple[list[Frame], Affine]:
     source = files[0].parent if len(files) > 1 else files[0]
     frames = [frame for file in files for frame in read_frames(file)]
     for frame in frames:
-        _check_kind(frame, source)
+        modality, colours = frame.text["Modality"], frame.text["PhotometricInterpretation"]
+        if 0 in frame.size or modality in NOT_SCANS:
+            found = f"is not a scan, or holds no image (its DICOM modality is {modality or 'not given'})"
+            raise DataError(f"{source}: {found}. Pass the scan itself.")
+        if "MOSAIC" in frame.text["ImageType"].upper():
+            raise DataError(f"{source}: is a mosaic, all slices tiled in one picture. Convert it with dcm2niix.")
+        if colours not in ("MONOCHROME1", "MONOCHROME2"):
+            found = f"is in colour ({colours or 'no PhotometricInterpretation'}), expected grey values"
+            raise DataError(f"{frame.file}: {found}. Pass the scan it was made of.")
     if frames[0].size[2] > 1 and len(files) > 1:
         raise DataError(f"{source}: the series has {len(files)} volumes, one per file. Pass the file to be segmented.")
     _check_alike(frames)
@@ -155,7 +157,7 @@ def check_series(files: Sequence[Path]) -> tuple[list[Frame], Affine]:
     row, column = first.orientation[:3], first.orientation[3:]
     axes = np.array([row, column, np.cross(row, column)])
     if np.abs(axes @ axes.T - np.eye(3)).max() > 10 * SAME:
-        raise DataError(f"{first.file}: its ImageOrientationPatient is not two perpendicular axes. Export it again.")
+        raise DataError(f"{first.file}: ImageOrientationPatient is not a pair of perpendicular axes. Export it again.")
     if len(frames) > 1:
         _check_even(positions, axes[2], float(first.spacing.min()), source)
         step = (positions[-1] - positions[0]) / (len(frames) - 1)
@@ -168,18 +170,6 @@ def check_series(files: Sequence[Path]) -> tuple[list[Frame], Affine]:
     return frames, ras_affine(lps)
 
 
-def _check_kind(frame: Frame, source: Path) -> None:
-    modality, photometric = frame.text["Modality"], frame.text["PhotometricInterpretation"]
-    if 0 in frame.size or modality in NOT_SCANS:
-        found = f"is not a scan, or holds no image (its DICOM modality is {modality or 'not given'})"
-        raise DataError(f"{source}: {found}. Pass the scan itself.")
-    if "MOSAIC" in frame.text["ImageType"].upper():
-        raise DataError(f"{source}: is a mosaic, all slices tiled in one picture. Convert it with dcm2niix.")
-    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        found = photometric or "no PhotometricInterpretation"
-        raise DataError(f"{frame.file}: is in colour ({found}), expected grey values. Pass the scan it was made of.")
-
-
 def _check_alike(frames: Sequence[Frame]) -> None:
     """Whether all slices have one size, one direction and one pixel spacing; one that no slice gives is not missing."""
     for what, key in (("size", "size"), ("direction", "orientation"), ("PixelSpacing", "spacing")):
@@ -190,8 +180,8 @@ def _check_alike(frames: Sequence[Frame]) -> None:
             if usual is not None and (value is None or np.abs(value - usual).max() > SAME):
                 where = f"{frame.file}: frame {frame.number}" if frame.size[2] > 1 else frame.file
                 own = "not given" if value is None else " x ".join(f"{part:g}" for part in value)
-                found = f"its {what} is {own}, and other slices have another"
-                raise DataError(f"{where}: {found}. Move it out of the folder, or export it again.")
+                cure = "Move it out of the folder, or export it again."
+                raise DataError(f"{where}: its {what} is {own}, and other slices have another. {cure}")
 
 
 def _check_scales(frames: Sequence[Frame]) -> None:
@@ -209,15 +199,14 @@ def _check_scales(frames: Sequence[Frame]) -> None:
             units.setdefault(f"values in {frame.unit}", frame.file)
     for seen in (rules, units):
         if len(seen) > 1:
-            (one, first), (other, second) = list(seen.items())[:2]
+            (one, first), (other, second), *_ = seen.items()
             raise DataError(f"{second}: has {other}, {first} {one}: values must be on one scale. Export it again.")
 
 
 def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) -> None:
     """Whether positions in order make one volume with even gaps."""
     count, way = len(positions), positions - positions[0]
-    places = len(np.unique(np.round(positions / SAME), axis=0))
-    if places < count:
+    if (places := len(np.unique(np.round(positions / SAME), axis=0))) < count:
         found = f"{count} slices at {places} places (a time series, echoes, or copies)"
         raise DataError(f"{source}: contains several volumes: {found}. Export one volume.")
     step = way[-1] / (count - 1)
@@ -234,17 +223,18 @@ def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) 
 
 
 def _doubts(frames: Sequence[Frame]) -> tuple[Issue, ...]:
-    first, doubts = frames[0], {}
+    first, doubts = frames[0], dict[str, str]()
     modality, scaled = first.text["Modality"], first.scaling is not None or first.lut
     if modality == "CT" and (not scaled or first.unit not in ("", "HU", "US")):
         what = f"gives values in {first.unit}" if scaled else "gives no rescale slope and intercept"
         doubts["not_hounsfield"] = f"is CT and {what}: they may not be Hounsfield units"
     if first.text["PhotometricInterpretation"] == "MONOCHROME1" and modality != "CT":
         doubts["monochrome1"] = "is MONOCHROME1 (shows small values bright): the stored values are used, not inverted"
-    if len({frame.text["BitsStored"] for frame in frames}) > 1:
+    bits, spaces = ({frame.text[tag] for frame in frames} - {""} for tag in ("BitsStored", "FrameOfReferenceUID"))
+    if len(bits) > 1:
         doubts["bits"] = "its slices have different BitsStored: values of some may be cut. Check them"
-    if (count := len({frame.text["FrameOfReferenceUID"] for frame in frames} - {""})) > 1:
-        doubts["frame_of_reference"] = f"its slices have {count} FrameOfReferenceUIDs. Check that they fit together"
+    if len(spaces) > 1:
+        doubts["frame_of_reference"] = f"its slices have {len(spaces)} FrameOfReferenceUIDs. Check that they fit"
     return tuple(Issue(code, "warning", sentence) for code, sentence in doubts.items())
 
 
@@ -311,7 +301,8 @@ def read_frames(file: Path) -> list[Frame]:
 def _frames(file: Path, data: Any, size: tuple[int, int, int]) -> Iterator[Frame]:
     """The frames; what a functional group says counts before the file's own, and a frame's before the shared."""
     shared, each = (list(data.get(name) or ()) for name in GROUPS)
-    text, count = {tag: str(data.get(tag) or "") for tag in TEXT_TAGS}, 1 if 0 in size else size[2]
+    count, text = 1 if 0 in size else size[2], {tag: str(data.get(tag) or "") for tag in TEXT_TAGS}
+    of_all = file, text, size, bool(data.get("ModalityLUTSequence"))
     if 0 not in size and each and len(each) != count:
         raise DataError(f"{file}: announces {count} frames and describes {len(each)}. It is damaged: export it again.")
     for index in range(count):
@@ -321,28 +312,22 @@ def _frames(file: Path, data: Any, size: tuple[int, int, int]) -> Iterator[Frame
             for key in (f"{name}Sequence" for name in SEQUENCES)
         )
         spacing = _numbers(measures.get("PixelSpacing"), 2)
-        slope, intercept = values.get("RescaleSlope"), values.get("RescaleIntercept")
-        unscaled = slope in (None, "") and intercept in (None, "")
-        gaps = [_number(measures.get(name)) for name in ("SpacingBetweenSlices", "SliceThickness")]
+        scaling = [values.get(name) for name in ("RescaleSlope", "RescaleIntercept")]
+        slope, intercept, *gaps = (
+            math.nan if (number := _numbers([value], 1)) is None else float(number[0])
+            for value in (*scaling, measures.get("SpacingBetweenSlices"), measures.get("SliceThickness"))
+        )
         yield Frame(
-            file,
-            index + 1,
-            text,
-            size,
-            lut=bool(data.get("ModalityLUTSequence")),
+            *of_all,
+            number=index + 1,
             # a position of the whole file is not one of its frames'
             position=_numbers(position.get("ImagePositionPatient"), 3) if count == 1 or each else None,
             orientation=_numbers(orientation.get("ImageOrientationPatient"), 6),
             spacing=spacing if spacing is not None and spacing.min() > 0 else None,
             thickness=next((gap for gap in gaps if gap > 0), None),
-            scaling=None if unscaled else (_number(slope) or math.nan, _number(intercept)),
+            scaling=None if all(value in (None, "") for value in scaling) else (slope or math.nan, intercept),
             unit=str(values.get("RescaleType") or ""),
         )
-
-
-def _number(value: Any) -> float:
-    numbers = _numbers([value], 1)
-    return math.nan if numbers is None else float(numbers[0])
 
 
 def _numbers(value: Any, count: int) -> Numbers | None:

@@ -34,11 +34,7 @@ SAME_SIZE = 0.01  # by how much sform and pixdim may differ in a voxel's edge
 GUESS = "left and right are a guess. Convert it again from its source, or check that left is left."
 ERRORS = ("unit", "two_voxel_sizes", "two_places")  # for a training; the rest are warnings
 DAMAGED = "It is damaged or cut short: copy or export it again."
-TOO_LONG = (
-    f"cannot be read as NIfTI (the file goes on for more than {MOST_BEHIND:,} bytes after the voxels that its header "
-    "announces). Its header is wrong, or it is damaged: export it again."
-)
-LARGEST = float(np.finfo(np.float32).max)
+TOO_LONG = f"goes on for more than {MOST_BEHIND:,} bytes after the voxels: damaged, or a wrong header. Export it again."
 
 
 def not_a_file(path: Path) -> str | None:
@@ -63,10 +59,7 @@ def read_header(path: Path) -> tuple[tuple[int, ...], Affine]:
 
 
 def read_nifti(path: Path) -> Volume:
-    """Voxels as stored, grid, and what is wrong with the header; whether they can be used is for the caller to decide.
-
-    Raises DataError for a file that is missing, not NIfTI, damaged or cut short, and for colours and complex numbers.
-    """
+    """Voxels as stored, grid, and what is wrong with the header; DataError if the file cannot be read as real numbers."""
     image = _open(path)
     try:
         _check_size(path, image)
@@ -112,11 +105,9 @@ def write_nifti(path: Path, data: npt.NDArray[Any], grid: Grid) -> None:
 
 def is_whole(path: Path) -> bool:
     """Whether a NIfTI file is there to its last byte, with the checksum that it was written with."""
-    try:
-        read_nifti(path)
-    except DataError:
-        return False
-    return True
+    with suppress(DataError):
+        return bool(read_nifti(path))
+    return False
 
 
 def _is_packed(path: Path) -> bool:
@@ -139,10 +130,9 @@ def _open(path: Path) -> Any:
         raise _unreadable(path, error) from error
     # nibabel reads a size of 0 as 1 mm
     if stored["sform_code"] <= 0 and (stored["pixdim"][1 : 1 + min(3, len(image.shape))] == 0).any():
-        found = "its header does not say how large a voxel is (pixdim 0)"
-        raise DataError(f"{path}: {found}. Convert it again from its source.")
+        raise DataError(f"{path}: its header does not say how large a voxel is (pixdim 0). Convert it from its source.")
     if image.dataobj.offset < len(stored.binaryblock):
-        found = f"its header does not say where the voxels are (vox_offset {image.dataobj.offset} is inside the header)"
+        found = f"its header says that the voxels are inside the header (vox_offset {image.dataobj.offset})"
         raise DataError(f"{path}: {found}. Export it again.")
     return image
 
@@ -154,9 +144,8 @@ def _scaled(stored: Any) -> npt.NDArray[Any]:
         return values
     slope, inter = np.float64(stored.slope), np.float64(stored.inter)
     with np.errstate(all="ignore"):
-        wide = values.dtype == np.float64 or (
-            values.dtype.kind != "f" and not np.iinfo(values.dtype).max * abs(slope) + abs(inter) < LARGEST
-        )
+        largest = 0.0 if values.dtype.kind == "f" else np.iinfo(values.dtype).max * abs(slope) + abs(inter)
+        wide = values.dtype == np.float64 or not largest < float(np.finfo(np.float32).max)
         flat, out = values.ravel(order="F"), np.empty(values.size, dtype=np.float64 if wide else np.float32)
         for part in slabs(flat.size, flat.size):
             out[part] = apply_read_scaling(flat[part], slope, inter)
@@ -209,8 +198,7 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 def _check_header(image: Any) -> tuple[Affine, tuple[Issue, ...]]:
     """The affine that MONAI uses (in the header's unit, near `image.affine`), and what may be wrong with the place.
 
-    nibabel takes the sform if there is one. MONAI, which reads the scans of a training, takes the qform if pixdim fits
-    it better: an error if that is elsewhere. `read_scan` warns instead: a mask is right in both forms.
+    nibabel takes the sform if there is one; MONAI takes the qform if pixdim fits it better.
     """
     affine, shape, header = np.array(image.affine, dtype=np.float64), image.shape[:3], image.header
     if not np.isfinite(affine).all():
@@ -236,8 +224,8 @@ def _check_header(image: Any) -> tuple[Affine, tuple[Issue, ...]]:
     elif s_code > 0 and q_code > 0 and not (apart := _apart(shape, affine, header.get_qform)[1]) <= near:
         how = f"{apart:.3g} mm apart" if np.isfinite(apart) else "the qform is not a rotation"
         found["forms_disagree"] = f"its qform and sform disagree ({how}): the sform is used. Check left and right."
-    issues = tuple(Issue(code, "error" if code in ERRORS else "warning", found[code]) for code in found)
-    return (theirs if monai_apart <= near else affine), issues
+    issues = [Issue(code, "error" if code in ERRORS else "warning", sentence) for code, sentence in found.items()]
+    return (theirs if monai_apart <= near else affine), tuple(issues)
 
 
 def _apart(shape: Sequence[int], affine: Affine, read: Callable[[], Affine]) -> tuple[Affine, float]:
