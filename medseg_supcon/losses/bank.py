@@ -30,11 +30,11 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Write embeddings (N, D) of classes (N,) over the oldest of their class, unless they are below 0 or not finite."""
+        """Write embeddings (N, D) over the oldest of their classes (N,); a class below 0 is not stored, nor NaN and inf."""
         check_rows("embeddings", embeddings, self.dim)
         labels = check_ids("labels", labels, embeddings.shape[:1], embeddings.device, "a bank")
         rows = embeddings.detach().to(self.embeddings.dtype)
-        stored = (labels >= 0) & rows.isfinite().all(1)
+        stored = (labels >= 0) & rows.isfinite().all(1)  # one overflow would make every later loss NaN
         classes, order = labels[stored].sort(stable=True)
         rows = rows[stored][order]
         if len(classes) and int(classes[-1]) >= self.num_classes:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from medseg_supcon.losses.checks import check_choice, check_number, check_tensor
+from medseg_supcon.losses.checks import Ids, check_choice, check_number, check_tensor
 
 CANDIDATES = 8  # of so many random candidates per voxel wanted, `hard` takes the hardest
 SIEVE = (1 << 20) - 1
@@ -67,20 +67,14 @@ class VoxelSampler:
 
     @torch.no_grad()
     def __call__(
-        self,
-        labels: Tensor,
-        *,
-        pair_ids: Tensor | None = None,
-        logits: Tensor | None = None,
-        generator: Generator | None = None,
+        self, labels: Tensor, *, pair_ids: Ids = None, logits: Tensor | None = None, generator: Generator | None = None
     ) -> VoxelSample:
         """Draw at most `max_samples` voxels (with `all`: every labelled one).
 
         Args:
             labels: (B, *spatial) integer class indices of any size; negative: never drawn.
-            pair_ids: (B, *spatial) int64, unique to a physical voxel over the batch, negative: no partner. If given,
-                only voxels that have an id are drawn: half of `max_samples` by the strategy, the rest are their
-                partners, those of classes that the half took whole first.
+            pair_ids: (B, *spatial) int64, unique to a physical voxel over the batch, negative: no partner. Then half of
+                `max_samples` are drawn from the voxels with an id; the rest are their partners, rare classes' first.
             logits: (B, C, *spatial), for `hard`, a channel for every class that occurs.
             generator: on the CPU, instead of the sampler's own.
         """

@@ -115,6 +115,7 @@ class Tiles:
             x, y = z[t.i], z[t.j]
             s = buffer[: len(x) * len(y)].view(len(x), len(y))
             if self.euclidean:
+                # autocast leaves cdist, `out=` and operations in place as they are
                 torch.mul(torch.cdist(x, y, compute_mode=EXACT), -1.0 / self.temperature, out=s)
             else:
                 torch.addmm(s, x, y.t(), beta=0.0, alpha=1.0 / self.temperature, out=s)

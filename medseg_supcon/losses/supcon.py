@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medseg_supcon.losses.bank import Bank, bank_entries
-from medseg_supcon.losses.checks import check_choice, check_ids, check_number, check_rows, number_vector
+from medseg_supcon.losses.checks import Ids, check_choice, check_ids, check_number, check_rows, number_vector
 from medseg_supcon.losses.sums import Pairs, log_sum_exp, mean_dot_of_positives, mean_over_positives
 
-Ids = Tensor | None
 MIN_TEMPERATURE = 1e-6  # at smaller ones the scores exceed what float32 can resolve
 
 
@@ -78,15 +77,9 @@ class SupConLoss(nn.Module):
             self.class_weights = tuple(number_vector("class_weights", class_weights).tolist())
 
     def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor | None = None,
-        *,
-        pair_ids: Tensor | None = None,
-        view_ids: Tensor | None = None,
-        bank: Bank | None = None,
-        anchors: Tensor | None = None,
-    ) -> Tensor:
+        self, embeddings: Tensor, labels: Ids = None, *, pair_ids: Ids = None, view_ids: Ids = None,
+        bank: Bank | None = None, anchors: Ids = None,
+    ) -> Tensor:  # fmt: skip
         """The mean of L_i over the anchors, a scalar, float64 for float64 embeddings, else float32.
 
         Args:

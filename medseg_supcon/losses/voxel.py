@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from medseg_supcon.losses.bank import MemoryBank
-from medseg_supcon.losses.checks import check_ids, check_number
+from medseg_supcon.losses.checks import Ids, check_ids, check_number
 from medseg_supcon.losses.sampler import VoxelSampler
 from medseg_supcon.losses.supcon import SupConLoss
 
-IGNORE_INDEX = -1
-"""Class index of a voxel that nobody labelled, or that is outside the scan (padding)."""
+IGNORE_INDEX = -1  # class index of a voxel that nobody labelled, or that is outside the scan (padding)
 MAX_PAIR_ID = 1 << 40  # the scans' and the ranks' numbers are stored above it
 Loss = Callable[..., Tensor]
 
@@ -46,16 +45,9 @@ class VoxelSupConLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        loss: SupConLoss,
-        sampler: VoxelSampler,
-        projection: nn.Module | None = None,
-        *,
-        bank: MemoryBank | None = None,
-        within_scan: bool = False,
-        gather: bool = True,
-        enqueue_per_class: int = 64,
-    ) -> None:
+        self, loss: SupConLoss, sampler: VoxelSampler, projection: nn.Module | None = None, *,
+        bank: MemoryBank | None = None, within_scan: bool = False, gather: bool = True, enqueue_per_class: int = 64,
+    ) -> None:  # fmt: skip
         super().__init__()
         if bank is not None and within_scan:
             raise ValueError("bank must be None with within_scan=True: its entries belong to other scans")
@@ -64,15 +56,9 @@ class VoxelSupConLoss(nn.Module):
         self.within_scan, self.gather, self.enqueue_per_class = within_scan, gather, enqueue_per_class
 
     def forward(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        *,
-        pair_ids: Tensor | None = None,
-        view_ids: Tensor | None = None,
-        scan_ids: Tensor | None = None,
+        self, features: Tensor, labels: Tensor, *, pair_ids: Ids = None, view_ids: Ids = None, scan_ids: Ids = None,
         logits: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The loss of one batch, a scalar, float32 (float64 for float64 embeddings).
 
         Args:
@@ -183,7 +169,7 @@ class DiceSupConLoss(nn.Module):
         self.step = nn.Buffer(torch.zeros((), dtype=torch.long))
         self.terms: dict[str, Tensor] = {}
 
-    def forward(self, logits: Tensor, labels: Tensor, features: Tensor | None = None, **ids: Tensor | None) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, features: Tensor | None = None, **ids: Ids) -> Tensor:
         """The weighted sum, a scalar, of logits (B, C, *spatial), labels (B, 1, *spatial), features (B, F, *spatial).
 
         Features may be None if weight is 0; `ids` are pair_ids, view_ids, scan_ids as for `VoxelSupConLoss`.

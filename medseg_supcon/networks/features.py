@@ -126,14 +126,9 @@ class ProjectionHead(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        hidden_channels: int | None = 128,
-        out_channels: int = 64,
-        *,
-        normalise_input: bool = True,
-        normalise_output: bool = True,
-    ) -> None:
+        self, in_channels: int, hidden_channels: int | None = 128, out_channels: int = 64, *,
+        normalise_input: bool = True, normalise_output: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         hidden = hidden_channels or 0
         if in_channels < 1 or out_channels < 1 or hidden < 0:

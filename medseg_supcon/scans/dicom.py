@@ -81,11 +81,10 @@ def series_in(folder: Path, name: str = "") -> tuple[Series, list[Path]]:
             continue
         try:
             first = read_frames(file)[0]
+            if 0 not in first.size and first.text["Modality"] not in NOT_SCANS:
+                by_series.setdefault(first.text["SeriesInstanceUID"], []).append(first)
         except DataError:
             damaged.append(file)
-            continue
-        if 0 not in first.size and first.text["Modality"] not in NOT_SCANS:
-            by_series.setdefault(first.text["SeriesInstanceUID"], []).append(first)
     name = name or folder.resolve().name or "scan"
     texts = [frames[0].text["SeriesNumber"] for frames in by_series.values()]
     numbers = [int(text) for text in texts if re.fullmatch(r"-?\d+", text)]

@@ -63,7 +63,7 @@ def read_nifti(path: Path) -> Volume:
     image = _open(path)
     try:
         _check_size(path, image)
-        if _is_packed(path):
+        if path.suffix.lower() == ".gz":
             with gzip.open(path) as stream:
                 data = _scaled(type(image).from_file_map({"image": nibabel.FileHolder(fileobj=stream)}).dataobj)
                 behind = 0  # to the end, where gzip's checksum is, which nibabel alone never sees
@@ -110,10 +110,6 @@ def is_whole(path: Path) -> bool:
     return False
 
 
-def _is_packed(path: Path) -> bool:
-    return path.name.lower().endswith(".gz")
-
-
 def _open(path: Path) -> Any:
     """The file as nibabel opens it, with no voxel read and nothing after the header."""
     if (problem := not_a_file(path)) is not None:
@@ -121,7 +117,7 @@ def _open(path: Path) -> Any:
     if not path.name.lower().endswith(NIFTI_ENDINGS):
         raise DataError(f"{path}: expected NIfTI (.nii or .nii.gz). Convert this file.")
     try:
-        with (gzip.open if _is_packed(path) else open)(path, "rb") as stream:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as stream:
             start = stream.read(540)  # nibabel.load would read extensions without a limit
         kind: Any = nibabel.Nifti2Image if start[:4] in NIFTI_2 else nibabel.Nifti1Image
         image = kind.from_filename(path)
@@ -132,8 +128,9 @@ def _open(path: Path) -> Any:
     if stored["sform_code"] <= 0 and (stored["pixdim"][1 : 1 + min(3, len(image.shape))] == 0).any():
         raise DataError(f"{path}: its header does not say how large a voxel is (pixdim 0). Convert it from its source.")
     if image.dataobj.offset < len(stored.binaryblock):
-        found = f"its header says that the voxels are inside the header (vox_offset {image.dataobj.offset})"
-        raise DataError(f"{path}: {found}. Export it again.")
+        raise DataError(
+            f"{path}: its voxels are inside the header (vox_offset {image.dataobj.offset}). Export it again."
+        )
     return image
 
 
@@ -169,7 +166,7 @@ def _in_mm(affine: npt.NDArray[Any], header: Any) -> Affine:
 
 def _check_size(path: Path, image: Any) -> None:
     """Whether the file can hold as many voxels as its header announces, and not far more."""
-    size, packed, offset = path.stat().st_size, _is_packed(path), int(image.dataobj.offset)
+    size, packed, offset = path.stat().st_size, path.suffix.lower() == ".gz", int(image.dataobj.offset)
     voxels = image.dataobj.dtype.itemsize * math.prod(int(n) for n in image.shape)
     if offset > MOST_BEFORE or voxels > size * (MOST_PACKED if packed else 1):
         found = f"its header announces {voxels:,} bytes of voxels after byte {offset:,}, the file has {size:,} bytes"
@@ -181,6 +178,7 @@ def _check_size(path: Path, image: Any) -> None:
 def _unreadable(path: Path, error: Exception) -> DataError:
     """What is wrong with a NIfTI file that raised `error` when it was read."""
     start, reason = b"?", " ".join(str(error).split())[:120] or type(error).__name__
+    packed = path.suffix.lower() == ".gz"
     with suppress(OSError), path.open("rb") as stream:
         start = stream.read(4)
     problem = f"cannot be read as NIfTI ({reason}). {DAMAGED}"
@@ -188,9 +186,9 @@ def _unreadable(path: Path, error: Exception) -> DataError:
         problem = f"there is no permission to read it. Ask its owner, or run: chmod u+r {path.name}"
     elif start == b"":
         problem = "the file is empty (0 bytes). Copy or export it again."
-    elif _is_packed(path) and start in (*NIFTI_1, *NIFTI_2):
+    elif packed and start in (*NIFTI_1, *NIFTI_2):
         problem = "is called .gz, but is not compressed. Rename it to .nii."
-    elif not _is_packed(path) and start.startswith(b"\x1f\x8b"):
+    elif not packed and start.startswith(b"\x1f\x8b"):
         problem = "is compressed, but is not called .gz. Rename it to .nii.gz."
     return DataError(f"{path}: {problem}")
 
