@@ -90,9 +90,7 @@ class VoxelSupConLoss(nn.Module):
             z = self.projection(features.movedim(1, -1)[where].to(dtype))
         view = element if view_ids is None else view_ids[element]
         pair = element if pair_ids is None else pair_ids[where]
-        if (
-            pair_ids is not None
-        ):  # voxels without a partner (the sampler `all` takes them, too) must not find each other
+        if pair_ids is not None:  # voxels without a partner, which `all` takes, too, must not find each other
             pair = torch.where(pair >= 0, pair, -1 - torch.arange(len(pair), device=y.device))
         ranks = dist.get_world_size() if self.gather and dist.is_available() and dist.is_initialized() else 1
         if scan_ids is not None and self.within_scan:

@@ -34,7 +34,7 @@ SAME_SIZE = 0.01  # by how much sform and pixdim may differ in a voxel's edge
 GUESS = "left and right are a guess. Convert it again from its source, or check that left is left."
 ERRORS = ("unit", "two_voxel_sizes", "two_places")  # for a training; the rest are warnings
 DAMAGED = "It is damaged or cut short: copy or export it again."
-TOO_LONG = f"goes on for more than {MOST_BEHIND:,} bytes after the voxels: damaged, or a wrong header. Export it again."
+TOO_LONG = f"goes on for more than {MOST_BEHIND:,} bytes after its voxels: file or header is damaged. Export it again."
 
 
 def not_a_file(path: Path) -> str | None:
@@ -127,10 +127,8 @@ def _open(path: Path) -> Any:
     # nibabel reads a size of 0 as 1 mm
     if stored["sform_code"] <= 0 and (stored["pixdim"][1 : 1 + min(3, len(image.shape))] == 0).any():
         raise DataError(f"{path}: its header does not say how large a voxel is (pixdim 0). Convert it from its source.")
-    if image.dataobj.offset < len(stored.binaryblock):
-        raise DataError(
-            f"{path}: its voxels are inside the header (vox_offset {image.dataobj.offset}). Export it again."
-        )
+    if (offset := image.dataobj.offset) < len(stored.binaryblock):
+        raise DataError(f"{path}: its voxels begin inside the header (vox_offset {offset}). Export it again.")
     return image
 
 
