@@ -32,6 +32,10 @@ def predict(
         bool,
         typer.Option("--tta", help="Average over mirrored scans (slower), unless a class name says left or right."),
     ] = False,
+    dicom_seg: Annotated[
+        bool,
+        typer.Option("--dicom-seg", help="Also write a DICOM segmentation (NAME.seg.dcm) of each DICOM series."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that exist.")] = False,
     device: DeviceOption = None,
     trust: TrustOption = False,
@@ -54,13 +58,18 @@ def predict(
     if tta and not any(model.plan["flip_axes"] for model in predictor.models):
         text = "--tta has no effect: flip_axes in plan.json is empty, because class names say left or right."
         say(err, "note", "yellow", text)
-    counts = predict_into(out_dir, predictor, scans, probabilities, overwrite)
+    counts = predict_into(out_dir, predictor, scans, probabilities, overwrite, dicom_seg)
     if counts["failed"]:
         raise typer.Exit(EXIT_SOME_FAILED if counts["done"] + counts["skipped"] else EXIT_INPUT)
 
 
 def predict_into(
-    folder: Path, predictor: Any, scans: Sequence[Path], probabilities: bool = False, overwrite: bool = False
+    folder: Path,
+    predictor: Any,
+    scans: Sequence[Path],
+    probabilities: bool = False,
+    overwrite: bool = False,
+    dicom_seg: bool = False,
 ) -> dict[str, int]:
     """Predict scans into a folder with a progress display; a failed scan is a sentence on stderr.
 
@@ -83,7 +92,8 @@ def predict_into(
             for warning in entry.get("warnings", []):
                 say(err, "warning", "yellow", f"{entry['name']}: {warning}")
 
-        counts: dict[str, int] = predictor.run(chosen, folder, probabilities, overwrite, progress)["summary"]
+        manifest = predictor.run(chosen, folder, probabilities, overwrite, progress, dicom_seg)
+        counts: dict[str, int] = manifest["summary"]
     parts = [f"{counted(counts['done'], 'scan')} predicted"]
     parts += [f"{counts['skipped']} already exist (replace them with --overwrite)"] if counts["skipped"] else []
     parts += [f"{counts['failed']} failed"] if counts["failed"] else []

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from medseg_supcon.errors import MedsegError, RunError
+from medseg_supcon.errors import DataError, MedsegError, RunError
 from medseg_supcon.files import remove_leftovers, temporary_name
+from medseg_supcon.inference.dicom_seg import SEG_ENDING, DicomSegWriter
 from medseg_supcon.inference.find_scans import keep_names
 from medseg_supcon.inference.manifest import Manifest, entry_of
 from medseg_supcon.inference.memory import is_out_of_memory
 from medseg_supcon.inference.prepare import Prediction, Prepared
-from medseg_supcon.scans import Scan, is_mask_of, is_whole, write_nifti
+from medseg_supcon.scans import Scan, is_mask_of, is_whole, read_nifti, write_nifti
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 CURES = {
@@ -41,6 +42,7 @@ def predict_folder(
     probabilities: bool,
     overwrite: bool,
     progress: Progress | None,
+    dicom_seg: DicomSegWriter | None = None,
 ) -> dict[str, Any]:
     """See `Predictor.run`.
 
@@ -48,6 +50,7 @@ def predict_folder(
         prepare: reads and preprocesses a scan.
         segment: makes its mask, and probabilities if wanted.
         head: of the manifest, from `describe`.
+        dicom_seg: writes a DICOM segmentation object beside each mask.
     """
     make_writable(out)
     manifest = Manifest(out / "manifest.json", head)
@@ -63,7 +66,7 @@ def predict_folder(
 
     todo = []
     for scan in scans:
-        entry = _without_work(scan, out, probabilities, overwrite, manifest)
+        entry = _without_work(scan, out, probabilities, overwrite, manifest, dicom_seg)
         if entry is None:
             todo.append(scan)
         else:
@@ -84,7 +87,7 @@ def predict_folder(
                 if isinstance(outcome, dict):
                     report(outcome)
                 else:
-                    pending = scan, writer.submit(_write, outcome, out, head["labels"])
+                    pending = scan, writer.submit(_write, outcome, out, head["labels"], scan, dicom_seg)
             if pending is not None:
                 report(_written(*pending))
         except BaseException:
@@ -111,14 +114,24 @@ def read_ahead(
         yield coming.popleft()
 
 
-def _write(prediction: Prediction, out: Path, labels: dict[str, float]) -> dict[str, Any]:
+def _write(
+    prediction: Prediction, out: Path, labels: dict[str, float], scan: Scan, dicom_seg: DicomSegWriter | None
+) -> dict[str, Any]:
     entry = entry_of(prediction, labels)
     if prediction.probabilities is not None:
         (out / "probabilities").mkdir(exist_ok=True)
         scores = np.moveaxis(prediction.probabilities, 0, -1)
         write_nifti(out / "probabilities" / f"{prediction.name}.nii.gz", scores, prediction.grid)
+    earlier = out / f"{prediction.name}{SEG_ENDING}"
+    if os.path.exists(earlier):  # noqa: PTH110 - of the mask that is replaced now
+        earlier.unlink()
     # The mask comes last: if it exists, the scan is finished.
     write_nifti(out / f"{prediction.name}.nii.gz", prediction.mask, prediction.grid)
+    if dicom_seg is not None:
+        try:
+            dicom_seg.write(prediction.mask, scan, out)
+        except DataError as error:
+            return {**entry, "status": "failed", "error": str(error)}
     return entry
 
 
@@ -154,17 +167,24 @@ def _failed(scan: Scan, error: Exception, writing: bool = False) -> dict[str, An
 
 
 def _without_work(
-    scan: Scan, out: Path, probabilities: bool, overwrite: bool, manifest: Manifest
+    scan: Scan,
+    out: Path,
+    probabilities: bool,
+    overwrite: bool,
+    manifest: Manifest,
+    dicom_seg: DicomSegWriter | None,
 ) -> dict[str, Any] | None:
     """The entry of a scan that needs no prediction: refused, or finished by an earlier call."""
     if scan.problem is not None:
         return {"name": scan.name, "status": "failed", "error": scan.problem}
     mask = out / f"{scan.name}.nii.gz"
-    if not os.path.exists(mask):  # noqa: PTH110 - Path.exists raises if a name is too long
+    for result in (mask, out / f"{scan.name}{SEG_ENDING}"):
+        # Path.exists raises if a name is too long
+        if os.path.exists(result) and any(os.path.exists(file) and result.samefile(file) for file in scan.files):  # noqa: PTH110
+            sentence = f"{result}: the mask would replace the scan itself. Choose another --out."
+            return {"name": scan.name, "status": "failed", "error": sentence}
+    if not os.path.exists(mask):  # noqa: PTH110
         return None
-    if any(os.path.exists(file) and mask.samefile(file) for file in scan.files):  # noqa: PTH110
-        sentence = f"{mask}: the mask would replace the scan itself. Choose another --out."
-        return {"name": scan.name, "status": "failed", "error": sentence}
     if overwrite or not is_whole(mask):
         return None
     theirs = manifest.earlier.get(scan.name, {}).get("series")
@@ -178,6 +198,16 @@ def _without_work(
         return {"name": scan.name, "status": "failed", "error": sentence}
     if probabilities and not (out / "probabilities" / mask.name).exists():
         return None
+    if dicom_seg is not None and not os.path.exists(out / f"{scan.name}{SEG_ENDING}"):  # noqa: PTH110
+        try:
+            if not manifest.is_ours(scan.name):
+                raise DataError(
+                    f"{scan.source}: no DICOM segmentation is made of {mask}: its manifest does not say that this model made "
+                    "it. Replace it with --overwrite, or choose another --out."
+                )
+            dicom_seg.write(read_nifti(mask).data, scan, out)
+        except DataError as error:
+            return {"name": scan.name, "status": "failed", "error": str(error)}
     return _with_series(scan, manifest.skipped(scan.name))
 
 

@@ -108,7 +108,7 @@ class Manifest:
         Raises:
             RunError: it cannot be written.
         """
-        if entry["status"] == "done":
+        if entry["status"] == "done" or (entry["status"] == "failed" and "labels" in entry):  # its mask was made now
             entry |= self._made_by()
         if entry not in self.entries[-1:]:  # after Ctrl-C the last entry can come again
             self.entries.append(entry)
@@ -161,6 +161,11 @@ class Manifest:
             return entry
         warnings = [w for w in earlier.get("warnings", []) if not w.startswith("the mask already existed")]
         return {**entry, **made_by, "warnings": [*warnings, note]}
+
+    def is_ours(self, name: str) -> bool:
+        """Whether an earlier entry says that this call's model and settings made a mask."""
+        earlier = self.earlier.get(name, {})
+        return all(earlier.get(key) == value for key, value in self._made_by().items())
 
     def _made_by(self) -> dict[str, Any]:
         """What tells a mask of this call from that of another model or of other settings."""

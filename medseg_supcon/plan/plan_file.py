@@ -10,6 +10,7 @@ from typing import Any
 
 from medseg_supcon.errors import ConfigError, RunError, nearest
 from medseg_supcon.files import LARGEST, read_json
+from medseg_supcon.plan.segments import are_segments
 
 AXES = ({"L", "R"}, {"P", "A"}, {"I", "S"})
 
@@ -80,7 +81,11 @@ RULES: dict[str, Rule] = {
     "keep_largest": ("a list of class names", lambda v: _list_of(v, str)),
     **dict.fromkeys(("expected", "fingerprint"), ("a mapping", lambda v: isinstance(v, Mapping))),
 }
-OPTIONAL = ("trust_scan_affine",)
+SEGMENTS = (
+    'a mapping of foreground classes to a "category" and a "type", and a "laterality" and "region" if they have '
+    'one, each as [code, scheme, meaning], such as ["10200004", "SCT", "Liver"]'
+)
+OPTIONAL = ("trust_scan_affine", "segments")
 
 
 def read_plan(path: str | Path) -> dict[str, Any]:
@@ -144,6 +149,7 @@ def validate_plan(
         fits_classes = len(plan[key]) == len(labels) and min(plan[key]) >= 0
         need(key, fits_classes, f"{len(labels)} numbers of at least 0, one for each class")
     need("keep_largest", set(plan["keep_largest"]) <= set(labels), f"a list of classes among {list(labels)}")
+    need("segments", are_segments(plan.get("segments", {}), list(labels)[1:]), SEGMENTS)
     if divisor is not None:
         by = [divisor] * 3 if isinstance(divisor, int) else [int(n) for n in divisor]
         rounded = [math.ceil(n / d) * d for n, d in zip(patch, by, strict=True)]

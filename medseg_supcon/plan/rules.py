@@ -15,6 +15,7 @@ from medseg_supcon.datasets import Dataset, Fingerprint, normalisation, readable
 from medseg_supcon.errors import DataError
 from medseg_supcon.losses import balanced_class_weights
 from medseg_supcon.networks import chain
+from medseg_supcon.plan.segments import segment_codes
 
 CPU_PATCH_VOXELS = 90_000
 GPU_PATCH_VOXELS = 128**3
@@ -110,6 +111,7 @@ def make_plan(
         "channels": list(dataset.channels),
         "labels": dict(dataset.labels),
         "ignore_label": dataset.ignore_label,
+        "segments": segment_codes(list(dataset.labels)[1:]),
         "orientation": "RAS",
         "spacing": [float(mm) for mm in spacing],
         "intensity": intensity_transforms(dataset.channels, foreground),

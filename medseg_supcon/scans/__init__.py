@@ -1,7 +1,7 @@
 """The only reader and writer of scans, for training and prediction: grids, NIfTI, MetaImage, NRRD and DICOM."""
 
-from medseg_supcon.scans.dicom import Series, is_one_of_many, series_in
-from medseg_supcon.scans.dicom_file import DICOM_ENDINGS, looks_like_dicom
+from medseg_supcon.scans.dicom import Series, check_series, is_one_of_many, series_in
+from medseg_supcon.scans.dicom_file import DICOM_ENDINGS, looks_like_dicom, read_whole_header
 from medseg_supcon.scans.grid import Grid, Volume, affine_issue, farthest_corner, same_grid
 from medseg_supcon.scans.itk import ITK_ENDINGS
 from medseg_supcon.scans.nifti import (

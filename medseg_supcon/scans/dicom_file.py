@@ -114,6 +114,12 @@ def read_dicom_header(file: Path) -> Header | None:
         return None
 
 
+def read_whole_header(file: Path) -> Any:
+    """All of a readable DICOM file but its voxels, as pydicom's Dataset. It identifies the patient: show nothing of it."""
+    with open_dicom(file, HEADER_BYTES) as stream:
+        return pydicom().dcmread(stream, force=True, stop_before_pixels=True)
+
+
 def open_dicom(file: Path, most: int) -> IO[bytes]:
     """The file; a deflated one inflated, but to no more than `most` bytes: pydicom would inflate whatever comes."""
     stream = file.open("rb")
