@@ -17,15 +17,12 @@ from medseg_supcon import __version__
 from medseg_supcon.bundle import Model
 from medseg_supcon.errors import ConfigError, DataError
 from medseg_supcon.files import write_whole
-from medseg_supcon.plan import segment_codes
+from medseg_supcon.plan import code_parts, segment_codes
 from medseg_supcon.scans import Scan, check_series, read_whole_header
 
-NAME = "medseg_supcon"
 SEG_ENDING = ".seg.dcm"
-SERIES_NUMBER = 1000  # behind those of the scanner
-# What the object must repeat of each file, and (type 2 of the standard) must hold, even empty, of the first one.
+# What a SEG must repeat of each file, and what it must hold of the first one, even empty (type 2 of the standard).
 REQUIRED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
-ONCE = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
 MAY_BE_EMPTY = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber"),
     *("StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),
@@ -51,17 +48,14 @@ class DicomSegWriter:
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec("highdicom") is None:
-            raise ConfigError(
-                "A DICOM segmentation needs highdicom, which is not installed. Run: pip install 'medseg-supcon[dicom-seg]'"
-            )
+            cure = "Run: pip install 'medseg-supcon[dicom-seg]'"
+            raise ConfigError(f"A DICOM segmentation needs highdicom, which is not installed. {cure}")
 
     def write(self, mask: npt.NDArray[Any], scan: Scan, out: Path) -> None:
         """Write ``out/<name>.seg.dcm``.
 
         Args:
             mask: (X, Y, Z) label values, in the grid in which `scans` reads the series.
-            scan: the series.
-            out: an existing folder.
 
         Raises:
             DataError: the scan is not DICOM, its headers lack what the object must repeat, or the file cannot be written.
@@ -99,7 +93,6 @@ class DicomSegWriter:
             _settle_geometry(source, orientation, measures, own)
         patient = _take_patient(sources[0])
         names = list(self.models[0].plan["labels"])[1:]
-        description = _text(f"Segmentation: {', '.join(names)}")
         # Enhanced files with one frame each: highdicom takes one such file as the source, and the others besides.
         enhanced = len(sources) > 1 and "PerFrameFunctionalGroupsSequence" in sources[0]
         result = hd.seg.Segmentation(
@@ -112,16 +105,15 @@ class DicomSegWriter:
             # Readers that only stack frames find one segment in its place if no frame is left out.
             omit_empty_frames=len(names) > 1,
             series_instance_uid=hd.UID(),
-            series_number=SERIES_NUMBER,
+            series_number=1000,  # behind those of the scanner
             sop_instance_uid=hd.UID(),
             instance_number=1,
-            manufacturer=NAME,
+            manufacturer="medseg_supcon",
             manufacturer_model_name=_text(", ".join(model.name for model in self.models)),
             software_versions=__version__,
             device_serial_number=_text("+".join(model.sha256[:16] for model in self.models)),
             content_label="MEDSEG",
-            content_description=description,
-            series_description=description,
+            series_description=_text(f"Segmentation: {', '.join(names)}"),
             specific_character_set="ISO_IR 192",  # UTF-8, for any class name
         )
         for element in patient:
@@ -132,27 +124,26 @@ class DicomSegWriter:
         hd = _highdicom()
         table = segment_codes(names) | self.models[0].plan.get("segments", {})
         algorithm = hd.AlgorithmIdentificationSequence(
-            name=NAME,
-            family=hd.sr.CodedConcept("123110", "DCM", "Artificial Intelligence"),
-            version=__version__,
+            "medseg_supcon",
+            hd.sr.CodedConcept("123110", "DCM", "Artificial Intelligence"),
+            __version__,
             parameters={f"SHA-256 of {model.name}": model.sha256 for model in self.models},
         )
         descriptions = []
         for number, name in enumerate(names, 1):
-            codes = {key: hd.sr.CodedConcept(*code) for key, code in table[name].items()}
+            codes = {key: hd.sr.CodedConcept(*code_parts(code)) for key, code in table[name].items()}
             item = hd.seg.SegmentDescription(
-                segment_number=number,
-                segment_label=_text(name) or f"segment {number}",
-                segmented_property_category=codes["category"],
-                segmented_property_type=codes["type"],
-                algorithm_type="AUTOMATIC",
-                algorithm_identification=algorithm,
+                number,
+                _text(name) or f"segment {number}",
+                codes["category"],
+                codes["type"],
+                "AUTOMATIC",
+                algorithm,
                 anatomic_regions=[codes["region"]] if "region" in codes else None,
             )
             if "laterality" in codes:
-                item.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [
-                    codes["laterality"]
-                ]
+                kind = item.SegmentedPropertyTypeCodeSequence[0]
+                kind.SegmentedPropertyTypeModifierCodeSequence = [codes["laterality"]]
             descriptions.append(item)
         return descriptions
 
@@ -181,10 +172,8 @@ def _segment_numbers(mask: npt.NDArray[Any], labels: Mapping[str, float]) -> npt
 def _check_required(sources: Sequence[Any]) -> None:
     for keyword in REQUIRED:
         if not all(source.get(keyword) for source in sources):
-            raise DataError(
-                f"its headers lack {keyword}, which the object must repeat. Export the series again with it."
-            )
-        if keyword in ONCE and len({source.get(keyword) for source in sources}) > 1:
+            raise DataError(f"its headers lack {keyword}, which a SEG must repeat. Export the series again with it.")
+        if keyword in REQUIRED[2:] and len({source.get(keyword) for source in sources}) > 1:
             raise DataError(f"its slices differ in {keyword}. Export them again as one series.")
 
 

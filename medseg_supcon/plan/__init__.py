@@ -9,4 +9,4 @@ from medseg_supcon.plan.preprocessing import (
     read_preprocessing,
 )
 from medseg_supcon.plan.rules import make_plan
-from medseg_supcon.plan.segments import segment_codes
+from medseg_supcon.plan.segments import code_parts, segment_codes

@@ -82,8 +82,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("expected", "fingerprint"), ("a mapping", lambda v: isinstance(v, Mapping))),
 }
 SEGMENTS = (
-    'a mapping of foreground classes to a "category" and a "type", and a "laterality" and "region" if they have '
-    'one, each as [code, scheme, meaning], such as ["10200004", "SCT", "Liver"]'
+    'a mapping of foreground classes to a "category", a "type" and, if there is one, a "laterality" and a "region", each a '
+    'code such as "SCT:10200004 Liver"'
 )
 OPTIONAL = ("trust_scan_affine", "segments")
 
