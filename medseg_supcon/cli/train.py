@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -86,16 +87,21 @@ def train(
     seed: SeedOption = None,
     device: DeviceOption = None,
     settings: SettingsOption = None,
+    track: Annotated[
+        str | None, typer.Option(metavar="NAME", help="mlflow: the curves of TensorBoard go to MLflow, too.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
     allow_affine_mismatch: MismatchOption = False,
     trust: TrustOption = False,
 ) -> None:
     """Train a segmentation network on a data set; the run is a MONAI bundle."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # before MONAI imports MLflow, which reports its use
     from medseg_supcon.bundle import is_planned, is_started
     from medseg_supcon.training import (
         Request,
         check_device,
         check_planned,
+        check_tracker,
         extend_training,
         is_complete,
         prepare_dataset,
@@ -103,6 +109,8 @@ def train(
     )
 
     check_device(device)
+    check_tracker(track)
+    settings = [*(settings or []), *([f"track={track}"] if track else [])] or None
     request = Request(
         recipe, epochs, cases, labels, validation, unlabelled, init, seed, settings, allow_affine_mismatch
     )
