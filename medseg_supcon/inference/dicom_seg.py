@@ -79,9 +79,11 @@ class DicomSegWriter:
 
     def _segmentation(self, mask: npt.NDArray[Any], scan: Scan) -> Any:
         hd = _highdicom()
-        frames, planes = check_series(scan.files)[1], _segment_numbers(mask, self.models[0].plan["labels"])
+        headers, frames, _ = check_series(scan.files)
+        planes = _segment_numbers(mask, self.models[0].plan["labels"])
         # The frames of one file are referred to by their numbers, so they must be in its order.
-        order = sorted(range(len(frames)), key=lambda k: frames[k].index)
+        numbers = {id(frame): number for header in headers for number, frame in enumerate(header.frames)}
+        order = sorted(range(len(frames)), key=lambda k: numbers[id(frames[k])])
         frames, planes = [frames[k] for k in order], planes[order]
         sources = [read_whole_header(file) for file in dict.fromkeys(frame.file for frame in frames)]
         _check_required(sources)

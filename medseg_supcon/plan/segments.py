@@ -54,10 +54,9 @@ def code_parts(code: str) -> tuple[str, str, str]:
     return value, scheme, meaning
 
 
-def are_segments(value: object, names: Iterable[str]) -> bool:
-    """Whether a plan's ``segments`` is valid for the foreground classes `names`; it may leave classes out."""
-    known = set(names)
-    return isinstance(value, Mapping) and all(name in known and _is_entry(entry) for name, entry in value.items())
+def are_segments(value: object) -> bool:
+    """Whether a plan's ``segments`` holds valid codes, whatever its classes."""
+    return isinstance(value, Mapping) and all(map(_is_entry, value.values()))
 
 
 def _is_entry(entry: object) -> bool:

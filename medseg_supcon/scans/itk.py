@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans.grid import Affine, Grid, Issue, Volume
 from medseg_supcon.scans.nifti import GUESS, not_a_file
+from medseg_supcon.scans.volume import Affine, Grid, Issue, Volume
 
 # Named, as ITK itself does not know endings in capitals.
 READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO"}
@@ -32,16 +32,15 @@ OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 
 
 def ras_affine(lps: npt.NDArray[Any]) -> Affine:
-    """A (4, 4) affine to LPS mm as one to RAS+ mm, to the precision that NIfTI stores.
+    """A (4, 4) affine to LPS mm as one to RAS+ mm, in NIfTI's precision: a scan gives one mask in any format.
 
-    MONAI's Spacing aligns its grid by corners or by centres, depending on the last digits of an oblique
-    affine: rounded like this, a scan gives one mask whatever format it came in.
+    (MONAI's Spacing aligns its grid by corners or by centres, depending on the last digits of an oblique affine.)
     """
     return np.asarray(RAS @ lps, dtype=np.float32).astype(np.float64)
 
 
 def read_itk(file: Path) -> Volume:
-    """Voxels (X, Y, Z) or (X, Y, Z, C), the grid, and what its header leaves open."""
+    """Voxels (X, Y, Z) or (X, Y, Z, C), the grid, and what its header does not say."""
     import SimpleITK as sitk
 
     issues, letters = _check_header(file)
@@ -64,9 +63,8 @@ def read_itk_header(file: Path) -> tuple[tuple[int, ...], Affine]:
     """Shape (X, Y, Z) or (X, Y, Z, C), and affine to RAS+ mm, without the voxels; raises DataError if damaged."""
     _check_header(file)
     reader = _itk(file, "ReadImageInformation")
-    channels = int(reader.GetNumberOfComponents())
-    size = (*reader.GetSize(), 1)[:3]
-    return (*(int(n) for n in size), *((channels,) if channels > 1 else ())), _affine(reader)
+    channels, size = reader.GetNumberOfComponents(), (*reader.GetSize(), 1)[:3]
+    return (*size, channels) if channels > 1 else size, _affine(reader)
 
 
 def _itk(file: Path, method: Literal["Execute", "ReadImageInformation"]) -> Any:
@@ -82,22 +80,21 @@ def _itk(file: Path, method: Literal["Execute", "ReadImageInformation"]) -> Any:
     except RuntimeError as error:
         if "allocat" in str(error).lower():  # ITK's own words for a full memory
             raise MemoryError(str(file)) from error
-        reason = "It, or the file that holds its voxels, is damaged or not the format that its name says."
-        raise DataError(f"{file}: cannot be read. {reason}") from error
+        reason = "It, or the file that holds its voxels, is damaged or not the format that its name says"
+        raise DataError(f"{file}: cannot be read. {reason}.") from error
     return reader if image is None else image
 
 
 def _affine(image: Any) -> Affine:
     """Voxel indices to RAS+ mm of a SimpleITK image, or reader; of more than 3 dimensions the first three."""
-    n = image.GetDimension()
-    lps, m = np.eye(4), min(n, 3)
+    lps, n, m = np.eye(4), image.GetDimension(), min(image.GetDimension(), 3)
     lps[:m, :m] = (np.reshape(image.GetDirection(), (n, n)) * image.GetSpacing())[:m, :m]
     lps[:m, 3] = image.GetOrigin()[:m]
     return ras_affine(lps)
 
 
 def _check_header(file: Path) -> tuple[list[Issue], str]:
-    """What the text of a header leaves open, where ITK would guess, and MetaImage's second orientation in letters."""
+    """What the text of a header does not say and ITK would guess, and MetaImage's second orientation in letters."""
     if (problem := not_a_file(file)) is not None:
         raise DataError(problem)
     with file.open("rb") as stream:
@@ -125,7 +122,7 @@ def _fields(lines: Sequence[str], meta: bool) -> tuple[dict[str, str], list[str]
         key, _, value = line.partition("=" if meta else ":")
         if not meta and not line.strip():  # the end
             break
-        if value.startswith("="):  # NRRD's own keys
+        if value.startswith("="):  # NRRD's custom keys
             continue
         key = key.strip() if meta else key.lower().replace(" ", "")
         fields[key] = value.strip()
@@ -159,18 +156,17 @@ def _unpacks(file: Path, names: Sequence[str]) -> bool:
 
 
 def _doubt(file: Path, fields: dict[str, str], meta: bool) -> str:
-    """What a header leaves open about the orientation; DataError if it gives no voxel size, or not in mm."""
+    """What a header does not say about the orientation; DataError if it gives no voxel size, or not in mm."""
     units = fields.get("spaceunits", fields.get("units", f'"{fields.get("DistanceUnits", "")}"'))
     if odd := set(re.findall(r'"([^"]*)"', units)) - MILLIMETRES:
         raise DataError(f"{file}: its header gives lengths in {min(odd)}, expected mm. Convert it.")
     for key, plain in UNSCALED.items():
         if _numbers(fields.get(key, "")) not in ([], [plain]):
-            raise DataError(
-                f"{file}: its header scales the values ({key} {fields[key]}), which is not read. Convert it."
-            )
+            found = f"its header scales the values ({key} {fields[key]})"
+            raise DataError(f"{file}: {found}, which is not read. Convert it.")
     matrix = _numbers(next((fields[key] for key in MATRICES if key in fields), ""))
     if len(matrix) == 9 and np.abs(np.linalg.norm(np.reshape(matrix, (3, 3)), axis=1) - 1).max() > 0.01:
-        reason = "the axes of its TransformMatrix are not of length 1, so the voxel size is open"
+        reason = "the axes of its TransformMatrix are not of length 1, so the voxel size is not defined"
         raise DataError(f"{file}: {reason}. Convert it again from its source.")
     vectors = [_numbers(v) for v in re.findall(r"\(([^)]*)\)", fields.get("spacedirections", ""))]
     if meta:

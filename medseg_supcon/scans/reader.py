@@ -9,11 +9,10 @@ from typing import Literal
 import numpy as np
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans.dicom import check_series, read_dicom
-from medseg_supcon.scans.grid import Affine, Volume, affine_issue, same_grid
-from medseg_supcon.scans.itk import read_itk, read_itk_header
-from medseg_supcon.scans.nifti import not_a_file, read_header, read_nifti
-from medseg_supcon.scans.voxels import as_float32
+from medseg_supcon.scans.dicom import DICOM_ENDINGS, check_series, looks_like_dicom, read_dicom
+from medseg_supcon.scans.itk import ITK_ENDINGS, read_itk, read_itk_header
+from medseg_supcon.scans.nifti import NIFTI_ENDINGS, not_a_file, read_header, read_nifti
+from medseg_supcon.scans.volume import Affine, Volume, affine_issue, as_float32, same_grid
 
 Kind = Literal["nifti", "itk", "dicom"]
 # Errors for a training, which must read scan and label map in one place. A mask is on its scan's own voxels.
@@ -29,7 +28,7 @@ class Scan:
     kind: Kind = "nifti"
     problem: str | None = None  # why it cannot be read at all, as a sentence
     series: str = ""  # of a DICOM folder: what tells its series from the others
-    warnings: tuple[str, ...] = ()  # what a person should know about the folder it was found in
+    warnings: tuple[str, ...] = ()  # about the folder it was found in
 
     @property
     def source(self) -> Path:
@@ -37,15 +36,32 @@ class Scan:
         return self.files[0].parent if self.kind == "dicom" and len(self.files) > 1 else self.files[0]
 
 
+def stem(path: str | Path) -> str:
+    """File name without the ending of a scan: ``stem("x/a.b.nii.gz") == "a.b"``."""
+    name, endings = Path(path).name, (*NIFTI_ENDINGS, *ITK_ENDINGS, *DICOM_ENDINGS)
+    ending = next((e for e in endings if name.lower().endswith(e) and len(name) > len(e)), "")
+    return name[: len(name) - len(ending)]
+
+
+def kind_of(path: Path) -> Kind | None:
+    """The format of a file, by its ending or DICOM's first bytes; None if it is none that is read."""
+    name = path.name.lower()
+    if name.endswith(NIFTI_ENDINGS):
+        return "nifti"
+    if name.endswith(ITK_ENDINGS):
+        return "itk"
+    return "dicom" if looks_like_dicom(path) else None
+
+
 def read_scan(scan: Scan, channels: int) -> Volume:
-    """A scan as a model of so many channels takes it: finite float32 voxels in a sound grid. DataError says why not."""
+    """A scan for a model of so many channels: finite float32 voxels on a valid grid; DataError if it is unusable."""
     for problem in (scan.problem, *map(not_a_file, scan.files)):
         if problem is not None:
             raise DataError(problem)
+    read = read_nifti if scan.kind == "nifti" else read_itk
     if scan.kind == "dicom":
         volumes = [_usable(read_dicom(scan.files), scan.source)]
     else:
-        read = read_nifti if scan.kind == "nifti" else read_itk
         volumes = [_usable(read(file), file) for file in scan.files]
     first = volumes[0]
     for file, volume in zip(scan.files[1:], volumes[1:], strict=False):
@@ -53,10 +69,10 @@ def read_scan(scan: Scan, channels: int) -> Volume:
             raise DataError(f"{file}: its shape or affine differs from {scan.files[0]}'s. Channels must share a grid.")
     count = sum(len(volume.channels_first) for volume in volumes)
     if count != channels:
-        found, cure = f"{count} channels", "Give one 4-D file, channels last, or 3-D files NAME_0000, NAME_0001, ..."
+        found, cure = f"{count} channels", "Pass one 4-D file, channels last, or 3-D files NAME_0000, NAME_0001, ..."
         if channels == 1:
-            found, cure = f"{count} volumes (a time series or several channels)", "Split it and give one volume."
-        raise DataError(f"{scan.source}: holds {found}, and the model takes {channels}. {cure}")
+            found, cure = f"{count} volumes (a time series or several channels)", "Split it and pass one volume."
+        raise DataError(f"{scan.source}: contains {found}, but the model takes {channels}. {cure}")
     if len(volumes) == 1:
         return first
     return replace(first, data=np.moveaxis(np.concatenate([v.channels_first for v in volumes]), 0, -1))
