@@ -32,16 +32,13 @@ GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 
 @dataclass(frozen=True)
 class DicomSegWriter:
-    """Writes masks of DICOM series as SEG objects: binary segments, one per foreground class.
+    """Writes masks of DICOM series as SEG objects: binary segments, one per foreground class. ConfigError without highdicom.
 
     BINARY is the type that viewers know; LABELMAP, of 2024, is read by few. Frame positions, orientation and spacing
     are those of the source's headers. Patient and study are copied from them as the standard asks.
 
     Args:
         models: that made the masks; the object names them and the SHA-256 of their weights.
-
-    Raises:
-        ConfigError: highdicom is not installed.
     """
 
     models: Sequence[Model]

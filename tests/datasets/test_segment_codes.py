@@ -64,7 +64,7 @@ def test_where_a_tumour_is() -> None:
 @pytest.fixture
 def plan(phantoms: Path) -> dict[str, Any]:
     dataset = read_dataset(phantoms)
-    return make_plan(fingerprint(dataset), dataset, cores=2)
+    return make_plan(fingerprint(dataset), dataset)
 
 
 def test_a_plan_has_every_foreground_class_and_stays_the_same(plan: dict[str, Any], tmp_path: Path) -> None:
