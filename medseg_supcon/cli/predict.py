@@ -15,6 +15,7 @@ from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.text import counted
 
 MIRROR = "Average over mirrored scans (slower), unless a class name says left or right."
+SEG = "Also write a DICOM segmentation (NAME.seg.dcm) of each DICOM series."
 
 
 def predict(
@@ -29,6 +30,7 @@ def predict(
     out_dir: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder for the masks.")],
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write class probabilities.")] = False,
     tta: Annotated[bool, typer.Option("--tta", help=MIRROR)] = False,
+    dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help=SEG)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that exist.")] = False,
     device: terminal.DeviceOption = None,
     trust: terminal.TrustOption = False,
@@ -49,14 +51,19 @@ def predict(
     predictor = Predictor(runs, device=device, tta=tta, trust=trust)
     if tta and not any(model.plan["flip_axes"] for model in predictor.models):
         say("--tta has no effect: flip_axes in plan.json is empty, because class names say left or right.", "note")
-    counts = predict_into(out_dir, predictor, scans, probabilities, overwrite)
+    counts = predict_into(out_dir, predictor, scans, probabilities, overwrite, dicom_seg)
     if counts["failed"]:
         some = counts["done"] + counts["skipped"]
         raise typer.Exit(terminal.EXIT_SOME_FAILED if some else terminal.EXIT_INPUT)
 
 
 def predict_into(
-    folder: Path, predictor: Any, scans: Sequence[Path], probabilities: bool = False, overwrite: bool = False
+    folder: Path,
+    predictor: Any,
+    scans: Sequence[Path],
+    probabilities: bool = False,
+    overwrite: bool = False,
+    dicom_seg: bool = False,
 ) -> dict[str, int]:
     """Predict scans into a folder with a progress display; a failed scan is a sentence on stderr.
 
@@ -76,7 +83,8 @@ def predict_into(
             for warning in entry.get("warnings", []):
                 say(f"{entry['name']}: {warning}")
 
-        counts: dict[str, int] = predictor.run(chosen, folder, probabilities, overwrite, progress)["summary"]
+        manifest = predictor.run(chosen, folder, probabilities, overwrite, progress, dicom_seg)
+        counts: dict[str, int] = manifest["summary"]
     parts = [f"{counted(counts['done'], 'scan')} predicted"]
     parts += [f"{counts['skipped']} already exist (replace them with --overwrite)"] if counts["skipped"] else []
     parts += [f"{counts['failed']} failed"] if counts["failed"] else []

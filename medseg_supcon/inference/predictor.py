@@ -18,6 +18,7 @@ from torch import Tensor
 from medseg_supcon.bundle import Model, load_model
 from medseg_supcon.datasets import label_type
 from medseg_supcon.errors import DataError, RunError
+from medseg_supcon.inference.dicom_seg import DicomSegWriter
 from medseg_supcon.inference.find_scans import find_scans, refuse_equal_names
 from medseg_supcon.inference.folder import Progress, predict_folder
 from medseg_supcon.inference.manifest import describe
@@ -108,6 +109,7 @@ class Predictor:
         probabilities: bool = False,
         overwrite: bool = False,
         progress: Progress | None = None,
+        dicom_seg: bool = False,
     ) -> dict[str, Any]:
         """Segment scans into a folder; a scan that fails is reported, and the rest continue.
 
@@ -117,6 +119,7 @@ class Predictor:
             probabilities: write (X, Y, Z, K) float32 NIfTI to ``out/probabilities`` too.
             overwrite: replace files that exist; otherwise their scans are skipped, with a warning if another model
                 or other settings made them.
+            dicom_seg: write ``<name>.seg.dcm`` too, a DICOM segmentation object (see `DicomSegWriter`).
             progress: called with (scans done, scans in total, the scan's entry of the manifest) after each.
 
         Returns:
@@ -125,13 +128,17 @@ class Predictor:
 
         Raises:
             RunError: the folder cannot be written to.
+            ConfigError: `dicom_seg` without highdicom.
         """
         given = list(scans)
         ready = [scan for scan in given if isinstance(scan, Scan)]
         ready += self.find_scans(scan for scan in given if not isinstance(scan, Scan))
         ready = refuse_equal_names(list(dict.fromkeys(ready)))  # a scan given twice is one scan
         head = describe(self.models, self.tta, self.device, self.amp)
-        return predict_folder(self.prepare, self.segment, head, ready, Path(out), probabilities, overwrite, progress)
+        writer = DicomSegWriter(self.models) if dicom_seg else None
+        return predict_folder(
+            self.prepare, self.segment, head, ready, Path(out), probabilities, overwrite, progress, writer
+        )
 
     def prepare(self, scan: Scan) -> Prepared:
         """Read and preprocess a scan; needs no GPU, so that it can run beside `segment`. DataError as for `predict`."""

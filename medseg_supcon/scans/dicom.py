@@ -271,6 +271,12 @@ def _open(file: Path, most: int) -> IO[bytes]:
     return io.BytesIO(meta.replace(DEFLATED, DEFLATED[:-3] + b"\0\0\0") + plain)
 
 
+def read_whole_header(file: Path) -> Any:
+    """All of a readable DICOM file but its voxels, as pydicom's Dataset. It identifies the patient: show nothing of it."""
+    with _open(file, HEADER_BYTES) as stream:
+        return _pydicom().dcmread(stream, force=True, stop_before_pixels=True)
+
+
 def read_frames(file: Path) -> list[Frame]:
     """The slices of a DICOM file by its header, one or more; DataError if it is damaged, or no image nor document."""
     try:

@@ -63,6 +63,7 @@ from medseg_supcon.training.speed import (
     tune_gpu,
     usual_amp_dtype,
 )
+from medseg_supcon.training.tracking import check_tracker
 from medseg_supcon.training.train import (
     begin_training,
     check_planned,
