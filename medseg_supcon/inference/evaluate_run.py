@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from medseg_supcon.bundle import cases_of, plain_text, read_config
 from medseg_supcon.datasets import Dataset, check_dataset, items, load_items
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation import Row, add_problems, score_mask, write_metrics
-from medseg_supcon.inference.folder import make_writable, read_ahead
+from medseg_supcon.inference.folder import make_writable, segment_each
 from medseg_supcon.inference.predictor import Predictor
 from medseg_supcon.inference.prepare import Prediction
 from medseg_supcon.plan import read_plan
@@ -27,23 +25,10 @@ TOLERANCE_MM = 1.0
 def evaluate_dataset(
     run: Path, dataset: Dataset, out: Path, *, device: str | None = None, trust: bool = False
 ) -> dict[str, Any]:
-    """Score a run on the labelled cases of a data set; cases with errors become ``problems`` of the report.
+    """Score a run on the labelled cases of a data set, as `evaluate_items`; cases with errors become ``problems``.
 
-    Each row says in ``trained_on`` whether the run was trained on the case.
-
-    Args:
-        run: a trained run.
-        dataset: what was read.
-        out: folder for ``metrics.csv``, ``metrics.json`` and the masks (``predictions/``).
-        device: where the network runs; default: the first GPU, or the CPU.
-        trust: the run's plan and inference config may be code.
-
-    Returns:
-        the content of ``metrics.json``.
-
-    Raises:
-        RunError: not a trained run, or one that needs trust. DataError: no labelled case, other channels than the
-            run's, or no case can be scored.
+    Each row says in ``trained_on`` whether the run was trained on the case. DataError if no case can be scored, or
+    the channels are not the run's; RunError if the run is not trained, or needs trust.
     """
     files = run / "configs" / "plan.json", run / "models" / "model.pt"
     if not all(file.is_file() for file in files):
@@ -85,10 +70,7 @@ def trained_on(run: Path, dataset: Dataset) -> set[str]:
 
 
 def evaluate_validation(run: Path, *, device: str | None = None, trust: bool = False) -> dict[str, Any]:
-    """Score a run on its own validation cases, into ``eval/``; see `evaluate_dataset`.
-
-    The cases are those of datalist.json; ``dataset_dir`` and ``tolerance_mm`` are evaluate.yaml's.
-    """
+    """Score a run on the validation cases of its datalist.json, into ``eval/``, with evaluate.yaml's settings."""
     config = read_config(run / "configs" / "evaluate.yaml")
     folder = plain_text(config.get("dataset_dir", ""))
     if folder is None:
@@ -107,23 +89,11 @@ def evaluate_items(
     problems: dict[str, str] | None = None,
     seen: set[str] | None = None,
 ) -> dict[str, Any]:
-    """Score a predictor on items with absolute paths, each in the scan's own grid.
+    """Score a predictor on items with absolute paths, each in the scan's own grid; the content of ``metrics.json``.
 
-    One thread reads the next scan and one writes and scores the last mask, while this one segments.
-
-    Args:
-        predictor: of one run or several.
-        entries: ``{"name", "image": path or paths, "label": path}``.
-        out: folder for ``metrics.csv``, ``metrics.json`` and the masks (``predictions/``).
-        tolerance_mm: of the surface Dice.
-        problems: case -> why it is not among the items; added to the report.
-        seen: names of cases for ``trained_on`` in the rows; None: without that column.
-
-    Returns:
-        the content of ``metrics.json``.
-
-    Raises:
-        DataError: a scan or label map cannot be used, or they are in different places.
+    Writes ``metrics.csv``, ``metrics.json`` and the masks (``predictions/``) to ``out``. ``tolerance_mm`` is that of
+    the surface Dice, ``problems`` says per case why it is not among the items, and ``seen`` names the cases for the
+    column ``trained_on``. DataError if a scan or label map cannot be used, or they are in different places.
     """
     labels = {}
     for entry in entries:
@@ -134,40 +104,21 @@ def evaluate_items(
     make_writable(out)
     make_writable(out / "predictions")
     rows: list[Row] = []
+    plan = predictor.plan
+    classes = plan["labels"], plan["ignore_label"], tolerance_mm, plan.get("trust_scan_affine", False)
 
-    def score(prediction: Prediction, label: Path) -> list[Row]:
-        write_nifti(out / "predictions" / f"{prediction.name}.nii.gz", prediction.mask, prediction.grid)
-        plan = predictor.plan
-        scored = score_mask(
-            prediction.name,
-            prediction.mask,
-            prediction.grid.affine,
-            label,
-            plan["labels"],
-            plan["ignore_label"],
-            tolerance_mm,
-            plan.get("trust_scan_affine", False),
-        )
-        if seen is None:
-            return scored
-        return [row | {"trained_on": prediction.name in seen} for row in scored]
+    def score(scan: Scan, prediction: Prediction) -> list[Row]:
+        mask, grid = prediction.mask, prediction.grid
+        write_nifti(out / "predictions" / f"{scan.name}.nii.gz", mask, grid)
+        scored = score_mask(scan.name, mask, grid.affine, labels[scan], *classes)
+        return scored if seen is None else [row | {"trained_on": scan.name in seen} for row in scored]
 
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as scorer:
-        pending: Future[list[Row]] | None = None
-        try:
-            for scan, prepared in read_ahead(reader, predictor.prepare, list(labels)):
-                prediction = predictor.segment(prepared.result())
-                if pending is not None:
-                    rows += pending.result()
-                pending = scorer.submit(score, prediction, labels[scan])
-            if pending is not None:
-                rows += pending.result()
-        except BaseException:
-            reader.shutdown(wait=False, cancel_futures=True)
-            with suppress(Exception):
-                if pending is not None:
-                    pending.result()
-            raise
+    def add(scan: Scan, outcome: list[Row] | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        rows.extend(outcome)
+
+    segment_each(list(labels), predictor.prepare, predictor.segment, score, add)
     report = write_metrics(sorted(rows, key=lambda row: str(row["case"])), out)
     return add_problems(out, problems) if problems else report
 

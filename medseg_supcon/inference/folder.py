@@ -5,31 +5,72 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from medseg_supcon.errors import MedsegError, RunError
+from medseg_supcon.errors import DataError, MedsegError, RunError
 from medseg_supcon.files import remove_leftovers, temporary_name
 from medseg_supcon.inference.find_scans import keep_names
 from medseg_supcon.inference.manifest import Manifest, entry_of
-from medseg_supcon.inference.memory import is_out_of_memory
 from medseg_supcon.inference.prepare import Prediction, Prepared
+from medseg_supcon.inference.sliding_window import is_out_of_memory
 from medseg_supcon.scans import Scan, is_mask_of, is_whole, write_nifti
 
 Progress = Callable[[int, int, dict[str, Any]], None]
+Result = TypeVar("Result")
+FULL = "Free disk space, or choose another --out."
 CURES = {
     errno.ENAMETOOLONG: "Give the scan a shorter name.",
     errno.EACCES: "Choose another --out, or change its permissions.",
-    errno.ENOSPC: "Free disk space, or choose another --out.",
-    errno.EDQUOT: "Free disk space, or choose another --out.",
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
 }
 logger = logging.getLogger(__name__)
+
+
+def segment_each(
+    scans: Sequence[Scan],
+    prepare: Callable[[Scan], Prepared],
+    segment: Callable[[Prepared], Prediction],
+    write: Callable[[Scan, Prediction], Result],
+    report: Callable[[Scan, Result | BaseException], None],
+) -> None:
+    """``write(scan, segment(prepare(scan)))`` of each scan; one thread reads ahead and one writes, while this one segments.
+
+    ``report`` is called in this thread, in order, with what ``write`` returned or what one of the three raised. After
+    Ctrl-C the last mask is still finished and reported.
+    """
+    pending: list[tuple[Scan, Future[Result]]] = []
+
+    def finish() -> None:
+        if pending:
+            scan, future = pending[0]
+            outcome = future.exception() or future.result()
+            pending.clear()
+            report(scan, outcome)
+
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        reading = chain((reader.submit(prepare, scan) for scan in scans), [Future[Prepared]()])
+        try:
+            for scan, (prepared, _) in zip(scans, pairwise(reading), strict=True):  # the next is being read
+                try:
+                    prediction = segment(prepared.result())
+                except Exception as error:
+                    finish()
+                    report(scan, error)
+                else:
+                    finish()
+                    pending.append((scan, writer.submit(write, scan, prediction)))
+            finish()
+        except BaseException:
+            reader.shutdown(wait=False, cancel_futures=True)
+            finish()
+            raise
 
 
 def predict_folder(
@@ -42,151 +83,88 @@ def predict_folder(
     overwrite: bool,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """See `Predictor.run`.
-
-    Args:
-        prepare: reads and preprocesses a scan.
-        segment: makes its mask, and probabilities if wanted.
-        head: of the manifest, from `describe`.
-    """
+    """See `Predictor.run`; ``head`` is that of the manifest, from `describe`."""
     make_writable(out)
     manifest = Manifest(out / "manifest.json", head)
     scans = keep_names(scans, manifest.earlier)
-    total, finished = len(scans), 0
 
-    def report(entry: dict[str, Any]) -> None:
-        nonlocal finished
-        finished += 1
+    def write(scan: Scan, prediction: Prediction) -> dict[str, Any]:
+        entry, file = entry_of(prediction, head["labels"]), f"{scan.name}.nii.gz"
+        try:
+            if prediction.probabilities is not None:
+                (out / "probabilities").mkdir(exist_ok=True)
+                scores = np.moveaxis(prediction.probabilities, 0, -1)
+                write_nifti(out / "probabilities" / file, scores, prediction.grid)
+            # The mask comes last: if it exists, the scan is finished.
+            write_nifti(out / file, prediction.mask, prediction.grid)
+        except OSError as error:
+            cure = CURES.get(error.errno or 0, "Choose another --out.")
+            reason = error.strerror or error
+            raise DataError(f"{out / file}: the mask could not be written ({reason}). {cure}") from error
+        return entry
+
+    def report(scan: Scan, outcome: dict[str, Any] | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            entry = {"name": scan.name, "status": "failed", "error": _sentence(scan, outcome)}
+        else:  # the next call finds the mask of a DICOM series by its digest
+            entry = outcome | ({"series": scan.series} if scan.series else {})
         manifest.add(entry)
         if progress is not None:
-            progress(finished, total, entry)
+            progress(len(manifest.entries), len(scans), entry)
 
-    todo = []
-    for scan in scans:
-        entry = _without_work(scan, out, probabilities, overwrite, manifest)
-        if entry is None:
-            todo.append(scan)
-        else:
-            report(entry)
-    # One thread reads the next scan and one writes the last mask, while this one segments.
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        pending: tuple[Scan, Future[dict[str, Any]]] | None = None
-        try:
-            for scan, prepared in read_ahead(reader, prepare, todo):
-                outcome: Prediction | dict[str, Any]
-                try:
-                    outcome = segment(prepared.result(), probabilities)
-                except Exception as error:
-                    outcome = _failed(scan, error)
-                if pending is not None:
-                    report(_written(*pending))
-                    pending = None
-                if isinstance(outcome, dict):
-                    report(outcome)
-                else:
-                    pending = scan, writer.submit(_write, outcome, out, head["labels"])
-            if pending is not None:
-                report(_written(*pending))
-        except BaseException:
-            reader.shutdown(wait=False, cancel_futures=True)
-            with suppress(RunError):
-                if pending is not None:  # Ctrl-C: the last mask is finished, and listed
-                    manifest.add(_written(*pending))
-                manifest.write()
-            raise
-    manifest.write()
-    return manifest.of_this_call()
-
-
-def read_ahead(
-    reader: ThreadPoolExecutor, prepare: Callable[[Scan], Prepared], scans: Sequence[Scan]
-) -> Iterator[tuple[Scan, Future[Prepared]]]:
-    """Each scan with its future, when the next one is being read; at most two are in memory."""
-    coming: deque[tuple[Scan, Future[Prepared]]] = deque()
-    for scan in scans:
-        coming.append((scan, reader.submit(prepare, scan)))
-        if len(coming) == 2:
-            yield coming.popleft()
-    while coming:
-        yield coming.popleft()
-
-
-def _write(prediction: Prediction, out: Path, labels: dict[str, float]) -> dict[str, Any]:
-    entry = entry_of(prediction, labels)
-    if prediction.probabilities is not None:
-        (out / "probabilities").mkdir(exist_ok=True)
-        scores = np.moveaxis(prediction.probabilities, 0, -1)
-        write_nifti(out / "probabilities" / f"{prediction.name}.nii.gz", scores, prediction.grid)
-    # The mask comes last: if it exists, the scan is finished.
-    write_nifti(out / f"{prediction.name}.nii.gz", prediction.mask, prediction.grid)
-    return entry
-
-
-def _written(scan: Scan, future: Future[dict[str, Any]]) -> dict[str, Any]:
     try:
-        return _with_series(scan, future.result())
-    except Exception as error:
-        return _failed(scan, error, writing=True)
+        todo = []
+        for scan in scans:
+            outcome = _without_work(scan, out, probabilities, overwrite, manifest)
+            if outcome is None:
+                todo.append(scan)
+            else:
+                report(scan, outcome)
+        segment_each(todo, prepare, lambda prepared: segment(prepared, probabilities), write, report)
+    finally:
+        manifest.write()
+    return manifest.content()
 
 
-def _with_series(scan: Scan, entry: dict[str, Any]) -> dict[str, Any]:
-    """The next call finds the mask of a DICOM series by its digest."""
-    return entry | ({"series": scan.series} if scan.series else {})
-
-
-def _failed(scan: Scan, error: Exception, writing: bool = False) -> dict[str, Any]:
+def _sentence(scan: Scan, error: BaseException) -> str:
     if isinstance(error, MedsegError):
-        sentence = str(error)
-    elif is_out_of_memory(error):
-        sentence = (
+        return str(error)
+    if is_out_of_memory(error):
+        return (
             f"{scan.source}: not enough memory for this scan. Close other programs, or use a machine with more memory."
         )
-    elif isinstance(error, OSError) and writing:
-        cure = CURES.get(error.errno or 0, "Choose another --out.")
-        sentence = (
-            f"{scan.source}: the mask {scan.name}.nii.gz could not be written ({error.strerror or error}). {cure}"
-        )
-    else:
-        reason = " ".join(str(error).split())[:200]
-        sentence = f"{scan.source}: the prediction failed ({type(error).__name__}: {reason})."
-        logger.debug("%s", scan.name, exc_info=error)
-    return {"name": scan.name, "status": "failed", "error": sentence}
+    logger.debug("%s", scan.name, exc_info=error)
+    return f"{scan.source}: the prediction failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
 
 
 def _without_work(
     scan: Scan, out: Path, probabilities: bool, overwrite: bool, manifest: Manifest
-) -> dict[str, Any] | None:
-    """The entry of a scan that needs no prediction: refused, or finished by an earlier call."""
+) -> dict[str, Any] | DataError | None:
+    """The entry of a scan that an earlier call finished, or why it is refused; None: it needs a prediction."""
     if scan.problem is not None:
-        return {"name": scan.name, "status": "failed", "error": scan.problem}
+        return DataError(scan.problem)
     mask = out / f"{scan.name}.nii.gz"
     if not os.path.exists(mask):  # noqa: PTH110 - Path.exists raises if a name is too long
         return None
     if any(os.path.exists(file) and mask.samefile(file) for file in scan.files):  # noqa: PTH110
-        sentence = f"{mask}: the mask would replace the scan itself. Choose another --out."
-        return {"name": scan.name, "status": "failed", "error": sentence}
+        return DataError(f"{mask}: the mask would replace the scan itself. Choose another --out.")
     if overwrite or not is_whole(mask):
         return None
     theirs = manifest.earlier.get(scan.name, {}).get("series")
     other_series = bool(scan.series and theirs) and theirs != scan.series
     if other_series or not is_mask_of(mask, scan):
         why = "it is another DICOM series" if other_series else "shape or affine differ"
-        sentence = (
+        return DataError(
             f"{scan.source}: {mask} already exists and belongs to another scan ({why}). Choose another --out, "
             "or replace it with --overwrite."
         )
-        return {"name": scan.name, "status": "failed", "error": sentence}
     if probabilities and not (out / "probabilities" / mask.name).exists():
         return None
-    return _with_series(scan, manifest.skipped(scan.name))
+    return manifest.skipped(scan.name)
 
 
 def make_writable(out: Path) -> None:
-    """Make a folder for masks, without leftovers of a killed process.
-
-    Raises:
-        RunError: files cannot be written there.
-    """
+    """Make a folder for masks, without leftovers of a killed process; RunError if files cannot be written there."""
     probe = temporary_name(out)
     try:
         out.mkdir(parents=True, exist_ok=True)

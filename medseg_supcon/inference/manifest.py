@@ -25,6 +25,7 @@ from medseg_supcon.files import folder_lock, write_whole
 from medseg_supcon.inference.prepare import Prediction
 
 STATUSES = ("done", "skipped", "failed")
+EXISTED = "the mask already existed"
 PAUSE = 20  # times as long as the last writing took: rewriting a long file after every scan is quadratic
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "pydicom", "SimpleITK", "scipy")
 # The parts of a plan that decide a mask. How many windows go together does not.
@@ -72,15 +73,10 @@ def _mask_facts(mask: npt.NDArray[Any], spacing: Any, voxel_ml: float, labels: d
     border = np.concatenate([mask.take(i, axis).ravel() for axis in range(3) for i in (0, -1)])
     facts = {}
     for name, value in list(labels.items())[1:]:
-        voxels = int(np.count_nonzero(mask == value))
-        facts[name] = {
-            "value": value,
-            "voxels": voxels,
-            "volume_ml": round(voxels * voxel_ml, 4),
-            "touches_border": bool((border == value).any()),
-        }
-    spacing_mm = [round(float(s), 5) for s in spacing]
-    return {"shape": list(mask.shape), "spacing_mm": spacing_mm, "labels": facts}
+        voxels, touches = int(np.count_nonzero(mask == value)), bool((border == value).any())
+        volume = round(voxels * voxel_ml, 4)
+        facts[name] = {"value": value, "voxels": voxels, "volume_ml": volume, "touches_border": touches}
+    return {"shape": list(mask.shape), "spacing_mm": [round(float(mm), 5) for mm in spacing], "labels": facts}
 
 
 class Manifest:
@@ -91,36 +87,24 @@ class Manifest:
     """
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
-        self.path, self.head = path, head
+        self.path, self.head, self.due = path, head, time.monotonic()
         self.entries: list[dict[str, Any]] = []
-        self.due = time.monotonic()
+        # Tells a mask of this call from that of another model or of other settings.
+        self.made_by = {"models": [model["sha256"] for model in head["models"]], "settings": head["settings"]}
         self.earlier, damaged = _read(path)
         if damaged:
-            logger.warning(
-                "%s: %d of its entries are not in the format that medseg writes, and are ignored",
-                path,
-                damaged,
-            )
+            logger.warning("%s: %d of its entries are not in medseg's format, and are ignored", path, damaged)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Add an entry, and write the file if that is due.
-
-        Raises:
-            RunError: it cannot be written.
-        """
+        """Add an entry, and write the file if that is due."""
         if entry["status"] == "done":
-            entry |= self._made_by()
-        if entry not in self.entries[-1:]:  # after Ctrl-C the last entry can come again
-            self.entries.append(entry)
+            entry |= self.made_by
+        self.entries.append(entry)
         if time.monotonic() >= self.due:
             self.write()
 
     def write(self) -> None:
-        """Write the file, with what other processes have added to it.
-
-        Raises:
-            RunError: it cannot be written.
-        """
+        """Write the file, with what other processes have added to it; RunError if that is not possible."""
         started = time.monotonic()
         tried = {entry["name"] for entry in self.entries}
         made = {entry["name"] for entry in self.entries if entry["status"] != "failed"}
@@ -131,7 +115,7 @@ class Manifest:
                 kept = [
                     e for e in self.earlier.values() if e["name"] not in (tried if e["status"] == "failed" else made)
                 ]
-                text = json.dumps(self._with([*kept, *self.entries]), indent=1, allow_nan=False) + "\n"
+                text = json.dumps(self.content(kept), indent=1, allow_nan=False) + "\n"
                 write_whole(self.path, lambda file: file.write(text.encode()))
         except OSError as error:
             raise RunError(
@@ -147,31 +131,24 @@ class Manifest:
         entry.pop("error", None)
         if not isinstance(entry.get("labels"), dict):
             image: Any = nibabel.load(self.path.parent / f"{name}.nii.gz")
-            mask, spacing = np.asarray(image.dataobj), image.header.get_zooms()[:3]
             voxel_ml = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000
-            entry |= _mask_facts(mask, spacing, voxel_ml, self.head["labels"])
-        made_by = {key: earlier.get(key) for key in self._made_by()}
-        if None in made_by.values():
-            note = "the mask already existed; the manifest does not say which model made it"
-        elif made_by["models"] != self._made_by()["models"]:
-            note = "the mask already existed and was made by another model"
-        elif made_by != self._made_by():
-            note = "the mask already existed and was made with other settings (plan.json or --tta)"
-        else:
+            spacing = image.header.get_zooms()[:3]
+            entry |= _mask_facts(np.asarray(image.dataobj), spacing, voxel_ml, self.head["labels"])
+        made_by = {key: earlier.get(key) for key in self.made_by}
+        if made_by == self.made_by:
             return entry
-        warnings = [w for w in earlier.get("warnings", []) if not w.startswith("the mask already existed")]
-        return {**entry, **made_by, "warnings": [*warnings, note]}
+        if None in made_by.values():
+            note = "; the manifest does not say which model made it"
+        elif made_by["models"] != self.made_by["models"]:
+            note = " and was made by another model"
+        else:
+            note = " and was made with other settings (plan.json or --tta)"
+        warnings = [warning for warning in earlier.get("warnings", []) if not warning.startswith(EXISTED)]
+        return {**entry, **made_by, "warnings": [*warnings, EXISTED + note]}
 
-    def _made_by(self) -> dict[str, Any]:
-        """What tells a mask of this call from that of another model or of other settings."""
-        models = [model["sha256"] for model in self.head["models"]]
-        return {"models": models, "settings": self.head["settings"]}
-
-    def of_this_call(self) -> dict[str, Any]:
-        """The manifest without the entries of earlier calls."""
-        return self._with(self.entries)
-
-    def _with(self, scans: list[dict[str, Any]]) -> dict[str, Any]:
+    def content(self, earlier: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """The manifest: entries of earlier calls, then those of this one."""
+        scans = [*earlier, *self.entries]
         counts = {s: sum(entry["status"] == s for entry in scans) for s in STATUSES}
         return {**self.head, "summary": counts, "scans": scans}
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from medseg_supcon.bundle import Model, load_model
@@ -20,18 +21,8 @@ from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.inference.find_scans import find_scans, refuse_equal_names
 from medseg_supcon.inference.folder import Progress, predict_folder
 from medseg_supcon.inference.manifest import describe
-from medseg_supcon.inference.memory import attempts, keep_freed_memory
-from medseg_supcon.inference.prepare import Prediction, Prepared, prepare
-from medseg_supcon.inference.resample import GridMapping
-from medseg_supcon.inference.sliding_window import (
-    add,
-    add_inverse,
-    batch_on,
-    keep_largest,
-    label,
-    network_outputs,
-    windows,
-)
+from medseg_supcon.inference.prepare import Prediction, Prepared, add, label, prepare
+from medseg_supcon.inference.sliding_window import batch_on, network_outputs, windows, with_less_memory
 from medseg_supcon.scans import Scan
 
 
@@ -160,13 +151,10 @@ class Predictor:
             DataError: the network's output is NaN or infinite.
             torch.OutOfMemoryError, MemoryError: there is too little memory even for one window on the CPU.
         """
-        started = time.perf_counter()
-        warnings = list(prepared.warnings)
-        for attempt in attempts(self.device, self.plan["inference"]["sw_batch_size"], warnings):
-            with attempt, keep_freed_memory(attempt.device.type == "cpu"):
-                classes, scores = self._infer(prepared, attempt.device, attempt.buffers, attempt.batch, probabilities)
-        keep = [i for i, name in enumerate(self.labels) if name in self.plan["keep_largest"]]
-        keep_largest(classes, keep)
+        started, warnings = time.perf_counter(), list(prepared.warnings)
+        infer = partial(self._infer, prepared, probabilities)
+        classes, scores = with_less_memory(infer, self.device, self.plan["inference"]["sw_batch_size"], warnings)
+        keep_largest(classes, [i for i, name in enumerate(self.labels) if name in self.plan["keep_largest"]])
         if not classes.any():
             warnings.append("no structure was found: the mask is empty")
         values = np.array(list(self.labels.values()), dtype=label_type(self.labels.values()))
@@ -175,47 +163,37 @@ class Predictor:
 
     @torch.inference_mode()
     def _infer(
-        self, prepared: Prepared, device: torch.device, buffers: torch.device, batch: int, probabilities: bool
+        self, prepared: Prepared, probabilities: bool, device: torch.device, buffers: torch.device, batch: int
     ) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.float32] | None]:
         """Class indices (X, Y, Z), and probabilities (K, X, Y, Z) if they are wanted."""
-        shape, count = prepared.grid.shape[:3], len(self.labels)
+        shape, count, members = prepared.grid.shape[:3], len(self.labels), len(self.models)
         classes = np.zeros(shape, dtype=np.uint8 if count <= 256 else np.uint16)
-        together = probabilities or len(self.models) > 1
-        scores = np.zeros((count, *shape), dtype=np.float32) if together else None
-        for model, image in zip(self.models, prepared.images, strict=True):
-            network = model.network.to(device)
-            softmax = not self.tta
-            predict = network_outputs(network, model, self.tta, self._autocast(device))
-            chunks = windows(
-                image.as_tensor().to(buffers),
-                predict,
-                model.plan["patch_size"],
-                model.plan["inference"]["overlap"],
-                batch_on(device, batch, model.plan["patch_size"]),
-                device,
-                buffers,
-            )
+        scores = np.zeros((count, *shape), dtype=np.float32) if probabilities or members > 1 else None
+        for model, (image, way_back) in zip(self.models, prepared.images, strict=True):
+            patch, overlap = model.plan["patch_size"], model.plan["inference"]["overlap"]
+            outputs = network_outputs(model, device, self.tta, self.amp and device.type == self.device.type)
+            image = image.as_tensor().to(buffers)
+            chunks = windows(image, outputs, patch, overlap, batch_on(device, batch, patch), device, buffers)
             chunks = _finite(chunks, f"{prepared.name}: the output of the network of {model.name}")
-            affine = np.asarray(image.affine, dtype=np.float64)
-            mapping = None
-            if model.simple:
-                mapping = GridMapping.between(affine, image.shape[1:], prepared.affine, shape)
-            if mapping is None and scores is None:
-                scores = np.zeros((count, *shape), dtype=np.float32)
+            blocks = way_back.blocks(chunks, softmax=not self.tta)
             if scores is None:
-                label(classes, cast(GridMapping, mapping), chunks, softmax)
-            elif mapping is None:
-                add_inverse(scores, model, image, chunks, softmax, len(self.models))
+                label(classes, way_back.order, blocks)
             else:
-                add(scores, mapping, chunks, softmax, len(self.models))
+                add(scores, way_back.order, blocks, members)
         if scores is not None:
             classes[:] = scores.argmax(axis=0)
         return classes, scores if probabilities else None
 
-    def _autocast(self, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-        if self.amp and device.type == self.device.type:
-            return lambda: torch.autocast(device.type)
-        return nullcontext
+
+def keep_largest(classes: npt.NDArray[Any], which: Sequence[int]) -> None:
+    """Turn all but the largest component (26 neighbours) of some classes into background, in place."""
+    for index in which:
+        for box in ndimage.find_objects((classes == index).astype(np.uint8)):
+            part = classes[box]
+            components, count = ndimage.label(part == index, structure=np.ones((3, 3, 3)))
+            if count > 1:
+                largest = np.bincount(components[components > 0]).argmax()
+                part[(components > 0) & (components != largest)] = 0
 
 
 def _finite(chunks: Iterable[Tensor], what: str) -> Iterator[Tensor]:
@@ -232,7 +210,6 @@ def _device(name: str | torch.device | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RunError(
-            f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}). Try --device cpu."
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise RunError(f"device {str(name)!r} cannot be used ({reason}). Try --device cpu.") from error
     return device

@@ -1,10 +1,11 @@
-"""A scan read and preprocessed for the network, and what the network makes of it."""
+"""From the scan's grid to the model's, and back: preprocessing and its inverse."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,50 +13,69 @@ import numpy.typing as npt
 import torch
 from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, io_orientation
+from torch import Tensor
 
 from medseg_supcon.bundle import Model, innermost
 from medseg_supcon.errors import DataError, MedsegError
-from medseg_supcon.scans import Grid, Scan, Volume, outliers, read_scan
+from medseg_supcon.scans import Affine, Grid, Scan, Volume, outliers, read_scan
 from medseg_supcon.text import counted
 
 MOST_VOXELS = 4e9  # on the model's grid: 16 GB, a scan of 1600 voxels a side
+BLOCK_BYTES = 2**24  # float32 of one class at a time; more is no faster
+SAME = 5e-3  # voxels: closer grids are equal (MONAI does not resample if affines differ by less than 1e-3)
+Blocks = Iterator[tuple[npt.NDArray[np.int64], Iterator[Tensor]]]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A scan read and preprocessed for each model, all on the CPU."""
+    """A scan read and preprocessed, on the CPU: per model the image, and the way back from its grid."""
 
     name: str
     grid: Grid
-    affine: npt.NDArray[np.float64]
-    images: list[MetaTensor]
+    images: list[tuple[MetaTensor, GridMapping | MonaiInverse]]
     seconds: float
     warnings: list[str]
 
 
-def prepare(scan: Scan, models: Sequence[Model]) -> Prepared:
-    """Read a scan and preprocess it for each model.
+@dataclass(frozen=True)
+class Prediction:
+    """The result for one scan.
 
-    Raises:
-        DataError: it cannot be read, or is not a scan that the models take.
+    Attributes:
+        name: the scan's.
+        mask: (X, Y, Z) in the scan's own grid, the data set's label values, in the smallest type for them.
+        probabilities: (K, X, Y, Z) float32 in the order of the classes, or None if not asked for.
+        grid: where the voxels are.
+        seconds: for preprocessing and inference.
+        warnings: what users should know before they use the mask.
     """
+
+    name: str
+    mask: npt.NDArray[Any]
+    probabilities: npt.NDArray[np.float32] | None
+    grid: Grid
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+
+def prepare(scan: Scan, models: Sequence[Model]) -> Prepared:
+    """Read a scan and preprocess it for each model; DataError if it cannot be read, or the models do not take it."""
     started = time.perf_counter()
     volume = read_scan(scan, len(models[0].plan["channels"]))
     warnings = [*scan.warnings, *(issue.sentence for issue in volume.issues), *_oddities(volume)]
     for model in models:
         _check_size(model, volume, scan)
     images = [_preprocess(model, volume, scan) for model in models]
-    return Prepared(scan.name, volume.grid, volume.monai_affine, images, time.perf_counter() - started, warnings)
+    return Prepared(scan.name, volume.grid, images, time.perf_counter() - started, warnings)
 
 
-def _preprocess(model: Model, volume: Volume, scan: Scan) -> MetaTensor:
-    affine, voxels = volume.monai_affine, torch.from_numpy(volume.channels_first)
-    meta = {"original_affine": affine, "spatial_shape": volume.data.shape[:3], "space": "RAS"}
-    image = MetaTensor(voxels, affine=torch.from_numpy(affine), meta=meta)
-    image.meta["original_channel_dim"] = 0
-    image.meta["filename_or_obj"] = str(scan.files[0])
+def _preprocess(model: Model, volume: Volume, scan: Scan) -> tuple[MetaTensor, GridMapping | MonaiInverse]:
+    affine, shape = volume.monai_affine, volume.data.shape[:3]
+    meta = {"original_affine": affine, "spatial_shape": shape, "space": "RAS", "original_channel_dim": 0}
+    meta["filename_or_obj"] = str(scan.files[0])
+    image = MetaTensor(torch.from_numpy(volume.channels_first), affine=torch.from_numpy(affine), meta=meta)
     try:
-        prepared: MetaTensor = model.preprocessing({"image": image})["image"]
+        image = model.preprocessing({"image": image})["image"]
     except RuntimeError as error:  # MONAI's, around what a transform raises
         cause = innermost(error)
         if isinstance(cause, MedsegError | MemoryError | torch.OutOfMemoryError):
@@ -64,7 +84,10 @@ def _preprocess(model: Model, volume: Volume, scan: Scan) -> MetaTensor:
             f"{scan.source}: the preprocessing of {model.name} fails ({' '.join(str(cause).split())[:200]}). Look at "
             '"intensity" in its plan.json, and at the scan.'
         ) from error
-    return prepared
+    mapping = None
+    if model.simple:
+        mapping = GridMapping.between(np.asarray(image.affine, dtype=np.float64), image.shape[1:], affine, shape)
+    return image, mapping or MonaiInverse(model, image)
 
 
 def _check_size(model: Model, volume: Volume, scan: Scan) -> None:
@@ -98,21 +121,138 @@ def _oddities(volume: Volume) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """The result for one scan.
+class AxisInterpolation:
+    """Positions of the scan's voxels along an axis of the model's grid: between `low` and `high`, weight ``w``."""
+
+    low: npt.NDArray[np.int64]
+    high: npt.NDArray[np.int64]
+    w: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, position: npt.NDArray[np.float64], size: int) -> AxisInterpolation:
+        rounded = np.round(position)
+        if np.abs(position - rounded).max() < SAME:
+            position = rounded
+        position = np.clip(position, 0, size - 1)  # beyond the edge: the edge
+        low = np.minimum(np.floor(position), max(size - 2, 0)).astype(np.int64)
+        w = (position - low).astype(np.float32)
+        low, w = np.where(w >= 1, low + 1, low), np.where(w >= 1, np.float32(0), w)
+        return cls(low, np.where(w > 0, low + 1, low), w)
+
+    def take(self, values: Tensor, dim: int, offset: int = 0) -> Tensor:
+        """Interpolate ``values``, whose first row along ``dim`` is the model's row ``offset``."""
+        low = torch.from_numpy(self.low - offset).to(values.device)
+        if not self.w.any():
+            whole = np.array_equal(self.low - offset, np.arange(values.shape[dim]))
+            return values if whole else values.index_select(dim, low)
+        w = torch.from_numpy(self.w).to(values.device)
+        if values.device.type == "cpu" and dim == values.ndim - 1:
+            # Gathering along the fastest axis is slow on a CPU; a product with a matrix is not.
+            matrix = torch.zeros(values.shape[dim], len(low))
+            columns = torch.arange(len(low))
+            matrix[torch.from_numpy(self.high - offset), columns] = w
+            matrix[low, columns] = 1 - w
+            return values @ matrix
+        high = torch.from_numpy(self.high - offset).to(values.device)
+        shape = [-1 if d == dim else 1 for d in range(values.ndim)]
+        return torch.lerp(values.index_select(dim, low), values.index_select(dim, high), w.reshape(shape))
+
+
+@dataclass(frozen=True)
+class GridMapping:
+    """How the model's grid maps to the scan's.
 
     Attributes:
-        name: the scan's.
-        mask: (X, Y, Z) in the scan's own grid, the data set's label values, in the smallest type for them.
-        probabilities: (K, X, Y, Z) float32 in the order of the classes, or None if not asked for.
-        grid: where the voxels are.
-        seconds: for preprocessing and inference.
-        warnings: what users should know before they use the mask.
+        order: the scan's axis along each axis of the model's grid.
+        axes: positions per axis of the model's grid.
     """
 
-    name: str
-    mask: npt.NDArray[Any]
-    probabilities: npt.NDArray[np.float32] | None
-    grid: Grid
-    seconds: float
-    warnings: list[str] = field(default_factory=list)
+    order: tuple[int, ...]
+    axes: tuple[AxisInterpolation, ...]
+
+    @classmethod
+    def between(
+        cls, model_affine: Affine, model_shape: Sequence[int], affine: Affine, shape: Sequence[int]
+    ) -> GridMapping | None:
+        """None if the axes of the grids are not parallel, so that axes cannot be interpolated one by one."""
+        matrix = np.linalg.solve(model_affine, affine)
+        order = tuple(int(i) for i in np.abs(matrix[:3, :3] * np.asarray(shape)).argmax(axis=1))
+        if sorted(order) != [0, 1, 2]:
+            return None
+        strays = np.abs(matrix[:3, :3]) * (np.asarray(shape) - 1)
+        strays[range(3), order] = 0
+        if strays.max() > 0.02:  # voxels
+            return None
+        positions = [matrix[a, order[a]] * np.arange(shape[order[a]]) + matrix[a, 3] for a in range(3)]
+        return cls(order, tuple(AxisInterpolation.of(p, n) for p, n in zip(positions, model_shape, strict=True)))
+
+    def blocks(self, chunks: Iterable[Tensor], softmax: bool) -> Blocks:
+        """Rows of the scan (turned like the model's grid), as soon as the chunks that they need are there.
+
+        Args:
+            chunks: (K, rows, Y, Z) in order along the first axis of the model's grid.
+            softmax: the chunks are logits.
+
+        Yields:
+            which rows, and for each of the K classes in turn the probabilities (rows, Y', Z').
+        """
+        done = np.zeros(len(self.axes[0].low), dtype=bool)
+        start, last = 0, None
+        for chunk in chunks:
+            if last is not None:
+                yield from self._ready(torch.cat([last, chunk[:, :1]], dim=1), start - 1, done, softmax)
+            yield from self._ready(chunk, start, done, softmax)
+            start, last = start + chunk.shape[1], chunk[:, -1:].clone()
+
+    def _ready(self, chunk: Tensor, start: int, done: npt.NDArray[np.bool_], softmax: bool) -> Blocks:
+        x, y, z = self.axes
+        rows = np.flatnonzero(~done & (x.low >= start) & (x.high < start + chunk.shape[1]))
+        done[rows] = True
+        finer = max(chunk.shape[2] * chunk.shape[3], len(y.low) * len(z.low)) * 4
+        for block in np.array_split(rows, max(1, -(-len(rows) * finer // BLOCK_BYTES))):
+            if len(block):
+                here = AxisInterpolation(x.low[block], x.high[block], x.w[block])
+                first = int(here.low.min())
+                part = chunk[:, first - start : int(here.high.max()) + 1 - start]
+                part = torch.softmax(part, dim=0) if softmax else part
+                yield block, map(partial(self._plane, here, first), part)
+
+    def _plane(self, here: AxisInterpolation, first: int, values: Tensor) -> Tensor:
+        return here.take(self.axes[1].take(self.axes[2].take(values, 2), 1), 0, first)
+
+
+@dataclass(frozen=True)
+class MonaiInverse:
+    """The same by MONAI's own inverse, for preprocessing that is more than turning and scaling; it needs all rows."""
+
+    model: Model
+    image: MetaTensor
+    order = (0, 1, 2)
+
+    def blocks(self, chunks: Iterable[Tensor], softmax: bool) -> Blocks:
+        """All rows at once."""
+        whole = torch.cat([chunk.to("cpu", copy=True) for chunk in chunks], dim=1)
+        whole = torch.softmax(whole, dim=0) if softmax else whole
+        back = MetaTensor(whole, meta=self.image.meta, applied_operations=self.image.applied_operations)
+        scores = self.model.preprocessing.inverse({"image": back})["image"].as_tensor()
+        yield np.arange(scores.shape[1]), iter(scores)
+
+
+def label(classes: npt.NDArray[Any], order: Sequence[int], blocks: Blocks) -> None:
+    """Write the most probable class into `classes`, as the rows come in; of equal ones the first, like argmax."""
+    view = classes.transpose(order)
+    for rows, planes in blocks:
+        best = next(planes).clone()
+        index_of_best = torch.zeros(best.shape, dtype=torch.int16, device=best.device)
+        for index, values in enumerate(planes, start=1):
+            index_of_best.masked_fill_(values > best, index)
+            torch.maximum(best, values, out=best)
+        view[rows] = index_of_best.cpu().numpy().astype(classes.dtype)
+
+
+def add(scores: npt.NDArray[np.float32], order: Sequence[int], blocks: Blocks, members: int) -> None:
+    """Add one of several members' share of the probabilities to `scores` (K, X, Y, Z), as the rows come in."""
+    view = scores.transpose(0, *(axis + 1 for axis in order))
+    for rows, planes in blocks:
+        for index, values in enumerate(planes):
+            view[index, rows] += values.cpu().numpy() / members

@@ -2,7 +2,7 @@
 
 from medseg_supcon.scans.dicom import Series, is_one_of_many, series_in
 from medseg_supcon.scans.dicom_file import DICOM_ENDINGS, looks_like_dicom
-from medseg_supcon.scans.grid import Grid, Volume, affine_issue, farthest_corner, same_grid
+from medseg_supcon.scans.grid import Affine, Grid, Volume, affine_issue, farthest_corner, same_grid
 from medseg_supcon.scans.itk import ITK_ENDINGS
 from medseg_supcon.scans.nifti import (
     NIFTI_ENDINGS,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from toy_runs import UNET, blobs, save_nifti
 
-from medseg_supcon.inference import Predictor, attempts
+from medseg_supcon.inference import Predictor, with_less_memory
 
 
 class Hungry(torch.nn.Module):
@@ -72,11 +72,14 @@ def test_a_gpu_falls_back_to_stitching_elsewhere_then_to_the_cpu(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     warnings: list[str] = []
     seen: list[Any] = []
-    for attempt in attempts(torch.device("cuda"), 4, warnings):
-        with attempt:
-            seen.append((attempt.device.type, attempt.buffers.type, attempt.batch))
-            if len(seen) < 4:
-                raise OUT_OF_MEMORY[0]
+
+    def work(device: torch.device, buffers: torch.device, batch: int) -> str:
+        seen.append((device.type, buffers.type, batch))
+        if len(seen) < 4:
+            raise OUT_OF_MEMORY[0]
+        return "done"
+
+    assert with_less_memory(work, torch.device("cuda"), 4, warnings) == "done"
     assert seen == [("cuda", "cuda", 4), ("cuda", "cpu", 4), ("cuda", "cpu", 1), ("cpu", "cpu", 1)]
     assert len(warnings) == 3
 

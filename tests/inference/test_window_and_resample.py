@@ -12,7 +12,7 @@ from monai.inferers import SlidingWindowInferer
 from scipy.ndimage import map_coordinates
 
 from medseg_supcon.inference import GridMapping, windows
-from medseg_supcon.inference import resample as _resample
+from medseg_supcon.inference import prepare as module
 
 CPU = torch.device("cpu")
 
@@ -77,16 +77,16 @@ def test_the_way_back_is_trilinear_interpolation(
     view = result.transpose(0, *(axis + 1 for axis in way.order))
     ends = np.minimum(np.cumsum([0, *cuts]), model_shape[0])
     chunks = [torch.from_numpy(values[:, a:b]) for a, b in pairwise(ends) if b > a]
-    before, _resample.BLOCK_BYTES = _resample.BLOCK_BYTES, block
+    before, module.BLOCK_BYTES = module.BLOCK_BYTES, block
     try:
         for rows, planes in way.blocks(chunks, softmax=False):
             for index, plane in enumerate(planes):
                 assert np.isnan(view[index, rows]).all()  # each row once
                 view[index, rows] = plane.numpy()
     finally:
-        _resample.BLOCK_BYTES = before
+        module.BLOCK_BYTES = before
     # The grids are one where they differ by less than SAME voxels.
-    np.testing.assert_allclose(result, np.stack(expected), atol=8 * _resample.SAME)
+    np.testing.assert_allclose(result, np.stack(expected), atol=8 * module.SAME)
 
 
 def test_grids_with_other_axes_have_no_way() -> None:
