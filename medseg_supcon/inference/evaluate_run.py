@@ -36,14 +36,13 @@ def evaluate_dataset(
     if not dataset.labelled:
         raise DataError(f"{dataset.root} has no labelled cases. Evaluation needs label maps.")
     plan = read_plan(files[0])
-    if len(plan["channels"]) != len(dataset.channels):
-        raise DataError(
-            f"{dataset.root} has {len(dataset.channels)} channels per scan ({', '.join(dataset.channels)}), and {run} "
-            f"was trained on {len(plan['channels'])} ({', '.join(plan['channels'])}). Evaluate on a data set with the "
-            "same channels."
-        )
-    expected = replace(dataset, cases=dataset.labelled, labels=plan["labels"], ignore_label=plan["ignore_label"])
-    report = check_dataset(expected, allow_affine_mismatch=plan.get("trust_scan_affine", False))
+    theirs, ours = dataset.channels, plan["channels"]
+    if len(theirs) != len(ours):
+        found = f"has {len(theirs)} channels per scan ({', '.join(theirs)})"
+        expected = f"{run} was trained on {len(ours)} ({', '.join(ours)})"
+        raise DataError(f"{dataset.root} {found}, and {expected}. Evaluate on a data set with the same channels.")
+    selected = replace(dataset, cases=dataset.labelled, labels=plan["labels"], ignore_label=plan["ignore_label"])
+    report = check_dataset(selected, allow_affine_mismatch=plan.get("trust_scan_affine", False))
     problems = {f.case: f.message for f in reversed(report.errors) if f.code not in ONLY_OF_TRAINING}
     good = [case for case in dataset.labelled if case.name not in problems]
     if not good:

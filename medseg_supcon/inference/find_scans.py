@@ -14,19 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans import (
-    DICOM_ENDINGS,
-    ITK_ENDINGS,
-    NIFTI_ENDINGS,
-    Kind,
-    Scan,
-    Series,
-    is_one_of_many,
-    looks_like_dicom,
-    not_a_file,
-    scan_header,
-    series_in,
-)
+from medseg_supcon.scans import Scan, Series, is_one_of_many, kind_of, not_a_file, scan_header, series_in, stem
 
 # Formats that are not read: in a folder they are refused by name; notes and tables are passed over.
 FOREIGN = (
@@ -100,29 +88,14 @@ def _one(name: str, numbered: list[tuple[int, Scan]], channels: int) -> Scan:
         problem = f"{whole}: all channels must have the same format, found {names}. Convert them to NIfTI."
     elif numbers != list(range(channels)):
         have = ", ".join(f"{number:04d}" for number in numbers)
-        problem = (
-            f"{whole}: the model needs {channels} channels, {name}_0000 to {name}_{channels - 1:04d}, "
-            f"but found {have}. Add the missing files, or use one 4-D file."
-        )
+        expected = f"the model needs {channels} channels, {name}_0000 to {name}_{channels - 1:04d}"
+        problem = f"{whole}: {expected}, but found {have}. Add the missing files, or use one 4-D file."
     return replace(parts[0], name=name, files=tuple(scan.files[0] for scan in parts), problem=problem)
 
 
 def _name(path: Path) -> str:
-    """The file's name without its ending: ``a.b.nii.gz`` -> ``a.b``."""
     # Not resolve(): the mask is called as the link, not as what it leads to; but ".." has no name.
-    name = Path(os.path.abspath(path)).name  # noqa: PTH100
-    endings = (*NIFTI_ENDINGS, *ITK_ENDINGS, *DICOM_ENDINGS)
-    ending = next((e for e in endings if name.lower().endswith(e) and len(name) > len(e)), "")
-    return name[: len(name) - len(ending)] or "scan"
-
-
-def _kind(path: Path) -> Kind | None:
-    name = path.name.lower()
-    if name.endswith(NIFTI_ENDINGS):
-        return "nifti"
-    if name.endswith(ITK_ENDINGS):
-        return "itk"
-    return "dicom" if looks_like_dicom(path) else None
+    return stem(os.path.abspath(path)) or "scan"  # noqa: PTH100
 
 
 def _refused(name: str, path: Path, reason: str) -> Scan:
@@ -135,7 +108,7 @@ def _scans_at(path: Path, series_of: Callable[[Path], tuple[Series, list[Path]]]
         return _scans_in(path) or [_refused(name, path, f"the folder contains no scans. Expected {FORMATS}.")]
     if (problem := not_a_file(path)) is not None:
         return [Scan(name, (path,), problem=problem)]
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind is None:
         return [_refused(name, path, f"this is not a scan. Expected {FORMATS}.")]
     if kind == "dicom" and (slices := is_one_of_many(path, series_of(path.parent)[0])):
@@ -188,13 +161,12 @@ def _directly_in(folder: Path, name: str = "") -> tuple[list[Scan], list[Scan]]:
         return [], [_refused(_name(folder), folder, reason)]
     files = []
     for path in paths:
-        ending = path.name.lower()
-        if ending.endswith((*NIFTI_ENDINGS, *ITK_ENDINGS)):
-            if path.is_dir():
-                files.append(_refused(_name(path), path, "is a folder, expected a file. Pass the files in it."))
-            else:
-                files.append(Scan(_name(path), (path,), _kind(path) or "nifti"))
-        elif ending.endswith(FOREIGN):
+        kind = kind_of(path)
+        if kind in ("nifti", "itk") and path.is_dir():
+            files.append(_refused(_name(path), path, "is a folder, expected a file. Pass the files in it."))
+        elif kind in ("nifti", "itk"):
+            files.append(Scan(_name(path), (path,), kind))
+        elif path.name.lower().endswith(FOREIGN):
             files.append(_refused(path.name, path, f"this format is not supported. Convert it to {FORMATS}."))
     return files, [
         *(Scan(name, tuple(slices), "dicom", series=digest) for name, slices, digest in series),
@@ -213,11 +185,8 @@ def refuse_equal_names(scans: Sequence[Scan]) -> list[Scan]:
         rivals = ", ".join(str(other.source) for other in by_name.get(scan.name, ()) if other is not scan)
         if scan.problem is not None or not rivals:
             return scan
-        problem = (
-            f"{scan.source}: its mask would be called {scan.name}.nii.gz, like that of {rivals}. "
-            "Rename one, or predict them into different folders."
-        )
-        return replace(scan, problem=problem)
+        problem = f"{scan.source}: its mask would be called {scan.name}.nii.gz, like that of {rivals}"
+        return replace(scan, problem=f"{problem}. Rename one, or predict them into different folders.")
 
     return [checked(scan) for scan in scans]
 

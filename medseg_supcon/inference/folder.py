@@ -24,12 +24,7 @@ from medseg_supcon.scans import Scan, is_mask_of, is_whole, write_nifti
 Progress = Callable[[int, int, dict[str, Any]], None]
 Result = TypeVar("Result")
 FULL = "Free disk space, or choose another --out."
-CURES = {
-    errno.ENAMETOOLONG: "Give the scan a shorter name.",
-    errno.EACCES: "Choose another --out, or change its permissions.",
-    errno.ENOSPC: FULL,
-    errno.EDQUOT: FULL,
-}
+CURES = {errno.ENAMETOOLONG: "Give the scan a shorter name.", errno.ENOSPC: FULL, errno.EDQUOT: FULL}
 logger = logging.getLogger(__name__)
 
 
@@ -130,9 +125,8 @@ def _sentence(scan: Scan, error: BaseException) -> str:
     if isinstance(error, MedsegError):
         return str(error)
     if is_out_of_memory(error):
-        return (
-            f"{scan.source}: not enough memory for this scan. Close other programs, or use a machine with more memory."
-        )
+        cure = "Close other programs, or use a machine with more memory."
+        return f"{scan.source}: not enough memory for this scan. {cure}"
     logger.debug("%s", scan.name, exc_info=error)
     return f"{scan.source}: the prediction failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
 
@@ -154,10 +148,8 @@ def _without_work(
     other_series = bool(scan.series and theirs) and theirs != scan.series
     if other_series or not is_mask_of(mask, scan):
         why = "it is another DICOM series" if other_series else "shape or affine differ"
-        return DataError(
-            f"{scan.source}: {mask} already exists and belongs to another scan ({why}). Choose another --out, "
-            "or replace it with --overwrite."
-        )
+        cure = "Choose another --out, or replace it with --overwrite."
+        return DataError(f"{scan.source}: {mask} already exists and belongs to another scan ({why}). {cure}")
     if probabilities and not (out / "probabilities" / mask.name).exists():
         return None
     return manifest.skipped(scan.name)

@@ -13,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -23,6 +22,7 @@ from medseg_supcon.bundle import Model
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import folder_lock, write_whole
 from medseg_supcon.inference.prepare import Prediction
+from medseg_supcon.scans import Grid, read_nifti
 
 STATUSES = ("done", "skipped", "failed")
 EXISTED = "the mask already existed"
@@ -63,20 +63,20 @@ def entry_of(prediction: Prediction, labels: dict[str, float]) -> dict[str, Any]
         "name": prediction.name,
         "status": "done",
         "seconds": round(prediction.seconds, 3),
-        **_mask_facts(prediction.mask, prediction.grid.spacing, prediction.grid.voxel_ml, labels),
+        **_mask_facts(prediction.mask, prediction.grid, labels),
         "warnings": list(prediction.warnings),
     }
 
 
-def _mask_facts(mask: npt.NDArray[Any], spacing: Any, voxel_ml: float, labels: dict[str, float]) -> dict[str, Any]:
+def _mask_facts(mask: npt.NDArray[Any], grid: Grid, labels: dict[str, float]) -> dict[str, Any]:
     """Shape, spacing, and per foreground label the voxels, the volume (ml) and whether it touches the border."""
     border = np.concatenate([mask.take(i, axis).ravel() for axis in range(3) for i in (0, -1)])
     facts = {}
     for name, value in list(labels.items())[1:]:
         voxels, touches = int(np.count_nonzero(mask == value)), bool((border == value).any())
-        volume = round(voxels * voxel_ml, 4)
+        volume = round(voxels * grid.voxel_ml, 4)
         facts[name] = {"value": value, "voxels": voxels, "volume_ml": volume, "touches_border": touches}
-    return {"shape": list(mask.shape), "spacing_mm": [round(float(mm), 5) for mm in spacing], "labels": facts}
+    return {"shape": list(mask.shape), "spacing_mm": [round(float(mm), 5) for mm in grid.spacing], "labels": facts}
 
 
 class Manifest:
@@ -112,16 +112,13 @@ class Manifest:
             with folder_lock(self.path.parent):
                 self.earlier, _ = _read(self.path)
                 # The mask of an earlier call is still there if this one failed.
-                kept = [
-                    e for e in self.earlier.values() if e["name"] not in (tried if e["status"] == "failed" else made)
-                ]
+                replaced = {"failed": tried, "done": made, "skipped": made}
+                kept = [e for e in self.earlier.values() if e["name"] not in replaced[e["status"]]]
                 text = json.dumps(self.content(kept), indent=1, allow_nan=False) + "\n"
                 write_whole(self.path, lambda file: file.write(text.encode()))
         except OSError as error:
-            raise RunError(
-                f"{self.path} could not be written ({error.strerror}). Free disk space, or choose another --out. "
-                "Finished masks are kept."
-            ) from error
+            cure = "Free disk space, or choose another --out. Finished masks are kept."
+            raise RunError(f"{self.path} could not be written ({error.strerror}). {cure}") from error
         self.due = time.monotonic() + PAUSE * (time.monotonic() - started)
 
     def skipped(self, name: str) -> dict[str, Any]:
@@ -130,10 +127,8 @@ class Manifest:
         entry = {**earlier, "name": name, "status": "skipped"}
         entry.pop("error", None)
         if not isinstance(entry.get("labels"), dict):
-            image: Any = nibabel.load(self.path.parent / f"{name}.nii.gz")
-            voxel_ml = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000
-            spacing = image.header.get_zooms()[:3]
-            entry |= _mask_facts(np.asarray(image.dataobj), spacing, voxel_ml, self.head["labels"])
+            mask = read_nifti(self.path.parent / f"{name}.nii.gz")
+            entry |= _mask_facts(mask.data, mask.grid, self.head["labels"])
         made_by = {key: earlier.get(key) for key in self.made_by}
         if made_by == self.made_by:
             return entry
@@ -175,12 +170,8 @@ def _is_valid(entry: Any) -> bool:
     """Whether an entry has the keys that are read, and can be written again."""
     try:
         json.dumps([[[[entry]]]], indent=1, allow_nan=False)  # deeper than in the file
-    except (ValueError, RecursionError):  # NaN, infinity, too many levels
+        name, warnings = entry["name"], entry.get("warnings", [])
+        texts = isinstance(warnings, list) and all(isinstance(text, str) for text in (name, *warnings))
+        return texts and entry["status"] in STATUSES
+    except (ValueError, RecursionError, TypeError, KeyError):  # NaN, infinity, too many levels, or no mapping
         return False
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("name"), str)
-        and entry.get("status") in STATUSES
-        and isinstance(warnings := entry.get("warnings", []), list)
-        and all(isinstance(warning, str) for warning in warnings)
-    )

@@ -75,10 +75,8 @@ class Predictor:
             for key in ("labels", "channels"):
                 # As text: classes in another order are other classes.
                 if json.dumps(model.plan[key]) != json.dumps(self.plan[key]):
-                    raise RunError(
-                        f"{path} and {runs[0]} differ in {key} ({model.plan[key]}, {self.plan[key]}). "
-                        "An ensemble needs runs of the same task."
-                    )
+                    found = f"differ in {key} ({model.plan[key]}, {self.plan[key]})"
+                    raise RunError(f"{path} and {runs[0]} {found}. An ensemble needs runs of the same task.")
 
     @property
     def labels(self) -> dict[str, float]:
@@ -137,19 +135,14 @@ class Predictor:
         return predict_folder(self.prepare, self.segment, head, ready, Path(out), probabilities, overwrite, progress)
 
     def prepare(self, scan: Scan) -> Prepared:
-        """Read and preprocess a scan; needs no GPU, so that it can run beside `segment`.
-
-        Raises:
-            DataError: it cannot be read, or is not a scan that the model takes.
-        """
+        """Read and preprocess a scan; needs no GPU, so that it can run beside `segment`. DataError as for `predict`."""
         return prepare(scan, self.models)
 
     def segment(self, prepared: Prepared, probabilities: bool = False) -> Prediction:
         """The mask of a prepared scan; if the GPU's memory is too small, it is tried again with less there.
 
-        Raises:
-            DataError: the network's output is NaN or infinite.
-            torch.OutOfMemoryError, MemoryError: there is too little memory even for one window on the CPU.
+        DataError if the network's output is NaN or infinite; MemoryError or torch's own error if one window on the CPU
+        needs too much memory.
         """
         started, warnings = time.perf_counter(), list(prepared.warnings)
         infer = partial(self._infer, prepared, probabilities)

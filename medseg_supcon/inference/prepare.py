@@ -80,10 +80,9 @@ def _preprocess(model: Model, volume: Volume, scan: Scan) -> tuple[MetaTensor, G
         cause = innermost(error)
         if isinstance(cause, MedsegError | MemoryError | torch.OutOfMemoryError):
             raise cause from None
-        raise DataError(
-            f"{scan.source}: the preprocessing of {model.name} fails ({' '.join(str(cause).split())[:200]}). Look at "
-            '"intensity" in its plan.json, and at the scan.'
-        ) from error
+        what = f"the preprocessing of {model.name} fails ({' '.join(str(cause).split())[:200]})"
+        cure = 'Look at "intensity" in its plan.json, and at the scan.'
+        raise DataError(f"{scan.source}: {what}. {cure}") from error
     mapping = None
     if model.simple:
         mapping = GridMapping.between(np.asarray(image.affine, dtype=np.float64), image.shape[1:], affine, shape)
@@ -97,12 +96,9 @@ def _check_size(model: Model, volume: Volume, scan: Scan) -> None:
     spacing = np.linalg.norm(volume.monai_affine[:3, :3], axis=0)
     size = volume.data.shape[:3] * spacing / target[io_orientation(volume.monai_affine)[:, 0].astype(int)]
     if np.prod(np.maximum(size, 1)) > MOST_VOXELS or (max(volume.data.shape[:3]) > 3 and size.max() < 1.5):
-        sizes = " x ".join(f"{s:.3g}" for s in spacing)
-        wanted = " x ".join(f"{s:.3g}" for s in model.plan["spacing"])
-        raise DataError(
-            f"{scan.source}: its header gives voxels of {sizes} mm, but the model works at {wanted} mm. The header is "
-            "probably wrong: correct it (NIfTI's unit is mm)."
-        )
+        sizes, wanted = (" x ".join(f"{mm:.3g}" for mm in three) for three in (spacing, model.plan["spacing"]))
+        found = f"its header gives voxels of {sizes} mm, but the model works at {wanted} mm"
+        raise DataError(f"{scan.source}: {found}. The header is probably wrong: correct it (NIfTI's unit is mm).")
 
 
 def _oddities(volume: Volume) -> list[str]:
@@ -111,12 +107,10 @@ def _oddities(volume: Volume) -> list[str]:
     warnings = ["the scan is a single slice, but the model works in 3-D"] if 1 in volume.data.shape[:3] else []
     for number, channel in enumerate(volume.channels_first):
         if (outlier := outliers(channel)) is not None:
-            where = f"channel {number}: " if volume.data.ndim == 4 else ""
-            value, count = outlier
-            warnings.append(
-                f"{where}{counted(count, 'voxel')} far outside all others (up to {value:.3g}): after normalisation the "
-                "others hardly differ, and the mask may be wrong. Repair the scan"
-            )
+            (value, count), where = outlier, f"channel {number}: " if volume.data.ndim == 4 else ""
+            what = f"{where}{counted(count, 'voxel')} far outside all others (up to {value:.3g})"
+            why = "after normalisation the others hardly differ, and the mask may be wrong"
+            warnings.append(f"{what}: {why}. Repair the scan")
     return warnings
 
 
@@ -160,15 +154,13 @@ class AxisInterpolation:
 
 @dataclass(frozen=True)
 class GridMapping:
-    """How the model's grid maps to the scan's.
+    """From the model's grid back to the scan's, a few rows at a time: `Invertd`'s result in less memory.
 
-    Attributes:
-        order: the scan's axis along each axis of the model's grid.
-        axes: positions per axis of the model's grid.
+    The grids differ by turning, mirroring and scaling of axes: trilinear interpolation is linear, axis after axis.
     """
 
-    order: tuple[int, ...]
-    axes: tuple[AxisInterpolation, ...]
+    order: tuple[int, ...]  # the scan's axis along each axis of the model's grid
+    axes: tuple[AxisInterpolation, ...]  # of the model's grid
 
     @classmethod
     def between(
@@ -189,12 +181,8 @@ class GridMapping:
     def blocks(self, chunks: Iterable[Tensor], softmax: bool) -> Blocks:
         """Rows of the scan (turned like the model's grid), as soon as the chunks that they need are there.
 
-        Args:
-            chunks: (K, rows, Y, Z) in order along the first axis of the model's grid.
-            softmax: the chunks are logits.
-
-        Yields:
-            which rows, and for each of the K classes in turn the probabilities (rows, Y', Z').
+        Takes chunks (K, rows, Y, Z) in order along the first axis of the model's grid, logits if ``softmax``. Yields
+        which rows, and for each of the K classes in turn the probabilities (rows, Y', Z').
         """
         done = np.zeros(len(self.axes[0].low), dtype=bool)
         start, last = 0, None

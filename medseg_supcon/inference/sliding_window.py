@@ -26,10 +26,7 @@ Result = TypeVar("Result")
 
 
 def network_outputs(model: Model, device: torch.device, tta: bool, amp: bool) -> Callable[[Tensor], Tensor]:
-    """Logits of a batch (B, C, *patch) -> (B, K, *patch); with ``tta`` probabilities.
-
-    Test-time augmentation is the mean over all mirrorings along the plan's ``flip_axes``.
-    """
+    """Logits of a batch (B, C, *patch) -> (B, K, *patch); with ``tta`` the mean probabilities over all mirrorings."""
     network, classes = model.network.to(device), len(model.plan["labels"])
     axes = [axis + 2 for axis in model.plan["flip_axes"]]
     mirrorings = [flips for n in range(len(axes) + 1) for flips in combinations(axes, n)]
@@ -39,10 +36,8 @@ def network_outputs(model: Model, device: torch.device, tta: bool, amp: bool) ->
             output = network(batch)
         output = output[0] if isinstance(output, tuple | list) else output
         if output.shape[1] != classes:
-            raise RunError(
-                f"{model.name}: the network outputs {output.shape[1]} channels, but the plan has {classes} labels. "
-                "Correct network_def or labels in plan.json."
-            )
+            found = f"the network outputs {output.shape[1]} channels, but the plan has {classes} labels"
+            raise RunError(f"{model.name}: {found}. Correct network_def or labels in plan.json.")
         return torch.as_tensor(output)
 
     def mirrored(batch: Tensor) -> Tensor:
@@ -72,20 +67,9 @@ def windows(
 ) -> Iterator[Tensor]:
     """MONAI's `sliding_window_inference` with Gaussian weights, addition for addition, as rows that are finished.
 
-    Only one patch's depth is in memory at a time, which bounds the memory for long scans with many classes.
-
-    Args:
-        image: (C, X, Y, Z); padded with zeros to the patch.
-        predict: (B, C, *patch_size) -> (B, K, *patch_size).
-        patch_size: voxels per axis.
-        overlap: of neighbouring windows, 0 <= overlap < 1.
-        batch_size: windows per call of ``predict``.
-        device: where ``predict`` works.
-        buffer_device: where windows are stitched.
-
-    Yields:
-        (K, rows, Y, Z) float32 on ``buffer_device``; the rows of all chunks add up to X. A chunk is a view of the
-        buffer, valid until the next one is requested.
+    Takes an image (C, X, Y, Z) and ``predict``, (B, C, *patch_size) -> (B, K, *patch_size), which works on ``device``.
+    Yields (K, rows, Y, Z) float32 on ``buffer_device``, where windows are stitched; all rows add up to X. A chunk is
+    a view of the buffer, valid until the next one is requested: only one patch's depth is in memory at a time.
     """
     shape, patch = tuple(image.shape[1:]), tuple(patch_size)
     pad = [max(p - n, 0) for p, n in zip(patch, shape, strict=True)]
@@ -170,10 +154,9 @@ def keep_freed_memory(wanted: bool) -> Iterator[None]:
 
 
 def tune_malloc(*, keep: bool) -> None:
-    """Let glibc keep large blocks that are freed, or give them all back to the system; without glibc nothing happens.
+    """Let glibc keep large blocks that are freed, or give them all back to the system; does nothing without glibc.
 
-    Otherwise their pages are mapped and cleared again at every use: a fifth of the time of a small network's training
-    step on a CPU. It changes this process only.
+    Mapping and clearing their pages at every use takes a fifth of a small network's training step on a CPU.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")

@@ -1,38 +1,86 @@
-"""DICOM: the series in a folder, a check that the slices of one make a volume, and its voxels."""
+"""DICOM: the series in a folder, what the headers of its files say, and the volume that the slices of one make."""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import logging
+import math
+import os
+import re
+import tempfile
+import warnings
+import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans.dicom_file import (
-    NOT_SCANS,
-    Frame,
-    Header,
-    looks_like_dicom,
-    read_dicom_header,
-    read_stored,
-)
-from medseg_supcon.scans.grid import NEAR, Affine, Grid, Issue, Numbers, Volume
 from medseg_supcon.scans.itk import ras_affine
+from medseg_supcon.scans.volume import NEAR, Affine, Grid, Issue, Numbers, Volume
 
-SAME_PLACE = 1e-3  # mm
-SAME_TURN = 1e-3  # of a unit vector
-SAME_SIZE = 1e-3  # of a pixel's edge
-
+DICOM_ENDINGS = (".dcm", ".ima")
+INDEX = "1.2.840.10008.1.3.10"  # Media Storage Directory: a DICOMDIR, whatever it is called
+# Files of a study that hold no scan: documents, drawings, plans, and pictures made of a scan.
+NOT_SCANS = (
+    "SR", "PR", "KO", "DOC", "REG", "FID", "AU", "ECG", "HD", "SEG", "RTSTRUCT", "RTPLAN", "RTRECORD", "RTDOSE", "RTIMAGE",
+)  # fmt: skip
+DEFLATED = b"1.2.840.10008.1.2.1.99"
+HEADER_BYTES = 2**24  # before the voxels, of a deflated file
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+SAME = 1e-3  # mm of a place, of a unit vector, or of a pixel's edge
+GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+SEQUENCES = ("PixelMeasures", "PixelValueTransformation", "PlanePosition", "PlaneOrientation")  # in each group
+IMAGE_TAGS = (
+    "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored",
+    "HighBit", "PixelRepresentation", "ModalityLUTSequence",
+)  # fmt: skip
+PIXEL_TAGS = [*IMAGE_TAGS, "PixelData", "FloatPixelData", "DoubleFloatPixelData"]
+TEXT_TAGS = (
+    "SeriesInstanceUID", "SeriesNumber", "FrameOfReferenceUID", "Modality", "ImageType", "PhotometricInterpretation",
+    "BitsStored",
+)  # fmt: skip
+HEADER_TAGS = [
+    *IMAGE_TAGS, *GROUPS, *TEXT_TAGS, "SOPClassUID", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices",
+    "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "RescaleType",
+]  # fmt: skip
 Series = list[tuple[str, list[Path], str]]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One slice: a file's only one, or one of a multi-frame file. None: the file does not say, or nothing valid."""
+
+    file: Path
+    position: Numbers | None  # (3,) of the first voxel, LPS mm
+    orientation: Numbers | None  # (6,) directions of a row and of a column
+    spacing: Numbers | None  # (2,) mm between rows and between columns
+    thickness: float | None  # mm from this slice to the next, as far as the header says
+    scaling: tuple[float, float] | None  # slope and intercept; one is NaN if it is not valid
+    unit: str  # of the values after scaling, such as "HU"; "" if it is not given
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is read of a DICOM file; identifiers, which lead to a patient, are compared but never shown."""
+
+    file: Path
+    text: dict[str, str]  # TEXT_TAGS; "" if the file does not say
+    size: tuple[int, int, int]  # columns, rows, frames; a zero if the file holds no image
+    lut: bool  # whether a Modality LUT replaces the scaling
+    frames: tuple[Frame, ...]
 
 
 def series_in(folder: Path, name: str = "") -> tuple[Series, list[Path]]:
     """The DICOM series directly in a folder, (name, slices in order, digest) each, and the damaged files.
 
-    One series is called as the folder, or `name`, several ``<folder>_series<number>``. Series identifiers are never
+    A single series is called as the folder, or `name`, several ``<folder>_series<number>``. Series identifiers are never
     shown: they identify a patient's examination. A digest tells series apart. Reports, plans and drawings are skipped.
     """
     by_series: dict[str, list[Header]] = {}
@@ -40,19 +88,20 @@ def series_in(folder: Path, name: str = "") -> tuple[Series, list[Path]]:
     for file in sorted(folder.iterdir()):
         if file.name.startswith(".") or file.is_dir() or not looks_like_dicom(file):
             continue
-        header = None
-        with suppress(DataError):
+        try:
             header = read_dicom_header(file)
-        if header is None:
+        except DataError:
             damaged.append(file)
-        elif header.frames and header.modality not in NOT_SCANS:
-            by_series.setdefault(header.series, []).append(header)
+            continue
+        if header.frames and header.text["Modality"] not in NOT_SCANS:
+            by_series.setdefault(header.text["SeriesInstanceUID"], []).append(header)
     name = name or folder.resolve().name or "scan"
-    numbers = [headers[0].number for headers in by_series.values()]
-    if None in numbers or len(set(numbers)) < len(numbers):
-        numbers = list(range(1, len(numbers) + 1))
+    texts = [headers[0].text["SeriesNumber"] for headers in by_series.values()]
+    numbers = [int(text) for text in texts if re.fullmatch(r"-?\d+", text)]
+    if len(set(numbers)) < len(texts):
+        numbers = list(range(1, len(texts) + 1))
     series = []
-    for number, (uid, headers) in sorted(zip(numbers, by_series.items(), strict=True), key=lambda pair: pair[0] or 0):
+    for number, (uid, headers) in sorted(zip(numbers, by_series.items(), strict=True), key=lambda pair: pair[0]):
         files = [frame.file for frame in _in_order([header.frames[0] for header in headers])]
         digest = hashlib.sha256(f"{name}\0{uid}".encode()).hexdigest()[:16]
         series.append((name if len(numbers) == 1 else f"{name}_series{number}", files, digest))
@@ -71,8 +120,7 @@ def _in_order(frames: Sequence[Frame]) -> list[Frame]:
 def is_one_of_many(file: Path, series: Series) -> int:
     """Number of slices of the series that a slice belongs to; 0 for a file that is a volume of its own."""
     own = next((files for _, files, _ in series if file in files), [])
-    header = read_dicom_header(file) if len(own) > 1 else None
-    return 0 if header is None or header.size[2] > 1 else len(own)
+    return len(own) if len(own) > 1 and read_dicom_header(file).size[2] == 1 else 0
 
 
 def read_dicom(files: Sequence[Path]) -> Volume:
@@ -84,12 +132,12 @@ def read_dicom(files: Sequence[Path]) -> Volume:
     headers, frames, affine = check_series(files)
     columns, rows, _ = headers[0].size
     data = np.empty((len(frames), rows, columns), dtype=np.float32)
-    place = {(frame.file, frame.index): k for k, frame in enumerate(frames)}
+    place = {id(frame): k for k, frame in enumerate(frames)}
     for header in headers:
-        for frame, stored in zip(header.frames, read_stored(header), strict=True):
-            k = place[frame.file, frame.index]
+        for frame, stored in zip(header.frames, _read_stored(header), strict=True):
             slope, intercept = frame.scaling or (1.0, 0.0)
-            data[k] = stored if (slope, intercept) == (1.0, 0.0) else stored * np.float64(slope) + intercept
+            unscaled = (slope, intercept) == (1.0, 0.0)
+            data[place[id(frame)]] = stored if unscaled else stored * np.float64(slope) + intercept
     grid = Grid.at((columns, rows, len(frames)), affine)
     return Volume(data.transpose(2, 1, 0), grid, affine, _doubts(headers))
 
@@ -97,9 +145,11 @@ def read_dicom(files: Sequence[Path]) -> Volume:
 def check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Affine]:
     """Headers as the files, frames in the order of their places, and the affine to RAS+ mm; raises as `read_dicom`."""
     source = files[0].parent if len(files) > 1 else files[0]
-    headers = [_readable(file, source) for file in files]
+    headers = [read_dicom_header(file) for file in files]
+    for header in headers:
+        _check_kind(header, source)
     if headers[0].size[2] > 1 and len(files) > 1:
-        raise DataError(f"{source}: the series holds {len(files)} volumes, a file each. Give the file to be segmented.")
+        raise DataError(f"{source}: the series holds {len(files)} volumes, a file each. Pass the file to be segmented.")
     frames = _in_order([frame for header in headers for frame in header.frames])
     _check_alike(headers, frames)
     _check_scales(headers)
@@ -111,59 +161,55 @@ def check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Affi
         raise DataError(f"{first.file}: does not say how large a pixel is (no valid PixelSpacing). Export it again.")
     row, column = first.orientation[:3], first.orientation[3:]
     axes = np.array([row, column, np.cross(row, column)])
-    if np.abs(axes @ axes.T - np.eye(3)).max() > 10 * SAME_TURN:
-        raise DataError(
-            f"{first.file}: its ImageOrientationPatient is not a pair of perpendicular axes. Export it again."
-        )
+    if np.abs(axes @ axes.T - np.eye(3)).max() > 10 * SAME:
+        found = "its ImageOrientationPatient is not a pair of perpendicular axes"
+        raise DataError(f"{first.file}: {found}. Export it again.")
     if len(frames) > 1:
         _check_even(positions, axes[2], float(first.spacing.min()), source)
         step = (positions[-1] - positions[0]) / (len(frames) - 1)
     elif first.thickness is not None:
         step = axes[2] * first.thickness
     else:
-        raise DataError(f"{source}: is a single slice, and does not say how thick it is. Give the whole series.")
+        raise DataError(f"{source}: is a single slice, and does not say how thick it is. Pass the whole series.")
     lps = np.eye(4)
     lps[:3] = np.stack([row * first.spacing[1], column * first.spacing[0], step, positions[0]], axis=1)
     return headers, frames, ras_affine(lps)
 
 
-def _readable(file: Path, source: Path) -> Header:
-    header = read_dicom_header(file)
-    if header is None or not header.frames:
-        raise DataError(f"{file}: cannot be read as a DICOM image. It is damaged, cut short, or holds no image.")
-    if header.modality in NOT_SCANS:
-        raise DataError(f"{source}: is not a scan (its DICOM modality is {header.modality}). Give the scan itself.")
-    if header.mosaic:
+def _check_kind(header: Header, source: Path) -> None:
+    modality, photometric = header.text["Modality"], header.text["PhotometricInterpretation"]
+    if not header.frames or modality in NOT_SCANS:
+        found = f"is not a scan, or holds no image (its DICOM modality is {modality or 'not given'})"
+        raise DataError(f"{source}: {found}. Pass the scan itself.")
+    if "MOSAIC" in header.text["ImageType"].upper():
         raise DataError(f"{source}: is a mosaic, all slices tiled in one picture. Convert it with dcm2niix.")
-    if header.photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        found = header.photometric or "no PhotometricInterpretation"
-        raise DataError(f"{file}: is in colour ({found}), expected grey values. Give the scan it was made of.")
-    return header
+    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        found = photometric or "no PhotometricInterpretation"
+        raise DataError(f"{header.file}: is in colour ({found}), expected grey values. Pass the scan it was made of.")
 
 
 def _check_alike(headers: Sequence[Header], frames: Sequence[Frame]) -> None:
     """Whether all slices have one size, one direction and one pixel spacing."""
     size = Counter(header.size for header in headers).most_common(1)[0][0]
     odd = [header.file for header in headers if header.size != size]
-    odd += [frames[i].file for i in _odd([frame.orientation for frame in frames], SAME_TURN)]
+    odd += [frames[i].file for i in _odd([frame.orientation for frame in frames])]
     if odd:
-        raise DataError(
-            f"{odd[0]}: its size or direction differs from that of other slices. Move it out of the folder."
-        )
-    for i in _odd([frame.spacing for frame in frames], SAME_SIZE):
+        found = "its size or direction differs from that of other slices"
+        raise DataError(f"{odd[0]}: {found}. Move it out of the folder.")
+    for i in _odd([frame.spacing for frame in frames]):
         own = frames[i].spacing
         given = "not given" if own is None else f"{own[0]:g} x {own[1]:g} mm"
         where = f"{frames[i].file}: frame {i + 1}" if size[2] > 1 else frames[i].file
         raise DataError(f"{where}: its PixelSpacing is {given}, and other slices have another. Export it again.")
 
 
-def _odd(values: Sequence[Numbers | None], limit: float) -> list[int]:
+def _odd(values: Sequence[Numbers | None]) -> list[int]:
     """Which values are missing, or differ from the usual one; none if all are missing."""
     given = [value for value in values if value is not None]
     if not given:
         return []
     usual = np.percentile(given, 50, axis=0, method="lower")
-    return [i for i, v in enumerate(values) if v is None or np.abs(v - usual).max() > limit]
+    return [i for i, v in enumerate(values) if v is None or np.abs(v - usual).max() > SAME]
 
 
 def _check_scales(headers: Sequence[Header]) -> None:
@@ -189,7 +235,7 @@ def _check_scales(headers: Sequence[Header]) -> None:
 def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) -> None:
     """Whether positions in order make one volume with even gaps."""
     count, way = len(positions), positions - positions[0]
-    places = len(np.unique(np.round(positions / SAME_PLACE), axis=0))
+    places = len(np.unique(np.round(positions / SAME), axis=0))
     if places < count:
         found = f"{count} slices at {places} places (a time series, echoes, or copies)"
         raise DataError(f"{source}: holds several volumes: {found}. Export one volume.")
@@ -201,22 +247,170 @@ def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) 
         raise DataError(f"{source}: {found}. Resample it onto a straight grid first, for example with dcm2niix.")
     if np.linalg.norm(way - np.outer(np.arange(count), step), axis=1).max() > limit:
         gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
-        usual = float(np.median(gaps))
-        worst = int(np.abs(gaps - usual).argmax())
+        usual, worst = float(np.median(gaps)), int(np.abs(gaps - np.median(gaps)).argmax())
         found = f"number {worst + 1} and {worst + 2} of {count} are {gaps[worst]:.2f} mm apart, others {usual:.2f} mm"
         raise DataError(f"{source}: slices are not evenly spaced: {found}. Export the whole series.")
 
 
 def _doubts(headers: Sequence[Header]) -> tuple[Issue, ...]:
     header, doubts = headers[0], {}
-    unit, scaled = header.frames[0].unit, header.frames[0].scaling is not None or header.lut
-    if header.modality == "CT" and (not scaled or unit not in ("", "HU", "US")):
-        what = f"gives values in {unit}" if scaled else "gives no rescale slope and intercept"
+    modality, unit, lut_or_scaled = (
+        header.text["Modality"],
+        header.frames[0].unit,
+        header.lut or header.frames[0].scaling,
+    )
+    if modality == "CT" and (not lut_or_scaled or unit not in ("", "HU", "US")):
+        what = f"gives values in {unit}" if lut_or_scaled else "gives no rescale slope and intercept"
         doubts["not_hounsfield"] = f"is CT and {what}: they may not be Hounsfield units"
-    if header.photometric == "MONOCHROME1" and header.modality != "CT":
+    if header.text["PhotometricInterpretation"] == "MONOCHROME1" and modality != "CT":
         doubts["monochrome1"] = "is MONOCHROME1 (shows small values bright): the stored values are used, not inverted"
-    if len({header.bits for header in headers}) > 1:
+    if len({header.text["BitsStored"] for header in headers}) > 1:
         doubts["bits"] = "its slices have different BitsStored: values of some may be cut. Check them"
-    if (count := len({header.space for header in headers if header.space})) > 1:
+    if (count := len({header.text["FrameOfReferenceUID"] for header in headers} - {""})) > 1:
         doubts["frame_of_reference"] = f"its slices have {count} FrameOfReferenceUIDs. Check that they fit together"
     return tuple(Issue(code, "warning", sentence) for code, sentence in doubts.items())
+
+
+def _pydicom() -> Any:
+    """The library, silenced: its warnings quote values."""
+    import pydicom
+
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="pydicom")
+    return pydicom
+
+
+def looks_like_dicom(file: Path) -> bool:
+    """By its ending, or by its first bytes: DICOM files often have no ending."""
+    if file.name.lower().endswith(DICOM_ENDINGS):
+        return True
+    start = b""
+    if file.is_file():  # opening a pipe would wait for ever
+        with suppress(OSError), file.open("rb") as stream:
+            start = stream.read(132)
+    return start[128:] == b"DICM" or (file.suffix == "" and start[:4] in (b"\x08\0\x05\0", b"\x08\0\x08\0"))
+
+
+def _open(file: Path, most: int) -> IO[bytes]:
+    """The file; a deflated one inflated, but to no more than `most` bytes: pydicom would inflate whatever comes."""
+    stream = file.open("rb")
+    start = stream.read(1024)
+    stream.seek(0)
+    if start[128:132] != b"DICM" or DEFLATED not in start:
+        return stream
+    with stream:
+        meta = stream.read(144 + int.from_bytes(start[140:144], "little"))  # the file's meta information
+        plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(stream.read(), most)
+    return io.BytesIO(meta.replace(DEFLATED, DEFLATED[:-3] + b"\0\0\0") + plain)
+
+
+def read_dicom_header(file: Path) -> Header:
+    """The header of a DICOM file; DataError if it is damaged, or neither an image nor a document."""
+    try:
+        if not file.is_file():
+            raise ValueError("not a file")
+        with _open(file, HEADER_BYTES) as stream:
+            data = _pydicom().dcmread(stream, force=True, stop_before_pixels=True, specific_tags=HEADER_TAGS)
+            # of what was deflated only a part is here
+            start = -math.inf if isinstance(stream, io.BytesIO) else stream.tell()
+            pixels = stream.seek(0, os.SEEK_END) - start
+        syntax = data.file_meta.get("TransferSyntaxUID")
+        index = INDEX in (data.get("SOPClassUID"), data.file_meta.get("MediaStorageSOPClassUID"))
+        size = (int(data.get("Columns") or 0), int(data.get("Rows") or 0), int(data.get("NumberOfFrames") or 1))
+        voxels = math.prod(size) * int(data.get("SamplesPerPixel") or 1)
+        packed = syntax is not None and syntax.is_encapsulated  # how many bytes there must be shows later
+        least = 0 if packed else voxels * int(data.get("BitsAllocated") or 0) // 8
+        if not (index or data.get("Modality") in NOT_SCANS) and (voxels == 0 or pixels <= least):
+            raise ValueError("no image")
+        frames = tuple(_frames(file, data, size[2])) if voxels else ()
+        text = {tag: str(data.get(tag) or "") for tag in TEXT_TAGS}
+        return Header(file, text, size, bool(data.get("ModalityLUTSequence")), frames)
+    except DataError:
+        raise
+    except Exception as error:  # pydicom raises a dozen kinds for damaged files
+        found = "It is damaged, cut short, or holds no image"
+        raise DataError(f"{file}: cannot be read as a DICOM image. {found}. Export it again.") from error
+
+
+def _frames(file: Path, data: Any, count: int) -> Iterator[Frame]:
+    """The frames; what a functional group says counts before the file's own, and a frame's before the shared."""
+    shared, each = (list(data.get(name) or ()) for name in GROUPS)
+    if each and len(each) != count:
+        raise DataError(f"{file}: announces {count} frames and describes {len(each)}. It is damaged: export it again.")
+    for index in range(count):
+        groups = [*each[index : index + 1], *shared[:1]]
+        measures, values, position, orientation = (
+            next((group[key].value[0] for group in groups if group.get(key)), data)
+            for key in (f"{name}Sequence" for name in SEQUENCES)
+        )
+        spacing = _numbers(measures.get("PixelSpacing"), 2)
+        slope, intercept = values.get("RescaleSlope"), values.get("RescaleIntercept")
+        unscaled = slope in (None, "") and intercept in (None, "")
+        gaps = [_number(measures.get(name)) for name in ("SpacingBetweenSlices", "SliceThickness")]
+        yield Frame(
+            file,
+            # a position of the whole file is not one of its frames'
+            position=_numbers(position.get("ImagePositionPatient"), 3) if count == 1 or each else None,
+            orientation=_numbers(orientation.get("ImageOrientationPatient"), 6),
+            spacing=spacing if spacing is not None and spacing.min() > 0 else None,
+            thickness=next((gap for gap in gaps if gap > 0), None),
+            scaling=None if unscaled else (_number(slope) or math.nan, _number(intercept)),
+            unit=str(values.get("RescaleType") or ""),
+        )
+
+
+def _number(value: Any) -> float:
+    numbers = _numbers([value], 1)
+    return math.nan if numbers is None else float(numbers[0])
+
+
+def _numbers(value: Any, count: int) -> Numbers | None:
+    try:
+        numbers = np.array([float(part) for part in value])
+    except (TypeError, ValueError):
+        return None
+    return numbers if len(numbers) == count and np.isfinite(numbers).all() else None
+
+
+def _read_stored(header: Header) -> npt.NDArray[Any]:
+    """The values (frames, rows, columns) of a file, through its Modality LUT, but not scaled or inverted."""
+    library = _pydicom()
+    columns, rows, frames = header.size
+    try:
+        with _open(header.file, HEADER_BYTES + 8 * math.prod(header.size)) as stream:
+            data = library.dcmread(stream, force=True, specific_tags=PIXEL_TAGS)
+        table = data.pop("ModalityLUTSequence", None)
+        if int(data.get("HighBit", 0)) != int(data.get("BitsStored", 1)) - 1:
+            raise DataError(f"{header.file}: its HighBit and BitsStored disagree. Export the series again.")
+        if data.file_meta.get("TransferSyntaxUID") is None:
+            implicit, little = data.original_encoding
+            native = library.uid.ImplicitVRLittleEndian if implicit else library.uid.ExplicitVRLittleEndian
+            data.file_meta.TransferSyntaxUID = native if little else library.uid.ExplicitVRBigEndian
+        pixels = _decompressed(data) if data.file_meta.TransferSyntaxUID.is_encapsulated else None
+        if pixels is None:
+            pixels = library.pixels.pixel_array(data, raw=True)
+        if table is not None:
+            data[table.tag] = table
+            pixels = library.pixels.apply_modality_lut(pixels, data)
+        return np.asarray(pixels).reshape(frames, rows, columns)
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # pydicom raises a dozen kinds for damaged files
+        reason = "It is damaged, cut short, or compressed in an unknown way. Convert the series with dcm2niix."
+        raise DataError(f"{header.file}: its voxels cannot be read. {reason}") from error
+
+
+def _decompressed(data: Any) -> npt.NDArray[Any] | None:
+    """By ITK's decoders, of a copy without scaling, so that ITK neither rescales nor inverts; None if it has none."""
+    import SimpleITK as sitk
+
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = SECONDARY_CAPTURE
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    data.PhotometricInterpretation = "MONOCHROME2"
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    with tempfile.TemporaryDirectory() as folder, suppress(RuntimeError):
+        copy = Path(folder, "pixels.dcm")
+        data.save_as(copy, enforce_file_format=True)
+        return np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(str(copy), imageIO="GDCMImageIO")))
+    return None

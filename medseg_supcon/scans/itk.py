@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans.grid import Affine, Grid, Issue, Volume
 from medseg_supcon.scans.nifti import GUESS, not_a_file
+from medseg_supcon.scans.volume import Affine, Grid, Issue, Volume
 
 # Named, as ITK itself does not know endings in capitals.
 READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO"}

@@ -20,8 +20,7 @@ from nibabel.volumeutils import apply_read_scaling
 
 from medseg_supcon.errors import DataError
 from medseg_supcon.files import write_whole
-from medseg_supcon.scans.grid import NEAR, Affine, Grid, Issue, Volume, farthest_corner
-from medseg_supcon.scans.voxels import check_real, slabs
+from medseg_supcon.scans.volume import NEAR, Affine, Grid, Issue, Volume, check_real, farthest_corner, slabs
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 NIFTI_1 = (b"\x5c\x01\0\0", b"\0\0\x01\x5c")  # a header's first bytes: it has 348
@@ -34,13 +33,6 @@ SAME_SIZE = 0.01  # by how much sform and pixdim may differ in a voxel's edge
 GUESS = "left and right are a guess. Convert it again from its source, or check that left is left."
 ERRORS = ("unit", "two_voxel_sizes", "two_places")  # for a training; the rest are warnings
 LARGEST = float(np.finfo(np.float32).max)
-
-
-def stem(path: str | Path) -> str:
-    """File name without the NIfTI ending: ``stem("x/a.b.nii.gz") == "a.b"``."""
-    name = Path(path).name
-    ending = next((ending for ending in NIFTI_ENDINGS if name.lower().endswith(ending)), None)
-    return name[: -len(ending)] if ending else Path(name).stem
 
 
 def not_a_file(path: Path) -> str | None:
@@ -110,18 +102,12 @@ def write_nifti(path: Path, data: npt.NDArray[Any], grid: Grid) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a packed NIfTI file is there to its last byte, with the checksum that it was written with."""
+    """Whether a NIfTI file is there to its last byte, with the checksum that it was written with."""
     try:
-        image = _open(path)
-        if _wrong_size(path, image) is not None:
-            return False
-        left = image.dataobj.offset + image.dataobj.dtype.itemsize * math.prod(image.shape)
-        with gzip.open(path) as stream:
-            while left > 0 and (part := stream.read(min(left, 2**24))):
-                left -= len(part)
-            return left <= 0 and _ends_soon(stream)
-    except Exception:  # whatever is wrong with it, it is not what was written
+        read_nifti(path)
+    except DataError:
         return False
+    return True
 
 
 def _open(path: Path) -> Any:
@@ -207,8 +193,6 @@ def _too_long(path: Path) -> str:
 
 def _unreadable(path: Path, error: Exception) -> str:
     """The sentence for a NIfTI file that raised `error` when it was read."""
-    if (sentence := not_a_file(path)) is not None:
-        return sentence
     if isinstance(error, PermissionError) or not os.access(path, os.R_OK):  # nibabel hides the one in its own
         return f"{path}: there is no permission to read it. Ask its owner, or run: chmod u+r {path.name}"
     start, packed = b"?", path.name.lower().endswith(".gz")

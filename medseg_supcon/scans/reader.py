@@ -9,11 +9,10 @@ from typing import Literal
 import numpy as np
 
 from medseg_supcon.errors import DataError
-from medseg_supcon.scans.dicom import check_series, read_dicom
-from medseg_supcon.scans.grid import Affine, Volume, affine_issue, same_grid
-from medseg_supcon.scans.itk import read_itk, read_itk_header
-from medseg_supcon.scans.nifti import not_a_file, read_header, read_nifti
-from medseg_supcon.scans.voxels import as_float32
+from medseg_supcon.scans.dicom import DICOM_ENDINGS, check_series, looks_like_dicom, read_dicom
+from medseg_supcon.scans.itk import ITK_ENDINGS, read_itk, read_itk_header
+from medseg_supcon.scans.nifti import NIFTI_ENDINGS, not_a_file, read_header, read_nifti
+from medseg_supcon.scans.volume import Affine, Volume, affine_issue, as_float32, same_grid
 
 Kind = Literal["nifti", "itk", "dicom"]
 # Errors for a training, which must read scan and label map in one place. A mask is on its scan's own voxels.
@@ -35,6 +34,23 @@ class Scan:
     def source(self) -> Path:
         """What to call it in a message: the file, or the DICOM folder."""
         return self.files[0].parent if self.kind == "dicom" and len(self.files) > 1 else self.files[0]
+
+
+def stem(path: str | Path) -> str:
+    """File name without the ending of a scan: ``stem("x/a.b.nii.gz") == "a.b"``."""
+    name, endings = Path(path).name, (*NIFTI_ENDINGS, *ITK_ENDINGS, *DICOM_ENDINGS)
+    ending = next((e for e in endings if name.lower().endswith(e) and len(name) > len(e)), "")
+    return name[: len(name) - len(ending)]
+
+
+def kind_of(path: Path) -> Kind | None:
+    """The format of a file, by its ending or DICOM's first bytes; None if it is none that is read."""
+    name = path.name.lower()
+    if name.endswith(NIFTI_ENDINGS):
+        return "nifti"
+    if name.endswith(ITK_ENDINGS):
+        return "itk"
+    return "dicom" if looks_like_dicom(path) else None
 
 
 def read_scan(scan: Scan, channels: int) -> Volume:

@@ -163,7 +163,7 @@ def test_large_label_maps_are_taken_in_slabs(monkeypatch):
     rng = np.random.default_rng(0)
     label = np.asfortranarray(rng.choice([0, 0.5, 4, 255], size=(5, 6, 23)).astype(np.float32))
     whole, counts = class_indices(label, PLAN), count_values(label)
-    monkeypatch.setattr("medseg_supcon.scans.voxels.SLAB", 64)
+    monkeypatch.setattr("medseg_supcon.scans.volume.SLAB", 64)
     assert np.array_equal(class_indices(label, PLAN), whole)
     assert count_values(label) == counts == {float(v): int((label == v).sum()) for v in (0, 0.5, 4, 255)}
     label[-1, -1, -1] = 9

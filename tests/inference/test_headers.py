@@ -173,7 +173,7 @@ def test_scalings(tmp_path: Path, slope: float) -> None:
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
 def test_a_scaled_scan_is_never_float64_as_a_whole(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scaled a few voxels at a time, to the very values that scaling all of them in float64 gives."""
-    monkeypatch.setattr("medseg_supcon.scans.voxels.SLAB", 1000)
+    monkeypatch.setattr("medseg_supcon.scans.volume.SLAB", 1000)
     stored = np.random.default_rng(0).integers(-3000, 3000, (40, 50, 60)).astype(np.int16)
     plain = edited(save_nifti(tmp_path / "plain.nii", stored), {112: struct.pack("<2f", 0.37, -11.3)})
     scan = tmp_path / name
