@@ -16,7 +16,7 @@ Rng = np.random.Generator
 
 
 @dataclass(frozen=True)
-class Sample:
+class Degraded:
     """A scan with its label map on one grid.
 
     Attributes:
@@ -156,7 +156,7 @@ def gap(image: Image, strength: float, rng: Rng) -> Image:
     return dark
 
 
-def crop(sample: Sample, strength: float, rng: Rng) -> Sample:
+def crop(sample: Degraded, strength: float, rng: Rng) -> Degraded:
     """A smaller field of view: up to 60 % of one axis are cut off."""
     axis, front = int(rng.integers(3)), rng.random() < 0.5
     size = sample.label.shape[axis]
@@ -164,23 +164,23 @@ def crop(sample: Sample, strength: float, rng: Rng) -> Sample:
     inside = tuple(
         (slice(size - keep, None) if front else slice(0, keep)) if a == axis else slice(None) for a in range(3)
     )
-    return Sample(sample.image[(slice(None), *inside)], sample.label[inside])
+    return Degraded(sample.image[(slice(None), *inside)], sample.label[inside])
 
 
-def wrong_spacing(sample: Sample, strength: float, rng: Rng) -> Sample:
+def wrong_spacing(sample: Degraded, strength: float, rng: Rng) -> Degraded:
     """A header whose spacing is wrong by a factor of up to 2."""
-    return Sample(sample.image, sample.label, zoom=float(2.0 ** (strength * rng.choice([-1, 1]))))
+    return Degraded(sample.image, sample.label, zoom=float(2.0 ** (strength * rng.choice([-1, 1]))))
 
 
-def turned(sample: Sample, strength: float, rng: Rng) -> Sample:
+def turned(sample: Degraded, strength: float, rng: Rng) -> Degraded:
     """Axes that are mirrored or exchanged, as by a wrong orientation in the header."""
     order = rng.permutation(3) if strength > 0.5 else np.arange(3)
-    flips = [a for a in range(3) if rng.random() < 0.5]
-    image = np.flip(sample.image.transpose(0, *(order + 1)), [a + 1 for a in flips])
-    return Sample(np.ascontiguousarray(image), np.ascontiguousarray(np.flip(sample.label.transpose(order), flips)))
+    flips = tuple(a for a in range(3) if rng.random() < 0.5)
+    image = np.flip(sample.image.transpose(0, *(order + 1)), tuple(a + 1 for a in flips))
+    return Degraded(np.ascontiguousarray(image), np.ascontiguousarray(np.flip(sample.label.transpose(order), flips)))
 
 
-def shuffled(sample: Sample, strength: float, rng: Rng) -> Sample:
+def shuffled(sample: Degraded, strength: float, rng: Rng) -> Degraded:
     """Another anatomy: blocks of the scan in another order, mirrored and turned upside down."""
     image, shape = sample.image, sample.label.shape
     parts = 2 + int(2 * strength)
@@ -190,25 +190,25 @@ def shuffled(sample: Sample, strength: float, rng: Rng) -> Sample:
     places = [(x, y, z) for x in edges[0][:-1] for y in edges[1][:-1] for z in edges[2][:-1]]
     for target, source in zip(places, rng.permutation(len(places)), strict=True):
         block = image[(slice(None), *(slice(s, s + n) for s, n in zip(places[source], size, strict=True)))]
-        flips = [a + 1 for a in range(3) if rng.random() < 0.5]
+        flips = tuple(a + 1 for a in range(3) if rng.random() < 0.5)
         result[(slice(None), *(slice(s, s + n) for s, n in zip(target, size, strict=True)))] = np.flip(block, flips)
-    return Sample(result, np.zeros_like(sample.label), foreign=True)
+    return Degraded(result, np.zeros_like(sample.label), foreign=True)
 
 
-def swapped_channels(sample: Sample, strength: float, rng: Rng) -> Sample:
+def swapped_channels(sample: Degraded, strength: float, rng: Rng) -> Degraded:
     """Channels in another order."""
-    return Sample(np.roll(sample.image, int(rng.integers(1, len(sample.image))), axis=0), sample.label)
+    return Degraded(np.roll(sample.image, int(rng.integers(1, len(sample.image))), axis=0), sample.label)
 
 
 INTENSITY = (noise, bias_field, gamma, invert, remap, ghosting, motion, spikes, blur, thick_slices, gap)
 GEOMETRY = (crop, wrong_spacing, turned, shuffled)
 
 
-def degradations(channels: int) -> dict[str, Callable[[Sample, float, Rng], Sample]]:
+def degradations(channels: int) -> dict[str, Callable[[Degraded, float, Rng], Degraded]]:
     """Name -> how it degrades a sample with a strength in (0, 1]; the same for the same generator."""
 
-    def of_image(change: Callable[[Image, float, Rng], Image]) -> Callable[[Sample, float, Rng], Sample]:
-        return lambda sample, strength, rng: Sample(change(sample.image, strength, rng), sample.label)
+    def of_image(change: Callable[[Image, float, Rng], Image]) -> Callable[[Degraded, float, Rng], Degraded]:
+        return lambda sample, strength, rng: Degraded(change(sample.image, strength, rng), sample.label)
 
     kinds = {change.__name__: of_image(change) for change in INTENSITY}
     kinds |= {change.__name__: change for change in GEOMETRY}

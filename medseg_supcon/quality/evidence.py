@@ -48,13 +48,13 @@ class PassEvidence:
     """Gathers evidence while `windows` segments a scan.
 
     Args:
-        classifier: the network's last layer; its input are the features.
+        classifier: the network's last layer, which reads the features; None: no features.
         image: (C, X, Y, Z), preprocessed.
         classes: K.
         softmax: the network's outputs are logits.
     """
 
-    def __init__(self, classifier: nn.Module, image: Tensor, classes: int, softmax: bool) -> None:
+    def __init__(self, classifier: nn.Module | None, image: Tensor, classes: int, softmax: bool) -> None:
         self.classifier, self.image, self.classes, self.softmax = classifier, image, classes, softmax
         self.features: list[list[Tensor]] = [[] for _ in range(classes)]
         self.sums = torch.zeros(4, classes, dtype=torch.float64)  # voxels, probability in them, p and p^2 everywhere
@@ -65,6 +65,8 @@ class PassEvidence:
 
         def watched(batch: Tensor) -> Tensor:
             caught: list[Tensor] = []
+            if self.classifier is None:
+                return outputs(batch)
             hook = self.classifier.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
             try:
                 result = outputs(batch)
@@ -100,7 +102,7 @@ class PassEvidence:
                 start += part.shape[1]
             yield chunk
 
-    def of(self, mask: npt.NDArray[Any], spacing: Sequence[float], model_spacing: Sequence[float]) -> Evidence:
+    def of(self, mask: npt.NDArray[Any], spacing: Sequence[float] | Floats, model_spacing: Sequence[float]) -> Evidence:
         """The evidence, once the mask is final.
 
         Args:
@@ -111,12 +113,14 @@ class PassEvidence:
         volume = np.bincount(mask.ravel(), minlength=self.classes) * np.prod(spacing) / 1000
         with np.errstate(divide="ignore", invalid="ignore"):
             final = np.log(volume / (voxels * np.prod(model_spacing) / 1000))
-            probability = np.stack([sure / voxels, 2 * sure / (voxels + total), (total - squares) / voxels, final], axis=1)
-            first, second = np.split(self.moments.numpy() / voxels, 2)
-            intensity = np.concatenate([first, np.sqrt(np.maximum(second - first**2, 0))]).T
+            probability = np.stack(
+                [sure / voxels, 2 * sure / (voxels + total), (total - squares) / voxels, final], axis=1
+            )
+            first, second = (self.moments / self.sums[0]).chunk(2)
+            intensity = torch.cat([first, (second - first**2).clamp(min=0).sqrt()]).T.numpy()
         probability[~np.isfinite(probability)] = np.nan
         flat = self.image.flatten(1)
-        flat = flat[:, :: max(1, flat.shape[1] // QUANTILE_VOXELS)].float().cpu().numpy()
+        some = flat[:, :: max(1, flat.shape[1] // QUANTILE_VOXELS)].float().cpu().numpy()
         features = []
         for parts in self.features:
             rows = torch.cat(parts) if parts else torch.zeros(0, 0)
@@ -126,7 +130,7 @@ class PassEvidence:
             probability,
             mask_shape(mask, self.classes, spacing),
             intensity,
-            np.quantile(flat, QUANTILES, axis=1).T.ravel(),
+            np.quantile(some, QUANTILES, axis=1).T.ravel(),
             np.array(self.image.shape[1:]) * np.asarray(model_spacing),
             features,
         )
@@ -136,7 +140,7 @@ def _evenly(indices: Tensor, most: int) -> Tensor:
     return indices[:: max(1, -(-len(indices) // most))]
 
 
-def mask_shape(mask: npt.NDArray[Any], classes: int, spacing: Sequence[float]) -> Floats:
+def mask_shape(mask: npt.NDArray[Any], classes: int, spacing: Sequence[float] | Floats) -> Floats:
     """(K, 4), see `Evidence`; of the background NaN.
 
     Args:
@@ -152,7 +156,10 @@ def mask_shape(mask: npt.NDArray[Any], classes: int, spacing: Sequence[float]) -
         part = np.pad(mask[box] == c, 1)
         components, count = ndimage.label(part, structure=np.ones((3, 3, 3)))
         sizes = np.bincount(components.ravel())[1:]
-        surface = sum(faces[a] * np.count_nonzero(part.take(range(1, part.shape[a]), a) != part.take(range(part.shape[a] - 1), a)) for a in range(3))
+        surface = sum(
+            faces[a] * np.count_nonzero(part.take(range(1, part.shape[a]), a) != part.take(range(part.shape[a] - 1), a))
+            for a in range(3)
+        )
         border = sum(
             faces[a] * np.count_nonzero(part.take(place, a))
             for a in range(3)

@@ -88,7 +88,13 @@ class Forest:
         trees = [tree.tree_ for tree in forest.estimators_]
         roots = np.cumsum([0, *(tree.node_count for tree in trees[:-1])])
         parts = [
-            (t.feature, t.threshold, t.children_left + r * (t.children_left >= 0), t.children_right + r * (t.children_right >= 0), t.value[:, 0, 0])
+            (
+                t.feature,
+                t.threshold,
+                t.children_left + r * (t.children_left >= 0),
+                t.children_right + r * (t.children_right >= 0),
+                t.value[:, 0, 0],
+            )
             for t, r in zip(trees, roots, strict=True)
         ]
         return cls(np.concatenate([np.array(part, dtype=np.float64) for part in parts], axis=1), roots)
@@ -192,7 +198,11 @@ class QualityModel:
     """
 
     def __init__(self, reference: Reference, forest: Forest, residuals: Floats, facts: dict[str, Any]) -> None:
-        self.reference, self.forest, self.residuals = reference, forest, residuals  # (3, n): predicted, residual, weight
+        self.reference, self.forest, self.residuals = (
+            reference,
+            forest,
+            residuals,
+        )  # (3, n): predicted, residual, weight
         self.scans, self.unseen, self.samples = (int(facts[key]) for key in ("scans", "unseen", "samples"))
         self.good_from, self.usual_distance = float(facts["good_from"]), np.array(facts["usual_distance"], dtype=float)
 
@@ -265,7 +275,7 @@ class QualityModel:
         }
         for c, (vectors, cases) in enumerate(zip(reference.features, reference.cases, strict=True)):
             arrays |= {f"features_{c}": vectors.astype(np.float32), f"cases_{c}": cases}
-        write_whole(run / FILE, lambda file: np.savez_compressed(file, **arrays))
+        write_whole(run / FILE, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
     @classmethod
     def load(cls, run: Path) -> QualityModel | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from nibabel.orientations import io_orientation
 
-from medseg_supcon.quality.evidence import Evidence
+from medseg_supcon.quality.evidence import Evidence, Floats
 from medseg_supcon.quality.model import Estimate, QualityModel
 from medseg_supcon.scans import Grid
 
@@ -24,7 +26,7 @@ def rate(
     evidence: Sequence[Evidence],
     models: Sequence[QualityModel | None],
     doubts: Sequence[str] = (),
-    agreement: Sequence[float] | None = None,
+    agreement: Floats | None = None,
     review_below: float | None = None,
 ) -> dict[str, Any]:
     """How far to trust a mask.
@@ -50,7 +52,9 @@ def rate(
         return {"verdict": "reject" if severe else "review" if reasons else None, "reasons": reasons}
     dice, low, high = _together(estimates, agreement)
     mean = float(dice.mean())
-    needed = review_below if review_below is not None else float(np.mean([m.good_from for m in models if m is not None]))
+    needed = (
+        review_below if review_below is not None else float(np.mean([m.good_from for m in models if m is not None]))
+    )
     if agreement is not None and min(agreement) < REJECT_BELOW:
         reasons.append(f"the runs of the ensemble disagree: mean Dice between their masks {np.mean(agreement):.2f}")
     distance = np.mean([e.distance for e in estimates], axis=0)
@@ -60,13 +64,15 @@ def rate(
         if times > UNLIKE
     ]
     if low < needed:
-        reasons.append(f"predicted Dice {mean:.2f}, and it may be as low as {low:.2f}; good masks have at least {needed:.2f}")
+        reasons.append(
+            f"predicted Dice {mean:.2f}, and it may be as low as {low:.2f}; good masks have at least {needed:.2f}"
+        )
     verdict = "reject" if severe or mean < REJECT_BELOW else "review" if reasons else "good"
     scores = {name: round(float(d), 3) for name, d in zip(names, dice, strict=True)} | {"mean": round(mean, 3)}
     return {"dice": scores, "interval": [round(low, 3), round(high, 3)], "verdict": verdict, "reasons": reasons}
 
 
-def _together(estimates: Sequence[Estimate], agreement: Sequence[float] | None) -> tuple[Any, float, float]:
+def _together(estimates: Sequence[Estimate], agreement: Floats | None) -> tuple[Any, float, float]:
     """Dice per class and the interval of the mean: masks can be trusted no more than the runs agree."""
     dice = np.mean([e.dice for e in estimates], axis=0)
     low, high = (float(np.mean([getattr(e, end) - e.mean for e in estimates])) for end in ("low", "high"))
@@ -76,9 +82,7 @@ def _together(estimates: Sequence[Estimate], agreement: Sequence[float] | None) 
     return dice, max(0.0, mean + low), min(1.0, mean + high)
 
 
-def facts(
-    plan: Mapping[str, Any], grid: Grid, evidence: Evidence, names: Sequence[str]
-) -> tuple[list[str], bool]:
+def facts(plan: Mapping[str, Any], grid: Grid, evidence: Evidence, names: Sequence[str]) -> tuple[list[str], bool]:
     """What is outside the training scans' range, in words, and whether the mask is certainly wrong."""
     known, reasons, factors = plan["fingerprint"], [], [1.0]
 
@@ -109,3 +113,13 @@ def facts(
         compare("field of view", shape * spacing, np.multiply(few, low), np.multiply(many, high), "mm", tolerated=2.0)
     nothing = not evidence.volume[1:].any() and bool(reasons)
     return reasons, nothing or max(factors) > SEVERE
+
+
+def agreement(masks: Sequence[npt.NDArray[Any]], classes: int) -> Floats:
+    """(K - 1,) mean Dice per foreground class over all pairs of masks of class indices; 1 where no mask has the class."""
+    rows = []
+    for one, other in combinations(masks, 2):
+        both = np.bincount(one[one == other].ravel(), minlength=classes)[1:]
+        total = sum(np.bincount(mask.ravel(), minlength=classes)[1:] for mask in (one, other))
+        rows.append(np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0))
+    return np.asarray(np.mean(rows, axis=0))
