@@ -70,13 +70,13 @@ def main() -> None:
     cases, classes = sorted(ours), ("anterior", "posterior")
     scores = np.array([[ours[c][k] for k in classes] for c in cases])
     theirs = np.array([[published[c][k] for k in classes] for c in cases])
-    plan = json.loads((out / "run" / "configs" / "plan.json").read_text())
+    plan, expected = (json.loads((out / "run" / f).read_text()) for f in ("configs/plan.json", "logs/expected.json"))
     minutes = json.loads((out / "seconds.json").read_text()) / 60
     told = ", ".join(("planned defaults", *given.set))
     text = [
         f"{given.labels or len(folds['fold_2']) * 3} labelled scans (validation included), {len(cases)} test scans, "
         f"{plan['epochs']} epochs of {plan['steps_per_epoch']} steps, {minutes:.1f} minutes for `medseg train` "
-        f"on {plan['expected']['machine']}, seed 0.",
+        f"on {expected['machine']}, seed 0.",
         "",
         "| | mean Dice | anterior | posterior |",
         "|---|---|---|---|",

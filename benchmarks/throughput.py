@@ -162,7 +162,7 @@ def training(run: Path, device: str) -> str:
     if device != "cpu":
         watch.start()
     start = perf_counter()
-    run_config(run, "train", "train", device=device, quiet=True, val_interval=1000)
+    run_config(run, device=device, quiet=True, val_interval=1000)
     whole = perf_counter() - start
     watch.stop.set()
     with (run / "logs" / "history.csv").open(newline="") as stream:

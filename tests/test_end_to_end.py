@@ -129,7 +129,7 @@ def planned(phantoms, tmp_path_factory):
 
 def test_an_interrupted_training_ends_with_the_same_weights(planned, tmp_path):
     straight, broken = shutil.copytree(planned, tmp_path / "a"), shutil.copytree(planned, tmp_path / "b")
-    run_config(straight, "train", "train", device="cpu", quiet=True)
+    run_config(straight, device="cpu", quiet=True)
 
     # stopped in the middle of the second epoch, as kill -9 would: no handler of the training sees it
     code = (
@@ -141,7 +141,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(planned, tmp_path):
         "    self.add_event_handler(Events.ITERATION_COMPLETED(once=5), lambda e: os._exit(9))\n"
         "    run(self)\n"
         "T.run = killed\n"
-        f"t.run_config(__import__('pathlib').Path({str(broken)!r}), 'train', 'train', device='cpu', quiet=True)\n"
+        f"t.run_config(__import__('pathlib').Path({str(broken)!r}), device='cpu', quiet=True)\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, check=False, capture_output=True, env=ONE_THREAD)
@@ -162,14 +162,14 @@ def test_an_interrupted_training_ends_with_the_same_weights(planned, tmp_path):
 def test_resuming_with_another_seed_is_refused(trained_run, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "run")
     with pytest.raises(RunError, match="seed"):
-        run_config(run, "train", "train", device="cpu", quiet=True, resume=True, seed=5)
+        run_config(run, device="cpu", quiet=True, resume=True, seed=5)
 
 
 def test_fine_tuning_starts_from_the_earlier_weights(trained_run, phantoms, tmp_path):
     dataset, run = read_dataset(phantoms), tmp_path / "run"
     settings = [("plan::steps_per_epoch", 1), ("learning_rate", 0.0), ("weight_decay", 0.0)]
     prepare_run(dataset, split_cases(dataset), run, epochs=1, settings=settings, init=trained_run, device="cpu")
-    run_config(run, "train", "train", device="cpu", quiet=True)
+    run_config(run, device="cpu", quiet=True)
     for key, value in weights(trained_run).items():
         assert torch.equal(value, weights(run)[key]), key
 
@@ -177,7 +177,7 @@ def test_fine_tuning_starts_from_the_earlier_weights(trained_run, phantoms, tmp_
 def test_the_dice_ce_recipe_has_no_contrast(phantoms, tmp_path):
     dataset, run = read_dataset(phantoms), tmp_path / "run"
     prepare_run(dataset, split_cases(dataset), run, recipe="dice_ce", epochs=1, settings=TINY, device="cpu")
-    run_config(run, "train", "train", device="cpu", quiet=True)
+    run_config(run, device="cpu", quiet=True)
     with (run / "logs" / "history.csv").open() as stream:
         row = next(csv.DictReader(stream))
     assert float(row["contrast_weight"]) == 0.0

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medseg_supcon.errors import RunError
+from medseg_supcon.files import read_json
 from medseg_supcon.text import counted
 
 # without markup: names and paths may contain [brackets]
@@ -64,15 +65,17 @@ def print_plan(plan: dict[str, Any], split: Any, run: Path) -> None:
     """Print the plan in six lines."""
     from medseg_supcon.plan import plan_warnings
 
-    expected, minutes = plan["expected"], round(plan["expected"]["minutes"])
+    expected = read_json(run / "logs" / "expected.json")
+    minutes = round(expected["minutes"])
     time = f"about {counted(minutes, 'minute')}" if minutes else "less than a minute"
+    fitted = f", fitted to {plan['minutes']:g} minutes on this machine" if "minutes" in plan else ""
     rows = {
         "cases": f"{len(split.training)} for training, {len(split.validation)} for validation, "
         f"{len(split.unlabelled)} unlabelled",
         "classes": ", ".join(plan["labels"]),
         "spacing": " x ".join(f"{s:g}" for s in plan["spacing"]) + f" mm ({plan['orientation']})",
         "patch": " x ".join(map(str, plan["patch_size"])) + f" voxels, {2 * plan['batch_size']} per step",
-        "length": f"{counted(plan['epochs'], 'epoch')} of {counted(plan['steps_per_epoch'], 'step')}",
+        "length": f"{counted(plan['epochs'], 'epoch')} of {counted(plan['steps_per_epoch'], 'step')}{fitted}",
         "expected": f"{time}, {expected['memory_gib']:.1f} GiB on {expected['machine']}",
     }
     err.print(printable(f"Plan: {run / 'configs' / 'plan.json'}"))

@@ -1,6 +1,5 @@
 """From a data set's fingerprint to the plan of a run, and the preprocessing that it defines."""
 
-from medseg_supcon.plan.plan_file import plan_warnings, read_plan, validate_plan, write_plan
 from medseg_supcon.plan.preprocessing import (
     LabelPreprocessingd,
     intensity_problem,
@@ -8,4 +7,4 @@ from medseg_supcon.plan.preprocessing import (
     plan_preprocessing,
     read_preprocessing,
 )
-from medseg_supcon.plan.rules import make_plan
+from medseg_supcon.plan.rules import default_epochs, make_plan, plan_warnings, read_plan, validate_plan, write_plan

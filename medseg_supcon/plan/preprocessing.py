@@ -1,61 +1,43 @@
-"""The one preprocessing: the scan's from the bundle's inference config, and the label map's that follows it."""
+"""The one preprocessing: of the scan, as the plan and the inference config define it, and of the label map after it."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import monai.transforms
+import monai.transforms as mt
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from monai.transforms import (
-    Compose,
-    DeleteItemsd,
-    EnsureTyped,
-    LoadImage,
-    LoadImaged,
-    Orientationd,
-    ResampleToMatch,
-    Spacingd,
-    Transform,
-)
+from monai.transforms import Compose, LoadImage, ResampleToMatch, Transform
 from monai.transforms.intensity import dictionary
 
-from medseg_supcon.datasets import class_indices
+from medseg_supcon.datasets import class_indices, normalisation, readable
 from medseg_supcon.errors import RunError
 from medseg_supcon.losses import IGNORE_INDEX
 
-# MONAI's loader, of NIfTI alone here, makes every reader it has, and that one warns where pydicom is installed.
+# MONAI's loader makes every reader it has, and that one warns if pydicom is installed; only NIfTI is read here
 warnings.filterwarnings("ignore", "NvImgCodecPydicomReader")
 logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
 
-SIGNS = "#@%$"  # :: in MONAI's eyes, a reference, a macro, an expression
+SIGNS = "#@%$"  # MONAI takes these for ::, a reference, a macro, an expression
 ESCAPED = {"#": r"\x23", "@": r"\x40", "%": r"\x25", "import": r"\x69mport"}
+PER_CHANNEL = ("SplitDimd", "ConcatItemsd", "DeleteItemsd")  # how a plan normalises channels one by one
 
 
 def literal(value: Any) -> Any:
-    """`value` as a bundle config has to say it, so that `ConfigParser` gives back the very same.
+    """A value as a bundle config must write it, so that `ConfigParser` returns the same value.
 
-    MONAI reads ``#`` in any text as ``::``, and texts that begin with ``@``, ``%`` or ``$`` as references, macros
-    and expressions. A text without such a sign stays as it is; any other value becomes an expression that escapes
-    them, in which a ``_target_`` stays data, too.
+    A text without MONAI's signs stays as it is; any other value becomes an expression that escapes them, in which a
+    ``_target_`` stays data, too.
 
-    Args:
-        value: a text, or a list or dictionary of texts, numbers and more of these.
-
-    Example:
-        >>> from monai.bundle import ConfigParser
-        >>> from medseg_supcon.plan import literal
-        >>> literal("/data/scans"), literal("/data/site#2")
-        ('/data/scans', "$'/data/site\\\\x232'")
-        >>> ConfigParser({"folder": literal("/data/site#2")}).get_parsed_content("folder")
-        '/data/site#2'
+    >>> literal("/data/scans"), literal("/data/site#2")
+    ('/data/scans', "$'/data/site\\\\x232'")
     """
     text = repr(value)
     if isinstance(value, str) and not any(sign in value for sign in SIGNS):
@@ -65,41 +47,23 @@ def literal(value: Any) -> Any:
     return f"${text}"
 
 
-PER_CHANNEL = ("SplitDimd", "ConcatItemsd", "DeleteItemsd")  # how a plan normalises channels one by one
-
-
 def plan_preprocessing(plan: Mapping[str, Any]) -> Compose:
-    """The scan's preprocessing (key ``image``) from a plan as plain data: what the shipped ``inference.yaml`` defines.
-
-    Args:
-        plan: a valid one, without `intensity_problem`.
-    """
-    intensity = [
-        getattr(monai.transforms, step["_target_"].rpartition(".")[2])(
-            **{k: v for k, v in step.items() if k != "_target_"}
-        )
-        for step in plan["intensity"]
+    """What the shipped ``inference.yaml`` defines (key ``image``), from a plan that has no `intensity_problem`."""
+    arguments = [{key: value for key, value in step.items() if key != "_target_"} for step in plan["intensity"]]
+    names = [step["_target_"].rpartition(".")[2] for step in plan["intensity"]]
+    transforms = [
+        mt.LoadImaged("image", reader="NibabelReader", squeeze_non_spatial_dims=True, ensure_channel_first=True),
+        mt.DeleteItemsd("image_path"),
+        mt.EnsureTyped("image", dtype=torch.float32),
+        mt.Orientationd("image", axcodes=plan["orientation"], labels=None),
+        mt.Spacingd("image", pixdim=plan["spacing"], mode="bilinear", dtype=torch.float32),
+        Compose([getattr(mt, name)(**given) for name, given in zip(names, arguments, strict=True)]),
     ]
-    load = LoadImaged("image", reader="NibabelReader", squeeze_non_spatial_dims=True, ensure_channel_first=True)
-    return Compose(
-        [
-            load,
-            DeleteItemsd("image_path"),
-            EnsureTyped("image", dtype=torch.float32),
-            Orientationd("image", axcodes=plan["orientation"], labels=None),
-            Spacingd("image", pixdim=plan["spacing"], mode="bilinear", dtype=torch.float32),
-            Compose(intensity),
-        ]
-    )
+    return Compose(transforms)
 
 
 def intensity_problem(transforms: Any) -> str | None:
-    """Why a plan's ``intensity`` is not plain data that names MONAI's deterministic transforms; None where it is.
-
-    >>> intensity_problem([{"_target_": "NormalizeIntensityd", "keys": "image"}])
-    >>> intensity_problem([{"_target_": "Lambdad", "keys": "image"}])
-    "intensity names 'Lambdad', which is not a deterministic intensity transform of MONAI"
-    """
+    """Why a plan's ``intensity`` is not plain data that names MONAI's deterministic transforms; None if it is."""
     for step in transforms:
         target = step.get("_target_") if isinstance(step, Mapping) else step
         name = str(target).removeprefix("monai.transforms.")
@@ -114,14 +78,7 @@ def intensity_problem(transforms: Any) -> str | None:
 
 
 def read_preprocessing(bundle_root: str | Path) -> Compose:
-    """The scan's preprocessing as ``configs/inference.yaml`` of a run defines it (key ``image``).
-
-    Args:
-        bundle_root: the run's folder.
-
-    Raises:
-        RunError: the folder is not a run.
-    """
+    """The scan's preprocessing (key ``image``) as ``configs/inference.yaml`` of the run in ``bundle_root`` defines it."""
     path = Path(bundle_root) / "configs" / "inference.yaml"
     if not path.is_file():
         raise RunError(f"{path} does not exist: {bundle_root} is not a run. Make one with medseg plan or medseg train.")
@@ -132,33 +89,54 @@ def read_preprocessing(bundle_root: str | Path) -> Compose:
     return transform
 
 
+def intensity_transforms(channels: Sequence[str], foreground: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Transform configs for key ``image`` that normalise a scan, usually to about zero mean and unit variance.
+
+    CT is clipped to the 0.5 and 99.5 percentiles of the structures' intensities (`foreground`, per channel), then shifted
+    and scaled by their mean and standard deviation (nnU-Net's rule). Channels called "noNorm", "rescale_to_0_1" or
+    "rgb_to_0_1" are treated as nnU-Net does; any other channel is normalised per scan. Channels of several kinds are
+    split and stacked again.
+    """
+    kinds = [normalisation(name) for name in channels]
+    if len(set(kinds)) == 1 and (kinds[0] != "ct" or len(kinds) == 1):
+        return _normalise("image", kinds[0], foreground[0])
+    postfixes = [str(index) for index in range(len(channels))]
+    keys = [f"image_{postfix}" for postfix in postfixes]
+    split = {"_target_": "SplitDimd", "keys": "image", "output_postfixes": postfixes, "dim": 0, "keepdim": True}
+    steps = [step for each in zip(keys, kinds, foreground, strict=True) for step in _normalise(*each)]
+    joined = {"_target_": "ConcatItemsd", "keys": keys, "name": "image", "dim": 0}
+    return [split, *steps, joined, {"_target_": "DeleteItemsd", "keys": keys}]
+
+
+def _normalise(key: str, kind: str, stats: Mapping[str, float]) -> list[dict[str, Any]]:
+    if kind == "nonorm":
+        return []
+    if kind == "rgb_to_0_1":
+        return [{"_target_": "ScaleIntensityRanged", "keys": key, "a_min": 0, "a_max": 255, "b_min": 0, "b_max": 1}]
+    if kind == "rescale_to_0_1":
+        return [{"_target_": "ScaleIntensityd", "keys": key, "minv": 0, "maxv": 1, "channel_wise": True}]
+    if kind == "zscore":
+        return [{"_target_": "NormalizeIntensityd", "keys": key, "channel_wise": True}]
+    low, high = stats["percentile_00_5"], stats["percentile_99_5"]  # CT
+    if not high > low:
+        low, high = low - 0.5, low + 0.5
+    mean, std = stats["mean"], stats["std"] or 1.0
+    limits = {"a_min": low, "a_max": high, "b_min": (low - mean) / std, "b_max": (high - mean) / std}
+    rounded = {name: readable(value, 6) for name, value in limits.items()}
+    return [{"_target_": "ScaleIntensityRanged", "keys": key, **rounded, "clip": True}]
+
+
 class LabelPreprocessingd(Transform):  # type: ignore[misc]
-    """Loads a case's label map, turns its values into class indices and brings it to the grid of ``image``.
+    """Loads a case's label map, turns its values into class indices and resamples it to the grid of ``image``.
 
-    Runs after the scan's preprocessing. Nearest neighbour; -1 where the data set says "not annotated".
-    A case without ``label`` passes through unchanged.
-
-    Args:
-        plan: the run's plan (``labels``, ``ignore_label``).
-        trust_scan_affine: take the scan's affine for the label map too (``--allow-affine-mismatch``).
-
-    Raises:
-        DataError: (on call) a value that the data set does not declare.
-
-    Shape:
-        adds ``label`` (1, X, Y, Z), float32 class indices on the grid of ``image`` (C, X, Y, Z).
+    Runs after the scan's preprocessing; nearest neighbour. Adds ``label`` (1, X, Y, Z), float32, -1 for voxels that are
+    not annotated or outside the label map. A case without ``label`` passes through unchanged.
     """
 
-    def __init__(self, plan: Mapping[str, Any], trust_scan_affine: bool | None = None) -> None:
+    def __init__(self, plan: Mapping[str, Any]) -> None:
         self.plan = plan
-        trusted = plan.get("trust_scan_affine", False) if trust_scan_affine is None else trust_scan_affine
-        self.trust_scan_affine = bool(trusted)
         self.load = LoadImage(
-            "NibabelReader",
-            image_only=True,
-            dtype=np.float64,
-            ensure_channel_first=True,
-            squeeze_non_spatial_dims=True,
+            "NibabelReader", image_only=True, dtype=np.float64, ensure_channel_first=True, squeeze_non_spatial_dims=True
         )
         self.match = ResampleToMatch(mode="nearest", padding_mode="zeros")
 
@@ -169,9 +147,9 @@ class LabelPreprocessingd(Transform):  # type: ignore[misc]
         file, image = d["label"], d["image"]
         label = self.load(file)
         affine = label.affine
-        if self.trust_scan_affine:
+        if self.plan.get("trust_scan_affine"):
             affine = torch.as_tensor(image.meta["original_affine"], dtype=torch.float64)
-        # one more than the class index: the zeros that come in from outside the label map are then "ignored"
+        # one more than the class index: the zeros from outside the label map then become "ignored"
         indices = class_indices(label.numpy(), self.plan, file).astype(np.float32) - IGNORE_INDEX
         d["label"] = self.match(MetaTensor(torch.from_numpy(indices), affine=affine), image) + IGNORE_INDEX
         d["label"].meta["filename_or_obj"] = str(file)

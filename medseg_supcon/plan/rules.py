@@ -1,34 +1,160 @@
-"""From fingerprint to plan: every value of `plan.json`, by rules that a person can follow."""
+"""The values of `plan.json`: by which rules they follow from a data set, and what one edited by hand must keep."""
 
 from __future__ import annotations
 
-import os
+import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import permutations, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from medseg_supcon.datasets import Dataset, Fingerprint, normalisation, readable
-from medseg_supcon.errors import DataError
+from medseg_supcon.datasets import Dataset, Fingerprint, readable
+from medseg_supcon.errors import ConfigError, DataError, RunError, nearest
+from medseg_supcon.files import LARGEST, read_json
 from medseg_supcon.losses import balanced_class_weights
 from medseg_supcon.networks import chain
+from medseg_supcon.plan.preprocessing import intensity_transforms
+from medseg_supcon.text import counted
 
-CPU_PATCH_VOXELS = 90_000
-GPU_PATCH_VOXELS = 128**3
+CPU_STEPS, GPU_STEPS = 6000, 15000  # the default length; docs/results.md has the minutes of the CPU's
+CPU_PATCH_VOXELS, GPU_PATCH_VOXELS = 90_000, 128**3
 GPU_GIB_PER_LARGEST_SCAN = 8.0  # two views of one scan at 128^3, mixed precision
 SIDED = re.compile(  # kidney_left, Left Kidney, leftKidney, KidneyLeft, LKidney; not bright, cleft, LV
     r"(?<![a-z])(left|right)|(?<![a-z])(lh|rh|l|r|lt|rt|sin|dext?)(?![a-z])"
     r"|(?<=[a-z])(Left|Right|LH|RH)\b|(?<![A-Za-z])[LR](?=[A-Z][a-z])"
 )
-
-ANISOTROPIC = 3.0
-MOST_PATCHES_ON_CPU = 64
-SMALLEST_EDGE = 4
-
+ANISOTROPIC, SMALLEST_EDGE, MOST_PATCHES_ON_CPU = 3.0, 4, 64
 Floats = npt.NDArray[np.float64]
+
+
+def default_epochs(device: str, steps_per_epoch: int) -> int:
+    """Length of a training on a CPU or a GPU, whatever its speed."""
+    return max(1, round((CPU_STEPS if device.startswith("cpu") else GPU_STEPS) / steps_per_epoch))
+
+
+def make_plan(
+    fingerprint: Fingerprint, dataset: Dataset, *, device: str = "cpu", memory_gib: float | None = None
+) -> dict[str, Any]:
+    """The content of `plan.json` (keys and meaning: docs/architecture.md), the same whatever the machine's load.
+
+    Orientation RAS. Spacing: the median; along the coarse axis of anisotropic data (ratio above 3) the 10th percentile.
+    On a CPU the finest axes are coarsened until a scan of median size holds at most 64 patches. Patch: grown axis by
+    axis, isotropic in mm, up to the median scan within 90,000 voxels (CPU) or 128^3 (GPU, by memory), in steps of what
+    the network divides by. Network: a residual UNet of three strides, more for larger patches, no stride along an axis
+    that is still twice as coarse as the finest. The left-right axis may be mirrored unless a class name says left or
+    right; no other axis may. Length: 120 epochs of 50 steps on a CPU, 60 of 250 on a GPU.
+    `memory_gib`: the GPU's; None for that of this machine. `DataError` if no case has a labelled structure.
+    """
+    on_gpu = not device.startswith("cpu")
+    memory = memory_gib or 2 * GPU_GIB_PER_LARGEST_SCAN
+    if memory_gib is None and device.startswith("cuda") and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(torch.device(device)).total_memory / 2**30
+    budget = int(GPU_PATCH_VOXELS * min(1.0, memory / (2 * GPU_GIB_PER_LARGEST_SCAN))) if on_gpu else CPU_PATCH_VOXELS
+    counts = fingerprint.class_voxels
+    if counts[1:].sum() == 0:
+        raise DataError(f"{dataset.root}: the label maps of the training cases hold no structure. Add labelled cases.")
+
+    spacing = target_spacing(fingerprint.spacings)
+    extents = fingerprint.shapes * fingerprint.spacings
+    if not on_gpu:
+        spacing = coarsened(spacing, np.median(extents, axis=0), budget)
+    spacing = np.array([readable(mm) for mm in spacing])
+    shape = np.median(np.round(extents / spacing), axis=0)
+    side = float(np.prod(np.minimum(shape, budget ** (1 / 3))) ** (1 / 3))
+    steps = strides(spacing, shape, levels=3 if side < 64 else 4 if side < 112 else 5)
+    patch = patch_size(spacing, shape, budget, np.prod(steps, axis=0))
+    scans_in_memory = memory / GPU_GIB_PER_LARGEST_SCAN * GPU_PATCH_VOXELS / math.prod(patch)
+    steps_per_epoch = 250 if on_gpu else 50
+    foreground = [fingerprint.foreground(c) for c in range(len(dataset.channels))]
+    # a mirrored scan would be labelled wrongly
+    sided = any(SIDED.search(name.replace("_", " ").lower()) or SIDED.search(name) for name in dataset.labels)
+    return {
+        "name": dataset.name,
+        "channels": list(dataset.channels),
+        "labels": dict(dataset.labels),
+        "ignore_label": dataset.ignore_label,
+        "orientation": "RAS",
+        "spacing": [float(mm) for mm in spacing],
+        "intensity": intensity_transforms(dataset.channels, foreground),
+        "patch_size": patch,
+        "flip_axes": [] if sided else [0],
+        "batch_size": int(np.clip(scans_in_memory, 2, 8)) if on_gpu else 2,
+        "steps_per_epoch": steps_per_epoch,
+        "epochs": default_epochs(device, steps_per_epoch),
+        "class_frequencies": [readable(n / counts.sum()) for n in counts],
+        "class_weights": [readable(w) for w in balanced_class_weights(counts.tolist()).tolist()],
+        "network_def": network_definition(len(dataset.channels), len(dataset.labels), steps, 32 if on_gpu else 16),
+        "inference": {"overlap": 0.5, "sw_batch_size": 4},
+        "keep_largest": [],
+        "fingerprint": fingerprint.summary(),
+    }
+
+
+def target_spacing(spacings: Floats) -> Floats:
+    """nnU-Net's rule (Isensee et al., Nature Methods 2021): the median (3,) of spacings (n, 3), or less on a coarse axis.
+
+    Interpolating a little along a coarse axis costs less than dropping slices of the better scans.
+    """
+    target = np.median(spacings, axis=0)
+    coarse = int(np.argmax(target))
+    if target[coarse] > ANISOTROPIC * target.min():
+        target[coarse] = max(np.percentile(spacings[:, coarse], 10), np.delete(target, coarse).max())
+    return target.astype(np.float64)
+
+
+def coarsened(spacing: Floats, extent: Floats, budget: int) -> Floats:
+    """Spacing at which a scan of `extent` mm has at most 64 patches of `budget` voxels; the finest axes change first.
+
+    Otherwise a patch would see too little of a very large scan, and a CPU would take too long.
+    """
+    finest, voxel = np.sort(spacing), np.prod(extent) / (MOST_PATCHES_ON_CPU * budget)
+    floor = 0.0
+    for axes in (1, 2, 3):  # how many of them get one spacing
+        floor = float(voxel / np.prod(finest[axes:])) ** (1 / axes)
+        if axes == 3 or floor <= finest[axes]:
+            break
+    return np.maximum(spacing, floor)
+
+
+def strides(spacing: Floats, shape: Floats, levels: int) -> list[tuple[int, int, int]]:
+    """Stride per level (at least one) and axis of the encoder.
+
+    Axes are halved that are at most twice as coarse as the finest one and keep four voxels in the median `shape`.
+    """
+    spacing, shape = spacing.copy(), shape.copy()
+    steps: list[tuple[int, int, int]] = []
+    for _ in range(levels):
+        halve = (spacing <= 2 * spacing.min() + 1e-6) & (shape / 2 >= SMALLEST_EDGE)
+        step = np.where(halve, 2, 1)
+        if steps and not halve.any():
+            break
+        steps.append((int(step[0]), int(step[1]), int(step[2])))
+        spacing, shape = spacing * step, shape / step
+    return steps
+
+
+def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[int]) -> list[int]:
+    """Voxels per axis, from the smallest patch that the network takes.
+
+    The axis that is shortest in mm is lengthened by a divisor, until each covers the median `shape` or the budget is spent.
+    """
+    step = np.asarray(divisor, dtype=np.int64)
+    size = step.copy()
+    open_axes = size < np.ceil(shape)
+    while open_axes.any():
+        axis = int(np.argmin(np.where(open_axes, size * spacing, np.inf)))
+        longer = size.copy()
+        longer[axis] += step[axis]
+        fits = np.prod(longer) <= budget
+        size = longer if fits else size
+        open_axes[axis] = fits and size[axis] < np.ceil(shape[axis])
+    return [int(n) for n in size]
 
 
 def network_definition(
@@ -48,212 +174,141 @@ def network_definition(
     return chain(unet, last)
 
 
-def make_plan(
-    fingerprint: Fingerprint,
-    dataset: Dataset,
-    *,
-    device: str = "cpu",
-    cores: int | None = None,
-    memory_gib: float | None = None,
-) -> dict[str, Any]:
-    """The content of `plan.json` (keys and meaning: docs/architecture.md).
-
-    Orientation RAS. Spacing: the median; along the coarse axis of anisotropic data (ratio above 3) the 10th percentile.
-    On a CPU the finest axes are coarsened until a scan of median size holds at most 64 patches. Patch: grown axis by
-    axis, isotropic in mm, up to the median scan within 90,000 voxels (CPU) or 128^3 (GPU, by memory), in steps of what
-    the network divides by. Network: a residual UNet of three strides, more for larger patches, no stride along an axis
-    that is still twice as coarse as the finest. The left-right axis may be mirrored unless a class name says left or
-    right; no other axis may. `epochs` and `expected` are first estimates.
-
-    Args:
-        fingerprint: of the cases that train (`DataError` if none has a labelled structure).
-        dataset: names, channels and labels.
-        device: "cpu", or a GPU such as "cuda" or "cuda:1".
-        cores, memory_gib: CPU cores, and the GPU's memory; None for those of this machine.
-
-    Example:
-        >>> import tempfile
-        >>> from medseg_supcon.datasets import fingerprint, make_phantoms, read_dataset
-        >>> from medseg_supcon.plan import make_plan
-        >>> dataset = read_dataset(make_phantoms(tempfile.mkdtemp() + "/phantoms", cases=2, unseen=0))
-        >>> make_plan(fingerprint(dataset), dataset)["orientation"]
-        'RAS'
-    """
-    on_gpu = not device.startswith("cpu")
-    cores = cores or os.cpu_count() or 1
-    memory = memory_gib if memory_gib is not None else _memory_gib(device)
-    room = min(1.0, memory / (2 * GPU_GIB_PER_LARGEST_SCAN))
-    budget = int(GPU_PATCH_VOXELS * room) if on_gpu else CPU_PATCH_VOXELS
-    counts = fingerprint.class_voxels
-    if counts[1:].sum() == 0:
-        raise DataError(f"{dataset.root}: the label maps of the training cases hold no structure. Add labelled cases.")
-
-    spacing = target_spacing(fingerprint.spacings)
-    extents = fingerprint.shapes * fingerprint.spacings
-    if not on_gpu:
-        spacing = coarsened(spacing, np.median(extents, axis=0), budget)
-    spacing = np.array([readable(mm) for mm in spacing])
-    shape = np.median(np.round(extents / spacing), axis=0)
-    side = float(np.prod(np.minimum(shape, budget ** (1 / 3))) ** (1 / 3))
-    steps = strides(spacing, shape, levels=3 if side < 64 else 4 if side < 112 else 5)
-    divisor = np.prod(steps, axis=0)
-    patch = patch_size(spacing, shape, budget, divisor)
-    voxels = int(np.prod(patch))
-    batch = int(np.clip(memory / GPU_GIB_PER_LARGEST_SCAN * GPU_PATCH_VOXELS / voxels, 2, 8)) if on_gpu else 2
-    steps_per_epoch = 250 if on_gpu else 50
-    # Seconds of a step: 0.9 microseconds a voxel on two cores (measured); for the GPU a guess.
-    seconds = 0.05 + 2 * batch * voxels * (6e-8 if on_gpu else 1.8e-6 / min(cores, 8))
-    minutes = 120 if on_gpu else 25
-    foreground = [fingerprint.foreground(c) for c in range(len(dataset.channels))]
-    return {
-        "name": dataset.name,
-        "channels": list(dataset.channels),
-        "labels": dict(dataset.labels),
-        "ignore_label": dataset.ignore_label,
-        "orientation": "RAS",
-        "spacing": [float(mm) for mm in spacing],
-        "intensity": intensity_transforms(dataset.channels, foreground),
-        "patch_size": patch,
-        "flip_axes": [] if _tells_sides(dataset.labels) else [0],
-        "batch_size": batch,
-        "steps_per_epoch": steps_per_epoch,
-        "epochs": max(1, round(minutes * 60 / (seconds * steps_per_epoch))),
-        "class_frequencies": [readable(n / counts.sum()) for n in counts],
-        "class_weights": [readable(w) for w in balanced_class_weights(counts.tolist()).tolist()],
-        "network_def": network_definition(len(dataset.channels), len(dataset.labels), steps, 32 if on_gpu else 16),
-        "inference": {"overlap": 0.5, "sw_batch_size": 4},
-        "keep_largest": [],
-        "expected": {
-            "minutes": minutes,
-            "memory_gib": readable(1.5 + 2 * batch * voxels * 4e-6, 2),
-            "machine": f"{device if on_gpu else f'{cores} CPU cores'} (estimate)",
-        },
-        "fingerprint": fingerprint.summary(),
-    }
+def _is_number(value: object, kind: type = float, least: float = -LARGEST, most: float = LARGEST) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return least <= value <= most and (kind is float or isinstance(value, int))  # NaN compares as False
 
 
-def _tells_sides(names: Sequence[str] | dict[str, Any]) -> bool:
-    """Whether a class name says left or right, so that a mirrored scan would be labelled wrongly."""
-    return any(SIDED.search(name.replace("_", " ").lower()) or SIDED.search(name) for name in names)
+def _are_numbers(value: object, length: int | None = None, **limits: Any) -> bool:
+    if not isinstance(value, list | tuple) or length not in (None, len(value)):
+        return False
+    return all(_is_number(part, **limits) for part in value)
 
 
-def _memory_gib(device: str) -> float:
-    if device.startswith("cuda") and torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(torch.device(device)).total_memory) / 2**30
-    return 2 * GPU_GIB_PER_LARGEST_SCAN
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)
 
 
-def target_spacing(spacings: Floats) -> Floats:
-    """The median spacing (3,) of (n, 3); for anisotropic data the coarse axis takes its 10th percentile.
-
-    nnU-Net's rule (Isensee et al., Nature Methods 2021): interpolating a little along a coarse axis costs
-    less than dropping slices of the better scans. Data count as anisotropic above a ratio of 3.
-    """
-    target = np.median(spacings, axis=0)
-    coarse = int(np.argmax(target))
-    if target[coarse] > ANISOTROPIC * target.min():
-        target[coarse] = max(np.percentile(spacings[:, coarse], 10), np.delete(target, coarse).max())
-    return target.astype(np.float64)
+def _are_labels(value: object) -> bool:
+    values = list(value.values()) if isinstance(value, Mapping) else []
+    return len(values) >= 2 and all(map(_is_number, values)) and len(set(values)) == len(values)
 
 
-def coarsened(spacing: Floats, extent: Floats, budget: int, most: int = MOST_PATCHES_ON_CPU) -> Floats:
-    """Spacing at which a scan of `extent` mm holds at most `most` patches of `budget` voxels.
-
-    The finest axes are coarsened first, so that anisotropic data become more isotropic on the way. Otherwise a patch
-    would see too little of a very large scan, and a CPU would take too long.
-    """
-
-    def patches(floor: float) -> float:
-        return float(np.prod(extent / np.maximum(spacing, floor)) / budget)
-
-    low, high = float(spacing.min()), float(max(extent.max(), spacing.max()))
-    if patches(low) <= most:
-        return spacing
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if patches(middle) > most else (low, middle)
-    return np.maximum(spacing, high)
+def _are_definitions(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(part, Mapping) and "_target_" in part for part in value)
 
 
-def strides(spacing: Floats, shape: Floats, levels: int) -> list[tuple[int, int, int]]:
-    """Stride per level and axis of the encoder.
-
-    An axis is halved unless it is still more than twice as coarse as the finest one, or would fall below four
-    voxels in a scan of the median `shape`. At least one level is given.
-    """
-    spacing, shape = spacing.copy(), shape.copy()
-    steps: list[tuple[int, int, int]] = []
-    for _ in range(levels):
-        halve = (spacing <= 2 * spacing.min() + 1e-6) & (shape / 2 >= SMALLEST_EDGE)
-        step = np.where(halve, 2, 1)
-        if steps and not halve.any():
-            break
-        steps.append((int(step[0]), int(step[1]), int(step[2])))
-        spacing, shape = spacing * step, shape / step
-    return steps
+def _is_window(value: object) -> bool:
+    window: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
+    overlap, batch = window.get("overlap"), window.get("sw_batch_size")
+    return _is_number(overlap, least=0) and overlap < 1 and _is_number(batch, int, 1, 1024)  # type: ignore[operator]
 
 
-def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[int]) -> list[int]:
-    """Voxels per axis: as isotropic in mm as can be, within `budget` voxels, no larger than the scan needs.
-
-    Starts from the smallest patch that the network takes and lengthens the axis that is shortest in mm, one
-    divisor at a time, until each axis covers the median `shape` or the budget is spent.
-    """
-    step = np.asarray(divisor, dtype=np.int64)
-    size = step.copy()
-    open_axes = size < np.ceil(shape)
-    while open_axes.any():
-        axis = int(np.argmin(np.where(open_axes, size * spacing, np.inf)))
-        longer = size.copy()
-        longer[axis] += step[axis]
-        if np.prod(longer) > budget:
-            open_axes[axis] = False
-            continue
-        size = longer
-        open_axes[axis] = bool(size[axis] < np.ceil(shape[axis]))
-    return [int(n) for n in size]
-
-
-def intensity_transforms(channels: Sequence[str], foreground: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Transform configs for key ``image`` that normalise a scan, usually to about zero mean and unit variance.
-
-    CT is in absolute units: clipped to the 0.5 and 99.5 percentiles of the structures' intensities, then shifted and
-    scaled by their mean and standard deviation (nnU-Net's rule). Channels called "noNorm", "rescale_to_0_1" or
-    "rgb_to_0_1" are treated as nnU-Net does. Any other channel has no common scale and is normalised per scan.
-    Channels of several kinds are split, treated each in its way, and stacked again.
-    `foreground`: per channel "mean", "std", "percentile_00_5" and "percentile_99_5" inside the structures.
-    """
-    kinds = [normalisation(name) for name in channels]
-    if len(set(kinds)) == 1 and (kinds[0] != "ct" or len(kinds) == 1):
-        return _normalise("image", kinds[0], foreground[0])
-    postfixes = [str(index) for index in range(len(channels))]
-    keys = [f"image_{postfix}" for postfix in postfixes]
-    steps: list[dict[str, Any]] = [
-        {"_target_": "SplitDimd", "keys": "image", "output_postfixes": postfixes, "dim": 0, "keepdim": True}
-    ]
-    for key, kind, stats in zip(keys, kinds, foreground, strict=True):
-        steps += _normalise(key, kind, stats)
-    joined = {"_target_": "ConcatItemsd", "keys": keys, "name": "image", "dim": 0}
-    return [*steps, joined, {"_target_": "DeleteItemsd", "keys": keys}]
+ORIENTATIONS = ["".join(codes) for axes in permutations(("LR", "PA", "IS")) for codes in product(*axes)]
+Rule = tuple[str, Callable[[Any], bool]]  # what the value must be, and whether it is
+NUMBERS: Rule = ("a list of numbers", _are_numbers)
+NETWORK: Rule = (
+    'a mapping with a "_target_" or an expression that starts with "$"',
+    lambda v: _are_definitions([v]) or (isinstance(v, str) and v.startswith("$")),
+)
+STEPS: Rule = ("a whole number from 1 to 1,000,000", lambda v: _is_number(v, int, 1, 10**6))
+RULES: dict[str, Rule] = {
+    "name": ("a text", lambda v: isinstance(v, str)),
+    "channels": ("a list of channel names", lambda v: _are_texts(v) and len(v) > 0),
+    "labels": ("a mapping of at least two class names to different values, background first", _are_labels),
+    "ignore_label": ("null or a value of no class", lambda v: v is None or _is_number(v)),
+    "orientation": ('three axis codes such as "RAS"', lambda v: v in ORIENTATIONS),
+    "spacing": ("three lengths in mm from 0.0001 to 100", lambda v: _are_numbers(v, 3, least=1e-4, most=100)),
+    "intensity": ('a list of transform configs, each with a "_target_"', _are_definitions),
+    "patch_size": ("three whole numbers from 1 to 1024", lambda v: _are_numbers(v, 3, kind=int, least=1, most=1024)),
+    "flip_axes": ("a list of axes among 0, 1 and 2", lambda v: _are_numbers(v, kind=int, least=0, most=2)),
+    "batch_size": ("a whole number from 1 to 1024", lambda v: _is_number(v, int, 1, 1024)),
+    "steps_per_epoch": STEPS,
+    "epochs": STEPS,
+    "class_frequencies": NUMBERS,
+    "class_weights": NUMBERS,
+    "network_def": NETWORK,
+    "inference": ('an "overlap" from 0 to below 1 and a "sw_batch_size" from 1 to 1024', _is_window),
+    "keep_largest": ("a list of class names", _are_texts),
+    "fingerprint": ("a mapping", lambda v: isinstance(v, Mapping)),
+}
+OPTIONAL: dict[str, Rule] = {
+    "minutes": ("a number above 0", lambda v: _is_number(v) and v > 0),
+    "trust_scan_affine": ("true or false", lambda v: isinstance(v, bool)),
+}
 
 
-def _normalise(key: str, kind: str, stats: Mapping[str, float]) -> list[dict[str, Any]]:
-    limits = {"a_min": 0, "a_max": 255, "b_min": 0, "b_max": 1}
-    steps = {
-        "nonorm": [],
-        "ct": [_window(key, stats)],
-        "rgb_to_0_1": [{"_target_": "ScaleIntensityRanged", "keys": key, **limits}],
-        "rescale_to_0_1": [{"_target_": "ScaleIntensityd", "keys": key, "minv": 0, "maxv": 1, "channel_wise": True}],
-        "zscore": [{"_target_": "NormalizeIntensityd", "keys": key, "channel_wise": True}],
-    }
-    return steps[kind]
+def read_plan(path: str | Path) -> dict[str, Any]:
+    """A validated plan; `RunError` if its file is missing, `ConfigError` if it is damaged or invalid."""
+    file = Path(path)
+    if not file.exists():
+        raise RunError(f"{file}: there is no such plan. Make one with: medseg plan DATASET --out RUN")
+    plan = read_json(file, ConfigError)
+    validate_plan(plan, source=file)
+    return plan
 
 
-def _window(key: str, stats: Mapping[str, float]) -> dict[str, Any]:
-    low, high = stats["percentile_00_5"], stats["percentile_99_5"]
-    if not high > low:
-        low, high = low - 0.5, low + 0.5
-    mean, std = stats["mean"], stats["std"] or 1.0
-    limits = {"a_min": low, "a_max": high, "b_min": (low - mean) / std, "b_max": (high - mean) / std}
-    rounded = {name: readable(value, 6) for name, value in limits.items()}
-    return {"_target_": "ScaleIntensityRanged", "keys": key, **rounded, "clip": True}
+def write_plan(plan: Mapping[str, Any], path: str | Path) -> None:
+    """Write a plan as JSON that a person can read: a list of numbers or a short mapping takes one line."""
+    Path(path).write_text(_pretty(plan, 0) + "\n", encoding="utf-8")
+
+
+def _pretty(value: Any, depth: int) -> str:
+    line = json.dumps(value, ensure_ascii=False)
+    if not value or not isinstance(value, Mapping | list | tuple) or (depth > 0 and len(line) + 2 * depth <= 100):
+        return line
+    if isinstance(value, Mapping):
+        rows = [
+            f"{json.dumps(str(key), ensure_ascii=False)}: {_pretty(part, depth + 1)}" for key, part in value.items()
+        ]
+    else:
+        rows = [_pretty(part, depth + 1) for part in value]
+    start, end = "{}" if isinstance(value, Mapping) else "[]"
+    return start + ",".join(f"\n{'  ' * (depth + 1)}{row}" for row in rows) + f"\n{'  ' * depth}{end}"
+
+
+def validate_plan(plan: object, *, divisor: Sequence[int] | None = None, source: str | Path = "plan.json") -> None:
+    """`ConfigError` with the key at fault for a plan that training could not use; `divisor`: of the patch, per axis."""
+    if not isinstance(plan, Mapping):
+        raise ConfigError(f"{source}: must hold a JSON object, found {type(plan).__name__}.")
+    rules = RULES | OPTIONAL
+    for key in plan:
+        if key not in rules:
+            near = nearest(key, rules)
+            hint = f"Did you mean {near!r}?" if near else "Remove it."
+            raise ConfigError(f"{source}: the key {key!r} is not known. {hint}")
+    if missing := [key for key in RULES if key not in plan]:
+        raise ConfigError(f"{source}: the key {missing[0]!r} is missing. Add it, or make a new plan.")
+
+    def need(key: str, fits: bool, what: str) -> None:
+        if not fits:
+            found = json.dumps(plan[key], default=str)[:80]
+            raise ConfigError(f'{source}: "{key}" must be {what}, found {found}.')
+
+    for key in plan:
+        need(key, rules[key][1](plan[key]), rules[key][0])
+    labels, patch = plan["labels"], plan["patch_size"]
+    need("ignore_label", plan["ignore_label"] not in labels.values(), RULES["ignore_label"][0])
+    for key in ("class_frequencies", "class_weights"):
+        fits_classes = len(plan[key]) == len(labels) and min(plan[key]) >= 0
+        need(key, fits_classes, f"{len(labels)} numbers of at least 0, one for each class")
+    need("keep_largest", set(plan["keep_largest"]) <= set(labels), f"a list of classes among {list(labels)}")
+    if divisor is not None:
+        rounded = [math.ceil(n / d) * d for n, d in zip(patch, divisor, strict=True)]
+        need("patch_size", rounded == list(patch), f"divisible by {list(divisor)} for this network (such as {rounded})")
+
+
+def plan_warnings(plan: Mapping[str, Any]) -> list[str]:
+    """Warnings on structures that may vanish at the plan's spacing: below two voxels, as nearest neighbour resamples."""
+    warnings = []
+    spacing = " x ".join(f"{mm:.3g}" for mm in plan["spacing"])
+    for name, least in plan["fingerprint"].get("smallest", {}).items():
+        left = least["mm3"] / math.prod(plan["spacing"])
+        if left < 2 and left < 0.99 * least["voxels"]:
+            warnings.append(
+                f"the smallest {name!r} (case {least['case']}: {counted(least['voxels'], 'voxel')}, {least['mm3']:.3g} "
+                f"mm3) has about {left:.2g} voxels at the plan's spacing of {spacing} mm and may vanish. Plan with a "
+                "finer spacing: --set plan::spacing=[X,Y,Z]."
+            )
+    return warnings

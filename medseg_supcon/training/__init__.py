@@ -19,17 +19,25 @@ from medseg_supcon.training.handlers import (
     StopOnNaN,
     StopWithoutFolder,
 )
-from medseg_supcon.training.log import TrainingLog
-from medseg_supcon.training.loss import DiceCrossEntropy, TwoViewLoss, label_pairs, prepare_views
+from medseg_supcon.training.log import CountDisplay, ProgressDisplay, TrainingLog
+from medseg_supcon.training.loss import (
+    DiceCrossEntropy,
+    PseudoLabels,
+    SemiSupervisedLoss,
+    Teacher,
+    TwoViewLoss,
+    label_pairs,
+    prepare_views,
+    shipped_network,
+    with_unknown,
+)
 from medseg_supcon.training.prepare import (
     Request,
-    check_planned,
     is_of_plan,
     prepare_dataset,
     prepare_run,
     refuse_errors,
 )
-from medseg_supcon.training.progress import CountDisplay, ProgressDisplay
 from medseg_supcon.training.ranks import (
     BlankFillerd,
     RankSampler,
@@ -40,13 +48,6 @@ from medseg_supcon.training.ranks import (
     rank_device,
     rank_share,
     ranks_here,
-)
-from medseg_supcon.training.semi import (
-    PseudoLabels,
-    SemiSupervisedLoss,
-    Teacher,
-    shipped_network,
-    with_unknown,
 )
 from medseg_supcon.training.speed import (
     amp_dtype,
@@ -64,6 +65,7 @@ from medseg_supcon.training.speed import (
 )
 from medseg_supcon.training.train import (
     begin_training,
+    check_planned,
     evaluate_and_document,
     extend_training,
     is_complete,

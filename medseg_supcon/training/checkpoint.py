@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from medseg_supcon.bundle import load_tensors
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import remove_leftovers, write_whole
 
-FORMAT = 1
 TYPES: dict[str, Any] = {
     "finished": bool, "max_epochs": int, "epoch": int, "iteration": int, "best": float | int | None,
-    "best_epoch": int, "config": dict, "scaler": dict | None, "model": dict, "state": dict,
+    "best_epoch": int, "config": dict, "scaler": dict | None, "model": dict, "state": dict
 }  # fmt: skip
 OF_SCHEDULE = ("last_epoch", "_step_count", "_last_lr")  # what a schedule remembers; the rest is its settings
 
@@ -34,13 +34,7 @@ def save_atomically(value: Any, path: Path) -> None:
 
 
 def load_initial(network: nn.Module, path: str | Path | None, channels_last: bool = False) -> nn.Module:
-    """The network, changed in place: with the weights of ``path`` (a ``model.pt``) that have the shapes of its own.
-
-    The classifier of another data set does not fit, and stays as it is.
-
-    Raises:
-        RunError: the file does not exist, or not one tensor fits.
-    """
+    """The network, changed in place: with the weights of ``path`` (a ``model.pt``) that fit it; `RunError` if none does."""
     if channels_last:
         network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     if path is None:
@@ -61,19 +55,13 @@ def load_initial(network: nn.Module, path: str | Path | None, channels_last: boo
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a ``checkpoint.pt``, on the CPU.
-
-    Raises:
-        RunError: the file is missing or damaged, or not a checkpoint that :class:`Checkpoint` wrote.
-    """
+    """The content of a ``checkpoint.pt``, on the CPU; `RunError` if it is not one that `Checkpoint` wrote."""
     saved = load_tensors(path)
     whole = isinstance(saved, dict) and saved.keys() >= TYPES.keys()
     whole = whole and all(isinstance(saved[key], kind) for key, kind in TYPES.items())
     if whole and 0 <= saved["epoch"] <= saved["max_epochs"] and saved["iteration"] >= saved["epoch"]:
         return dict(saved)
-    raise RunError(
-        f"{path} is not a checkpoint that medseg wrote. Copy it again, or delete it to train from the start."
-    )
+    raise RunError(f"{path} is not a checkpoint that medseg wrote. Copy it again, or delete it to start over.")
 
 
 def _alike(own: Any, saved: Any) -> bool:
@@ -92,31 +80,21 @@ class Checkpoint:
 
     ``checkpoint.pt`` holds network, loss (projection head, memory bank, warm-up), optimiser, schedule, loss scale,
     epoch and best metric; random states are not needed, because draws depend on (seed, epoch). ``best.pt`` and
-    ``model.pt`` are bare state dicts of the stock network: the best validation's, and what inference uses.
-    Rank 0 writes, and every rank loads. State dicts are those of the plain modules, so any number of processes can
-    resume.
+    ``model.pt`` are bare state dicts of the stock network: the best validation's, and what inference uses. Rank 0
+    writes, and every rank loads. Any number of processes can resume.
 
     Args:
-        folder: ``RUN/models``, on a drive that all machines see.
-        network: the stock network.
+        folder: ``RUN/models``, on a drive that all ranks see.
         state: name -> object with ``state_dict`` and ``load_state_dict``.
         sampler: the training sampler, whose ``epoch`` is set.
-        resume: load ``checkpoint.pt`` if it exists.
         keep: which weights become ``model.pt``: ``"last"``, or the ``"best"`` by ``validator``'s key metric.
         config: plain values that must be the checkpoint's to resume (patch size, seed, ...).
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        network: nn.Module,
-        state: dict[str, Any],
-        sampler: Any = None,
-        resume: bool = False,
-        keep: str = "best",
-        validator: Any = None,
-        config: dict[str, Any] | None = None,
-    ) -> None:
+        self, folder: str | Path, network: nn.Module, state: dict[str, Any], sampler: Any = None, resume: bool = False,
+        keep: str = "best", validator: Any = None, config: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         if keep not in ("best", "last"):
             raise ValueError(f"keep must be 'best' or 'last', got {keep!r}")
         self.folder, self.network, self.state, self.sampler = Path(folder), network, state, sampler
@@ -131,7 +109,6 @@ class Checkpoint:
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def start(self, engine: Any) -> None:
-        """Load the checkpoint if asked to, and set the sampler's epoch."""
         if idist.get_rank() == 0:
             remove_leftovers(self.folder)
         if self.resume and self.path.exists():
@@ -140,8 +117,7 @@ class Checkpoint:
             self.sampler.epoch = engine.state.epoch + 1  # not 1 in a federated client's second round
 
     def _load(self, engine: Any) -> None:
-        # to the CPU: every part moves its own tensors to where they belong. AdamW's step counts stay there, or a GPU
-        # would wait for each of them at every step
+        # to the CPU: every part moves its own tensors. AdamW's step counts stay there, or a GPU would wait for them
         saved = read_checkpoint(self.path)
         for key, value in self.config.items():
             if saved["config"].get(key) != value:
@@ -174,13 +150,13 @@ class Checkpoint:
         self.best, self.best_epoch = saved["best"], saved["best_epoch"]
 
     def finish(self, engine: Any) -> None:
-        """Mark the training as finished, at its last epoch or by early stopping."""
         self._write(engine, finished=True)
 
     def save(self, engine: Any) -> None:
-        """Write the weights of this epoch, and mark them as the best if they are."""
-        weights = self.network.state_dict()
-        metric = self._metric(engine.state.epoch)
+        weights, metric = self.network.state_dict(), None
+        if self.validator is not None and self.validator.state.epoch == engine.state.epoch:  # it was validated
+            metric = float(self.validator.state.metrics[self.validator.state.key_metric_name])
+            metric = -1.0 if math.isnan(metric) else metric
         improved = metric is not None and (self.best is None or metric > self.best)
         if improved:
             self.best, self.best_epoch = metric, engine.state.epoch
@@ -194,26 +170,12 @@ class Checkpoint:
             save_atomically(value, self.folder / name)
 
     def _write(self, engine: Any, finished: bool) -> None:
-        self._save(
-            {
-                "format": FORMAT,
-                "finished": finished,
-                "max_epochs": engine.state.max_epochs,
-                "epoch": engine.state.epoch,
-                "iteration": engine.state.iteration,
-                "best": self.best,
-                "best_epoch": self.best_epoch,
-                "config": self.config,
-                "scaler": None if engine.scaler is None else engine.scaler.state_dict(),
-                "model": self.network.state_dict(),  # where MONAI's tools look for weights
-                "state": {name: thing.state_dict() for name, thing in self.state.items()},
-            },
-            self.path.name,
-        )
-
-    def _metric(self, epoch: int) -> float | None:
-        if self.validator is None or self.validator.state.epoch != epoch:
-            return None  # this epoch was not validated
-        name = self.validator.state.key_metric_name
-        value = float(self.validator.state.metrics[name])
-        return -1.0 if value != value else value
+        content = {name: getattr(engine.state, name) for name in ("max_epochs", "epoch", "iteration")}
+        content |= {"finished": finished, "best": self.best, "best_epoch": self.best_epoch}
+        content |= {
+            "config": self.config,
+            "scaler": None if engine.scaler is None else engine.scaler.state_dict(),
+            "model": self.network.state_dict(),  # where MONAI's tools look for weights
+            "state": {name: thing.state_dict() for name, thing in self.state.items()},
+        }
+        self._save(content, self.path.name)

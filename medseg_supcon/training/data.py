@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from copy import deepcopy
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Sampler
 from medseg_supcon.bundle import innermost
 from medseg_supcon.errors import ConfigError, DataError, MedsegError
 from medseg_supcon.scans import read_header, read_nifti
-from medseg_supcon.training.progress import CountDisplay
+from medseg_supcon.training.log import CountDisplay
 from medseg_supcon.training.ranks import ranks_here
 
 MOST_THREADS = 16
@@ -32,27 +32,14 @@ Key = tuple[int, int, int]  # epoch, slot in the epoch, case
 
 
 class CachedDataset(Dataset[Any]):
-    """Cases after ``transform``; the first ones are held in memory, the others are prepared at every use.
+    """Cases after ``transform``; the first ones, up to ``budget`` bytes, are held, the others prepared at every use.
 
     Not MONAI's ``CacheDataset``: when a scan cannot be read, its threads still run while the program ends, which
     aborts it.
-
-    Args:
-        data, transform, quiet: as of :func:`cached_dataset`; each thread has its own copy of the transform.
-        budget: bytes of tensors that may be held; the first case is always held.
-        threads: cases that are prepared at once.
-
-    Raises:
-        DataError: a case cannot be prepared; the sentence names its file.
     """
 
     def __init__(
-        self,
-        data: Sequence[Mapping[str, Any]],
-        transform: Any,
-        budget: float,
-        threads: int = 1,
-        quiet: bool = True,
+        self, data: Sequence[Mapping[str, Any]], transform: Any, budget: float, threads: int = 1, quiet: bool = True
     ) -> None:
         self.data, self.transform = list(data), transform
         self.held: list[Any] = []
@@ -100,18 +87,7 @@ def _in_order(work: Callable[[Any], Any], items: Sequence[Any], threads: int) ->
 def cached_dataset(
     data: Sequence[Mapping[str, Any]], transform: Any, memory_share: float = 0.4, quiet: bool = False
 ) -> CachedDataset:
-    """Cases after ``transform``, as many of them held in memory as fit into ``memory_share`` of the free memory.
-
-    Args:
-        data: items as in ``datalist.json``, at least one.
-        transform: deterministic preprocessing.
-        memory_share: share of the available memory that the cache may take, 0 to 1.
-        quiet: show no progress.
-
-    Raises:
-        ConfigError: ``memory_share`` is out of range.
-        DataError: there is no item, or one cannot be read.
-    """
+    """Cases after the preprocessing ``transform``, as many held as fit into ``memory_share`` (0..1) of the free memory."""
     if not 0 <= memory_share <= 1:
         raise ConfigError(f"memory_share must be between 0 and 1, got {memory_share}.")
     if len(data) == 0:  # MONAI would run an epoch of nothing
@@ -156,11 +132,7 @@ def _files(item: Mapping[str, Any], *keys: str) -> list[Path]:
 
 
 def item_seed(seed: int, epoch: int, slot: int, stream: int = 0) -> int:
-    """Seed of one training item, a 32-bit integer. Streams of one place are independent of each other.
-
-    >>> item_seed(0, 1, 2) == item_seed(0, 1, 2), item_seed(0, 1, 2) == item_seed(0, 2, 1)
-    (True, False)
-    """
+    """Seed of one training item, a 32-bit integer. Streams of one place are independent of each other."""
     key = (stream,) if stream else ()
     return int(np.random.SeedSequence((seed, epoch, slot), spawn_key=key).generate_state(1)[0])
 
@@ -172,12 +144,8 @@ class EpochSampler(Sampler[Key]):
     global batch, so K ranks with ``batch_size`` scans each see what one process with K times as many sees.
 
     Args:
-        cases: number of labelled scans, the first of the data set.
-        steps_per_epoch: optimiser steps in an epoch.
+        cases, unlabelled: number of labelled scans, the first of the data set, and of unlabelled ones, which follow.
         batch_size: scans per step on this rank.
-        seed: the run's seed.
-        rank, world_size: this process among ``world_size``.
-        unlabelled: number of unlabelled scans, those after the labelled ones.
         share: share of every batch that is unlabelled, above 0 and below 1, at least one scan of each kind;
             ``None``: every scan counts alike.
         first_epoch, last_epoch: only labelled scans are drawn before and after these; ``None``: no last one.
@@ -185,32 +153,13 @@ class EpochSampler(Sampler[Key]):
 
     Attributes:
         epoch: where iteration starts; set it before the first batch to resume.
-
-    Raises:
-        DataError: ``cases`` is 0.
-        ConfigError: ``share`` is out of range; or, when iterated: no unlabelled scan though ``required``, or batches
-            too small to hold both kinds.
-
-    Example:
-        >>> EpochSampler(2, steps_per_epoch=1, batch_size=4, unlabelled=3, share=0.5).order(1)
-        [1, 0, 2, 4]
     """
 
     def __init__(
-        self,
-        cases: int,
-        steps_per_epoch: int,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        *,
-        unlabelled: int = 0,
-        share: float | None = None,
-        first_epoch: int = 1,
-        last_epoch: int | None = None,
+        self, cases: int, steps_per_epoch: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1, *,
+        unlabelled: int = 0, share: float | None = None, first_epoch: int = 1, last_epoch: int | None = None,
         required: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if cases < 1:
             raise DataError("There is no case to train on: the training list is empty.")
         if share is not None and not 0 < share < 1:
@@ -247,20 +196,15 @@ class EpochSampler(Sampler[Key]):
             )
         if self.share is not None and self.unlabelled > 0 and self.batch_size < 2:
             raise ConfigError(
-                f"A batch must hold a labelled and an unlabelled scan, but it has {self.batch_size} scan. "
+                f"A batch must contain a labelled and an unlabelled scan, but it has {self.batch_size} scan. "
                 "Plan the run with --set plan::batch_size=2."
             )
-        return self._keys()
-
-    def _keys(self) -> Iterator[Key]:
-        epoch = self.epoch  # read with the first key, after a checkpoint was loaded
-        while True:
+        for epoch in count(self.epoch):  # read with the first key, after a checkpoint was loaded
             order = self.order(epoch)
             for step in range(self.steps):
                 first = (step * self.world_size + self.rank) * self.batch_size
                 for slot in range(first, first + self.batch_size):
                     yield epoch, slot, order[slot]
-            epoch += 1
 
 
 def _rounds(rng: np.random.Generator, cases: int, slots: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -292,5 +236,5 @@ def two_view_dataset(
     memory_share: float = 0.4,
     quiet: bool = False,
 ) -> SeededDataset:
-    """The training set: :func:`cached_dataset` of ``transform``, then ``two_views`` for every (epoch, slot)."""
+    """The training set: `cached_dataset` of ``transform``, then ``two_views`` for every (epoch, slot)."""
     return SeededDataset(cached_dataset(data, transform, memory_share, quiet), two_views, seed)

@@ -19,18 +19,25 @@ from medseg_supcon.training.data import item_seed
 from medseg_supcon.training.ranks import on_any_rank
 
 
-class LossScale:
+class Handler:
+    """Called at ``event`` of the engine that it is attached to."""
+
+    event: Any
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(self.event, self)
+
+
+class LossScale(Handler):
     """Scales the loss for float16 mixed precision, where small gradients would vanish; bfloat16 needs no scale.
 
-    MONAI's trainer begins every run with a new scaler; this handler replaces it, so it must be listed before
-    ``Checkpoint``, which saves and restores its state.
+    It replaces the scaler that MONAI's trainer makes, so it must be listed before ``Checkpoint``, which restores its state.
     """
+
+    event = Events.STARTED
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Any) -> None:
         if engine.amp:
@@ -39,58 +46,42 @@ class LossScale:
             engine.scaler = torch.amp.GradScaler(device, enabled=self.dtype == torch.float16)
 
 
-class StepSeed:
-    """Seeds torch from (seed, step) before every step, so that a resumed run draws what an uninterrupted one does.
+class StepSeed(Handler):
+    """Seeds torch from (seed, step, rank) before every step, whatever was drawn in between or before a resumption."""
 
-    Other draws in between (a data loader's start, a validation) then do not change the training. Each rank has its
-    own stream (rank 0 that of a single process), so dropout differs between ranks.
-    """
+    event = Events.ITERATION_STARTED
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
         torch.manual_seed(item_seed(self.seed, 0, engine.state.iteration, idist.get_rank()))
 
 
-class GradientClip:
-    """Clips the gradient's global norm to ``max_norm`` before the optimiser's step; ``None`` does not clip.
+class GradientClip(Handler):
+    """Clips the gradient's global norm to ``max_norm`` before the optimiser's step; ``None`` does not clip."""
 
-    Raises:
-        ConfigError: ``max_norm`` is not above 0.
-    """
+    event = IterationEvents.BACKWARD_COMPLETED
 
     def __init__(self, parameters: Iterable[nn.Parameter], max_norm: float | None = 12.0) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ConfigError(f"gradient_clip must be above 0, or null, got {max_norm}.")
         self.parameters, self.max_norm = list(parameters), max_norm
 
-    def attach(self, engine: Engine) -> None:
-        if self.max_norm is not None:
-            engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
-
     def __call__(self, engine: Any) -> None:
-        if getattr(engine, "scaler", None) is not None:
-            engine.scaler.unscale_(engine.optimizer)
-        nn.utils.clip_grad_norm_(self.parameters, self.max_norm or math.inf)
+        if self.max_norm is not None:
+            if getattr(engine, "scaler", None) is not None:
+                engine.scaler.unscale_(engine.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
 
 
-class StopOnNaN:
+class StopOnNaN(Handler):
     """Ends the run with a sentence when the loss is NaN or infinite on any rank.
 
-    Checked every ``interval`` steps, because looking at the loss makes a GPU wait, and before an epoch's weights are
-    saved.
+    Checked every 25 steps, because looking at the loss makes a GPU wait, and before an epoch's weights are saved.
     """
 
-    def __init__(self, interval: int = 25) -> None:
-        self.interval = interval
-
-    def attach(self, engine: Engine) -> None:
-        events = Events.ITERATION_COMPLETED(every=self.interval) | Events.EPOCH_COMPLETED
-        engine.add_event_handler(events, self)
+    event = Events.ITERATION_COMPLETED(every=25) | Events.EPOCH_COMPLETED
 
     def __call__(self, engine: Engine) -> None:
         loss = engine.state.output["loss"]
@@ -101,30 +92,24 @@ class StopOnNaN:
             )
 
 
-class StopWithoutFolder:
+class StopWithoutFolder(Handler):
     """Ends the run with a sentence at the end of an epoch if its folder was deleted or moved."""
+
+    event = Events.EPOCH_COMPLETED
 
     def __init__(self, run: str | Path) -> None:
         self.run = Path(run)
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
         if on_any_rank(not (self.run / "configs").is_dir()):
             raise RunError(
                 f"{self.run} was deleted or moved while it was trained (epoch {engine.state.epoch}). If you moved it, "
-                "go on there with --resume."
+                "continue there with --resume."
             )
 
 
 class LateValidation(ValidationHandler):  # type: ignore[misc]
-    """MONAI's ``ValidationHandler`` that also validates the last epoch, whatever the interval.
-
-    Args:
-        interval: epochs between validations, at least 1.
-        first: the first epoch that may be validated. While nothing trains the classifier, Dice means nothing.
-    """
+    """MONAI's ``ValidationHandler`` that also validates the last epoch, and none before ``first``."""
 
     def __init__(self, interval: int, *args: Any, first: int = 1, **kwargs: Any) -> None:
         if interval < 1:
@@ -134,17 +119,13 @@ class LateValidation(ValidationHandler):  # type: ignore[misc]
 
     def attach(self, engine: Engine) -> None:
         def due(engine: Engine, epoch: int) -> bool:
-            last = epoch == engine.state.max_epochs
-            return epoch >= self.first and (epoch % self.interval == 0 or last)
+            return epoch >= self.first and (epoch % self.interval == 0 or epoch == engine.state.max_epochs)
 
         engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
 
 
 class EarlyStop:
-    """Ends training after ``patience`` validations without a better key metric; ``None``: never.
-
-    Its count is part of the checkpoint.
-    """
+    """Ends training after ``patience`` validations without a better key metric; ``None``: never."""
 
     def __init__(self, validator: Any, patience: int | None = None) -> None:
         if patience is not None and patience < 1:
@@ -154,7 +135,7 @@ class EarlyStop:
 
     def attach(self, engine: Engine) -> None:
         if self.patience is not None:
-            # with the validation itself, so that a checkpoint of this epoch holds the count
+            # with the validation itself, so that a checkpoint of this epoch has the count
             self.validator.add_event_handler(Events.COMPLETED, self, engine)
 
     def __call__(self, validator: Engine, engine: Engine) -> None:

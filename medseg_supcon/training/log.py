@@ -1,9 +1,12 @@
-"""What a training leaves to look at: TensorBoard events and history.csv."""
+"""What a training shows and leaves to look at: progress on stderr, TensorBoard events, history.csv."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import sys
+from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -12,6 +15,8 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.visualize import blend_images
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -20,18 +25,11 @@ from medseg_supcon.files import write_csv
 from medseg_supcon.training.ranks import mean_over_ranks
 
 MEAN = "val_mean_dice"
+COLUMNS = ("description", "fields[state]", "fields[left]")  # of the progress bar
 
 
 def overlay_slice(image: Tensor, label: Tensor, prediction: Tensor) -> Tensor:
-    """The axial slice with most foreground, reference beside prediction, as an RGB image.
-
-    Args:
-        image: (C, X, Y, Z); its first channel is shown.
-        label, prediction: (1, X, Y, Z) class indices.
-
-    Returns:
-        (3, Y, 2X) in 0..1.
-    """
+    """The axial slice with most foreground of a scan's first channel, reference beside prediction: RGB (3, Y, 2X), 0..1."""
     z = int(((label > 0) | (prediction > 0)).sum(dim=(0, 1, 2)).argmax())
     picture = image[:1, :, :, z].float()
     low, high = torch.quantile(picture, torch.tensor([0.01, 0.99], device=picture.device))
@@ -46,19 +44,16 @@ class TrainingLog:
     A resumed run drops rows and events after the epoch that it starts from. Rank 0 writes the means over all ranks.
 
     Args:
-        folder: ``RUN/logs``.
         loss: module with ``terms``: name -> detached tensor of the last call.
-        optimizer: its first group's learning rate is logged.
-        labels: foreground class names, for the per-class Dice.
+        labels: foreground class names.
         validator: evaluator with metrics ``val_mean_dice`` and ``val_dice_per_class``; ``None`` without one.
     """
 
     def __init__(
         self, folder: str | Path, loss: Any, optimizer: Any, labels: Sequence[str], validator: Any = None
     ) -> None:
-        self.folder, self.loss, self.optimizer = Path(folder), loss, optimizer
-        self.path = self.folder / "history.csv"
-        self.labels, self.validator = list(labels), validator
+        self.folder, self.path = Path(folder), Path(folder) / "history.csv"
+        self.loss, self.optimizer, self.labels, self.validator = loss, optimizer, list(labels), validator
         self.rows: list[dict[str, Any]] = []
         self.writer: SummaryWriter | None = None
         self._sums: dict[str, Tensor] = {}
@@ -74,7 +69,6 @@ class TrainingLog:
             self.validator.add_event_handler(Events.EPOCH_COMPLETED, self.draw_overlay)
 
     def start(self, engine: Engine) -> None:
-        """Start the epoch's sums; with the first epoch, open the files."""
         self._sums, self._count, self._since = {}, 0, monotonic()
         if self.writer is not None or idist.get_rank() > 0:
             return
@@ -88,30 +82,24 @@ class TrainingLog:
                 with self.path.open(newline="", encoding="utf-8") as stream:
                     self.rows = [r for r in csv.DictReader(stream) if int(r["epoch"]) <= done]
             except (KeyError, ValueError, TypeError, csv.Error):
-                raise RunError(
-                    f"{self.path} is damaged. Copy it again, or delete it: only its curves are lost."
-                ) from None
+                text = f"{self.path} is damaged. Copy it again, or delete it: only its curves are lost."
+                raise RunError(text) from None
         self.writer = SummaryWriter(str(self.folder), purge_step=engine.state.iteration + 1 if done else None)
 
     def add(self, engine: Engine) -> None:
-        """Add a step's terms to the epoch's means, on the device they are on."""
         for name, value in self.loss.terms.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._count += 1
 
     def write(self, engine: Engine) -> None:
-        """Write the epoch's row and scalars."""
         sums = mean_over_ranks(self._sums)
         if self.writer is None:  # a rank above 0
             return
-        row: dict[str, Any] = {
-            "epoch": engine.state.epoch,
-            "step": engine.state.iteration,
-            "seconds": round(monotonic() - self._since, 2),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-        }
+        row: dict[str, Any] = {"epoch": engine.state.epoch, "step": engine.state.iteration}
+        row |= {"seconds": round(monotonic() - self._since, 2), "learning_rate": self.optimizer.param_groups[0]["lr"]}
         row |= {name: float(total) / max(1, self._count) for name, total in sums.items()}
-        row |= self._validation(engine.state.epoch)
+        if _just_validated(self.validator, engine):
+            row |= self._validation()
         self.rows.append(row)
         write_csv(self.path, list(dict.fromkeys(c for r in self.rows for c in r)), self.rows)
         for name, value in row.items():
@@ -123,27 +111,127 @@ class TrainingLog:
             self._overlay = None
         self.writer.flush()
 
-    def _validation(self, epoch: int) -> dict[str, float | None]:
-        if self.validator is None or self.validator.state.epoch != epoch:
-            return {}
+    def _validation(self) -> dict[str, float | None]:
         state = self.validator.state
-        metrics: Mapping[str, Any] = state.metrics
-        per_class = torch.as_tensor(metrics["val_dice_per_class"]).reshape(-1).tolist()
+        per_class = torch.as_tensor(state.metrics["val_dice_per_class"]).reshape(-1).tolist()
         details = getattr(state, "metric_details", {}).get(MEAN)
         if details is not None:  # a class that is in no case has no score; MONAI's mean over none is 0
             shown = torch.as_tensor(details).isfinite().any(0).tolist()
             per_class = [value if there else None for value, there in zip(per_class, shown, strict=True)]
-        row = {MEAN: float(metrics[MEAN])}
-        return row | {f"val_dice_{name}": value for name, value in zip(self.labels, per_class, strict=True)}
+        names = [f"val_dice_{name}" for name in self.labels]
+        return {MEAN: float(state.metrics[MEAN]), **dict(zip(names, per_class, strict=True))}
 
     def draw_overlay(self, engine: Engine) -> None:
-        """Draw the last validation case, for the epoch's entry."""
         if idist.get_rank() == 0:
             output = engine.state.output[0]
             image, label, logits = (torch.as_tensor(output[key]) for key in ("image", "label", "pred"))
             self._overlay = overlay_slice(image, label, logits.argmax(0, keepdim=True)).cpu()
 
     def close(self, engine: Engine) -> None:
-        """Close the event file."""
         if self.writer is not None:
             self.writer.close()
+
+
+def _just_validated(validator: Any, engine: Engine) -> bool:
+    return validator is not None and validator.state.epoch == engine.state.epoch
+
+
+def _console() -> Console:
+    return Console(file=sys.stderr, markup=False, highlight=False)  # a data set's name may contain [brackets]
+
+
+class ProgressDisplay:
+    """Epoch, loss, Dice and time left of a training: a bar on a terminal, elsewhere a line per validated epoch.
+
+    The time left follows from the last five epochs, validation included. Only rank 0 shows it.
+    """
+
+    def __init__(self, name: str = "training", validator: Any = None, quiet: bool = False) -> None:
+        self.name, self.validator, self.quiet = name, validator, quiet
+        self.console = _console()
+        self.bar: Progress | None = None
+        self._ends: deque[float] = deque(maxlen=6)
+        self._dice = ""
+
+    def attach(self, engine: Engine) -> None:
+        if not self.quiet and idist.get_rank() == 0:
+            engine.add_event_handler(Events.EPOCH_STARTED, self.start)
+            engine.add_event_handler(Events.ITERATION_COMPLETED(every=5), self.step)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch)
+            engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED, self.close)
+
+    def start(self, engine: Engine) -> None:
+        if not self._ends:
+            self._ends.append(monotonic())
+        if self.console.is_terminal and self.bar is None:
+            name, state, left = (TextColumn(f"{{task.{key}}}", markup=False) for key in COLUMNS)
+            self.bar = Progress(name, BarColumn(), state, TimeElapsedColumn(), left, console=self.console)
+            total = engine.state.max_epochs * engine.state.epoch_length
+            self.bar.add_task(self.name, total=total, state="", left="")
+            self.bar.start()
+
+    def step(self, engine: Engine) -> None:
+        if self.bar is not None:
+            done, state, left = engine.state.iteration, self._state(engine), self._left(engine)
+            self.bar.update(self.bar.task_ids[0], completed=done, state=state, left=left)
+
+    def epoch(self, engine: Engine) -> None:
+        self._ends.append(monotonic())
+        validated = _just_validated(self.validator, engine)
+        if validated:
+            state = self.validator.state
+            self._dice = f"  Dice {float(state.metrics[state.key_metric_name]):.3f}"
+        last = engine.state.epoch == engine.state.max_epochs
+        if not self.console.is_terminal and (validated or last):
+            self.console.print(f"{self.name}: {self._state(engine)}  {self._left(engine)}", soft_wrap=True)
+
+    def _state(self, engine: Engine) -> str:
+        loss = float(engine.state.output["loss"].detach())
+        return f"epoch {engine.state.epoch}/{engine.state.max_epochs}  loss {loss:.3f}{self._dice}"
+
+    def _left(self, engine: Engine) -> str:
+        if len(self._ends) < 2:
+            return "measuring the speed"
+        pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        done = engine.state.iteration / engine.state.epoch_length
+        return f"{timedelta(seconds=int(pace * (engine.state.max_epochs - done)))} left"
+
+    def close(self, engine: Engine, error: BaseException | None = None) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+        if error is not None:
+            raise error
+
+
+class CountDisplay:
+    """How many of a total are done. Nothing is shown for work that takes less than 3 seconds, or on ranks above 0."""
+
+    PATIENCE, PAUSE = 3.0, 15.0  # seconds before the first sign, and between lines
+
+    def __init__(self, name: str, total: int, quiet: bool = False) -> None:
+        self.name, self.total, self.silent = name, total, quiet or idist.get_rank() > 0
+        self.console = _console()
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> CountDisplay:
+        self.due = monotonic() + self.PATIENCE
+        return self
+
+    def show(self, done: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=done)
+        elif self.silent or monotonic() < self.due:
+            return
+        elif self.console.is_terminal:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+            self.bar = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
+            self.bar.add_task(self.name, total=self.total, completed=done)
+            self.bar.start()
+        else:
+            self.console.print(f"{self.name}: {done}/{self.total}", soft_wrap=True)
+            self.due = monotonic() + self.PAUSE
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,15 +1,20 @@
-"""From a batch of two views to the loss, and what the validation's metrics look at."""
+"""From a batch of two views to its loss: with labels, with a teacher's pseudo-labels, and what the metrics look at."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ignite.engine import Engine
+from monai.engines import IterationEvents
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
+from medseg_supcon.errors import ConfigError
 from medseg_supcon.losses import IGNORE_INDEX, DiceSupConLoss
+from medseg_supcon.networks import ContrastiveNetwork
 from medseg_supcon.training.ranks import sum_over_ranks
 
 Target = dict[str, Tensor]
@@ -17,16 +22,12 @@ SMOOTH = 1e-5  # MONAI's, in numerator and denominator of Dice
 
 
 def prepare_views(
-    batchdata: Mapping[str, Any],
-    device: str | torch.device | None = None,
-    non_blocking: bool = False,
-    **kwargs: Any,
+    batchdata: Mapping[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
 ) -> tuple[Tensor, Target]:
     """MONAI ``prepare_batch``: (B, 2, C, *patch) views become 2B patches, view 1 and 2 of a scan side by side.
 
-    Returns:
-        image (2B, C, *patch) and the target: ``label`` (2B, 1, *patch) class indices with -1 for voxels without a
-        label, ``pair_ids`` (2B, 1, *patch), ``view_ids`` (2B,) 0 or 1, ``scan_ids`` (2B,).
+    The target: ``label`` (2B, 1, *patch) class indices with -1 for voxels without a label, ``pair_ids`` (2B, 1, *patch),
+    ``view_ids`` (2B,) 0 or 1, ``scan_ids`` (2B,).
     """
     image: Tensor = batchdata["image"]
     scans, views = image.shape[:2]
@@ -43,11 +44,7 @@ def prepare_views(
 
 
 class TwoViewLoss(nn.Module):
-    """Calls ``DiceSupConLoss`` as a MONAI trainer calls a loss: ``loss(prediction, target)``.
-
-    The prediction is ``ContrastiveNetwork``'s, logits (2B, C, *patch) and features (2B, F, *patch); the target is that
-    of :func:`prepare_views`.
-    """
+    """Calls ``DiceSupConLoss`` as a MONAI trainer calls a loss: with a ``ContrastiveNetwork``'s output and the target."""
 
     def __init__(self, loss: DiceSupConLoss) -> None:
         super().__init__()
@@ -67,42 +64,30 @@ class TwoViewLoss(nn.Module):
 class DiceCrossEntropy(nn.Module):
     """Dice loss of the foreground classes plus cross-entropy, over the batch of all ranks.
 
-    MONAI's ``DiceCELoss`` has no ``ignore_index``. Dice is taken over the whole batch, which is steadier when a
-    patch lacks a class.
+    MONAI's ``DiceCELoss`` cannot leave out the voxels of label -1. Dice is taken over the whole batch, which is
+    steadier when a patch lacks a class.
 
     Args:
         dice_weight, ce_weight: factors of the two terms.
         class_weights: (C,) weights of the cross-entropy, or ``None``.
-        ignore_index: label of voxels left out.
 
     Shape:
         logits (B, C, *spatial) and labels (B, 1, *spatial) of class indices give a scalar; 0, attached to the
         graph, if every voxel is ignored.
-
-    Example:
-        >>> loss = DiceCrossEntropy()
-        >>> float(loss(torch.zeros(1, 2, 4, 4), torch.full((1, 1, 4, 4), -1)))
-        0.0
     """
 
     class_weights: Tensor | None
 
-    def __init__(
-        self,
-        dice_weight: float = 1.0,
-        ce_weight: float = 1.0,
-        class_weights: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
-    ) -> None:
+    def __init__(self, dice_weight: float = 1.0, ce_weight: float = 1.0, class_weights: Tensor | None = None) -> None:
         super().__init__()
-        self.dice_weight, self.ce_weight, self.ignore_index = dice_weight, ce_weight, ignore_index
+        self.dice_weight, self.ce_weight = dice_weight, ce_weight
         self.register_buffer("class_weights", class_weights)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         logits, labels = logits.float(), labels.long()
-        known, target = (labels != self.ignore_index).to(logits.dtype), labels.clamp_min(0)
+        known, target = (labels != IGNORE_INDEX).to(logits.dtype), labels.clamp_min(0)
         weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights
-        total = F.cross_entropy(logits, labels[:, 0], weights, ignore_index=self.ignore_index, reduction="sum")
+        total = F.cross_entropy(logits, labels[:, 0], weights, ignore_index=IGNORE_INDEX, reduction="sum")
         # the mean by hand: if every voxel is ignored, torch's is 0 / 0
         sums = sum_over_ranks(torch.stack((total, (weights[target] * known).sum())))
         ce = sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
@@ -121,3 +106,183 @@ def label_pairs(output: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Te
     """``ignite`` output transform: predicted and reference class indices, (1, X, Y, Z) each; -1 stays for the metric."""
     predictions = [torch.as_tensor(o["pred"]).argmax(0, keepdim=True) for o in output]
     return predictions, [torch.as_tensor(o["label"]) for o in output]
+
+
+class Teacher:
+    """The running average of a network's weights and norm statistics; a handler that moves it after every step.
+
+    After step t: teacher = d * teacher + (1 - d) * student, with d = min(decay, (1 + t) / (10 + t)), so that the
+    first, random weights are soon forgotten (Tarvainen and Valpola 2017, Mean teachers are better role models).
+    ``network`` is given the student, and as an attribute is the teacher, in evaluation mode.
+    """
+
+    def __init__(self, network: nn.Module, decay: float = 0.99) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError(f"teacher_decay must be at least 0 and below 1, got {decay}.")
+        self.student, self.decay, self._d = network, decay, 0.0
+        self.average = AveragedModel(network, multi_avg_fn=self._average, use_buffers=True)
+        self.network: nn.Module = self.average.module.eval().requires_grad_(False)
+        self._logits = ContrastiveNetwork(self.network).eval()
+
+    def _average(self, teachers: Sequence[Tensor], students: Sequence[Tensor], _: Tensor | int) -> None:
+        # all tensors in one call: for one at a time torch would copy its count to the GPU each time, and wait
+        for teacher, student in zip(teachers, students, strict=True):
+            if teacher.is_floating_point():
+                teacher.copy_(self._d * teacher + (1 - self._d) * student)
+            else:  # counters
+                teacher.copy_(student)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self.update)
+
+    def update(self) -> None:
+        t = int(self.average.n_averaged)
+        self._d = min(self.decay, (1 + t) / (10 + t))
+        self.average.update_parameters(self.student)
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor) -> Tensor:
+        """Probabilities (B, C, *spatial), float32."""
+        probabilities: Tensor = self._logits(image).float().softmax(1)
+        return probabilities
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.average.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.average.load_state_dict(dict(state))
+
+
+def shipped_network(ship: str, teacher: Teacher) -> nn.Module:
+    """The network whose weights are validated and become ``model.pt``: ``"teacher"``'s or ``"student"``'s."""
+    if ship not in ("teacher", "student"):
+        raise ConfigError(f"ship must be teacher or student, got {ship!r}.")
+    return teacher.network if ship == "teacher" else teacher.student
+
+
+class PseudoLabels:
+    """MONAI ``prepare_batch``: :func:`prepare_views`, and the teacher's labels for voxels without a label.
+
+    The teacher sees view 1. Its class there, if its probability is at least ``confidence`` (0 to 1), is the pseudo-label
+    of the voxel in view 1 and of the same physical voxel in view 2, which is augmented more strongly. In a batch that
+    contains a scan without any label, unlabelled voxels of the other scans (``ignore``, the rim of a resampled scan)
+    get theirs, too; in other batches they would be too few for a Dice. `amp`, `dtype`: the teacher's mixed precision.
+
+    The target also gets ``pseudo_label`` (2B, 1, *patch), class indices, -1 for voxels with a label, outside the scan,
+    without a partner, or below ``confidence``; and ``asked``, the number of voxels that could have had one.
+    """
+
+    def __init__(
+        self, teacher: Teacher, confidence: float = 0.9, amp: bool = False, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        if not 0 <= confidence <= 1:
+            raise ConfigError(f"confidence must be between 0 and 1, got {confidence}.")
+        self.teacher, self.confidence, self.amp, self.dtype = teacher, confidence, amp, dtype
+
+    def __call__(
+        self,
+        batchdata: Mapping[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **more: Any,
+    ) -> tuple[Tensor, Target]:
+        image, target = prepare_views(batchdata, device, non_blocking, **more)
+        if "pair_ids" not in target:
+            raise ConfigError(
+                "Pseudo-labels need to know which voxels of the two views are the same, and a view policy hides that "
+                "(an elastic deformation or grid distortion). Set elastic=0, or choose another policy."
+            )
+        label, pair_ids = target["label"], target["pair_ids"]
+        wanted = (label == IGNORE_INDEX) & (pair_ids >= 0)
+        pseudo = torch.full_like(label, IGNORE_INDEX)
+        target |= {"pseudo_label": pseudo, "asked": wanted.sum()}
+        # rows 2s and 2s + 1 are scan s
+        unlabelled = (label == IGNORE_INDEX).flatten(1).all(1).view(-1, 2).all(1)
+        scans = wanted.flatten(1).any(1).view(-1, 2).any(1).nonzero()[:, 0]
+        if len(scans) == 0 or not bool(unlabelled.any()):
+            return image, target
+        with torch.autocast(image.device.type, dtype=self.dtype, enabled=self.amp):
+            probability, winner = self.teacher(image[2 * scans]).max(1, keepdim=True)
+        winner = winner.masked_fill(probability < self.confidence, IGNORE_INDEX)
+        for rows in (2 * scans, 2 * scans + 1):
+            places = pair_ids[rows].clamp_min(0).flatten(1)  # indices of view 1's voxels, for both views
+            labels = winner.flatten(1).gather(1, places).view_as(winner)
+            pseudo[rows] = labels.masked_fill(~wanted[rows], IGNORE_INDEX).to(pseudo.dtype)
+        return image, target
+
+
+def with_unknown(labels: Tensor, pair_ids: Tensor | None, unknown: int | None) -> Tensor:
+    """Labels (B, 1, *spatial) in which unlabelled voxels of the scan have the class ``unknown`` (C of 0 .. C-1).
+
+    For ``positives="same_voxel"``, which needs no label, while the sampler draws labelled voxels only.
+    """
+    if unknown is None or pair_ids is None:
+        return labels
+    return labels.masked_fill((labels == IGNORE_INDEX) & (pair_ids >= 0), unknown)
+
+
+class SemiSupervisedLoss(nn.Module):
+    """segmentation(labels) + u(t) * segmentation(pseudo-labels) + w(t) * contrast(both), at step t = 1, 2, ...
+
+    u(t) = pseudo_weight * exp(-5 (1 - min(1, t / pseudo_warmup))^2) (Laine and Aila 2017, Temporal ensembling), and
+    w(t) = contrast_weight * min(1, t / contrast_warmup). The target is that of `PseudoLabels`.
+
+    Args:
+        segmentation_loss: called with (logits, labels); leaves voxels of label -1 out.
+        contrastive_loss: a ``VoxelSupConLoss``, projection head included.
+        contrast_weight, pseudo_weight: final w and u; at 0 the term has no effect.
+        contrast_warmup, pseudo_warmup: steps over which w and u rise; 0: none.
+        pseudo_contrast: the contrast uses pseudo-labelled voxels too.
+        unknown: class index, in the contrast, of voxels without label or pseudo-label (`with_unknown`).
+
+    Attributes:
+        terms: the last call's detached scalars, the columns of ``history.csv``; ``confident`` is the share of the
+            voxels without a label that have a pseudo-label.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self, segmentation_loss: Callable[..., Tensor], contrastive_loss: Callable[..., Tensor], *,
+        contrast_weight: float = 0.1, contrast_warmup: int = 0, pseudo_weight: float = 1.0, pseudo_warmup: int = 0,
+        pseudo_contrast: bool = True, unknown: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        numbers = (contrast_weight, contrast_warmup, pseudo_weight, pseudo_warmup)
+        if not all(number >= 0 for number in numbers):
+            raise ConfigError(f"Weights and warm-ups of contrast and pseudo-labels must be at least 0, got {numbers}.")
+        self.segmentation_loss, self.contrastive_loss = segmentation_loss, contrastive_loss
+        self.contrast_weight, self.contrast_warmup = float(contrast_weight), contrast_warmup
+        self.pseudo_weight, self.pseudo_warmup = float(pseudo_weight), pseudo_warmup
+        self.pseudo_contrast, self.unknown = pseudo_contrast, unknown
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self.terms: dict[str, Tensor] = {}
+
+    def forward(self, prediction: tuple[Tensor, Tensor], target: Target) -> Tensor:
+        logits, features = prediction
+        labels, pseudo = target["label"], target["pseudo_label"]
+        t = (self.step + 1).to(torch.float32)  # stays on its device: reading it would make a GPU wait
+        u = self.pseudo_weight * torch.exp(-5 * (1 - _share(t, self.pseudo_warmup)) ** 2)
+        w = self.contrast_weight * _share(t, self.contrast_warmup)
+        segmentation = self.segmentation_loss(logits, labels)
+        by_pseudo = self.segmentation_loss(logits, pseudo)
+        contrastive = torch.zeros_like(segmentation)
+        loss = segmentation + u * by_pseudo
+        if self.contrast_weight > 0:
+            known = torch.where(labels == IGNORE_INDEX, pseudo, labels) if self.pseudo_contrast else labels
+            known = with_unknown(known, target["pair_ids"], self.unknown)
+            seen = None if self.unknown is not None else logits.detach()  # they have no channel for that class
+            ids = {name: target[name] for name in ("pair_ids", "view_ids", "scan_ids")}
+            contrastive = self.contrastive_loss(features, known, logits=seen, **ids)
+            loss = loss + w * contrastive
+        if self.training:
+            self.step += 1
+        terms = {"loss": loss, "segmentation": segmentation, "pseudo": by_pseudo, "contrastive": contrastive}
+        terms |= {"pseudo_weight": u, "contrast_weight": w}
+        terms["confident"] = (pseudo != IGNORE_INDEX).sum() / target["asked"].clamp_min(1)
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        return loss
+
+
+def _share(step: Tensor, warmup: int) -> Tensor:
+    return (step / warmup).clamp(max=1.0) if warmup > 0 else torch.ones_like(step)

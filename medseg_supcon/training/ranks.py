@@ -29,11 +29,7 @@ def ranks_here() -> int:
 
 
 def rank_device() -> torch.device:
-    """This process's own GPU, or the CPU of a machine without one.
-
-    Raises:
-        ConfigError: torchrun started more processes than this machine has GPUs.
-    """
+    """This process's own GPU, or the CPU of a machine without one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     here, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -71,11 +67,7 @@ def leave_ranks() -> None:
 
 
 def meet(patience: timedelta = SOON) -> None:
-    """Wait for all ranks, but no longer than ``patience`` for one that died.
-
-    Raises:
-        RuntimeError: a rank did not arrive; gloo says which.
-    """
+    """Wait for all ranks; RuntimeError if one does not arrive within ``patience`` (gloo says which)."""
     if idist.backend() == "gloo":
         dist.monitored_barrier(timeout=patience)
     elif (work := dist.barrier(async_op=True)) is not None:
@@ -83,11 +75,7 @@ def meet(patience: timedelta = SOON) -> None:
 
 
 def batch_share(batch_size: int) -> int:
-    """Scans per step on each rank, for ``batch_size`` scans over all of them.
-
-    Raises:
-        ConfigError: ``batch_size`` is not a multiple of the number of ranks.
-    """
+    """Scans per step on each rank, for ``batch_size`` scans over all of them."""
     ranks: int = idist.get_world_size()
     if batch_size % ranks:
         raise ConfigError(
@@ -98,11 +86,7 @@ def batch_share(batch_size: int) -> int:
 
 
 def distributed(module: nn.Module, device: str | torch.device) -> nn.Module:
-    """The module under ``DistributedDataParallel``; unchanged in one process, or without parameters to learn.
-
-    Wrap only what the trainer calls, so that checkpoints hold the module's own names. On GPUs, batch norms are
-    synchronised.
-    """
+    """The module under ``DistributedDataParallel``, on GPUs with synchronised batch norms; unchanged in one process."""
     if idist.get_world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
     if torch.device(device).type == "cuda":
@@ -113,10 +97,7 @@ def distributed(module: nn.Module, device: str | torch.device) -> nn.Module:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum over the K ranks, with K times the gradient of this rank's part, because DDP averages gradients.
-
-    A loss made of such sums is the loss of the whole batch on every rank, and so is its gradient.
-    """
+    """Sum over the K ranks, with K times the gradient of this rank's part, because DDP averages gradients."""
     if idist.get_world_size() == 1:
         return x
     total = torch.as_tensor(idist.all_reduce(x.detach().clone()))
@@ -137,22 +118,13 @@ def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rank_share(items: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Every K-th case, beginning with this rank's.
-
-    A rank without a case gets the first one as a filler (see :class:`BlankFillerd`), because metrics are gathered
-    from all ranks.
-    """
+    """Every K-th case, from this rank's; without one, the first as a filler, because metrics are gathered from all."""
     share = list(items[idist.get_rank() :: idist.get_world_size()])
     return share or [{**item, FILLER: True} for item in items[:1]]
 
 
 class BlankFillerd(MapTransform):  # type: ignore[misc]
-    """Marks every voxel of a filler's label map as not annotated, so that metrics leave the case out.
-
-    Example:
-        >>> BlankFillerd("label")({"label": torch.ones(2), "filler": True})["label"]
-        tensor([-1., -1.])
-    """
+    """Marks every voxel of a filler's label map as not annotated, so that metrics leave the case out."""
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         case = dict(data)
@@ -163,45 +135,30 @@ class BlankFillerd(MapTransform):  # type: ignore[misc]
 
 
 class RankSampler(VoxelSampler):
-    """A ``VoxelSampler`` over the batch of all ranks: they contrast the voxels that one process would.
-
-    Every rank sees the label maps of all ranks, draws the same voxels (with rank 0's random state) and keeps its
-    own. All ranks must have batches of one shape.
-    """
+    """A ``VoxelSampler`` over the batch of all ranks: all draw the same voxels, by rank 0's random state, and keep theirs."""
 
     @torch.no_grad()
     def __call__(
-        self,
-        labels: Tensor,
-        *,
-        pair_ids: Tensor | None = None,
-        logits: Tensor | None = None,
+        self, labels: Tensor, *, pair_ids: Tensor | None = None, logits: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> VoxelSample:
+    ) -> VoxelSample:  # fmt: skip
         if idist.get_world_size() == 1:
             return super().__call__(labels, pair_ids=pair_ids, logits=logits, generator=generator)
         rank = idist.get_rank()
         if pair_ids is not None:  # ids are unique within a rank only
-            pair_ids = torch.where(pair_ids >= 0, pair_ids + (rank << 40), pair_ids)
+            pair_ids = _of_all(torch.where(pair_ids >= 0, pair_ids + (rank << 40), pair_ids))
+        logits = _of_all(logits) if logits is not None and self.strategy == "hard" else None
+        generator = generator or self.generator
+        if generator is None:  # a CPU generator in the state of rank 0's global one
+            generator = torch.Generator()
+            generator.set_state(torch.as_tensor(idist.broadcast(torch.get_rng_state(), src=0)).cpu())
         labels_of_all = _of_all(labels.to(torch.int32)).to(labels.dtype)  # NCCL knows no int16
-        drawn = super().__call__(
-            labels_of_all,
-            pair_ids=None if pair_ids is None else _of_all(pair_ids),
-            logits=None if logits is None or self.strategy != "hard" else _of_all(logits),
-            generator=generator or self.generator or _generator_of_rank_0(),
-        )
+        drawn = super().__call__(labels_of_all, pair_ids=pair_ids, logits=logits, generator=generator)
         first = rank * labels.numel()
         mine = (drawn.indices >= first) & (drawn.indices < first + labels.numel())
         return VoxelSample(drawn.indices[mine] - first, drawn.anchors[mine])
 
 
 def _of_all(x: Tensor) -> Tensor:
-    """(B, ...) of every rank as (K B, ...)."""
+    """(B, ...) of every rank, all of one shape, as (K B, ...)."""
     return torch.as_tensor(idist.all_gather(x.contiguous()))
-
-
-def _generator_of_rank_0() -> torch.Generator:
-    """A CPU generator in the state of rank 0's global one."""
-    generator = torch.Generator()
-    generator.set_state(torch.as_tensor(idist.broadcast(torch.get_rng_state(), src=0)).cpu())
-    return generator

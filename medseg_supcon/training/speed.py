@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import os
@@ -10,7 +9,7 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
-from medseg_supcon.errors import ConfigError
+from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.inference import tune_malloc
 from medseg_supcon.plan import literal, write_plan
 
@@ -27,15 +26,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_WORKERS = 16
 AHEAD = 2  # batches that a worker of torch's DataLoader has ready
 SHARED = "/dev/shm"  # where workers pass batches to the trainer
-NICE_EPOCHS = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 120, 150, 200, 250, 300, 400, 500, 700, 1000)
+TIMED_STEPS = 4
+OTHERS_MAY_HOLD = 2.0  # GiB of a GPU: a screen, and what CUDA itself takes
 
 
 def check_device(device: str | None) -> str | None:
-    """The device's name.
-
-    Raises:
-        ConfigError: this machine does not have it.
-    """
+    """The device's name; `ConfigError` if this machine does not have it."""
     if device is None:
         return None
     try:
@@ -43,60 +39,35 @@ def check_device(device: str | None) -> str | None:
     except RuntimeError:
         raise ConfigError(f"Unknown device {device!r}. Use --device cpu, cuda, or cuda:0, cuda:1, ...") from None
     if known.type == "cuda" and not (torch.cuda.is_available() and (known.index or 0) < torch.cuda.device_count()):
-        raise ConfigError(
-            f"--device {device}: torch finds {torch.cuda.device_count()} CUDA device(s) here. Use --device cpu."
-        )
+        count = torch.cuda.device_count()
+        raise ConfigError(f"--device {device}: torch finds {count} CUDA device(s) here. Use --device cpu.")
     return device
 
 
 def amp_dtype(name: str) -> torch.dtype:
-    """The type of mixed precision that ``amp_dtype`` of train.yaml names.
-
-    Raises:
-        ConfigError: neither bfloat16 nor float16.
-
-    >>> amp_dtype("bfloat16")
-    torch.bfloat16
-    """
+    """The type of mixed precision that ``amp_dtype`` of train.yaml names."""
     if name not in DTYPES:
         raise ConfigError(f"amp_dtype must be bfloat16 or float16, got {name!r}.")
     return DTYPES[name]
 
 
 def usual_amp_dtype(device: str | torch.device) -> str:
-    """``"bfloat16"``, which needs no scaled loss; ``"float16"`` on GPUs before Ampere, which have no fast bfloat16.
-
-    >>> usual_amp_dtype("cpu")
-    'bfloat16'
-    """
+    """``"bfloat16"``, which needs no scaled loss; ``"float16"`` on GPUs before Ampere, which have no fast bfloat16."""
     if torch.device(device).type != "cuda" or not torch.cuda.is_available():
         return "bfloat16"
     return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
 
 
 def tune_gpu(device: str | torch.device, *, tf32: bool = True, benchmark: bool = True) -> None:
-    """Let GPUs use their fastest kernels; changes nothing on a CPU, where trainings are reproducible.
-
-    Args:
-        tf32: float32 products in TensorFloat-32 (10 bits of mantissa), for what mixed precision leaves in float32.
-        benchmark: cuDNN tries its algorithms once for every shape, and may take one that adds in no fixed order.
-    """
-    if torch.device(device).type != "cuda":
-        return
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.deterministic = not benchmark
-    torch.backends.cudnn.benchmark = benchmark
+    """Let GPUs use their fastest kernels, at the price of reproducibility: docs/workstation.md."""
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.deterministic = not benchmark
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def compiled(network: nn.Module, backend: str | None) -> nn.Module:
-    """The network, from now on run by ``torch.compile`` with a backend; the names of its weights stay.
-
-    ``"inductor"`` needs a C++ compiler, and Triton on a GPU. ``None`` changes nothing.
-
-    Raises:
-        ConfigError: torch does not know the backend.
-    """
+    """The network, from now on run by ``torch.compile`` with a backend; the names of its weights stay. None: as it is."""
     if backend is None:
         return network
     known = torch.compiler.list_backends(exclude_tags=())
@@ -109,12 +80,7 @@ def compiled(network: nn.Module, backend: str | None) -> nn.Module:
 def loader_workers(device: str | torch.device, batch_size: int, plan: Mapping[str, Any]) -> int:
     """Processes that load batches: on a GPU one for each core that this process may use, at most 16; 0 on a CPU.
 
-    Their batches take at most half of the free shared memory: a worker that finds none dies, and the training with
-    it (a container has 64 MB by default).
-
-    Example:
-        >>> loader_workers("cpu", 2, {"patch_size": [128, 128, 128], "channels": ["MRI"]})
-        0
+    Their batches take at most half of the free shared memory (64 MB in a container), without which a worker dies.
     """
     if torch.device(device).type == "cpu":
         return 0
@@ -122,7 +88,7 @@ def loader_workers(device: str | torch.device, batch_size: int, plan: Mapping[st
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     try:
         room = shutil.disk_usage(SHARED).free / 2
-    except OSError:  # a system that shares memory otherwise
+    except OSError:  # a system that shares memory differently
         room = math.inf
     return int(min(MOST_WORKERS, cores, room // (AHEAD * batch_bytes(batch_size, plan))))
 
@@ -135,7 +101,7 @@ def batch_bytes(batch_size: int, plan: Mapping[str, Any]) -> int:
 def free_memory() -> None:
     """Give unused GPU memory back, for the next task or another process."""
     gc.collect()  # trainer and handlers refer to each other
-    torch.cuda.empty_cache()  # does nothing if no GPU was used
+    torch.cuda.empty_cache()
 
 
 def machine_name(device: torch.device) -> str:
@@ -153,24 +119,21 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def time_training(run: Path, device: str | None = None, steps: int = 4) -> dict[str, Any]:
-    """Time ``steps`` of a planned run's training, after one that is not counted, and one validation case.
-
-    Returns:
-        ``seconds_per_step``, ``seconds_per_validation_case``, ``memory_gib``, ``machine``.
-    """
+def time_training(run: Path, device: str | None = None) -> dict[str, Any]:
+    """Time four steps of a planned run's training, after one that is not counted, and one validation case."""
+    threads = torch.get_num_threads()
     tune_malloc(keep=True)  # as the training will
     try:
-        return _measure(run, device, steps)
+        return _measure(run, device, threads)
     finally:
+        torch.set_num_threads(threads)
         free_memory()
 
 
 def time_within_memory(run: Path, device: str | None, plan: dict[str, Any], fixed: bool) -> dict[str, Any]:
-    """:func:`time_training`; if the GPU's memory is too small, with half of ``batch_size``, in the plan and the run.
+    """`time_training`; if the GPU's memory is too small, with half of ``batch_size``, unless that is ``fixed``.
 
-    Raises:
-        torch.OutOfMemoryError: two scans per step are too many, or ``batch_size`` is ``fixed``.
+    `RunError` if other programs use the memory, because a plan must not depend on them.
     """
     while True:
         try:
@@ -179,11 +142,18 @@ def time_within_memory(run: Path, device: str | None, plan: dict[str, Any], fixe
             if fixed or plan["batch_size"] <= 2:
                 raise
         free_memory()  # not before: the error holds what was on the GPU
+        free, total = torch.cuda.mem_get_info(torch.device(device or "cuda"))
+        used = (total - free - torch.cuda.memory_reserved(torch.device(device or "cuda"))) / 2**30  # by others
+        if used > OTHERS_MAY_HOLD:
+            raise RunError(
+                f"The GPU's memory is too small for a step, but other programs use {used:.1f} GiB of it. Plan when it is "
+                "free, or choose the number of scans per step yourself (--set plan::batch_size=2)."
+            )
         plan["batch_size"] = max(2, plan["batch_size"] // 2)
         write_plan(plan, run / "configs" / "plan.json")
 
 
-def _measure(run: Path, device: str | None, steps: int) -> dict[str, Any]:
+def _measure(run: Path, device: str | None, threads: int) -> dict[str, Any]:
     parser = ConfigParser()
     parser.read_config(str(run / "configs" / "train.yaml"))
     parser["bundle_root"] = literal(str(run))
@@ -197,16 +167,22 @@ def _measure(run: Path, device: str | None, steps: int) -> dict[str, Any]:
     parser["quiet"] = True
     parser.parse(reset=True)
     trainer, where = parser.get_parsed_content("train::trainer"), parser.get_parsed_content("device")
-    tf32, benchmark = (parser.get_parsed_content(key) for key in ("tf32", "cudnn_benchmark"))
-    tune_gpu(where, tf32=tf32, benchmark=benchmark)
+    tune_gpu(where, tf32=parser.get_parsed_content("tf32"), benchmark=parser.get_parsed_content("cudnn_benchmark"))
     batches = iter(parser.get_parsed_content("train::dataloader"))
     loading, computing = [], []
-    for _ in range(steps + 1):
+    for _ in range(TIMED_STEPS + 1):
         start = perf_counter()
-        with _threads_of_a_worker(workers):
-            batch = next(batches)
+        torch.set_num_threads(1 if workers else threads)  # as in a loader's worker
+        batch = next(batches)
+        torch.set_num_threads(threads)
         loaded = perf_counter()
-        _step(trainer, batch, where)
+        inputs, target = trainer.prepare_batch(batch, where, False)
+        trainer.network.train()
+        with torch.autocast(where.type, enabled=trainer.amp, **trainer.amp_kwargs):
+            loss = trainer.loss_function(trainer.inferer(inputs, trainer.network), target)
+        loss.backward()
+        trainer.optimizer.zero_grad()
+        _wait(where)
         loading.append(loaded - start)
         computing.append(perf_counter() - loaded)
     evaluator = parser.get_parsed_content("validate::evaluator")
@@ -225,58 +201,12 @@ def _measure(run: Path, device: str | None, steps: int) -> dict[str, Any]:
 
 
 def seconds_per_step(loading: Sequence[float], computing: Sequence[float], workers: int) -> float:
-    """The median of the steps' times; workers load beside the computation, each a batch at a time.
-
-    >>> seconds_per_step([2.0], [0.5], 0), seconds_per_step([2.0], [0.5], 2), seconds_per_step([2.0], [0.5], 8)
-    (2.5, 1.0, 0.5)
-    """
+    """The median of the steps' times; workers load beside the computation, each a batch at a time."""
     pairs = zip(loading, computing, strict=True)
     times = sorted(max(load / workers, compute) if workers else load + compute for load, compute in pairs)
     return times[len(times) // 2]
 
 
-@contextlib.contextmanager
-def _threads_of_a_worker(workers: int) -> Iterator[None]:
-    """One torch thread, as a loader's worker has; without workers nothing changes."""
-    threads = torch.get_num_threads()
-    if workers:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _step(trainer: Any, batch: Any, device: torch.device) -> None:
-    inputs, target = trainer.prepare_batch(batch, device, False)
-    trainer.network.train()
-    with torch.autocast(device.type, enabled=trainer.amp, **trainer.amp_kwargs):
-        loss = trainer.loss_function(trainer.inferer(inputs, trainer.network), target)
-    loss.backward()
-    trainer.optimizer.zero_grad()
-    _wait(device)
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def epochs_within(minutes: float, plan: dict[str, Any], timing: dict[str, Any], validation_cases: int) -> int:
-    """The largest round number of epochs that fits, ten validations included.
-
-    >>> epochs_within(20, {"steps_per_epoch": 50}, {"seconds_per_step": 0.4, "seconds_per_validation_case": 1}, 3)
-    50
-    """
-    left = 60 * minutes - 10 * validation_cases * timing["seconds_per_validation_case"]
-    fitting = [e for e in NICE_EPOCHS if e * plan["steps_per_epoch"] * timing["seconds_per_step"] <= left]
-    return fitting[-1] if fitting else NICE_EPOCHS[0]
-
-
-def default_minutes(device: torch.device) -> float:
-    """22 minutes on a CPU, 60 on a GPU; the variable ``MEDSEG_MINUTES`` overrides both."""
-    text = os.environ.get("MEDSEG_MINUTES")
-    try:
-        return float(text) if text else (22.0 if device.type == "cpu" else 60.0)
-    except ValueError:
-        raise ConfigError(f"MEDSEG_MINUTES must be a number of minutes, found {text!r}.") from None

@@ -1,10 +1,9 @@
-"""Training a planned run, and what follows it: evaluation, curves, model card."""
+"""Training a planned run, the checks before it, and what follows it: evaluation, curves, model card."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,20 @@ from medseg_supcon.bundle import (
     innermost,
     is_planned,
     is_started,
+    plain_text,
     read_config,
     record_run,
     settings_at_fault,
     write_network,
     write_twins,
 )
+from medseg_supcon.datasets import Case, Report, load_items, read_datalist, read_dataset
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
 from medseg_supcon.inference import evaluate_validation
 from medseg_supcon.networks import build_network, size_divisor
 from medseg_supcon.plan import literal, read_plan, validate_plan, write_plan
 from medseg_supcon.training.checkpoint import read_checkpoint
-from medseg_supcon.training.prepare import refresh_documents
+from medseg_supcon.training.prepare import Request, refresh_documents, refuse_errors
 from medseg_supcon.training.ranks import PATIENCE, meet
 from medseg_supcon.training.speed import check_device, free_memory
 
@@ -38,16 +39,42 @@ WRITTEN_LAST = ("eval/metrics.json", "docs/curves.png")
 OF_EARLIER_WEIGHTS = ("eval/metrics.csv", *WRITTEN_LAST)
 
 
-def begin_training(run: str | Path, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse to train over a trained run, and remove the scores of its earlier weights; every rank calls it.
+def check_planned(
+    path: Path, run: Path, request: Request, *, resume: bool, show: Callable[[Report], None], trust: bool
+) -> None:
+    """Refuse to train a planned run on another data set, with options that it would ignore, or with errors in its cases."""
+    check_configs_trusted(run, trust)
+    config = run / "configs" / "train.yaml"
+    folder = plain_text(read_config(config).get("dataset_dir"))
+    if folder is None:
+        raise RunError(f"{config}: dataset_dir must be the path of a folder.")
+    dataset = read_dataset(path)
+    root = dataset.root.resolve()
+    if root != Path(folder).resolve():
+        raise RunError(f"{run} is planned for {folder}, not for {root}. Choose another --out, or pass {folder}.")
+    if (options := request.options()) and not resume:
+        raise RunError(
+            f"{run} is already planned, so {', '.join(options)} would be ignored. Leave "
+            f"{'it' if len(options) == 1 else 'them'} out, edit the run's configs, or choose another --out."
+        )
+    cases: dict[str, list[Case]] = {}
+    for section, entries in read_datalist(run / "configs" / "datalist.json").items():
+        for item in load_items(entries, dataset.root) if entries else []:
+            images = [item["image"]] if isinstance(item["image"], str) else item["image"]
+            label = Path(item["label"]) if item.get("label") else None
+            case = Case(str(item.get("name", images[0])), tuple(map(Path, images)), label)
+            cases.setdefault(section, []).append(case)
+    trusted = read_plan(run / "configs" / "plan.json").get("trust_scan_affine", False)
+    every = [case for listed in cases.values() for case in listed]
+    refuse_errors(dataset, every, cases.get("training", []), path, show, trusted)
 
-    Raises:
-        RunError: the folder holds a trained run, and neither ``resume`` nor ``overwrite`` is set.
-    """
+
+def begin_training(run: str | Path, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuse to train over a trained run, and remove the scores of its earlier weights; every rank calls it."""
     run = Path(run).resolve()
     if is_started(run) and not (resume or overwrite):
         raise RunError(
-            f"{run} already holds a trained run. Go on with it (--resume true), train over it (--overwrite true), or "
+            f"{run} already holds a trained run. Continue it (--resume true), train over it (--overwrite true), or "
             "choose another folder."
         )
     if idist.get_rank() > 0 or (resume and is_finished(run)):
@@ -90,7 +117,7 @@ def is_finished(run: Path) -> bool:
     if not path.exists():
         return False
     saved = read_checkpoint(path)
-    return bool(saved["finished"]) and saved["max_epochs"] >= _epochs(run)
+    return bool(saved["finished"]) and saved["max_epochs"] >= read_plan(run / "configs" / "plan.json")["epochs"]
 
 
 def is_complete(run: Path) -> bool:
@@ -98,18 +125,8 @@ def is_complete(run: Path) -> bool:
     return is_finished(run) and all((run / name).exists() for name in WRITTEN_LAST)
 
 
-def _epochs(run: Path) -> int:
-    return int(read_plan(run / "configs" / "plan.json")["epochs"])
-
-
 def extend_training(run: Path, epochs: int) -> None:
-    """Give a run a longer training: the next ``--resume`` goes on to this epoch.
-
-    From there on the learning rate follows the schedule of the longer training.
-
-    Raises:
-        RunError: ``epochs`` is less than the run's plan says, or another command is at work in the folder.
-    """
+    """Plan a longer training, on whose schedule the next ``--resume`` goes on; `RunError` if it would be shorter."""
     with at_work_in(run):
         path = run / "configs" / "plan.json"
         plan = read_plan(path)
@@ -120,6 +137,7 @@ def extend_training(run: Path, epochs: int) -> None:
             )
         if epochs > plan["epochs"]:
             plan["epochs"] = epochs
+            plan.pop("minutes", None)  # its length is no longer what fitted into them
             write_plan(plan, path)
 
 
@@ -130,17 +148,10 @@ class _Workflow(ConfigWorkflow):  # type: ignore[misc]
         return self._run_expr(id=self.run_id)
 
 
-def run_config(run: Path, name: str, workflow_type: str, trust: bool = False, **overrides: Any) -> ConfigWorkflow:
-    """Run one of the bundle's configs, as ``python -m monai.bundle run`` does, and return its workflow.
+def run_config(run: Path, trust: bool = False, **overrides: Any) -> ConfigWorkflow:
+    """Run a run's ``train.yaml``, as ``python -m monai.bundle run`` does, and return its workflow.
 
-    Args:
-        run: the bundle's folder.
-        name: ``train``, ``evaluate`` or ``inference``; ``workflow_type`` is ``"train"`` or ``"infer"``.
-        trust: run code that medseg did not write on this computer.
-        overrides: config keys and values.
-
-    Raises:
-        RunError: not a run, or one that needs trust.
+    `trust`: run code that medseg did not write on this computer. `overrides`: config keys and values, the device by name.
     """
     if not is_planned(run):
         raise RunError(f"{run} is not a run: it has no configs/plan.json. Make one with medseg plan or medseg train.")
@@ -148,53 +159,34 @@ def run_config(run: Path, name: str, workflow_type: str, trust: bool = False, **
     device = overrides.pop("device", None)
     if device is not None:
         overrides["device"] = f"$torch.device('{check_device(device)}')"
-    file = run / "configs" / f"{name}.yaml"
+    file = run / "configs" / "train.yaml"
     read_config(file)  # raises a sentence if it is not YAML
+    root = literal(str(run.resolve()))
+    # logging_file: the command line has its own display
     workflow = _Workflow(
-        config_file=str(file),
-        workflow_type=workflow_type,
-        bundle_root=literal(str(run.resolve())),
-        logging_file=False,  # the command line has its own display
-        **overrides,
+        config_file=str(file), workflow_type="train", bundle_root=root, logging_file=False, **overrides
     )
     with settings_at_fault():
         workflow.initialize()
-        engine = workflow.parser.get_parsed_content("train::trainer" if workflow_type == "train" else "evaluator")
-        if workflow_type == "train" and engine.state.max_epochs < 1:
+        engine = workflow.parser.get_parsed_content("train::trainer")
+        if engine.state.max_epochs < 1:
             raise ConfigError(f"train::trainer::max_epochs must be at least 1, got {engine.state.max_epochs}.")
-        if workflow_type == "train" and any(group["lr"] > HIGHEST_RATE for group in engine.optimizer.param_groups):
+        if any(group["lr"] > HIGHEST_RATE for group in engine.optimizer.param_groups):
             raise ConfigError(f"learning_rate must be at most {HIGHEST_RATE:g}. Usual are 1e-4 to 1e-2.")
-    with _own_errors(run):
+    try:
         workflow.run()
         workflow.finalize()
-    return workflow
-
-
-@contextlib.contextmanager
-def _own_errors(run: Path) -> Iterator[None]:
-    """MONAI wraps errors raised while a config runs: unwrap ours, and those of disk and memory."""
-    try:
-        yield
-    except Exception as error:
+    except Exception as error:  # MONAI wraps errors: unwrap ours, and those of disk and memory
         cause = innermost(error)
         if isinstance(cause, OSError) and cause.errno is not None:
-            where = cause.filename2 or cause.filename or run
             raise RunError(
-                f"{where}: {cause.strerror}. Check the disk and permissions; what is finished is kept, and medseg train "
-                "--resume goes on from there."
+                f"{cause.filename2 or cause.filename or run}: {cause.strerror}. Check the disk and permissions; what is "
+                "finished is kept, and medseg train --resume goes on from there."
             ) from error
         if isinstance(cause, MedsegError | MemoryError | torch.OutOfMemoryError):
             raise cause from None
         raise
-
-
-def _check_plan(run: Path) -> None:
-    """A plan edited by hand must still be one that the network can train on."""
-    path = run / "configs" / "plan.json"
-    plan = read_plan(path)
-    channels = len(plan["channels"])
-    network = build_network(plan["network_def"], in_channels=channels, num_classes=len(plan["labels"]), trust=True)
-    validate_plan(plan, divisor=size_divisor(network, in_channels=channels), source=path)
+    return workflow
 
 
 def train_run(
@@ -207,25 +199,20 @@ def train_run(
 ) -> None:
     """Train a planned run to its end, evaluate it on its validation cases and write its documents.
 
-    Args:
-        run: the run's folder.
-        device: overrides the config's.
-        resume: go on from ``models/checkpoint.pt``, or start if there is none.
-        quiet: no progress display.
-        trust: run code in its configs that medseg did not write on this computer.
-        overrides: of train.yaml's keys, for this call alone.
-
-    Raises:
-        RunError: another command is at work in the folder, it holds a trained run and ``resume`` is False, or the run
-            needs trust.
+    `resume`: continue from ``models/checkpoint.pt``, or start if there is none. `trust`: run code in its configs that
+    medseg did not write on this computer. `overrides`: of train.yaml's keys, for this call alone.
     """
     with at_work_in(run):
         check_configs_trusted(run, trust)
         if resume and is_finished(run):
             evaluate_and_document(run, device)
             return
-        _check_plan(run)
-        write_network(run)  # the plan may have been edited
+        path = run / "configs" / "plan.json"  # may have been edited
+        plan = read_plan(path)
+        channels, classes = len(plan["channels"]), len(plan["labels"])
+        network = build_network(plan["network_def"], in_channels=channels, num_classes=classes, trust=True)
+        validate_plan(plan, divisor=size_divisor(network, in_channels=channels), source=path)
+        write_network(run)
         write_twins(run)
         record_run(run)
         overrides["resume"] = resume
@@ -233,4 +220,4 @@ def train_run(
             overrides["init_weights"] = None  # the earlier run may be gone by now
         if quiet:
             overrides["quiet"] = True
-        run_config(run, "train", "train", trust=True, device=device, **overrides)
+        run_config(run, trust=True, device=device, **overrides)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
-import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,20 +14,18 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.networks import ContrastiveNetwork
-from medseg_supcon.training.semi import with_unknown
+from medseg_supcon.training.handlers import Handler
+from medseg_supcon.training.loss import with_unknown
 
 STAGES = ("contrast", "classifier", "fine_tune")
+Loss = Callable[..., Tensor]
 
 
 def stage_epochs(shares: Mapping[str, float], epochs: int) -> dict[str, int]:
     """How many of the epochs each stage gets: its share, at least one if the share is above 0.
 
-    Raises:
-        ConfigError: unknown stages, shares below 0, no stage that trains the classifier, too few epochs.
-
-    Example:
-        >>> stage_epochs({"contrast": 0.5, "classifier": 0.2, "fine_tune": 0.3}, 10)
-        {'contrast': 5, 'classifier': 2, 'fine_tune': 3}
+    >>> stage_epochs({"contrast": 0.5, "classifier": 0.2, "fine_tune": 0.3}, 10)
+    {'contrast': 5, 'classifier': 2, 'fine_tune': 3}
     """
     if not set(shares) <= set(STAGES) or any(not share >= 0 for share in shares.values()):
         raise ConfigError(f"stage_shares must give {', '.join(STAGES)} shares of at least 0, got {dict(shares)}.")
@@ -50,40 +47,20 @@ def stage_epochs(shares: Mapping[str, float], epochs: int) -> dict[str, int]:
 
 
 def stage_at(epochs: Mapping[str, int], epoch: int) -> tuple[str, int]:
-    """The stage that an epoch (1, 2, ...) belongs to, and the stage's first epoch; past the end, the last one's.
-
-    >>> stage_at({"contrast": 5, "classifier": 2, "fine_tune": 3}, 6)
-    ('classifier', 6)
-    """
-    first, stage = 1, (STAGES[0], 1)
-    for name in STAGES:
-        if epochs.get(name, 0) > 0 and epoch >= first:
-            stage = (name, first)
-        first += epochs.get(name, 0)
-    return stage
+    """The stage of an epoch (1, 2, ...) and the stage's first epoch; past the end, those of the last stage."""
+    order = [name for name in STAGES for _ in range(epochs.get(name, 0))]
+    stage = order[min(epoch, len(order)) - 1]
+    return stage, order.index(stage) + 1
 
 
 def staged_schedule(
-    optimizer: Optimizer,
-    epochs: Mapping[str, int],
-    steps_per_epoch: int,
-    factors: Mapping[str, float] | None = None,
+    optimizer: Optimizer, epochs: Mapping[str, int], steps_per_epoch: int, factors: Mapping[str, float] | None = None,
     decay: bool = True,
-) -> LambdaLR:
+) -> LambdaLR:  # fmt: skip
     """A learning rate that restarts in every stage: linear warm-up from a tenth, then cosine decay to 0.
 
-    Args:
-        optimizer: its groups' rates are scaled.
-        epochs: what :func:`stage_epochs` gives.
-        steps_per_epoch: optimiser steps in an epoch.
-        factors: stage -> factor of the learning rate (default 1).
-        decay: ``False``: constant after the warm-up (a tenth of the stage, at most 100 steps).
-
-    Example:
-        >>> weights = [torch.nn.Parameter(torch.zeros(1))]
-        >>> schedule = staged_schedule(torch.optim.SGD(weights, lr=1.0), {"contrast": 1, "fine_tune": 1}, 4)
-        >>> schedule.get_last_lr()
-        [1.0]
+    The warm-up is a tenth of the stage, at most 100 steps; without ``decay`` the rate stays constant after it.
+    `epochs`: of each stage (`stage_epochs`); `factors`: stage -> factor of the learning rate (default 1).
     """
 
     def rate(step: int) -> float:
@@ -102,24 +79,13 @@ def staged_schedule(
 
 
 class StagedNetwork(ContrastiveNetwork):
-    """A ``ContrastiveNetwork`` whose layers, while ``frozen``, stay in evaluation mode during training.
-
-    Norm statistics then stay as they are and normalise, and nothing is dropped out. :class:`Stages` sets ``frozen``.
-
-    Example:
-        >>> net = torch.nn.Sequential(torch.nn.BatchNorm3d(1), torch.nn.Conv3d(1, 2, 1))
-        >>> staged = StagedNetwork(net)
-        >>> staged.frozen = True
-        >>> staged.train().training, net[0].training
-        (True, False)
-    """
+    """A ``ContrastiveNetwork`` whose layers, while ``frozen``, stay in evaluation mode: norm statistics do not change."""
 
     def __init__(self, network: Any) -> None:
         super().__init__(network)
         self.frozen = False
 
     def train(self, mode: bool = True) -> StagedNetwork:
-        """Training mode gives features beside logits, frozen or not."""
         super().train(mode)
         if mode and self.frozen:
             self.network.eval()
@@ -131,83 +97,64 @@ class StagedLoss(nn.Module):
 
     Args:
         contrastive_loss: of stage ``contrast``, called without logits, because the classifier is not trained yet.
-        classifier_loss: of stage ``classifier``, called with (logits, labels).
-        fine_tune_loss: of stage ``fine_tune``, called with (logits, labels).
-        unknown: class index that stage ``contrast`` gives unlabelled voxels; see ``with_unknown``.
-
-    Attributes:
-        stage: set by :class:`Stages`.
-        terms: the last call's detached scalars; ``stage`` is 1, 2 or 3.
-
-    Example:
-        >>> cross_entropy, dice = (lambda logits, labels: logits.sum()), (lambda logits, labels: logits.mean())
-        >>> loss = StagedLoss(lambda features, labels, **ids: features.sum(), cross_entropy, dice)
-        >>> float(loss(torch.ones(2), torch.ones(2), torch.ones(3)))
-        3.0
+        classifier_loss, fine_tune_loss: of the other stages, called with (logits, labels).
+        unknown: class index that stage ``contrast`` gives unlabelled voxels (`with_unknown`).
     """
 
     def __init__(
-        self,
-        contrastive_loss: Callable[..., Tensor],
-        classifier_loss: Callable[..., Tensor],
-        fine_tune_loss: Callable[..., Tensor],
-        unknown: int | None = None,
+        self, contrastive_loss: Loss, classifier_loss: Loss, fine_tune_loss: Loss, unknown: int | None = None
     ) -> None:
         super().__init__()
         self.contrastive_loss, self.unknown = contrastive_loss, unknown
         self.classifier_loss, self.fine_tune_loss = classifier_loss, fine_tune_loss
-        self.stage = STAGES[0]
+        self.stage = STAGES[0]  # `Stages` sets it
         self.terms: dict[str, Tensor] = {}
 
     def forward(self, logits: Tensor, labels: Tensor, features: Tensor, **ids: Tensor | None) -> Tensor:
-        """The stage's loss, a scalar; arguments as for ``DiceSupConLoss``."""
-        if self.stage == "contrast":
+        contrast = self.stage == "contrast"
+        if contrast:
             known = with_unknown(labels, ids.get("pair_ids"), self.unknown)
-            loss, name = self.contrastive_loss(features, known, **ids), "contrastive"
+            loss = self.contrastive_loss(features, known, **ids)
         else:
-            of_stage = self.classifier_loss if self.stage == "classifier" else self.fine_tune_loss
-            loss, name = of_stage(logits, labels), "segmentation"
+            loss = (self.classifier_loss if self.stage == "classifier" else self.fine_tune_loss)(logits, labels)
         self.terms = {
             "loss": loss.detach(),
-            "stage": torch.full((), STAGES.index(self.stage) + 1.0, device=loss.device),
-            "contrast_weight": torch.full((), float(name == "contrastive"), device=loss.device),
-            name: loss.detach(),
+            "stage": loss.new_full((), STAGES.index(self.stage) + 1.0),
+            "contrast_weight": loss.new_full((), float(contrast)),
+            "contrastive" if contrast else "segmentation": loss.detach(),
         }
         return loss
 
 
-class Stages:
+class Stages(Handler):
     """Puts network, loss and optimiser into the stage of the epoch that starts.
 
     Everything follows from the epoch's number, so a resumed training is in the right stage by itself.
 
     - ``contrast``: all but the classifier learns from the contrastive loss, the projection head included.
-    - ``classifier``: only the last 1x1x1 convolution learns; the rest is frozen: no gradient (so neither momentum
-      nor weight decay moves it) and evaluation mode (so norm statistics stay).
+    - ``classifier``: only the last 1x1x1 convolution learns; the rest has no gradient (so neither momentum nor weight
+      decay moves it) and is in evaluation mode (so norm statistics stay).
     - ``fine_tune``: the whole network learns; the projection head is not used.
 
     At a stage's first epoch the optimiser forgets its moments, because they belong to another loss.
     """
+
+    event = Events.EPOCH_STARTED
 
     def __init__(
         self, epochs: Mapping[str, int], network: StagedNetwork, loss: StagedLoss, optimizer: Optimizer
     ) -> None:
         self.epochs, self.network, self.loss, self.optimizer = dict(epochs), network, loss, optimizer
 
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_STARTED, self)
-
     def __call__(self, engine: Engine) -> None:
         stage, first = stage_at(self.epochs, engine.state.epoch)
         classifier = {id(p) for p in self.network.classifier.parameters()}
         head = {id(p) for p in self.loss.parameters()}
         for parameter in chain(self.network.parameters(), self.loss.parameters()):
-            in_classifier = id(parameter) in classifier
-            learns = {
-                "contrast": not in_classifier,
-                "classifier": in_classifier,
-                "fine_tune": id(parameter) not in head,
-            }[stage]
+            if stage == "fine_tune":
+                learns = id(parameter) not in head
+            else:
+                learns = (id(parameter) in classifier) == (stage == "classifier")
             parameter.requires_grad_(learns)
             if not learns:
                 parameter.grad = None  # a gradient of zeros would still be a step for the optimiser

@@ -44,7 +44,6 @@ PLAN: dict[str, Any] = {
     "network_def": NETWORK,
     "inference": {"overlap": 0.5, "sw_batch_size": 2},
     "keep_largest": [],
-    "expected": {},
     "fingerprint": {},
 }
 

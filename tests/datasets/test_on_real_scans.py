@@ -25,6 +25,6 @@ def test_real_data(name):
     dataset = read_dataset(root)
     assert len(dataset.labelled) == cases
     assert not check_dataset(dataset).findings
-    plan = make_plan(fingerprint(dataset), dataset, cores=2)
+    plan = make_plan(fingerprint(dataset), dataset)
     validate_plan(plan)
     assert (plan["patch_size"], plan["spacing"]) == (patch, spacing)

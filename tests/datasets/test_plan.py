@@ -219,7 +219,7 @@ def test_channels_of_one_name_have_a_window_each():
 
 def test_plans_survive_the_disk_and_stay_short(tmp_path, phantoms):
     dataset = read_dataset(phantoms)
-    plan = make_plan(fingerprint(dataset), dataset, cores=2)
+    plan = make_plan(fingerprint(dataset), dataset)
     write_plan(plan, tmp_path / "plan.json")
     assert read_plan(tmp_path / "plan.json") == json.loads(json.dumps(plan))
     text = (tmp_path / "plan.json").read_text()
@@ -287,7 +287,7 @@ def test_missing_and_misspelt_keys(tmp_path):
     with pytest.raises(ConfigError, match="'spacing' is missing"):
         validate_plan({key: value for key, value in GOOD.items() if key != "spacing"})
     with pytest.raises(ConfigError, match=r"divisible by \[16, 16, 16\].*\[48, 64, 48\]"):
-        validate_plan(GOOD, divisor=16)
+        validate_plan(GOOD, divisor=[16, 16, 16])
     validate_plan(GOOD, divisor=[8, 8, 8])
     with pytest.raises(RunError, match="medseg plan"):
         read_plan(tmp_path / "plan.json")

@@ -44,7 +44,6 @@ def plan_of(**changes: Any) -> dict[str, Any]:
         "network_def": POINTWISE,
         "inference": {"overlap": 0.5, "sw_batch_size": 2},
         "keep_largest": [],
-        "expected": {},
         "fingerprint": {},
     }
     plan |= changes

@@ -29,7 +29,7 @@ def trained(folder: Path, recipe: str, device: str, more: list[tuple[str, Any]],
     settings = [*TINY, ("plan::steps_per_epoch", 2), ("plan::batch_size", 2), ("num_workers", 0), *more]
     run = folder / f"{recipe}_{device.replace(':', '')}"
     prepare_run(dataset, split, run, recipe=recipe, settings=settings, epochs=epochs, device=device)
-    run_config(run, "train", "train", device=device, quiet=True)
+    run_config(run, device=device, quiet=True)
     with (run / "logs" / "history.csv").open(newline="") as stream:
         return [float(row["loss"]) for row in csv.DictReader(stream)]
 
@@ -38,7 +38,7 @@ def resumed(run: Path) -> list[str]:
     """One more epoch of a run; where AdamW's step counts were in it."""
     plan = run / "configs" / "plan.json"
     plan.write_text(json.dumps({**json.loads(plan.read_text()), "epochs": 2}))
-    run_config(run, "train", "train", device="cuda", quiet=True, resume=True)
+    run_config(run, device="cuda", quiet=True, resume=True)
     saved = torch.load(run / "models" / "checkpoint.pt", weights_only=True)
     return sorted({str(state["step"].device) for state in saved["state"]["optimizer"]["state"].values()})
 

@@ -15,7 +15,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, Lambda, LoadImaged, N
 from medseg_supcon.errors import DataError
 from medseg_supcon.training import CachedDataset, CountDisplay, cached_dataset
 from medseg_supcon.training import data as _cache
-from medseg_supcon.training import progress as _progress
+from medseg_supcon.training import log as _progress
 
 
 def write_scans(folder, count, shape=(12, 10, 8)):

@@ -72,7 +72,7 @@ def test_a_step_draws_the_same_whatever_came_before():
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence():
-    run = trainer(nn.Linear(3, 1), [StopOnNaN(1)], loss=lambda p, t: p.sum() * torch.nan)
+    run = trainer(nn.Linear(3, 1), [StopOnNaN()], loss=lambda p, t: p.sum() * torch.nan)
     with pytest.raises(RunError, match="learning rate"):
         run.run()
 

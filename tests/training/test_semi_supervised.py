@@ -148,7 +148,7 @@ def planned(phantoms, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(planned, tmp_path_factory):
     run = shutil.copytree(planned, tmp_path_factory.mktemp("trained") / "run")
-    made = run_config(run, "train", "train", device="cpu", quiet=True)
+    made = run_config(run, device="cpu", quiet=True)
     assert made.check_properties() == []
     return run
 
@@ -168,7 +168,7 @@ def test_the_teacher_is_shipped_and_saved(trained):
 
 def test_pseudo_labels_taught_the_network(planned, trained, tmp_path):
     run = shutil.copytree(planned, tmp_path / "run")
-    run_config(run, "train", "train", device="cpu", quiet=True, pseudo_weight=0.0, ship="student")
+    run_config(run, device="cpu", quiet=True, pseudo_weight=0.0, ship="student")
     without, saved = load_tensors(run / "models" / "model.pt"), load_tensors(run / "models" / "checkpoint.pt")
     with_them = load_tensors(trained / "models" / "checkpoint.pt")["state"]["network"]
     for name, value in without.items():
@@ -195,7 +195,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(planned, trained, tm
     broken.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=step), die)
     with pytest.raises(KilledError):
         broken.trainer.run()
-    run_config(run, "train", "train", device="cpu", quiet=True, resume=True)
+    run_config(run, device="cpu", quiet=True, resume=True)
     for name, value in load_tensors(trained / "models" / "model.pt").items():
         assert torch.equal(value, load_tensors(run / "models" / "model.pt")[name]), name
 
@@ -210,4 +210,4 @@ def test_without_unlabelled_scans_a_sentence_says_how_to_give_some(phantoms, tmp
 
 def test_a_batch_of_one_scan_is_a_sentence():
     with pytest.raises(ConfigError, match="plan::batch_size=2"):
-        iter(EpochSampler(2, 4, 1, unlabelled=3, share=0.5))
+        next(iter(EpochSampler(2, 4, 1, unlabelled=3, share=0.5)))

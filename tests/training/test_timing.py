@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from medseg_supcon.errors import RunError
 from medseg_supcon.networks import ContrastiveNetwork
 from medseg_supcon.training import seconds_per_step, time_training, time_within_memory
 from medseg_supcon.training import speed as _timing
@@ -33,7 +34,7 @@ def test_nothing_of_the_measurement_stays_in_memory(trained_run: Path) -> None:
     gc.disable()  # it might come by itself
     try:
         before = networks_alive()
-        timing = time_training(trained_run, "cpu", steps=1)
+        timing = time_training(trained_run, "cpu")
         assert networks_alive() == before
     finally:
         gc.enable()
@@ -58,6 +59,8 @@ def test_a_gpu_too_small_for_the_plans_guess(
         return {"machine": "a GPU"}
 
     monkeypatch.setattr(_timing, "time_training", measure)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 << 30, 8 << 30))  # 1 GiB: of the screen
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     plan = {"batch_size": guess}
     if ends is None:
         with pytest.raises(torch.OutOfMemoryError):
@@ -69,3 +72,18 @@ def test_a_gpu_too_small_for_the_plans_guess(
         file.write_text(json.dumps({"batch_size": guess}))
         with pytest.raises(torch.OutOfMemoryError):
             time_within_memory(tmp_path, "cuda", {"batch_size": guess}, fixed=True)
+
+
+def test_a_gpu_that_others_use_changes_no_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Halving the batch because of what another program holds would make the plan depend on it."""
+
+    def measure(run: Path, device: str | None) -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(_timing, "time_training", measure)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 16 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 << 30)
+    plan = {"batch_size": 8}
+    with pytest.raises(RunError, match=r"other programs use 10\.0 GiB"):
+        time_within_memory(tmp_path, "cuda", plan, fixed=False)
+    assert plan == {"batch_size": 8} and not list(tmp_path.iterdir())

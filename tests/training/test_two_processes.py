@@ -121,7 +121,7 @@ def test_one_process_resumes_what_two_began(trained_run: Path, by_two: tuple[Pat
     ends = []
     for name, run in (("one", trained_run), ("two", by_two[0])):
         ends.append(Path(shutil.copytree(run, tmp_path / name)))
-        run_config(ends[-1], "train", "train", device="cpu", quiet=True, resume=True, epochs=3)
+        run_config(ends[-1], device="cpu", quiet=True, resume=True, epochs=3)
     assert [row["epoch"] for row in history(ends[1])] == [1, 2, 3]
     assert_same_curve(*ends, rel=1e-3)
 

@@ -131,7 +131,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(planned, watched, tm
     broken.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=step), die)
     with pytest.raises(KilledError):
         broken.trainer.run()
-    run_config(run, "train", "train", device="cpu", quiet=True, resume=True)
+    run_config(run, device="cpu", quiet=True, resume=True)
     for name, value in load_tensors(watched[0] / "models" / "model.pt").items():
         assert torch.equal(value, load_tensors(run / "models" / "model.pt")[name]), name
 
