@@ -136,8 +136,7 @@ class Predictor:
         """
         given = list(scans)
         ready = [scan for scan in given if isinstance(scan, Scan)]
-        if len(ready) < len(given):
-            ready += self.find_scans(scan for scan in given if not isinstance(scan, Scan))
+        ready += self.find_scans(scan for scan in given if not isinstance(scan, Scan))
         ready = refuse_equal_names(list(dict.fromkeys(ready)))  # a scan given twice is one scan
         head = describe(self.models, self.tta, self.device, self.amp)
         return predict_folder(self.prepare, self.segment, head, ready, Path(out), probabilities, overwrite, progress)

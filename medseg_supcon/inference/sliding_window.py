@@ -111,8 +111,8 @@ def with_less_memory(
 ) -> Result:
     """``work(device, device that stitches, batch size)``, again with less if memory runs out: at last all on the CPU."""
     cpu = torch.device("cpu")
-    attempts = [(device, device, batch), (device, cpu, batch), (device, cpu, 1), (cpu, cpu, 1)]
-    *attempts, last = dict.fromkeys(attempts)
+    plans = (device, device, batch), (device, cpu, batch), (device, cpu, 1), (cpu, cpu, 1)
+    *attempts, last = dict.fromkeys(plans)
     for attempt in attempts:
         try:
             with keep_freed_memory(device.type == "cpu"):
@@ -128,11 +128,7 @@ def with_less_memory(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Out of memory on a GPU, in torch's CPU allocator, in numpy, or wrapped in another error.
-
-    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("CUDA error: device-side assert"))
-    (True, False)
-    """
+    """Out of memory on a GPU, in torch's CPU allocator, in numpy, or wrapped in another error."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATORS):

@@ -11,7 +11,6 @@ import re
 import tempfile
 import warnings
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -151,7 +150,7 @@ def check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Affi
     if headers[0].size[2] > 1 and len(files) > 1:
         raise DataError(f"{source}: the series holds {len(files)} volumes, a file each. Pass the file to be segmented.")
     frames = _in_order([frame for header in headers for frame in header.frames])
-    _check_alike(headers, frames)
+    _check_alike(headers)
     _check_scales(headers)
     first, positions = frames[0], np.array([frame.position for frame in frames if frame.position is not None])
     if first.orientation is None or len(positions) < len(frames):
@@ -188,28 +187,20 @@ def _check_kind(header: Header, source: Path) -> None:
         raise DataError(f"{header.file}: is in colour ({found}), expected grey values. Pass the scan it was made of.")
 
 
-def _check_alike(headers: Sequence[Header], frames: Sequence[Frame]) -> None:
-    """Whether all slices have one size, one direction and one pixel spacing."""
-    size = Counter(header.size for header in headers).most_common(1)[0][0]
-    odd = [header.file for header in headers if header.size != size]
-    odd += [frames[i].file for i in _odd([frame.orientation for frame in frames])]
-    if odd:
-        found = "its size or direction differs from that of other slices"
-        raise DataError(f"{odd[0]}: {found}. Move it out of the folder.")
-    for i in _odd([frame.spacing for frame in frames]):
-        own = frames[i].spacing
-        given = "not given" if own is None else f"{own[0]:g} x {own[1]:g} mm"
-        where = f"{frames[i].file}: frame {i + 1}" if size[2] > 1 else frames[i].file
-        raise DataError(f"{where}: its PixelSpacing is {given}, and other slices have another. Export it again.")
-
-
-def _odd(values: Sequence[Numbers | None]) -> list[int]:
-    """Which values are missing, or differ from the usual one; none if all are missing."""
-    given = [value for value in values if value is not None]
-    if not given:
-        return []
-    usual = np.percentile(given, 50, axis=0, method="lower")
-    return [i for i, v in enumerate(values) if v is None or np.abs(v - usual).max() > SAME]
+def _check_alike(headers: Sequence[Header]) -> None:
+    """Whether all slices have one size, one direction and one pixel spacing; one that no slice gives is not missing."""
+    frames = [(header, number, frame) for header in headers for number, frame in enumerate(header.frames, start=1)]
+    sizes = [np.array(header.size) for header, _, _ in frames]
+    turns, spacings = ([getattr(frame, key) for _, _, frame in frames] for key in ("orientation", "spacing"))
+    for what, values in (("size", sizes), ("direction", turns), ("PixelSpacing", spacings)):
+        given = [value for value in values if value is not None]
+        usual = np.percentile(given, 50, axis=0, method="lower") if given else None
+        for (header, number, frame), value in zip(frames, values, strict=True):
+            if usual is not None and (value is None or np.abs(value - usual).max() > SAME):
+                where = f"{frame.file}: frame {number}" if header.size[2] > 1 else frame.file
+                own = "not given" if value is None else " x ".join(f"{part:g}" for part in value)
+                found = f"its {what} is {own}, and other slices have another"
+                raise DataError(f"{where}: {found}. Move it out of the folder, or export it again.")
 
 
 def _check_scales(headers: Sequence[Header]) -> None:
@@ -254,13 +245,10 @@ def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) 
 
 def _doubts(headers: Sequence[Header]) -> tuple[Issue, ...]:
     header, doubts = headers[0], {}
-    modality, unit, lut_or_scaled = (
-        header.text["Modality"],
-        header.frames[0].unit,
-        header.lut or header.frames[0].scaling,
-    )
-    if modality == "CT" and (not lut_or_scaled or unit not in ("", "HU", "US")):
-        what = f"gives values in {unit}" if lut_or_scaled else "gives no rescale slope and intercept"
+    modality, first = header.text["Modality"], header.frames[0]
+    scaled = first.scaling is not None or header.lut
+    if modality == "CT" and (not scaled or first.unit not in ("", "HU", "US")):
+        what = f"gives values in {first.unit}" if scaled else "gives no rescale slope and intercept"
         doubts["not_hounsfield"] = f"is CT and {what}: they may not be Hounsfield units"
     if header.text["PhotometricInterpretation"] == "MONOCHROME1" and modality != "CT":
         doubts["monochrome1"] = "is MONOCHROME1 (shows small values bright): the stored values are used, not inverted"

@@ -32,10 +32,9 @@ OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 
 
 def ras_affine(lps: npt.NDArray[Any]) -> Affine:
-    """A (4, 4) affine to LPS mm as one to RAS+ mm, to the precision that NIfTI stores.
+    """A (4, 4) affine to LPS mm as one to RAS+ mm, in NIfTI's precision: a scan gives one mask in any format.
 
-    MONAI's Spacing aligns its grid by corners or by centres, depending on the last digits of an oblique
-    affine: rounded like this, a scan gives one mask whatever format it came in.
+    (MONAI's Spacing aligns its grid by corners or by centres, depending on the last digits of an oblique affine.)
     """
     return np.asarray(RAS @ lps, dtype=np.float32).astype(np.float64)
 
@@ -64,9 +63,8 @@ def read_itk_header(file: Path) -> tuple[tuple[int, ...], Affine]:
     """Shape (X, Y, Z) or (X, Y, Z, C), and affine to RAS+ mm, without the voxels; raises DataError if damaged."""
     _check_header(file)
     reader = _itk(file, "ReadImageInformation")
-    channels = int(reader.GetNumberOfComponents())
-    size = (*reader.GetSize(), 1)[:3]
-    return (*(int(n) for n in size), *((channels,) if channels > 1 else ())), _affine(reader)
+    channels, size = reader.GetNumberOfComponents(), (*reader.GetSize(), 1)[:3]
+    return (*size, channels) if channels > 1 else size, _affine(reader)
 
 
 def _itk(file: Path, method: Literal["Execute", "ReadImageInformation"]) -> Any:
@@ -82,15 +80,14 @@ def _itk(file: Path, method: Literal["Execute", "ReadImageInformation"]) -> Any:
     except RuntimeError as error:
         if "allocat" in str(error).lower():  # ITK's own words for a full memory
             raise MemoryError(str(file)) from error
-        reason = "It, or the file that holds its voxels, is damaged or not the format that its name says."
-        raise DataError(f"{file}: cannot be read. {reason}") from error
+        reason = "It, or the file that holds its voxels, is damaged or not the format that its name says"
+        raise DataError(f"{file}: cannot be read. {reason}.") from error
     return reader if image is None else image
 
 
 def _affine(image: Any) -> Affine:
     """Voxel indices to RAS+ mm of a SimpleITK image, or reader; of more than 3 dimensions the first three."""
-    n = image.GetDimension()
-    lps, m = np.eye(4), min(n, 3)
+    lps, n, m = np.eye(4), image.GetDimension(), min(image.GetDimension(), 3)
     lps[:m, :m] = (np.reshape(image.GetDirection(), (n, n)) * image.GetSpacing())[:m, :m]
     lps[:m, 3] = image.GetOrigin()[:m]
     return ras_affine(lps)
@@ -125,7 +122,7 @@ def _fields(lines: Sequence[str], meta: bool) -> tuple[dict[str, str], list[str]
         key, _, value = line.partition("=" if meta else ":")
         if not meta and not line.strip():  # the end
             break
-        if value.startswith("="):  # NRRD's own keys
+        if value.startswith("="):  # a key of a person's own in NRRD
             continue
         key = key.strip() if meta else key.lower().replace(" ", "")
         fields[key] = value.strip()
@@ -165,9 +162,8 @@ def _doubt(file: Path, fields: dict[str, str], meta: bool) -> str:
         raise DataError(f"{file}: its header gives lengths in {min(odd)}, expected mm. Convert it.")
     for key, plain in UNSCALED.items():
         if _numbers(fields.get(key, "")) not in ([], [plain]):
-            raise DataError(
-                f"{file}: its header scales the values ({key} {fields[key]}), which is not read. Convert it."
-            )
+            found = f"its header scales the values ({key} {fields[key]})"
+            raise DataError(f"{file}: {found}, which is not read. Convert it.")
     matrix = _numbers(next((fields[key] for key in MATRICES if key in fields), ""))
     if len(matrix) == 9 and np.abs(np.linalg.norm(np.reshape(matrix, (3, 3)), axis=1) - 1).max() > 0.01:
         reason = "the axes of its TransformMatrix are not of length 1, so the voxel size is open"

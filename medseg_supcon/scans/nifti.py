@@ -23,6 +23,7 @@ from medseg_supcon.files import write_whole
 from medseg_supcon.scans.volume import NEAR, Affine, Grid, Issue, Volume, check_real, farthest_corner, slabs
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
+FORMS = ("qform", "quatern", "qoffset", "sform", "srow")  # fields of a header that start like this
 NIFTI_1 = (b"\x5c\x01\0\0", b"\0\0\x01\x5c")  # a header's first bytes: it has 348
 NIFTI_2 = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # it has 540
 MOST_PACKED = 1032  # bytes that deflate can make of one
@@ -32,6 +33,11 @@ UNITS = {1: ("metres", 1000.0), 3: ("microns", 0.001)}  # whatever else a header
 SAME_SIZE = 0.01  # by how much sform and pixdim may differ in a voxel's edge
 GUESS = "left and right are a guess. Convert it again from its source, or check that left is left."
 ERRORS = ("unit", "two_voxel_sizes", "two_places")  # for a training; the rest are warnings
+DAMAGED = "It is damaged or cut short: copy or export it again."
+TOO_LONG = (
+    f"cannot be read as NIfTI (the file goes on for more than {MOST_BEHIND:,} bytes after the voxels that its header "
+    "announces). Its header is wrong, or it is damaged: export it again."
+)
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -40,15 +46,13 @@ def not_a_file(path: Path) -> str | None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        if path.is_symlink():
-            return f"{path}: is a link to a file that does not exist. Correct the link."
-        return f"{path}: there is no such file or folder. Check the path."
-    except PermissionError:
-        return f"{path}: there is no permission to look into its folder. Check its permissions."
-    except (OSError, ValueError) as error:  # a name too long, links in a circle
-        return f"{path}: cannot be reached ({getattr(error, 'strerror', None) or error}). Check the path."
+        what = "is a link to a file that does not exist" if path.is_symlink() else "there is no such file or folder"
+        return f"{path}: {what}. Check the path."
+    except (OSError, ValueError) as error:  # no permission, a name too long, links in a circle
+        reason = getattr(error, "strerror", None) or error
+        return f"{path}: cannot be reached ({reason}). Check the path and its permissions."
     if stat.S_ISDIR(mode):
-        return f"{path}: is a folder, expected a file. Give the files in it."
+        return f"{path}: is a folder, expected a file. Pass the files in it."
     return None if stat.S_ISREG(mode) else f"{path}: is a pipe or device, expected a file. Save it as a file."
 
 
@@ -65,13 +69,14 @@ def read_nifti(path: Path) -> Volume:
     """
     image = _open(path)
     try:
-        if (problem := _wrong_size(path, image)) is not None:
-            raise DataError(problem)
-        if path.name.lower().endswith(".gz"):
+        _check_size(path, image)
+        if _is_packed(path):
             with gzip.open(path) as stream:
                 data = _scaled(type(image).from_file_map({"image": nibabel.FileHolder(fileobj=stream)}).dataobj)
-                if not _ends_soon(stream):
-                    raise DataError(_too_long(path))
+                behind = 0  # to the end, where gzip's checksum is, which nibabel alone never sees
+                while part := stream.read(2**16):
+                    if (behind := behind + len(part)) > MOST_BEHIND:
+                        raise DataError(f"{path}: {TOO_LONG}")
         else:
             data = _scaled(image.dataobj)
         check_real(data, path)
@@ -81,7 +86,7 @@ def read_nifti(path: Path) -> Volume:
     except (DataError, MemoryError):
         raise
     except Exception as error:  # gzip, zlib, OS and nibabel errors alike
-        raise DataError(_unreadable(path, error)) from error
+        raise _unreadable(path, error) from error
     header = image.header.copy()
     grid = Grid(shape if data.ndim <= 3 else shape[:3], _in_mm(image.affine, header), header)
     return Volume(data, grid, _in_mm(monai_affine, header), issues)
@@ -92,7 +97,11 @@ def write_nifti(path: Path, data: npt.NDArray[Any], grid: Grid) -> None:
     shape = grid.shape if data.ndim == 3 else (*grid.shape[:3], data.shape[3])
     kind = nibabel.Nifti1Image if max(shape) < 2**15 else nibabel.Nifti2Image  # NIfTI-1 counts to 32767
     image = kind(data.reshape(shape), None, dtype=data.dtype)
-    grid.copy_to(image.header)
+    for name in image.header:  # the scan's forms, codes, voxel sizes and unit of length, to the last bit
+        if name.startswith(FORMS):
+            image.header[name] = grid.header[name]
+    image.header["pixdim"][:4] = grid.header["pixdim"][:4]
+    image.header["xyzt_units"] = int(grid.header["xyzt_units"]) & 7
 
     def write(file: IO[bytes]) -> None:
         with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=3, mtime=0) as packed:
@@ -110,6 +119,10 @@ def is_whole(path: Path) -> bool:
     return True
 
 
+def _is_packed(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
+
+
 def _open(path: Path) -> Any:
     """The file as nibabel opens it, with no voxel read and nothing after the header."""
     if (problem := not_a_file(path)) is not None:
@@ -117,30 +130,21 @@ def _open(path: Path) -> Any:
     if not path.name.lower().endswith(NIFTI_ENDINGS):
         raise DataError(f"{path}: expected NIfTI (.nii or .nii.gz). Convert this file.")
     try:
-        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as stream:
+        with (gzip.open if _is_packed(path) else open)(path, "rb") as stream:
             start = stream.read(540)  # nibabel.load would read on, whatever comes next
         kind: Any = nibabel.Nifti2Image if start[:4] in NIFTI_2 else nibabel.Nifti1Image
         image = kind.from_filename(path)
         stored = kind.header_class(start[: kind.header_class.template_dtype.itemsize], check=False)
     except Exception as error:  # nibabel raises a dozen kinds for broken headers
-        raise DataError(_unreadable(path, error)) from error
+        raise _unreadable(path, error) from error
     # nibabel reads a size of 0 as 1 mm
     if stored["sform_code"] <= 0 and (stored["pixdim"][1 : 1 + min(3, len(image.shape))] == 0).any():
-        raise DataError(
-            f"{path}: its header does not say how large a voxel is (pixdim 0). Convert it again from its source."
-        )
+        found = "its header does not say how large a voxel is (pixdim 0)"
+        raise DataError(f"{path}: {found}. Convert it again from its source.")
     if image.dataobj.offset < len(stored.binaryblock):
-        found = f"vox_offset {image.dataobj.offset} is inside the header"
-        raise DataError(f"{path}: its header does not say where the voxels are ({found}). Export it again.")
+        found = f"its header does not say where the voxels are (vox_offset {image.dataobj.offset} is inside the header)"
+        raise DataError(f"{path}: {found}. Export it again.")
     return image
-
-
-def _ends_soon(stream: gzip.GzipFile) -> bool:
-    """Reads to the end, where gzip's checksum is (nibabel alone never sees it); False if the end is far away."""
-    behind = 0
-    while (part := stream.read(2**16)) and behind <= MOST_BEHIND:
-        behind += len(part)
-    return behind <= MOST_BEHIND
 
 
 def _scaled(stored: Any) -> npt.NDArray[Any]:
@@ -170,50 +174,43 @@ def _unit(header: Any) -> tuple[str, float]:
 
 
 def _in_mm(affine: npt.NDArray[Any], header: Any) -> Affine:
-    scales = np.array([[_unit(header)[1]]] * 3 + [[1.0]])  # no matrix product: Inf x 0 would warn
-    return np.asarray(np.asarray(affine, dtype=np.float64) * scales)
+    mm = _unit(header)[1]
+    return np.asarray(affine * np.array([[mm], [mm], [mm], [1.0]]))  # no matrix product: Inf x 0 would warn
 
 
-def _wrong_size(path: Path, image: Any) -> str | None:
-    """A sentence if a header announces more voxels than its file can hold, or far fewer than it holds."""
-    size, packed = path.stat().st_size, path.name.lower().endswith(".gz")
-    offset = int(image.dataobj.offset)
-    bytes_ = image.dataobj.dtype.itemsize * math.prod(int(n) for n in image.shape)
-    if offset > MOST_BEFORE or bytes_ > size * (MOST_PACKED if packed else 1):
-        found = f"its header announces {bytes_:,} bytes of voxels after byte {offset:,}, the file has {size:,} bytes"
-        return f"{path}: cannot be read as NIfTI ({found}). It is damaged or cut short: copy or export it again."
-    most = (offset + bytes_) * (1.01 if packed else 1) + MOST_BEHIND  # deflate adds less than 1 % to noise
-    return _too_long(path) if size > most else None
+def _check_size(path: Path, image: Any) -> None:
+    """Whether the file can hold as many voxels as its header announces, and not far more."""
+    size, packed, offset = path.stat().st_size, _is_packed(path), int(image.dataobj.offset)
+    voxels = image.dataobj.dtype.itemsize * math.prod(int(n) for n in image.shape)
+    if offset > MOST_BEFORE or voxels > size * (MOST_PACKED if packed else 1):
+        found = f"its header announces {voxels:,} bytes of voxels after byte {offset:,}, the file has {size:,} bytes"
+        raise DataError(f"{path}: cannot be read as NIfTI ({found}). {DAMAGED}")
+    if size > (offset + voxels) * (1.01 if packed else 1) + MOST_BEHIND:  # deflate adds less than 1 % to noise
+        raise DataError(f"{path}: {TOO_LONG}")
 
 
-def _too_long(path: Path) -> str:
-    found = f"the file goes on for more than {MOST_BEHIND:,} bytes after the voxels that its header announces"
-    return f"{path}: cannot be read as NIfTI ({found}). Its header is wrong, or it is damaged: export it again."
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    """The sentence for a NIfTI file that raised `error` when it was read."""
-    if isinstance(error, PermissionError) or not os.access(path, os.R_OK):  # nibabel hides the one in its own
-        return f"{path}: there is no permission to read it. Ask its owner, or run: chmod u+r {path.name}"
-    start, packed = b"?", path.name.lower().endswith(".gz")
+def _unreadable(path: Path, error: Exception) -> DataError:
+    """What is wrong with a NIfTI file that raised `error` when it was read."""
+    start, reason = b"?", " ".join(str(error).split())[:120] or type(error).__name__
     with suppress(OSError), path.open("rb") as stream:
         start = stream.read(4)
-    if start == b"":
-        return f"{path}: the file is empty (0 bytes). Copy or export it again."
-    if packed and start in (*NIFTI_1, *NIFTI_2):
-        return f"{path}: is called .gz, but is not compressed. Rename it to .nii."
-    if not packed and start.startswith(b"\x1f\x8b"):
-        return f"{path}: is compressed, but is not called .gz. Rename it to .nii.gz."
-    reason = " ".join(str(error).split())[:120] or type(error).__name__
-    return f"{path}: cannot be read as NIfTI ({reason}). It is damaged or cut short: copy or export it again."
+    problem = f"cannot be read as NIfTI ({reason}). {DAMAGED}"
+    if isinstance(error, PermissionError) or not os.access(path, os.R_OK):  # nibabel hides the one in its own
+        problem = f"there is no permission to read it. Ask its owner, or run: chmod u+r {path.name}"
+    elif start == b"":
+        problem = "the file is empty (0 bytes). Copy or export it again."
+    elif _is_packed(path) and start in (*NIFTI_1, *NIFTI_2):
+        problem = "is called .gz, but is not compressed. Rename it to .nii."
+    elif not _is_packed(path) and start.startswith(b"\x1f\x8b"):
+        problem = "is compressed, but is not called .gz. Rename it to .nii.gz."
+    return DataError(f"{path}: {problem}")
 
 
 def _check_header(image: Any) -> tuple[Affine, tuple[Issue, ...]]:
     """The affine that MONAI uses (in the header's unit, near `image.affine`), and what may be wrong with the place.
 
-    nibabel's affine is the sform, or without one the qform. MONAI, which reads the scans of a training, takes
-    the qform if pixdim fits it better: an error if that is elsewhere. The NIfTI standard leaves to the reader
-    which of two forms to believe. `read_scan` warns instead: a mask is right in both forms.
+    nibabel takes the sform if there is one. MONAI, which reads the scans of a training, takes the qform if pixdim fits
+    it better: an error if that is elsewhere. `read_scan` warns instead: a mask is right in both forms.
     """
     affine, shape, header = np.array(image.affine, dtype=np.float64), image.shape[:3], image.header
     if not np.isfinite(affine).all():

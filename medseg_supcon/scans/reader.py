@@ -58,10 +58,10 @@ def read_scan(scan: Scan, channels: int) -> Volume:
     for problem in (scan.problem, *map(not_a_file, scan.files)):
         if problem is not None:
             raise DataError(problem)
+    read = read_nifti if scan.kind == "nifti" else read_itk
     if scan.kind == "dicom":
         volumes = [_usable(read_dicom(scan.files), scan.source)]
     else:
-        read = read_nifti if scan.kind == "nifti" else read_itk
         volumes = [_usable(read(file), file) for file in scan.files]
     first = volumes[0]
     for file, volume in zip(scan.files[1:], volumes[1:], strict=False):

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import nibabel
 import numpy as np
@@ -19,7 +19,6 @@ from medseg_supcon.errors import DataError
 
 NEAR = 0.1  # of the smallest voxel edge: two grids, or two slices, that are closer than this count as one
 MAX_SHEAR_DEGREES = 0.6  # check, train and predict refuse more: over 200 mm it is 2 mm
-FORMS = ("qform", "quatern", "qoffset", "sform", "srow")  # fields of a NIfTI header start like this
 SLAB = 4_000_000  # voxels that are worked on at once
 SMALL_RANGE = 100_000
 SAMPLE = 100_000  # voxels that tell the usual intensities of a scan
@@ -32,13 +31,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Issue:
-    """A problem of a scan."""
+class Issue(NamedTuple):
+    """A problem of a scan; ``severity`` is "error" or "warning", for training, and ``sentence`` follows its name."""
 
     code: str
-    severity: str  # "error" or "warning", for training
-    sentence: str  # follows the file's name
+    severity: str
+    sentence: str
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Grid:
     header: Any  # a NIfTI header that says the same; the file's own if it has one
 
     @property
-    def spacing(self) -> npt.NDArray[np.float64]:
+    def spacing(self) -> Numbers:
         """(3,) mm per axis."""
         return np.asarray(np.linalg.norm(self.affine[:3, :3], axis=0))
 
@@ -67,14 +65,6 @@ class Grid:
         header.set_sform(affine, 1)
         header.set_xyzt_units("mm")
         return cls(shape, affine, header)
-
-    def copy_to(self, header: Any) -> None:
-        """Puts a mask where the scan is: its forms, codes, voxel sizes and unit of length, to the last bit."""
-        for name in self.header:
-            if name.startswith(FORMS):
-                header[name] = self.header[name]
-        header["pixdim"][:4] = self.header["pixdim"][:4]
-        header["xyzt_units"] = int(self.header["xyzt_units"]) & 7
 
 
 @dataclass(frozen=True)
@@ -136,14 +126,14 @@ def as_float32(data: npt.NDArray[Any], file: object) -> npt.NDArray[np.float32]:
         odd = ~np.isfinite(values)
         if bad := int(np.count_nonzero(odd & ~np.isfinite(data))):
             raise DataError(f"{file}: {bad} voxels are NaN or infinite. Replace them, for example by 0.")
-        found = f"{np.count_nonzero(odd)} voxels do not fit into a 32-bit float"
-        largest = float(data.flat[np.abs(data).argmax()])
-        raise DataError(f"{file}: {found} (the largest is {largest:.3g}, at most 3.4e38 fits). Scale the values down.")
+        count, largest = np.count_nonzero(odd), float(data.flat[np.abs(data).argmax()])
+        found = f"{count} voxels do not fit into a 32-bit float (the largest is {largest:.3g}, at most 3.4e38 fits)"
+        raise DataError(f"{file}: {found}. Scale the values down.")
     return values
 
 
 def check_real(data: npt.NDArray[Any], file: object) -> None:
-    """Raises DataError for colours and complex numbers."""
+    """DataError for colours and complex numbers."""
     if data.dtype.kind not in "biuf":
         raise DataError(f"{file}: voxels must be one real number each, found {data.dtype}. Convert it to grey values.")
 
@@ -164,12 +154,11 @@ def outliers(data: npt.NDArray[Any]) -> tuple[float, int] | None:
     distances = np.maximum(low - values, values - high)
     order = np.argsort(distances)
     steps = np.diff(np.log(distances[order]), prepend=np.log(reach))
+    odd = order[steps.argmax() :]
     if steps.max() < np.log(GAP):
         return None
-    odd = order[steps.argmax() :]
-    if not flat.std(dtype=np.float64) > 2 * np.delete(flat, far[odd]).std(dtype=np.float64):
-        return None
-    return float(values[odd[-1]]), len(odd)
+    spread = flat.std(dtype=np.float64) > 2 * np.delete(flat, far[odd]).std(dtype=np.float64)
+    return (float(values[odd[-1]]), len(odd)) if spread else None
 
 
 def slabs(length: int, voxels: int) -> Iterator[slice]:

@@ -109,7 +109,7 @@ def test_multi_frame_pixel_spacing_that_differs(enhanced: Write) -> None:
     def change(image: Dataset, shared: Dataset, frames: list[Dataset]) -> None:
         frames[1].PixelMeasuresSequence = [group(PixelSpacing=["2.2", "1.8"])]
 
-    assert "frame 2: its PixelSpacing is 2.2 x 1.8 mm" in refused(enhanced(change))
+    assert "frame 2: its PixelSpacing is 2.2 x 1.8, and" in refused(enhanced(change))
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [1, 3, 0, 2, 4]])
