@@ -50,7 +50,7 @@ def bias_field(image: Image, strength: float, rng: Rng) -> Image:
     field = RandBiasField(prob=1.0, degree=3, coeff_range=(-0.8 * strength, 0.8 * strength))
     field.set_random_state(int(rng.integers(2**31)))
     low = image.min()
-    return np.asarray(field(image - low), dtype=np.float32) + low
+    return np.asarray(field(image - low) + low, dtype=np.float32)
 
 
 def gamma(image: Image, strength: float, rng: Rng) -> Image:
@@ -106,7 +106,7 @@ def spikes(image: Image, strength: float, rng: Rng) -> Image:
     peak = np.abs(spectrum).max(axis=(1, 2, 3))
     for _ in range(int(rng.integers(1, 4))):
         point = tuple(int(rng.integers(0, max(1, n // 3))) for n in image.shape[1:])
-        spectrum[(slice(None), *point)] += peak * strength * 0.6
+        spectrum[:, point[0], point[1], point[2]] += peak * strength * 0.6
     return np.fft.ifftn(spectrum, axes=(1, 2, 3)).real.astype(np.float32)
 
 
@@ -141,9 +141,8 @@ def _filtered(image: Image, axis: int, weight: npt.NDArray[np.float64]) -> Image
 def _smooth(shape: tuple[int, ...], rng: Rng) -> Image:
     """A smooth random field from 0 to 1."""
     coarse = rng.random((3, 3, 3))
-    return np.clip(ndimage.zoom(coarse, np.array(shape) / 3, order=1, grid_mode=True, mode="nearest"), 0, 1).astype(
-        np.float32
-    )
+    field = ndimage.zoom(coarse, np.array(shape) / 3, order=1, grid_mode=True, mode="nearest")
+    return np.asarray(np.clip(field, 0, 1), dtype=np.float32)
 
 
 def gap(image: Image, strength: float, rng: Rng) -> Image:

@@ -88,7 +88,7 @@ class PassEvidence:
         """The probabilities of the parts (K, rows, Y, Z) that make up the scan; of logits, in place."""
         start = 0
         for chunk in chunks:
-            for part in chunk.split(max(1, BLOCK_VOXELS // chunk[:, 0].numel()), dim=1):
+            for part in torch.split(chunk, max(1, BLOCK_VOXELS // chunk[:, 0].numel()), dim=1):
                 if self.softmax:
                     part.copy_(part.softmax(dim=0))
                 best, index = part.max(dim=0)
