@@ -284,7 +284,7 @@ class QualityModel:
         if not path.is_file():
             return None
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 facts = json.loads(str(arrays["facts"]))
                 if facts["format"] != FORMAT:
                     raise ValueError(f"format {facts['format']}")

@@ -93,7 +93,7 @@ def facts(plan: Mapping[str, Any], grid: Grid, evidence: Evidence, names: Sequen
         if factor > tolerated:
             texts = [" x ".join(f"{v:.3g}" for v in x) for x in (value, low, high)]
             span = texts[1] if texts[1] == texts[2] else f"{texts[1]} to {texts[2]}"
-            reasons.append(f"{what} {texts[0]} {unit}, training scans have {span}")
+            reasons.append(f"{what} {texts[0]} {unit}, training scans have {span} {unit}")
             factors.append(factor)
 
     volumes = known.get("volume_ml", {})
