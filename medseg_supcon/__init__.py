@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 __version__ = "0.1.0"
 
-ROOMS = (
-    "bundle",
-    "comparison",
-    "datasets",
-    "embedding",
-    "errors",
-    "evaluation",
-    "inference",
-    "losses",
-    "networks",
-    "plan",
-    "scans",
-    "training",
-    "views",
-)
-
 
 def __getattr__(name: str) -> Any:
     """Rooms load when they are first named: a bundle's config says ``import medseg_supcon`` alone."""
-    if name in ROOMS:
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if find_spec(f"{__name__}.{name}") is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(f"{__name__}.{name}")

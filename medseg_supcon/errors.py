@@ -25,10 +25,8 @@ class RunError(MedsegError):
 def nearest(name: object, known: Iterable[object], cutoff: float = 0.6) -> str | None:
     """The known name that is most like `name`, whatever the case of its letters; None if none is.
 
-    Example:
-        >>> from medseg_supcon.errors import nearest
-        >>> nearest("Patch_sise", ["spacing", "patch_size"]), nearest("x", ["spacing"])
-        ('patch_size', None)
+    >>> nearest("Patch_sise", ["spacing", "patch_size"]), nearest("x", ["spacing"])
+    ('patch_size', None)
     """
     names = {str(entry).lower(): str(entry) for entry in known}
     near = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=cutoff)

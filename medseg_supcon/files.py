@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,10 +68,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """A table that appears whole or not at all. None is an empty field; keys that are not columns are left out.
-
-    A text that a spreadsheet would run as a formula (``=cmd``) gets an apostrophe in front; numbers stay numbers.
-    """
+    """A table that appears whole or not at all. None is an empty field; keys that are not columns are left out."""
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
     writer.writerow(_csv_cell(column) for column in columns)
@@ -79,32 +77,27 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
 
 
 def _csv_cell(value: Any) -> Any:
+    """A text that a spreadsheet would run as a formula (``=cmd``) gets an apostrophe in front; numbers stay numbers."""
     if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return value
-    try:
+    with suppress(ValueError):
         float(value)
-    except ValueError:
-        return f"'{value}"
-    return value
+        return value
+    return f"'{value}"
 
 
 def read_json(path: Path, error: type[MedsegError] = RunError) -> dict[str, Any]:
-    """The object in a JSON file, with nothing in it that other programs read differently or that cannot be written.
-
-    Args:
-        path: a file in UTF-8.
-        error: what to raise.
+    """The object in a JSON file in UTF-8, with nothing in it that other programs read differently or cannot write.
 
     Raises:
-        MedsegError: the file is missing, empty, not UTF-8, not JSON or not an object, or holds a key twice, NaN,
-            a number beyond 64 bits, half a character, or more than 100 levels.
+        MedsegError: (of the type ``error``) the file is missing, empty, not UTF-8, not JSON or not an object, or holds a
+            key twice, NaN, a number beyond 64 bits, half a character, or more than 100 levels.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            twice = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
             raise error(f"{path}: holds the key {twice!r} twice in one object. Remove one of the two.")
         return content
 
@@ -117,10 +110,8 @@ def read_json(path: Path, error: type[MedsegError] = RunError) -> dict[str, Any]
     except FileNotFoundError:
         raise error(f"{path} does not exist. Check the path.") from None
     except json.JSONDecodeError as fault:
-        raise error(
-            f"{path} is not valid JSON ({fault.msg}, line {fault.lineno}). Correct that line: often a comma is "
-            "missing or one too many, or quotes are not double quotes."
-        ) from None
+        where = f"{fault.msg}, line {fault.lineno}"
+        raise error(f"{path} is not valid JSON ({where}). Check the commas there, and use double quotes.") from None
     except UnicodeDecodeError:
         raise error(f"{path}: is not text in UTF-8. Save it as UTF-8 (not UTF-16, not Latin-1).") from None
     except RecursionError:
@@ -190,11 +181,8 @@ def _is_old(path: Path) -> bool:
 def folder_lock(folder: Path, wait: bool = True) -> Iterator[bool]:
     """Keep other processes out of a folder while the block runs; the lock ends with the process, however it ends.
 
-    The lock is the file ``.medseg.lock``. A folder that cannot hold it (read-only, say) is not locked.
-
-    Args:
-        folder: an existing folder.
-        wait: wait for the other process. Otherwise the block gets False while another process holds the lock.
+    The lock is the file ``.medseg.lock``; a folder that cannot hold it (read-only, say) is not locked. Without ``wait``
+    the block gets False while another process holds the lock.
     """
     lock = FileLock(folder / LOCK, timeout=-1 if wait else 0)
     try:

@@ -12,11 +12,7 @@ MARKDOWN_SIGNS = re.compile(r"([\\`*|\[\]])")
 
 
 def counted(number: int, what: str) -> str:
-    """A number of things in words.
-
-    >>> counted(1, "epoch"), counted(3, "test scan")
-    ('1 epoch', '3 test scans')
-    """
+    """A number of things in words: 1 epoch, 3 test scans."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 

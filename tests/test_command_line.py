@@ -18,7 +18,7 @@ import yaml
 from tiny_run import TINY
 
 from medseg_supcon.cli import commands as cli
-from medseg_supcon.cli import options as cli_options
+from medseg_supcon.cli import terminal
 
 COMMANDS = ["demo", "check", "plan", "train", "predict", "evaluate", "compare", "embed", "export"]
 
@@ -240,7 +240,7 @@ def test_a_gpu_that_torch_cannot_use_is_told_of(medseg, monkeypatch, phantoms, t
     assert "NVIDIA" not in medseg(*missing)[2]  # a machine without one
     driver = tmp_path / "version"
     driver.touch()
-    monkeypatch.setattr(cli_options, "DRIVER", driver)
+    monkeypatch.setattr(terminal, "DRIVER", driver)
     told = medseg(*missing)[2]
     assert "cannot use it" in told and "--gpus all" in " ".join(told.split())
     assert "NVIDIA" not in medseg(*missing, "--device", "cpu")[2]

@@ -219,9 +219,9 @@ def test_modules_in_the_run_and_the_working_folder(foreign: Path, phantoms: Path
     # The processes of a comparison: with -m Python would look into the working folder first.
     from medseg_supcon.comparison import WITHOUT_WORKING_FOLDER
 
-    command_line = [sys.executable, "-c", WITHOUT_WORKING_FOLDER, "--help"]
+    command_line = [sys.executable, "-c", WITHOUT_WORKING_FOLDER, "no.json", "cpu", "1", str(os.getpid())]
     done = subprocess.run(command_line, cwd=foreign, env=environment, capture_output=True, timeout=100)
-    assert done.returncode == 0 and not mark.exists(), done.stderr
+    assert done.returncode == 2 and b"no.json does not exist" in done.stderr and not mark.exists(), done.stderr
 
 
 def test_a_received_comparison_is_not_gone_on_with(

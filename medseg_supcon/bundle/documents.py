@@ -5,54 +5,156 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from medseg_supcon import __version__
-from medseg_supcon.bundle.configs import cases_of, read_config
-from medseg_supcon.bundle.folder import shared_folder
-from medseg_supcon.bundle.metadata import loss_in_words, metadata_of, train_config
+from medseg_supcon.bundle.folder import TEMPLATE, cases_of, read_config, shared_folder
+from medseg_supcon.datasets import label_type
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import read_json, write_text
-from medseg_supcon.networks import build_network
+from medseg_supcon.networks import build_network, size_divisor
 from medseg_supcon.text import counted, markdown_text
 
-TEMPLATE = "segmentation/docs/README.md.j2"
+# What MONAI needs beyond its own requirements; train.yaml and evaluate.yaml also need this package.
+REQUIRED = ("nibabel", "pytorch-ignite")
+EINOPS = ("SwinUNETR", "UNETR", "ViT")  # stock networks that import it
+# Keys of metadata.json that a user may edit; writing the file again keeps them.
+KEPT = (
+    "version", "changelog", "name", "task", "description", "authors", "copyright", "data_source", "intended_use",
+    "references",
+)  # fmt: skip
+METRICS = ("dice", "hd95_mm", "surface_dice")
+SHOWN = ("recipe", "seed", "learning_rate", "contrast_weight", "temperature", "contrast_samples")  # in the card
+LOSSES = {  # of train.yaml's loss, in words
+    "DiceSupConLoss": "Dice, cross-entropy and a supervised contrastive loss per voxel",
+    "SemiSupervisedLoss": "Dice, cross-entropy and a contrastive loss per voxel, with pseudo-labels of unlabelled scans,",
+    "StagedLoss": "a contrastive loss per voxel, then cross-entropy, then Dice and cross-entropy,",
+}
 
 
 def write_metadata(run: Path) -> None:
-    """Write ``configs/metadata.json``, valid against MONAI's ``meta_schema_20240725``.
+    """Write ``configs/metadata.json``, valid against MONAI's ``meta_schema_20240725``: the template's, for this run.
 
     Keys that a user may have edited in an earlier one (version, changelog, authors, references, ...) are kept.
-
-    Raises:
-        RunError: ``configs/plan.json`` is missing or damaged.
     """
-    write_text(run / "configs" / "metadata.json", _json(metadata_of(run)))
+    plan = read_json(run / "configs" / "plan.json")
+    earlier, metrics = run / "configs" / "metadata.json", run / "eval" / "metrics.json"
+    classes, modality = list(plan["labels"]), " + ".join(plan["channels"])
+    einops = ["einops"] if any(network in str(plan["network_def"]) for network in EINOPS) else []
+    fresh = read_json(shared_folder("bundles") / TEMPLATE / "configs" / "metadata.json") | {
+        "changelog": {"0.1.0": f"trained with medseg-supcon {__version__}"},
+        "monai_version": _version("monai"),
+        "pytorch_version": _version("torch"),
+        "numpy_version": _version("numpy"),
+        "required_packages_version": {name: _version(name) for name in (*REQUIRED, *einops)}
+        | {"medseg-supcon": __version__},
+        "name": f"{plan['name']} segmentation",
+        "task": f"Segmentation of {', '.join(classes[1:])} in 3-D {'' if modality == 'scan' else f'{modality} '}scans",
+        "description": f"Assigns every voxel of a 3-D scan ({modality}) to one of {len(classes)} classes "
+        f"({', '.join(classes)}). Trained on {plan['name']} with {_loss_in_words(_train_config(run))} on two "
+        "augmented views of each scan.",
+        "data_source": plan["name"],
+        "image_classes": f"{len(plan['channels'])} channel(s), {modality}, normalised as described in plan.json",
+        "label_classes": "one channel, " + ", ".join(f"{value} is {name}" for name, value in plan["labels"].items()),
+        "pred_classes": f"{len(classes)} channels of logits: "
+        + ", ".join(f"channel {i} is {name}" for i, name in enumerate(classes)),
+        "eval_metrics": _scores(read_json(metrics) if metrics.is_file() else {}),
+        "network_data_format": _data_format(plan),
+    }
+    kept = read_json(earlier) if earlier.is_file() else {}
+    write_text(earlier, _json(fresh | {key: kept[key] for key in KEPT if key in kept}))
+
+
+def _train_config(run: Path) -> dict[str, Any]:
+    path = run / "configs" / "train.yaml"
+    return read_config(path) if path.is_file() else {}
+
+
+def _loss_in_words(config: Mapping[str, Any]) -> str:
+    """What ``train.yaml`` trains with."""
+    name = str(config.get("loss", {}).get("_target_", "DiceSupConLoss")).rpartition(".")[2]
+    if name == "DiceSupConLoss" and config.get("contrast_weight") == 0:
+        return "Dice and cross-entropy"
+    return LOSSES.get(name, name)
+
+
+def _scores(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The means of ``eval/metrics.json`` in one flat mapping, without missing scores."""
+    summary = metrics.get("summary", {})
+    means = {"cases": summary.get("cases")}
+    for label, of in {"mean": summary.get("mean", {}), **summary.get("classes", {})}.items():
+        means |= {f"{label}_{name}".replace(" ", "_"): of.get(name) for name in METRICS}
+    return {name: round(value, 4) for name, value in means.items() if value is not None}
+
+
+def _value_range(intensity: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The range that the intensity transforms clip to; ``[]`` (MONAI's "not known") if they do not clip."""
+    windows = [step for step in intensity if step["_target_"] == "ScaleIntensityRanged" and step.get("clip")]
+    if not intensity or len(windows) != len(intensity):
+        return []
+    return [min(float(w["b_min"]) for w in windows), max(float(w["b_max"]) for w in windows)]
+
+
+def _data_format(plan: Mapping[str, Any]) -> dict[str, Any]:
+    channels, values = plan["channels"], [float(value) for value in plan["labels"].values()]
+    network = build_network(plan["network_def"], trust=True)  # of a run that passed the gate
+    divisors = size_divisor(network, in_channels=len(channels), spatial_dims=len(plan["patch_size"]))
+    pairs = zip(divisors, plan["patch_size"], strict=True)
+    shape = [f"{d}*n" if size == d else f"{d}*(n+{size // d - 1})" for d, size in pairs]  # the patch, for n = 1
+    patch = {"type": "image", "dtype": "float32", "spatial_shape": shape, "is_patch_data": True}
+    image = {
+        "format": "hounsfield" if channels == ["CT"] else "magnitude",
+        "modality": channels[0],
+        "num_channels": len(channels),
+        "value_range": _value_range(plan["intensity"]),
+        "channel_def": {str(i): name for i, name in enumerate(channels)},
+    }
+    logits = {
+        "format": "segmentation",
+        "num_channels": len(values),
+        "value_range": [],
+        "channel_def": {str(i): name for i, name in enumerate(plan["labels"])},
+    }
+    mask = {
+        "type": "image",
+        "format": "segmentation",
+        "num_channels": 1,
+        "spatial_shape": ["*", "*", "*"],
+        "dtype": str(label_type(values)),
+        "value_range": [min(values), max(values)],
+        "is_patch_data": False,
+        "channel_def": {"0": "label values"},
+    }
+    return {
+        "inputs": {"image": patch | image},
+        "outputs": {"pred": patch | logits},
+        "post_processed_outputs": {"pred": mask},
+    }
+
+
+def _version(package: str) -> str:
+    """The installed version without a build's suffix: package indexes do not know 2.8.0+cpu."""
+    try:
+        return version(package).split("+")[0]
+    except PackageNotFoundError:
+        return ""
 
 
 def write_model_card(run: Path) -> None:
-    """Write ``docs/README.md`` from the plan, the lists of cases, the history and the evaluation.
-
-    Raises:
-        RunError: ``configs/plan.json`` is missing or damaged.
-    """
-    text = (shared_folder("bundles") / TEMPLATE).read_text(encoding="utf-8")
+    """Write ``docs/README.md`` from the plan, the lists of cases, the history and the evaluation."""
+    text = (shared_folder("bundles") / TEMPLATE / "docs" / "README.md.j2").read_text(encoding="utf-8")
     environment = Environment(
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=markdown_text,
-    )
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=markdown_text
+    )  # fmt: skip
     plan = read_json(run / "configs" / "plan.json")
     metrics = run / "eval" / "metrics.json"
-    config, cases = train_config(run), cases_of(run)
+    config, cases = _train_config(run), cases_of(run)
     card = environment.from_string(text).render(
         plan=plan,
         counted=counted,
@@ -60,7 +162,7 @@ def write_model_card(run: Path) -> None:
         cases={name: len(items) for name, items in cases.items()},
         seen=sum(item in cases.get("training", ()) for item in cases.get("validation", ())),
         recipe=_recipe(config),
-        loss=loss_in_words(config),
+        loss=_loss_in_words(config),
         network=_network_name(plan["network_def"]),
         parameters=sum(p.numel() for p in build_network(plan["network_def"], trust=True).parameters()),
         history=_history(run / "logs" / "history.csv"),
@@ -72,18 +174,17 @@ def write_model_card(run: Path) -> None:
 
 def _recipe(config: Mapping[str, Any]) -> dict[str, Any]:
     """Values of train.yaml that readers of the card want; without expressions and keys that nothing uses."""
-    wanted = ("recipe", "seed", "learning_rate", "contrast_weight", "temperature", "contrast_samples")
     used = {"recipe", *re.findall(r"@(\w+)", repr(config))}  # two_stage does not use the contrast's weight
     if "contrast_weight" in used and config.get("contrast_weight") == 0:
         used -= {"temperature", "contrast_samples"}
-    return {k: config[k] for k in wanted if k in used and not str(config.get(k, "$")).startswith(("$", "@"))}
+    return {k: config[k] for k in SHOWN if k in used and not str(config.get(k, "$")).startswith(("$", "@"))}
 
 
 def _network_name(network_def: Mapping[str, Any] | str) -> str:
-    named = re.findall(r"\bnets\.(\w+)", str(network_def))
-    if not named and isinstance(network_def, Mapping):
-        named = [str(network_def["_target_"]).rsplit(".", 1)[-1]]
-    return " and ".join(named) if named else "see network_def in configs/plan.json"
+    names = re.findall(r"\bnets\.(\w+)", str(network_def))
+    if not names and isinstance(network_def, Mapping):
+        names = [str(network_def["_target_"]).rsplit(".", 1)[-1]]
+    return " and ".join(names) if names else "see network_def in configs/plan.json"
 
 
 def _history(path: Path) -> dict[str, Any]:
@@ -91,29 +192,18 @@ def _history(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-        validated = [(float(r["val_mean_dice"]), int(r["epoch"])) for r in rows if r.get("val_mean_dice")]
-        dice, epoch = max((v for v in validated if isfinite(v[0])), default=(None, None), key=itemgetter(0))
-        if not rows:
-            return {}
-        return {
-            "epochs": int(rows[-1]["epoch"]),
-            "steps": int(rows[-1]["step"]),
-            "minutes": round(sum(float(r["seconds"]) for r in rows) / 60, 1),
-            "best_dice": dice,
-            "best_epoch": epoch,
-        }
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        dice = {int(row["epoch"]): float(row["val_mean_dice"]) for row in rows if row.get("val_mean_dice")}
+        best = max((epoch for epoch in dice if isfinite(dice[epoch])), key=dice.__getitem__, default=None)
+        minutes = round(sum(float(row["seconds"]) for row in rows) / 60, 1)
+        length = {"epochs": int(rows[-1]["epoch"]), "steps": int(rows[-1]["step"]), "minutes": minutes} if rows else {}
+        return length and {**length, "best_dice": best and dice[best], "best_epoch": best}
     except (KeyError, ValueError, TypeError, csv.Error):
         raise RunError(f"{path} is damaged. Copy it again, or delete it: only its curves are lost.") from None
 
 
 def write_network(run: Path) -> None:
-    """Write the plan's network into the configs that repeat it (``network_def``); comments stay.
-
-    Raises:
-        RunError: ``configs/plan.json`` is missing or damaged.
-    """
+    """Write the plan's network into the configs that repeat it (``network_def``); comments stay."""
     text = json.dumps(read_json(run / "configs" / "plan.json")["network_def"])  # JSON is YAML
     for path in sorted((run / "configs").glob("*.yaml")):
         old = path.read_text(encoding="utf-8")
@@ -123,11 +213,7 @@ def write_network(run: Path) -> None:
 
 
 def write_twins(run: Path) -> None:
-    """Write a ``.json`` of equal content for every ``.yaml`` of ``configs``, for tools that read JSON.
-
-    Raises:
-        RunError: a config is not YAML.
-    """
+    """Write a ``.json`` of equal content for every ``.yaml`` of ``configs``, for tools that read JSON."""
     for path in sorted((run / "configs").glob("*.yaml")):
         write_text(path.with_suffix(".json"), _json(read_config(path)))
 

@@ -1,19 +1,26 @@
-"""A run's folder: for one command at a time, and written whole or not at all; the folders that ship."""
+"""A run's folder: for one command at a time, written whole or not at all, its configs read as plain data."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from medseg_supcon.errors import ConfigError, RunError
+import yaml
+
+from medseg_supcon.datasets import read_datalist
+from medseg_supcon.errors import ConfigError, MedsegError, RunError
 from medseg_supcon.files import folder_lock
 
 TEMPLATE = "segmentation"
 DRAFT = ".planning"  # where a run is written until it is whole
+NOT_COPIED = ("README.md.j2", "train.yaml", "metadata.json")  # of the template: what is written for each run
 PACKAGE = Path(__file__).resolve().parents[1]
+MOST_BYTES = 2**20
 
 
 def shared_folder(name: str) -> Path:
@@ -37,11 +44,7 @@ def is_started(run: Path) -> bool:
 
 @contextmanager
 def at_work_in(run: Path) -> Iterator[None]:
-    """Refuse other commands in the folder meanwhile. The ranks of torchrun, which share a run, do not call this.
-
-    Raises:
-        RunError: another command is working in the folder.
-    """
+    """Refuse other commands in the folder meanwhile. The ranks of torchrun, which share a run, do not call this."""
     with folder_lock(run, wait=False) as free:
         if not free:
             raise RunError(f"Another medseg is working in {run}. Wait until it has finished, or choose another --out.")
@@ -50,19 +53,18 @@ def at_work_in(run: Path) -> Iterator[None]:
 
 @contextmanager
 def drafted(run: Path) -> Iterator[Path]:
-    """A folder with the bundle's template, which becomes the run at the end; after an error nothing is left.
-
-    Raises:
-        RunError: the folder already contains a run, or files that one would replace, or another command is working
-            in it.
-    """
-    fresh, draft = not run.exists(), run / DRAFT
+    """A folder with the bundle's template, which becomes the run at the end; after an error nothing is left."""
+    fresh, draft, template = not run.exists(), run / DRAFT, shared_folder("bundles") / TEMPLATE
     run.mkdir(parents=True, exist_ok=True)
     with at_work_in(run):
         refuse_others(run)  # what came meanwhile
         shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
         try:
-            _write_template(draft)
+            for source in template.rglob("*"):
+                if source.is_file() and source.suffix != ".pyc" and source.name not in NOT_COPIED:
+                    target = draft / source.relative_to(template)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source, target)
             yield draft
             for part in sorted(draft.iterdir(), key=lambda part: part.name == "configs"):  # makes it a run
                 part.rename(run / part.name)
@@ -75,20 +77,63 @@ def drafted(run: Path) -> Iterator[Path]:
 def refuse_others(run: Path) -> None:
     """Refuse a folder that contains a run, or files that one would replace."""
     if is_planned(run):
-        raise RunError(
-            f"{run} already contains a run. Choose another --out, or continue it with medseg train --resume."
-        )
+        raise RunError(f"{run} already contains a run. Choose another --out, or continue with medseg train --resume.")
     there = [p.name for p in sorted((shared_folder("bundles") / TEMPLATE).iterdir()) if (run / p.name).exists()]
     if there:
         raise RunError(f"{run} contains {' and '.join(there)} that medseg did not write. Choose another --out.")
 
 
-def _write_template(run: Path) -> None:
-    template = shared_folder("bundles") / TEMPLATE
-    run.mkdir(parents=True)
-    for source in sorted(template.rglob("*")):
-        target = run / source.relative_to(template)
-        left_out = source.suffix in (".j2", ".pyc") or source.name in ("train.yaml", "metadata.json")
-        if source.is_file() and not left_out:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+class PlainLoader(yaml.SafeLoader):
+    """Refuses aliases (nested ones expand a small file into billions of values) and keys that are given twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it contains an alias (*name). Write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if str(key.value) in seen:
+                raise yaml.YAMLError(f"the key {key.value!r} is given twice (line {key.start_mark.line + 1})")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+for _tag in ("binary", "omap", "pairs", "set", "timestamp"):  # JSON, and so a config's twin, does not have them
+    PlainLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_undefined)  # type: ignore[type-var]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON config, as MONAI would read it, nothing evaluated; RunError if there is none."""
+    content = parse(read_small(path, str(path)), str(path))
+    if not isinstance(content, dict):
+        raise RunError(f"{path} must map keys to values, found {type(content).__name__}. Restore the file.")
+    return content
+
+
+def read_small(path: Path, source: str, error: type[MedsegError] = RunError) -> str:
+    """The text of a config; ``source`` is its name in the error."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise error(f"{source} is larger than 1 MiB: it is not a config. Restore or replace it.")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as fault:
+        raise error(f"{source} is not in UTF-8 (byte {fault.start + 1}). Save it in UTF-8.") from None
+    except OSError as fault:
+        raise error(f"{source} cannot be read ({fault.strerror}).") from None
+
+
+def parse(text: str, source: str, error: type[MedsegError] = RunError, loader: Any = PlainLoader) -> Any:
+    """The value of a YAML text, or of a JSON text if ``source``, its name in the error, ends so."""
+    kind = "JSON" if source.endswith(".json") else "YAML"
+    try:
+        return json.loads(text) if kind == "JSON" else yaml.load(text, loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as fault:
+        raise error(f"{source} is not valid {kind}: {' '.join(str(fault).split())[:300]}.") from None
+
+
+def cases_of(run: Path) -> dict[str, list[dict[str, Any]]]:
+    """The cases in ``configs/datalist.json`` of a run: section -> items; empty if the file does not exist."""
+    path = run / "configs" / "datalist.json"
+    return read_datalist(path) if path.is_file() else {}

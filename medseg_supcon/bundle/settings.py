@@ -5,18 +5,42 @@ from __future__ import annotations
 import copy
 import io
 import re
-from collections.abc import Mapping
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from medseg_supcon.bundle.configs import SEPARATOR, read_yaml, read_yaml_file
-from medseg_supcon.bundle.folder import shared_folder
-from medseg_supcon.errors import ConfigError
+from medseg_supcon.bundle.folder import PlainLoader, parse, read_small, shared_folder
+from medseg_supcon.errors import ConfigError, MedsegError
+from medseg_supcon.text import suggestion
+
+SEPARATOR = "::"
+# What the classes and expressions of a config raise.
+CONFIG_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ModuleNotFoundError)
+
+
+class _SettingsLoader(PlainLoader):
+    """Reads 1e-3 as a number, like YAML 1.2; PyYAML and MONAI read it as text."""
+
+
+_SettingsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str, source: str) -> Any:
+    return parse(text, source, ConfigError, _SettingsLoader)
+
+
+def read_yaml_file(path: Path, source: str) -> Any:
+    """A recipe or another YAML file of the user's; ``source`` is its name in a ConfigError."""
+    return _parse(read_small(path, source, ConfigError), source)
 
 
 def recipe_names() -> list[str]:
@@ -24,27 +48,16 @@ def recipe_names() -> list[str]:
     return sorted(p.stem for p in shared_folder("configs").glob("*.yaml"))
 
 
-def read_recipe(name: str | Path) -> dict[str, Any]:
+def read_recipe(name: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe's overlay on ``train.yaml``: a name from ``configs/``, or a YAML file of your own.
 
     A recipe with a key ``base`` starts from that recipe (a name, or the path of a file, relative to the recipe's
-    folder) and overrides it.
-
-    Raises:
-        ConfigError: the recipe does not exist, does not map keys to values, or is based on itself.
+    folder) and overrides it. ``above`` are the recipes that have this one as their base.
     """
-    return _read_recipe(str(name), ())
-
-
-def _read_recipe(name: str, above: tuple[Path, ...]) -> dict[str, Any]:
     path = _recipe_file(name)
     if not path.is_file():
-        near = get_close_matches(str(name), recipe_names(), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(
-            f"The recipe {str(name)!r} does not exist.{hint} Use one of {', '.join(recipe_names())}, or the path of a "
-            ".yaml file."
-        )
+        hint = suggestion(name, recipe_names())
+        raise ConfigError(f"The recipe {str(name)!r} does not exist. {hint} A recipe of your own is a .yaml file.")
     overlay = read_yaml_file(path, f"Recipe {path}") or {}
     if not isinstance(overlay, dict):
         raise ConfigError(f"Recipe {path} must map keys of train.yaml to values, found {type(overlay).__name__}.")
@@ -55,7 +68,7 @@ def _read_recipe(name: str, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise ConfigError(f"Recipe {path} is based on itself through {base!r}. Remove one of the bases.")
     below = path.parent / str(base) if Path(str(base)).suffix in (".yaml", ".yml") else base
-    inherited = _read_recipe(str(below), (*above, path.resolve()))
+    inherited = read_recipe(below, (*above, path.resolve()))
     return {key: value for key, value in inherited.items() if key not in overlay} | overlay
 
 
@@ -65,12 +78,10 @@ def describe_recipe(name: str | Path) -> str:
     >>> describe_recipe("dice_ce").split(",")[0]
     'Dice + cross-entropy alone'
     """
-    path, comment = _recipe_file(name), []
-    for line in path.read_text(encoding="utf-8-sig").splitlines():
-        if not line.startswith("# "):
-            break
-        comment.append(line[2:].strip())
-    return re.split(r"(?<=[.!?])\s", " ".join(comment).removeprefix(f"{path.stem}: "))[0]
+    path = _recipe_file(name)
+    comment = takewhile(lambda line: line.startswith("# "), path.read_text(encoding="utf-8-sig").splitlines())
+    text = " ".join(line[2:].strip() for line in comment)
+    return re.split(r"(?<=[.!?])\s", text.removeprefix(f"{path.stem}: "))[0]
 
 
 def _recipe_file(name: str | Path) -> Path:
@@ -118,30 +129,18 @@ def parse_setting(text: str) -> tuple[str, Any]:
     >>> parse_setting("learning_rate=1e-4"), parse_setting("view_1::flip_axes=[0, 1]")
     (('learning_rate', 0.0001), ('view_1::flip_axes', [0, 1]))
     """
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not key:
         raise ConfigError(f"--set expects KEY=VALUE, got {text!r}. Example: --set learning_rate=1e-3")
-    value = value.strip()
-    if value[:1] in ("$", "@"):
-        return key.strip(), value
-    return key.strip(), read_yaml(value, f"--set {key}: {value!r}")
+    return key, value if value[:1] in ("$", "@") else _parse(value, f"--set {key}: {value!r}")
 
 
 def set_key(config: Any, key: str, value: Any, where: str, create: bool = False) -> None:
-    """Set ``a::b::0`` in nested dicts and lists, in place.
+    """Set ``a::b::0`` (or MONAI's ``a#b#0``) in nested dicts and lists, in place.
 
     If a part belongs to a reference (``view_2: "@view_1"``), the section that it names is copied first, so that only
-    this use of it changes.
-
-    Args:
-        config: the config's tree.
-        key: path with ``::`` (or MONAI's ``#``) between the parts.
-        value: the new value.
-        where: the config's name for messages.
-        create: allow a new last part.
-
-    Raises:
-        ConfigError: the config does not have the key; similar names are listed.
+    this use of it changes. ``where`` names the config in a ConfigError, raised if it does not have the key; ``create``
+    allows a new last part.
     """
     parts = key.replace("#", SEPARATOR).split(SEPARATOR)
     node = config
@@ -153,31 +152,21 @@ def set_key(config: Any, key: str, value: Any, where: str, create: bool = False)
                 raise ConfigError(f"{where} has no entry {part!r} in {above} ({len(node)} entries).")
             index = int(part)
         elif not isinstance(node, dict):
-            raise ConfigError(
-                f"{where}: {above} is the value {node!r} and has no key {part!r}. Set {above} as a whole."
-            )
+            raise ConfigError(f"{where}: {above} is {node!r} and has no key {part!r}. Set {above} as a whole.")
         # a component takes arguments that the template does not spell out
         elif part not in node and not (last and (create or "_target_" in node)):
-            near = get_close_matches(part, [str(k) for k in node], n=3, cutoff=0.5)
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"Keys here: {', '.join(map(str, node))}."
-            raise ConfigError(f"{where} has no key {key!r}. {hint}")
+            raise ConfigError(f"{where} has no key {key!r}. {suggestion(part, node)}")
         if not last:
-            section = _referred(config, node[index])
-            if section is not None:
-                _put_copy(node, index, section)
+            if (section := _referred(config, node[index])) is not None:
+                copied = copy.deepcopy(section)
+                if isinstance(node, CommentedMap) and isinstance(copied, CommentedMap) and index in node.ca.items:
+                    copied.ca.items[list(copied)[-1]] = node.ca.items.pop(index)  # the comment after it stays there
+                node[index] = copied
             node = node[index]
         elif depth and isinstance(node, CommentedMap) and index not in node:
             node.insert(min(1, len(node)), index, value)  # at the end it would follow the next section's comment
         else:
             node[index] = value
-
-
-def _put_copy(node: Any, key: str, section: dict[str, Any]) -> None:
-    """Put a copy of a section in place of a value; the comment that follows the value stays after it."""
-    copied = copy.deepcopy(section)
-    if isinstance(node, CommentedMap) and isinstance(copied, CommentedMap) and key in node.ca.items:
-        copied.ca.items[list(copied)[-1]] = node.ca.items.pop(key)
-    node[key] = copied
 
 
 def _referred(config: Any, value: Any) -> Any:
@@ -194,3 +183,27 @@ def merge(config: dict[str, Any], overlay: Mapping[str, Any], where: str) -> Non
     """Lay an overlay over a config, in place: ``a::b`` keys set a part, plain keys replace the whole value."""
     for key, value in overlay.items():
         set_key(config, str(key), value, where, create=True)
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The error that began a chain, or the first of ours in it."""
+    chain = [error]
+    while (following := chain[-1].__cause__ or chain[-1].__context__) is not None and following not in chain:
+        chain.append(following)
+    return next((e for e in chain if isinstance(e, MedsegError)), chain[-1])
+
+
+@contextmanager
+def settings_at_fault() -> Iterator[None]:
+    """Turn the errors of a config's classes and expressions, except out of memory, into a ConfigError."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except CONFIG_ERRORS as error:
+        cause = innermost(error)
+        if isinstance(cause, MedsegError | MemoryError | torch.OutOfMemoryError):
+            raise cause from None
+        reason = f"{type(cause).__name__}: {str(cause).strip()}".splitlines()[0].rstrip(" .:")
+        cure = "Check --set, the recipe, and the run's configs/train.yaml and configs/plan.json."
+        raise ConfigError(f"The settings are invalid: {reason}. {cure}") from error

@@ -7,6 +7,7 @@ user's medseg on this machine, which keeps a record outside the run.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -15,104 +16,121 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.bundle.configs import is_code, leaves, read_config
-from medseg_supcon.bundle.folder import TEMPLATE, shared_folder
-from medseg_supcon.bundle.settings import merge, read_recipe, recipe_names
+from medseg_supcon.bundle.folder import TEMPLATE, read_config, shared_folder
+from medseg_supcon.bundle.settings import SEPARATOR, merge, read_recipe, recipe_names
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import write_text
 from medseg_supcon.networks import definition_problem
 from medseg_supcon.plan import intensity_problem, read_plan
 
+CODE_SIGNS = ("$", "@", "%")  # MONAI's expressions, references and macros
+PATHS = ("dataset_dir", "output_dir", "init_weights")  # the user's paths, which may contain such signs
 CONFIGS = ("train", "evaluate", "inference", "multi_gpu_train", "multi_gpu_evaluate")
 FREE = ("bundle_root", "dataset_dir", "output_dir", "device", "amp")  # what a run's inference.yaml may set
 NETWORK = "network_def"
 ABSENT = object()
 CURE = "It may run any code on this computer. Read it, and pass --trust (trust=True) if you trust its author."
 _written: set[str] = set()  # by this process: where the record cannot be written
-Code = tuple[str, str, Any]  # file below configs/ without its ending, key, value
+Code = tuple[str, str, Any]  # file below configs/, key, value
 
 
-def is_plain_run(run: Path, plan: Mapping[str, Any]) -> bool:
+def code_in(config: Any) -> Iterator[tuple[str, Any]]:
+    """Key and value of each leaf of a config that makes MONAI call, evaluate or look up something.
+
+    >>> list(code_in({"seed": 1, "amp": "$1/0", "view_1": [{"_target_": "os.system"}]}))
+    [('amp', '$1/0'), ('view_1::0::_target_', 'os.system')]
+    """
+    return ((key, value) for key, value in _leaves(config) if _is_code(key, value))
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is not a container, or is an empty one, with its key in MONAI's notation."""
+    if not (node and isinstance(node, Mapping | list)):
+        yield key, node
+        return
+    for name, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+        part = str(name).replace("#", SEPARATOR)
+        yield from _leaves(value, f"{key}{SEPARATOR}{part}" if key else part)
+
+
+def _is_code(key: str, value: Any) -> bool:
+    if any(part.startswith(("_", "+", "~", *CODE_SIGNS)) for part in key.split(SEPARATOR)):
+        return True
+    if not (isinstance(value, str) and value.startswith(CODE_SIGNS)):
+        return False
+    return key not in PATHS or plain_text(value) is None
+
+
+def plain_text(value: Any) -> str | None:
+    """A text as it is, or the one that `medseg_supcon.plan.literal` wrote as an expression; None for all else.
+
+    >>> plain_text("/data"), plain_text("$'/data/site\\x232'"), plain_text("$open('x')")
+    ('/data', '/data/site#2', None)
+    """
+    if not isinstance(value, str) or not value.startswith(CODE_SIGNS):
+        return value if isinstance(value, str) else None
+    try:
+        text = ast.literal_eval(value[1:]) if value.startswith("$") else None
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return text if isinstance(text, str) else None
+
+
+def is_plain_run(run: Path, plan: Mapping[str, Any], trust: bool) -> bool:
     """Whether a run predicts by its plan alone: plan.json is plain data, and inference.yaml is the shipped one.
 
-    Only ``bundle_root``, ``dataset_dir``, ``output_dir``, ``device`` and ``amp`` may differ, if they are plain.
-
-    Raises:
-        RunError: inference.yaml or its JSON twin cannot be read.
-    """
-    return next(_unlike_shipped(run, plan), None) is None
-
-
-def check_plan_trusted(run: Path, plan: Mapping[str, Any], trust: bool) -> None:
-    """Passes if a network and preprocessing of a run may be built by evaluating its plan and inference.yaml.
-
-    Raises:
-        RunError: they are more than plain data, not recorded, and the run is not trusted.
+    False: its inference.yaml may be evaluated. RunError: it may not, since it is neither recorded nor trusted. Plain
+    values of ``bundle_root``, ``dataset_dir``, ``output_dir``, ``device`` and ``amp`` may differ from the shipped ones.
     """
     if trust:
-        return
-    known = None
-    for name, key, value in _unlike_shipped(run, plan):
-        known = known_code() if known is None else known
-        if not is_code(key, value) and name != "plan.json":
-            raise RunError(
-                f"{run / 'configs' / name}: {key} differs from the inference config that medseg writes. {CURE}"
-            )
-        if _digest(name, key, value) not in known:
-            raise _refusal(run / "configs" / name, key, value)
-    if known is not None:  # the configs are evaluated, and may call the scripts
+        return next(_unlike_shipped(run, plan), None) is None
+    unlike = list(_unlike_shipped(run, plan))
+    known = known_code() if unlike else set()
+    for name, key, value in unlike:
+        if name != "plan.json" and not _is_code(key, value):
+            file = run / "configs" / name
+            raise RunError(f"{file}: {key} differs from the inference config that medseg writes. {CURE}")
+        _refuse_unknown(run / "configs" / name, (name, key, value), known)
+    if unlike:  # the configs are evaluated, and may call the scripts
         _check_files(run)
+    return not unlike
 
 
 def check_configs_trusted(run: Path, trust: bool) -> None:
     """Passes if all configs of a run may be evaluated; called before any of them is.
 
-    Args:
-        run: the run's folder.
-        trust: the user passed ``--trust``.
-
-    Raises:
-        RunError: a config, the plan, metadata.json, logging.conf or a script holds code that is neither shipped
-            nor written by this user's medseg; the message names file and key.
+    RunError, with file and key, if the user did not pass ``--trust``, and a config, the plan, metadata.json,
+    logging.conf or a script holds code that is neither shipped nor written by this user's medseg.
     """
     if trust:
         return
-    known = None
-    for name, key, value, shipped in _code_of(run):
-        if shipped:
-            continue
-        known = known_code() if known is None else known
-        if _digest(name, key, value) not in known:
-            raise _refusal(run / "configs" / name, key, value)
+    known = known_code()
+    for code, shipped in _code_of(run):
+        if not shipped:
+            _refuse_unknown(run / "configs" / code[0], code, known)
     _check_files(run)
 
 
 def check_network_trusted(source: Path, plan: Mapping[str, Any], trust: bool) -> None:
-    """Passes if the network and intensity transforms of a plan alone may be built.
+    """Passes if the network and intensity transforms of a plan alone, read from ``source``, may be built."""
+    for code in () if trust else _code_of_plan(plan):
+        _refuse_unknown(source, code, known_code())
 
-    Args:
-        source: the plan's file, for the message.
-        plan: its content.
-        trust: the user passed ``--trust``.
 
-    Raises:
-        RunError: they are code that is not recorded, and the run is not trusted.
-    """
-    if trust:
-        return
-    for name, key, value in _code_of_plan(plan):
-        if _digest(name, key, value) not in known_code():
-            raise _refusal(source, key, value)
+def _refuse_unknown(file: Path, code: Code, known: set[str]) -> None:
+    if _digest(*code) not in known:
+        shown = repr(code[2])
+        shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
+        raise RunError(f"{file}: {code[1]} is {shown}, which medseg did not write on this computer. {CURE}")
 
 
 def record_run(run: Path) -> None:
     """Remember the code in a run's configs as written by this user's medseg on this machine.
 
     The record is a file of digests under ``$XDG_STATE_HOME/medseg`` (by default ``~/.local/state/medseg``), named by
-    its content, so that runs may be moved and several processes may write. A record that cannot be written is no
-    error: shipped recipes need none.
+    its content, so that runs may be moved and several processes may write. That it cannot be written is no error.
     """
-    digests = sorted({_digest(name, key, value) for name, key, value, _ in _code_of(run)})
+    digests = sorted({_digest(*code) for code, _ in _code_of(run)})
     text = json.dumps(digests, indent=0) + "\n"
     _written.update(digests)
     with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
@@ -123,12 +141,12 @@ def record_run(run: Path) -> None:
 
 def known_code() -> set[str]:
     """The digests of all code that was recorded."""
-    found = set(_written)
+    known = set(_written)
     with suppress(OSError, RuntimeError):
         for path in _records().glob("*.json"):
             with suppress(OSError, ValueError):
-                found.update(json.loads(path.read_text(encoding="utf-8")))
-    return found
+                known.update(json.loads(path.read_text(encoding="utf-8")))
+    return known
 
 
 def _records() -> Path:
@@ -137,67 +155,54 @@ def _records() -> Path:
 
 
 def _digest(name: str, key: str, value: Any) -> str:
+    """Of the file's name without its ending: YAML and JSON twin hold the same code."""
     text = json.dumps([name.partition(".")[0], key, value], sort_keys=True, default=str)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
-def _refusal(file: Path, key: str, value: Any) -> RunError:
-    text = repr(value)
-    shown = text if len(text) <= 80 else f"{text[:80]}..."
-    return RunError(f"{file}: {key} is {shown}, which medseg did not write on this computer. {CURE}")
-
-
-def _code_of(run: Path) -> Iterator[tuple[str, str, Any, bool]]:
-    """Every piece of code in a run's configs and plan: file, key, value, and whether it is a shipped one."""
+def _code_of(run: Path) -> Iterator[tuple[Code, bool]]:
+    """Every piece of code in a run's configs and plan, and whether it is a shipped one."""
     configs = run / "configs"
     for stem in CONFIGS:
-        shipped: dict[str, Any] | None = None
-        for path in (configs / f"{stem}.yaml", configs / f"{stem}.json"):
-            if not path.is_file():
-                continue
-            content = read_config(path)
-            if shipped is None:
-                shipped = _shipped(stem, content.get("recipe"))
+        twins = _twins(configs, stem)
+        shipped = _shipped(stem, next(iter(twins.values()), {}).get("recipe"))
+        for name, content in twins.items():
             network = content.pop(NETWORK, None)
             if network is not None and definition_problem(network) is not None:
-                yield path.name, NETWORK, network, False
-            for key, value in leaves(content):
-                if is_code(key, value):
-                    yield path.name, key, value, shipped.get(key, ABSENT) == value
+                yield (name, NETWORK, network), False
+            yield from (((name, *code), shipped.get(code[0], ABSENT) == code[1]) for code in code_in(content))
     if (configs / "metadata.json").is_file():
-        for key, value in leaves(read_config(configs / "metadata.json")):
-            if is_code(key, value):
-                yield "metadata.json", key, value, False
-    for name, key, value in _code_of_plan(read_plan(configs / "plan.json")):
-        yield name, key, value, False
+        metadata = read_config(configs / "metadata.json")
+        yield from ((("metadata.json", *code), False) for code in code_in(metadata))
+    yield from ((code, False) for code in _code_of_plan(read_plan(configs / "plan.json")))
 
 
 def _code_of_plan(plan: Mapping[str, Any]) -> Iterator[Code]:
-    if definition_problem(plan[NETWORK]) is not None:
-        yield "plan.json", NETWORK, plan[NETWORK]
-    if intensity_problem(plan["intensity"]) is not None:
-        yield "plan.json", "intensity", plan["intensity"]
+    for key, problem_of in ((NETWORK, definition_problem), ("intensity", intensity_problem)):
+        if problem_of(plan[key]) is not None:
+            yield "plan.json", key, plan[key]
 
 
 def _unlike_shipped(run: Path, plan: Mapping[str, Any]) -> Iterator[Code]:
     """What keeps a run from being built from its plan as plain data."""
     yield from _code_of_plan(plan)
     shipped = _shipped("inference", None)
-    for path in (run / "configs" / "inference.yaml", run / "configs" / "inference.json"):
-        if not path.is_file():
-            continue
-        content = read_config(path)
+    for name, content in _twins(run / "configs", "inference").items():
         network = content.pop(NETWORK, ABSENT)
         if network != plan[NETWORK]:
-            yield path.name, NETWORK, network
-        found = dict(leaves(content))
-        for key in {**shipped, **found}:
-            value = found.get(key)
-            if shipped.get(key, ABSENT) == found.get(key, ABSENT):
-                continue
-            if key.split("::")[0] in FREE and not is_code(key, value):
-                continue
-            yield path.name, key, value
+            yield name, NETWORK, network
+        given = dict(_leaves(content))
+        for key in {**shipped, **given}:
+            value = given.get(key)
+            same = shipped.get(key, ABSENT) == given.get(key, ABSENT)
+            if not same and (key.split(SEPARATOR)[0] not in FREE or _is_code(key, value)):
+                yield name, key, value
+
+
+def _twins(configs: Path, stem: str) -> dict[str, dict[str, Any]]:
+    """File name -> content of a config and of its JSON twin, of those that exist."""
+    paths = (configs / f"{stem}.yaml", configs / f"{stem}.json")
+    return {path.name: read_config(path) for path in paths if path.is_file()}
 
 
 def _shipped(stem: str, recipe: Any) -> dict[str, Any]:
@@ -206,7 +211,7 @@ def _shipped(stem: str, recipe: Any) -> dict[str, Any]:
     if stem == "train" and isinstance(recipe, str) and recipe in recipe_names():
         merge(tree, read_recipe(recipe), "train.yaml")
     tree.pop(NETWORK, None)  # the plan's, not the template's
-    return dict(leaves(tree))
+    return dict(_leaves(tree))
 
 
 def _check_files(run: Path) -> None:

@@ -7,82 +7,41 @@ from typing import Annotated, Any
 
 import typer
 
-from medseg_supcon.cli.options import (
-    CasesOption,
-    DatasetArg,
-    DeviceOption,
-    MismatchOption,
-    SettingsOption,
-    TrustOption,
-    ValidationOption,
-)
+from medseg_supcon.cli import terminal
 from medseg_supcon.cli.terminal import err, out, print_report, printable
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.text import counted
 
+RECIPES = "Names or .yaml files, separated by commas; the first is the baseline."
+SEEDS = "Training seeds, separated by commas; default: 0."
+BUDGETS = "Budgets of labelled scans, validation included, separated by commas; default: all."
+CONFIG = "The comparison as a .yaml file (recipes, a grid of variants, ...), or article."
+LENGTH = "Length of every run; default: the planned length."
+TEST_CASES = "File with the names of the cases to test on; default: cases that no run is trained on."
+NOT_DEGRADED = "Do not also test on degraded scans (noise, bias field, ...)."
+ALSO_DEGRADED = "Test on degraded scans even if the --config file says not to."
+WORKERS = "Runs at the same time; default: one per GPU, or one. They share the CPU's threads."
+
 
 def compare(
-    dataset: DatasetArg,
+    dataset: terminal.DatasetArg,
     out_dir: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder of the comparison.")],
-    recipes: Annotated[
-        str | None,
-        typer.Option(metavar="A,B", help="Names or .yaml files, separated by commas; the first is the baseline."),
-    ] = None,
-    seeds: Annotated[
-        str | None, typer.Option(metavar="N,N", help="Training seeds, separated by commas; default: 0.")
-    ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N,N",
-            help="Budgets of labelled scans, validation included, separated by commas; default: all.",
-        ),
-    ] = None,
-    validation: ValidationOption = None,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="The comparison as a .yaml file (recipes, a grid of variants, ...), or article.",
-        ),
-    ] = None,
-    epochs: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Length of every run; default: the planned length.",
-        ),
-    ] = None,
-    cases: CasesOption = None,
-    test_cases: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="File with the names of the cases to test on; default: cases that no run is trained on.",
-        ),
-    ] = None,
+    recipes: Annotated[str | None, typer.Option(metavar="A,B", help=RECIPES)] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N", help=SEEDS)] = None,
+    labels: Annotated[str | None, typer.Option(metavar="N,N", help=BUDGETS)] = None,
+    validation: terminal.ValidationOption = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help=CONFIG)] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, metavar="N", help=LENGTH)] = None,
+    cases: terminal.CasesOption = None,
+    test_cases: Annotated[Path | None, typer.Option(metavar="FILE", help=TEST_CASES)] = None,
     split_seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the split, which all runs share.")] = 0,
-    no_robustness: Annotated[
-        bool,
-        typer.Option("--no-robustness", help="Do not also test on degraded scans (noise, bias field, ...)."),
-    ] = False,
-    robustness: Annotated[
-        bool,
-        typer.Option("--robustness", help="Test on degraded scans even if the --config file says not to."),
-    ] = False,
-    device: DeviceOption = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Runs at the same time; default: one per GPU, or one. They share the CPU's threads.",
-        ),
-    ] = None,
-    settings: SettingsOption = None,
-    allow_affine_mismatch: MismatchOption = False,
-    trust: TrustOption = False,
+    no_robustness: Annotated[bool, typer.Option("--no-robustness", help=NOT_DEGRADED)] = False,
+    robustness: Annotated[bool, typer.Option("--robustness", help=ALSO_DEGRADED)] = False,
+    device: terminal.DeviceOption = None,
+    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help=WORKERS)] = None,
+    settings: terminal.SettingsOption = None,
+    mismatch: terminal.MismatchOption = False,
+    trust: terminal.TrustOption = False,
 ) -> None:
     """Compare recipes on your data: which is better, by how much, how sure that is, and at what cost.
 
@@ -101,36 +60,36 @@ def compare(
     check_device(device)
     if robustness and no_robustness:
         raise ConfigError("--robustness and --no-robustness contradict each other. Give one of them.")
-    config_file = ComparisonConfig() if config is None else read_comparison(config)
-    parsed = [*config_file.settings.items(), *(parse_setting(text) for text in settings or ())]
+    file = ComparisonConfig() if config is None else read_comparison(config)
+    parsed = [*file.settings.items(), *map(parse_setting, settings or ())]
     data = read_dataset(dataset)
-    budgets = _numbers(labels, "--labels") if labels is not None else config_file.labels or ["all"]
+    budgets = file.labels or ["all"] if labels is None else _numbers(labels, "--labels", ("all",))
     design = design_comparison(
         data,
-        _separated(recipes, "--recipes") if recipes is not None else config_file.named_recipes,
-        _numbers(seeds, "--seeds") if seeds is not None else config_file.seeds or [0],
+        file.named_recipes if recipes is None else _separated(recipes, "--recipes"),
+        file.seeds or [0] if seeds is None else _numbers(seeds, "--seeds"),
         [None if budget == "all" else budget for budget in budgets],
         cases=None if cases is None else read_case_names(cases),
         test_cases=None if test_cases is None else read_case_names(test_cases),
         split_seed=split_seed,
-        validation=next((v for v in (validation, config_file.validation) if v is not None), VALIDATION),
-        own={name: recipe.model_extra or {} for name, recipe in config_file.recipes.items()},
-        axes=config_file.variants,
+        validation=next((v for v in (validation, file.validation) if v is not None), VALIDATION),
+        own={name: recipe.model_extra or {} for name, recipe in file.recipes.items()},
+        axes=file.variants,
     )
     used = {c.name: c for s in design.splits.values() for c in (*s.unlabelled, *s.validation, *s.training)}
     trained = [case for split in design.splits.values() for case in split.training]
-    refuse_errors(data, [*used.values(), *design.test], trained, dataset, print_report, allow_affine_mismatch)
+    refuse_errors(data, [*used.values(), *design.test], trained, dataset, print_report, mismatch)
     err.print(f"Testing on {counted(len(design.test), 'scan')}: {printable(design.tested_on)}.")
     comparison = run_comparison(
         design,
         out_dir,
-        epochs=epochs or config_file.epochs,
+        epochs=epochs or file.epochs,
         settings=parsed,
         device=device,
         workers=workers,
-        robustness=robustness or (config_file.robustness is not False and not no_robustness),
-        training_score=config_file.training_score,
-        trust_scan_affine=allow_affine_mismatch,
+        robustness=robustness or (file.robustness is not False and not no_robustness),
+        training_score=file.training_score,
+        trust_scan_affine=mismatch,
         trust=trust,
         say=err.print,
     )
@@ -147,12 +106,10 @@ def _separated(text: str, option: str) -> list[str]:
     return parts
 
 
-def _numbers(text: str, option: str) -> list[Any]:
-    words = ("all",) if option == "--labels" else ()
+def _numbers(text: str, option: str, words: tuple[str, ...] = ()) -> list[Any]:
     values = _separated(text, option)
     for value in values:
         if value not in words and not (value.isdecimal() and len(value) < 10):
-            raise ConfigError(
-                f"{option}: {value!r} is not a whole number of at most 9 digits{', nor all' if words else ''}."
-            )
+            nor = f", nor {words[0]}" if words else ""
+            raise ConfigError(f"{option}: {value!r} is not a whole number of at most 9 digits{nor}.")
     return [value if value in words else int(value) for value in values]

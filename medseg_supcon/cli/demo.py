@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from medseg_supcon.cli.options import DeviceOption
 from medseg_supcon.cli.predict import predict_into
-from medseg_supcon.cli.terminal import out, print_report, printable
+from medseg_supcon.cli.terminal import DeviceOption, out, print_report, printable
 from medseg_supcon.errors import RunError
 from medseg_supcon.text import counted
 
@@ -23,10 +22,7 @@ MARKER = "medseg_demo.json"
 def demo(
     folder: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write.")] = Path("medseg_demo"),
     device: DeviceOption = None,
-    epochs: Annotated[
-        int,
-        typer.Option(metavar="N", help="Length of the training; use fewer epochs for a quick try.", min=1),
-    ] = EPOCHS,
+    epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Length of the training.")] = EPOCHS,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
 ) -> None:
     """Run the whole workflow on generated phantoms: train, predict unseen scans, evaluate, draw."""
@@ -41,8 +37,7 @@ def demo(
     out.print(f"1/4  Making {CASES} labelled phantoms and {TEST_CASES} for testing: {printable(data)}")
     make_phantoms(data, cases=CASES, unseen=TEST_CASES)
     (folder / MARKER).write_text('{"made by": "medseg demo"}\n')
-    length = counted(epochs, "epoch")
-    out.print(f"2/4  Training the joint recipe (Dice + contrast) for {length}: {printable(run)}")
+    out.print(f"2/4  Training the joint recipe (Dice + contrast) for {counted(epochs, 'epoch')}: {printable(run)}")
     prepare_dataset(data, run, Request(epochs=epochs), show=print_report, device=device)
     train_run(run, device=device)
     out.print(f"3/4  Predicting the test scans: {printable(masks)}")
@@ -62,9 +57,7 @@ def demo(
 def _clear(folder: Path, overwrite: bool) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).exists():
-            raise RunError(
-                f"{folder} is not empty and does not contain an earlier demo. Choose another folder: medseg demo --out DIR"
-            )
+            raise RunError(f"{folder} contains other files than an earlier demo. Choose another: medseg demo --out DIR")
         if not overwrite:
             raise RunError(f"{folder} contains an earlier demo. Replace it with --overwrite, or choose another --out.")
         shutil.rmtree(folder)

@@ -9,10 +9,12 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from medseg_supcon.cli.options import DeviceOption, TrustOption
-from medseg_supcon.cli.terminal import EXIT_INPUT, EXIT_SOME_FAILED, err, out, printable, say
+from medseg_supcon.cli import terminal
+from medseg_supcon.cli.terminal import err, out, printable, say
 from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.text import counted
+
+MIRROR = "Average over mirrored scans (slower), unless a class name says left or right."
 
 
 def predict(
@@ -25,16 +27,11 @@ def predict(
         ),
     ],
     out_dir: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder for the masks.")],
-    probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="Also write each class's probability.")
-    ] = False,
-    tta: Annotated[
-        bool,
-        typer.Option("--tta", help="Average over mirrored scans (slower), unless a class name says left or right."),
-    ] = False,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write class probabilities.")] = False,
+    tta: Annotated[bool, typer.Option("--tta", help=MIRROR)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that exist.")] = False,
-    device: DeviceOption = None,
-    trust: TrustOption = False,
+    device: terminal.DeviceOption = None,
+    trust: terminal.TrustOption = False,
 ) -> None:
     """Write masks of new scans, each in the space of its scan. Exit code 3 if some scans failed, 2 if all failed."""
     from medseg_supcon.bundle import is_planned
@@ -45,18 +42,17 @@ def predict(
     runs = [path for path in run if is_planned(path)]
     scans = [path for path in run if path not in runs]
     if not runs:
-        raise RunError(
-            f"{run[0]} is not a run: it has no configs/plan.json. Usage: medseg predict RUN SCAN... --out DIR"
-        )
+        usage = "Usage: medseg predict RUN SCAN... --out DIR"
+        raise RunError(f"{run[0]} is not a run: it has no configs/plan.json. {usage}")
     if not scans:
         raise ConfigError(f"No scan given. Usage: medseg predict {runs[0]} SCAN... --out DIR")
     predictor = Predictor(runs, device=device, tta=tta, trust=trust)
     if tta and not any(model.plan["flip_axes"] for model in predictor.models):
-        text = "--tta has no effect: flip_axes in plan.json is empty, because class names say left or right."
-        say(err, "note", "yellow", text)
+        say("--tta has no effect: flip_axes in plan.json is empty, because class names say left or right.", "note")
     counts = predict_into(out_dir, predictor, scans, probabilities, overwrite)
     if counts["failed"]:
-        raise typer.Exit(EXIT_SOME_FAILED if counts["done"] + counts["skipped"] else EXIT_INPUT)
+        some = counts["done"] + counts["skipped"]
+        raise typer.Exit(terminal.EXIT_SOME_FAILED if some else terminal.EXIT_INPUT)
 
 
 def predict_into(
@@ -64,24 +60,21 @@ def predict_into(
 ) -> dict[str, int]:
     """Predict scans into a folder with a progress display; a failed scan is a sentence on stderr.
 
-    Returns:
-        how many scans are ``done``, ``skipped`` and ``failed``.
+    Returns how many scans are ``done``, ``skipped`` and ``failed``.
     """
     for warning in predictor.warnings:
-        say(err, "warning", "yellow", warning)
+        say(warning)
     chosen = predictor.find_scans(scans)
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err,
-        disable=not err.is_terminal,
-    ) as bar:  # fmt: skip
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task("predicting", total=len(chosen))
 
         def progress(done: int, total: int, entry: dict[str, Any]) -> None:
             bar.update(task, completed=done)
             if entry["status"] == "failed":
-                say(err, "failed", "red", entry["error"])
+                say(entry["error"], "failed", "red")
             for warning in entry.get("warnings", []):
-                say(err, "warning", "yellow", f"{entry['name']}: {warning}")
+                say(f"{entry['name']}: {warning}")
 
         counts: dict[str, int] = predictor.run(chosen, folder, probabilities, overwrite, progress)["summary"]
     parts = [f"{counted(counts['done'], 'scan')} predicted"]

@@ -1,13 +1,13 @@
-"""What the command line prints: sentences, tables, and nothing that a terminal would take for a command."""
+"""What the commands share: their common options, and how they print: nothing that a terminal would take for a command."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +20,8 @@ from medseg_supcon.text import counted
 out = Console(soft_wrap=True, highlight=False, markup=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
-EXIT_INPUT, EXIT_SOME_FAILED, EXIT_CLOSED_PIPE = 2, 3, 141
+EXIT_INPUT, EXIT_SOME_FAILED = 2, 3
+DRIVER = Path("/proc/driver/nvidia/version")  # exists while NVIDIA's driver is loaded
 
 
 def printable(text: object) -> str:
@@ -32,32 +33,67 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def say(console: Console, word: str, color: str, text: str) -> None:
+def say(text: str, word: str = "warning", color: str = "yellow", console: Console = err) -> None:
     """Print a line that begins with a coloured word."""
     console.print(Text.assemble((f"{word:<7} ", color), printable(text)))
 
 
-def end_at_closed_pipe(*_: object) -> None:
-    """End quietly if nobody reads the output any more, as `head` does."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    raise SystemExit(EXIT_CLOSED_PIPE)
+def _warn_of_unused_gpu(device: str | None) -> str | None:
+    """Warn before a long training if torch cannot use the GPU."""
+    if device is not None or not DRIVER.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return device
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    if not usable:
+        reason = " ".join(str(w.message) for w in caught) or "it finds no GPU"
+        reason = "it is a CPU build" if torch.version.cuda is None else reason
+        say(
+            f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it ({reason}), so the CPU is used. "
+            "Install a torch build that matches the GPU's driver. In a container, add --gpus all. To use the CPU "
+            "without this warning, pass --device cpu."
+        )
+    return device
 
 
-def out_of_memory(error: Exception) -> str:
-    """Which memory was too small, and what to do."""
-    if type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
-        return "out of memory. Close other programs, or use a machine with more memory."
-    return (
-        "out of GPU memory. Plan with fewer scans per step (--set plan::batch_size=2) or smaller patches (--set "
-        "'plan::patch_size=[96,96,96]'), close other programs that use the GPU, or use --device cpu."
-    )
+DatasetArg = Annotated[Path, typer.Argument(help="Decathlon folder, nnU-Net v2 raw folder, or MONAI datalist JSON.")]
+RunArg = Annotated[Path, typer.Argument(help="A trained run (a MONAI bundle).")]
+CASES = "File with the names of the cases to use, one per line."
+CasesOption = Annotated[Path | None, typer.Option(metavar="FILE", help=CASES)]
+DEVICE = "cpu, cuda or cuda:1; default: the first GPU, or the CPU."
+DeviceOption = Annotated[str | None, typer.Option(callback=_warn_of_unused_gpu, metavar="NAME", help=DEVICE)]
+MISMATCH = "If the affine of a label map differs from its scan's, use the scan's."
+MismatchOption = Annotated[bool, typer.Option("--allow-affine-mismatch", help=MISMATCH)]
+SETTINGS = "Set a key of train.yaml, or plan::KEY. Can be repeated."
+SettingsOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SETTINGS)]
+SHARE = "Share of the labelled scans used for validation (default: 0.15); with 0, all are used for training."
+ValidationOption = Annotated[float | None, typer.Option(min=0, max=0.9, metavar="SHARE", help=SHARE)]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+TRUST = "Allow the run's own code. Use it only for runs from people you trust."
+TrustOption = Annotated[bool, typer.Option("--trust", help=TRUST)]
+
+
+def read_selected(path: Path, cases: Path | None) -> Any:
+    """A data set, or the cases of it that a file names."""
+    from medseg_supcon.datasets import read_case_names, read_dataset
+
+    dataset = read_dataset(path)
+    return dataset if cases is None else dataset.select(read_case_names(cases))
+
+
+def refuse_to_overwrite(file: Path, overwrite: bool) -> None:
+    """Refuse if a file exists, unless the user passed --overwrite."""
+    if file.exists() and not overwrite:
+        raise RunError(f"{file} already exists. Replace it with --overwrite, or choose another --out.")
 
 
 def print_report(report: Any, console: Console = err) -> None:
     """Print the findings of a data set's check, and a closing sentence."""
     for finding in report.findings:
         color = "red" if finding.severity == "error" else "yellow"
-        say(console, finding.severity, color, f"{finding.case or '(all)'}: {finding.message}")
+        say(f"{finding.case or '(all)'}: {finding.message}", finding.severity, color, console)
     console.print(printable(report.summary()))
 
 
@@ -82,35 +118,26 @@ def print_plan(plan: dict[str, Any], split: Any, run: Path) -> None:
     for name, text in rows.items():
         err.print(f"  {name:<9} {printable(text)}")
     for warning in (*split.warnings, *plan_warnings(plan)):
-        say(err, "warning", "yellow", warning)
+        say(warning)
 
 
 def print_metrics(path: Path) -> dict[str, Any]:
     """Print mean scores per class and over classes from ``metrics.json``, and return its content."""
-    try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}).") from None
+    report = read_json(path)
     table = Table("class", "Dice", "HD95 mm", "surface Dice", "cases", box=None, pad_edge=False)
-
-    def number(value: float | None, digits: int) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    summary = report["summary"]
+    summary, digits = report["summary"], {"dice": 4, "hd95_mm": 2, "surface_dice": 4}
     for name, row in {**summary["classes"], "mean": summary["mean"]}.items():
-        scores = [number(row[m], d) for m, d in (("dice", 4), ("hd95_mm", 2), ("surface_dice", 4))]
+        scores = ["-" if row[metric] is None else f"{row[metric]:.{n}f}" for metric, n in digits.items()]
         table.add_row(printable(name), *scores, str(row["n"]) if name in summary["classes"] else "")
     wide = Console(width=10_000, highlight=False, markup=False)  # in a file names are not cut
     (out if out.is_terminal else wide).print(table)
     for warning in report.get("warnings", ()):
-        say(err, "warning", "yellow", warning)
+        say(warning)
     for problem in report["problems"]:
-        say(err, "not scored", "yellow", f"{problem['case']}: {problem['problem']}")
-    seen = {row["case"] for row in report["rows"] if row.get("trained_on")}
-    if seen:
-        text = (
+        say(f"{problem['case']}: {problem['problem']}", "not scored")
+    if seen := {row["case"] for row in report["rows"] if row.get("trained_on")}:
+        say(
             f"the run was trained on {len(seen)} of {counted(summary['cases'], 'case')} (trained_on in metrics.csv): "
             "the scores of those say nothing about new scans. Choose other cases with --cases."
         )
-        say(err, "warning", "yellow", text)
     return report

@@ -9,67 +9,48 @@ from typing import Annotated
 
 import typer
 
-from medseg_supcon.cli.options import (
-    CasesOption,
-    DatasetArg,
-    DeviceOption,
-    MismatchOption,
-    SettingsOption,
-    TrustOption,
-    ValidationOption,
-)
+from medseg_supcon.cli import terminal
 from medseg_supcon.cli.terminal import err, out, print_metrics, print_plan, print_report, printable, say
 from medseg_supcon.errors import RunError
 
 LENGTH = "Length of the training; default: 120 epochs of 50 steps on a CPU, 60 of 250 on a GPU."
 MINUTES = "Train for as many epochs as fit into M minutes on this machine, which is measured."
 BUDGET = "Number of labelled scans to use, validation included (default: all). The others are treated as unlabelled."
+RECIPE = "joint (the default), dice_ce, two_stage, semi, or a .yaml file of your own."
+UNLABELLED = "Folder of more scans without labels, for recipes that use them."
+SEED = "Seed of the split, the weights and all random draws (default: 0)."
 RunOption = Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder of the run; it becomes a MONAI bundle.")]
-RecipeOption = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="joint (the default), dice_ce, two_stage, semi, or a .yaml file of your own."),
-]
+RecipeOption = Annotated[str | None, typer.Option(metavar="NAME", help=RECIPE)]
 EpochsOption = Annotated[int | None, typer.Option(min=1, metavar="N", help=LENGTH)]
 MinutesOption = Annotated[float | None, typer.Option(min=0.1, metavar="M", help=MINUTES)]
 LabelsOption = Annotated[int | None, typer.Option(min=1, metavar="N", help=BUDGET)]
-UnlabelledOption = Annotated[
-    Path | None,
-    typer.Option(metavar="FOLDER", help="Folder of more scans without labels, for recipes that use them."),
-]
-InitOption = Annotated[
-    Path | None,
-    typer.Option(metavar="RUN", help="Start from the weights of an earlier run (fine-tuning)."),
-]
-SeedOption = Annotated[
-    int | None,
-    typer.Option(min=0, metavar="N", help="Seed of the split, the weights and all random draws (default: 0)."),
-]
+UnlabelledOption = Annotated[Path | None, typer.Option(metavar="FOLDER", help=UNLABELLED)]
+InitOption = Annotated[Path | None, typer.Option(metavar="RUN", help="Start from the weights of an earlier run.")]
+SeedOption = Annotated[int | None, typer.Option(min=0, metavar="N", help=SEED)]
 
 
 def plan(
-    dataset: DatasetArg,
+    dataset: terminal.DatasetArg,
     run: RunOption,
     recipe: RecipeOption = None,
     epochs: EpochsOption = None,
     minutes: MinutesOption = None,
-    cases: CasesOption = None,
+    cases: terminal.CasesOption = None,
     labels: LabelsOption = None,
-    validation: ValidationOption = None,
+    validation: terminal.ValidationOption = None,
     unlabelled: UnlabelledOption = None,
     init: InitOption = None,
     seed: SeedOption = None,
-    device: DeviceOption = None,
-    settings: SettingsOption = None,
-    allow_affine_mismatch: MismatchOption = False,
-    trust: TrustOption = False,
+    device: terminal.DeviceOption = None,
+    settings: terminal.SettingsOption = None,
+    mismatch: terminal.MismatchOption = False,
+    trust: terminal.TrustOption = False,
 ) -> None:
     """Write the bundle that would be trained, with its expected time and memory. 'medseg train' continues from it."""
     from medseg_supcon.training import Request, check_device, prepare_dataset
 
     check_device(device)
-    request = Request(
-        recipe, epochs, minutes, cases, labels, validation, unlabelled, init, seed, settings, allow_affine_mismatch
-    )
+    request = Request(recipe, epochs, minutes, cases, labels, validation, unlabelled, init, seed, settings, mismatch)
     made, split = prepare_dataset(dataset, run, request, show=print_report, device=device, trust=trust)
     print_plan(made, split, run)
     command = f"medseg train {quote(str(dataset))} --out {quote(str(run))}"
@@ -77,22 +58,22 @@ def plan(
 
 
 def train(
-    dataset: DatasetArg,
+    dataset: terminal.DatasetArg,
     run: RunOption,
     recipe: RecipeOption = None,
     epochs: EpochsOption = None,
     minutes: MinutesOption = None,
-    cases: CasesOption = None,
+    cases: terminal.CasesOption = None,
     labels: LabelsOption = None,
-    validation: ValidationOption = None,
+    validation: terminal.ValidationOption = None,
     unlabelled: UnlabelledOption = None,
     init: InitOption = None,
     seed: SeedOption = None,
-    device: DeviceOption = None,
-    settings: SettingsOption = None,
+    device: terminal.DeviceOption = None,
+    settings: terminal.SettingsOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
-    allow_affine_mismatch: MismatchOption = False,
-    trust: TrustOption = False,
+    mismatch: terminal.MismatchOption = False,
+    trust: terminal.TrustOption = False,
 ) -> None:
     """Train a segmentation network on a data set; the run is a MONAI bundle."""
     from medseg_supcon.bundle import is_planned, is_started
@@ -107,9 +88,7 @@ def train(
     )
 
     check_device(device)
-    request = Request(
-        recipe, epochs, minutes, cases, labels, validation, unlabelled, init, seed, settings, allow_affine_mismatch
-    )
+    request = Request(recipe, epochs, minutes, cases, labels, validation, unlabelled, init, seed, settings, mismatch)
     if is_started(run) and not resume:
         raise RunError(f"{run} already contains a trained run. Choose another --out, or continue it with --resume.")
     if resume and epochs is not None and is_planned(run):
@@ -122,19 +101,12 @@ def train(
         check_planned(dataset, run, request, resume=resume, show=print_report, trust=trust)
         err.print(printable(f"{'Resuming' if resume else 'Training'} the run planned in {run}."))
         if request.options():
-            say(
-                err,
-                "note",
-                "yellow",
-                f"{', '.join(request.options())}: the values in plan.json and train.yaml are used",
-            )
+            say(f"{', '.join(request.options())}: the values in plan.json and train.yaml are used", "note")
     else:
         made, split = prepare_dataset(dataset, run, request, show=print_report, device=device, trust=trust)
         print_plan(made, split, run)
     train_run(run, device=device, resume=resume, trust=trust)
     print_metrics(run / "eval" / "metrics.json")
     card, command = run / "docs" / "README.md", f"medseg predict {quote(str(run))} SCANS --out MASKS"
-    out.print(
-        f"\nThe run is in {printable(run)} (a MONAI bundle; {printable(card)} describes it).\n"
-        f"Masks of new scans: {printable(command)}"
-    )
+    out.print(f"\nThe run is in {printable(run)} (a MONAI bundle; {printable(card)} describes it).")
+    out.print(f"Masks of new scans: {printable(command)}")

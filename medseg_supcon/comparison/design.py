@@ -9,16 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-)
-from pydantic.functional_validators import field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from medseg_supcon.bundle import read_recipe, read_yaml_file, shared_folder
 from medseg_supcon.datasets import VALIDATION, Case, Dataset, Split, split_cases
@@ -29,22 +20,15 @@ Names = Iterable[str] | None
 Axes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # axis -> level -> settings
 
 PUT_ASIDE = 0.25  # share of the cases to test on if no case is left over
-EXPECTED = {
-    "recipes": "a list of names or .yaml files, or a mapping NAME: {recipe: NAME or file, KEY: VALUE, ...}",
-    "variants": "a mapping AXIS: {LEVEL: {KEY: VALUE, ...}, ...}",
-    "seeds": "a list of whole numbers from 0",
-    "labels": "a list of whole numbers from 1, or 'all'",
-    "validation": "a share from 0 to 0.9",
-    "epochs": "a whole number from 1",
-    "settings": "a mapping KEY: VALUE",
-    "robustness": "true or false",
-    "training_score": "true or false",
-}
 AsList = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 # a level may be called 0.1
 NamedByText = BeforeValidator(lambda value: {str(k): v for k, v in value.items()} if isinstance(value, dict) else value)
 Level = Annotated[dict[str, Any], BeforeValidator(lambda settings: {} if settings is None else settings)]
 Levels = Annotated[dict[str, Level], NamedByText]
+Seeds = Annotated[list[NonNegativeInt], AsList, Field(min_length=1)]
+Budgets = Annotated[list[PositiveInt | Literal["all"]], AsList, Field(min_length=1)]
+RECIPES = "a list of names or .yaml files, or a mapping NAME: {recipe: NAME or file, KEY: VALUE, ...}"
+VARIANTS = "a mapping AXIS: {LEVEL: {KEY: VALUE, ...}, ...}"
 
 
 class Recipe(BaseModel):
@@ -54,34 +38,33 @@ class Recipe(BaseModel):
     recipe: str
 
 
+def _recipes_by_name(recipes: Any) -> Any:
+    if not (isinstance(recipes, list) and all(isinstance(recipe, str) for recipe in recipes)):
+        return {str(name): of for name, of in recipes.items()} if isinstance(recipes, dict) else recipes
+    by_name = {Path(recipe).stem: {"recipe": recipe} for recipe in recipes}
+    if len(by_name) < len(recipes):
+        raise ValueError("two recipes of one name")
+    return by_name
+
+
 class ComparisonConfig(BaseModel):
-    """What a comparison's file says; None: the command line's default applies."""
+    """What a comparison's file says; None: the command line's default applies. Descriptions say what is expected."""
 
     model_config = ConfigDict(strict=True, frozen=True)
-    recipes: Annotated[dict[str, Recipe], NamedByText] = {}
-    variants: Annotated[dict[str, Levels], NamedByText] = {}
-    seeds: Annotated[list[NonNegativeInt], AsList, Field(min_length=1)] | None = None
-    labels: Annotated[list[PositiveInt | Literal["all"]], AsList, Field(min_length=1)] | None = None
-    validation: Annotated[float, Field(ge=0, le=0.9)] | None = None
-    epochs: PositiveInt | None = None
-    settings: dict[str, Any] = {}
-    robustness: bool | None = None
-    training_score: bool = False
+    recipes: Annotated[dict[str, Recipe], BeforeValidator(_recipes_by_name)] = Field(default={}, description=RECIPES)
+    variants: Annotated[dict[str, Levels], NamedByText] = Field(default={}, description=VARIANTS)
+    seeds: Seeds | None = Field(default=None, description="a list of whole numbers from 0")
+    labels: Budgets | None = Field(default=None, description="a list of whole numbers from 1, or 'all'")
+    validation: float | None = Field(default=None, ge=0, le=0.9, description="a share from 0 to 0.9")
+    epochs: PositiveInt | None = Field(default=None, description="a whole number from 1")
+    settings: dict[str, Any] = Field(default={}, description="a mapping KEY: VALUE")
+    robustness: bool | None = Field(default=None, description="true or false")
+    training_score: bool = Field(default=False, description="true or false")
 
     @property
     def named_recipes(self) -> list[tuple[str, str]]:
         """(name, name or file), the baseline first."""
         return [(name, recipe.recipe) for name, recipe in self.recipes.items()]
-
-    @field_validator("recipes", mode="before")
-    @classmethod
-    def _by_name(cls, recipes: Any) -> Any:
-        if not (isinstance(recipes, list) and all(isinstance(recipe, str) for recipe in recipes)):
-            return recipes
-        by_name = {Path(recipe).stem: {"recipe": recipe} for recipe in recipes}
-        if len(by_name) < len(recipes):
-            raise ValueError("two recipes of one name")
-        return by_name
 
 
 def read_comparison(name: str | Path) -> ComparisonConfig:
@@ -92,17 +75,16 @@ def read_comparison(name: str | Path) -> ComparisonConfig:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
         raise ConfigError(f"--config {name}: the file does not exist. Known by name: {known}.")
-    given = read_yaml_file(path, str(path)) or {}
+    given, fields = read_yaml_file(path, str(path)) or {}, ComparisonConfig.model_fields
     if not isinstance(given, dict):
-        raise ConfigError(f"{path} must be a mapping of {', '.join(EXPECTED)}; found {given!r:.80}.")
-    for key in given:
-        if key not in EXPECTED:
-            raise ConfigError(f"{path} has an unknown key {key!r}. {suggestion(key, EXPECTED)}")
+        raise ConfigError(f"{path} must be a mapping of {', '.join(fields)}; found {given!r:.80}.")
+    if unknown := [key for key in given if key not in fields]:
+        raise ConfigError(f"{path} has an unknown key {unknown[0]!r}. {suggestion(unknown[0], fields)}")
     try:
         config = ComparisonConfig.model_validate(given)
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
-        raise ConfigError(f"{path}: {key} must be {EXPECTED[key]}; found {given[key]!r:.200}.") from None
+        raise ConfigError(f"{path}: {key} must be {fields[key].description}; found {given[key]!r:.200}.") from None
     for recipe in config.recipes.values():
         if recipe.recipe.endswith((".yaml", ".yml")):
             recipe.recipe = str(path.parent / recipe.recipe)
@@ -118,12 +100,10 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The levels in words: ``SGD, fixed, with``."""
-        return ", ".join(self.levels.values())
+        return ", ".join(self.levels.values())  # such as "SGD, fixed, with"
 
     @property
     def folder(self) -> str:
-        """The name as part of a folder's name."""
         return "-".join(re.sub(r"[^\w.]+", "_", level) for level in self.levels.values())
 
 
@@ -151,8 +131,7 @@ class Cell:
     variant: Variant = Variant()
 
     @property
-    def name(self) -> str:
-        """The name of the run's folder."""
+    def name(self) -> str:  # of the run's folder
         under = f"_{self.variant.folder}" if self.variant.folder else ""
         return f"{self.recipe}{under}_labels{self.labels}_seed{self.seed}"
 
@@ -210,8 +189,7 @@ def design_comparison(
     get them as unlabelled scans either); if there are none of those, a quarter of the cases is put aside first.
 
     ``recipes``, the baseline first, are names or files, or (name, name or file); ``labels`` are budgets, validation (a
-    share below 1) included, None for the whole pool. A `ConfigError` for recipes or values that cannot be compared, a
-    `DataError` for cases that are unknown, on both sides or without label, or if no case is left to test on.
+    share below 1) included, None for the whole pool. A `ConfigError` or `DataError` if they cannot be compared.
     """
     named = [r if isinstance(r, tuple) else (Path(r).stem, r) for r in recipes]
     names = tuple(name for name, _ in named)
@@ -229,48 +207,45 @@ def design_comparison(
         raise ConfigError("--seeds: expected whole numbers from 0, separated by commas, such as 0,1,2.")
     budgets = ["all" if budget is None else budget for budget in labels]
     for option, values in (("recipes", names[1:]), ("seeds", seeds), ("labels", budgets)):
-        repeated = [value for number, value in enumerate(values) if value in values[:number]]
-        if repeated:
+        if repeated := [value for number, value in enumerate(values) if value in values[:number]]:
             raise ConfigError(f"--{option}: {repeated[0]} is given twice. Give each value once.")
     pool, test, tested_on = _test_cases(dataset, cases, test_cases, labels, split_seed)
     most = max((budget for budget in labels if budget is not None), default=0)
     if test and most > len(pool.labelled):
-        raise DataError(
-            f"--labels {most}: in addition to {counted(len(test), 'test case')}, {dataset.root} has "
-            f"{counted(len(pool.labelled), 'labelled case')}. Ask for at most that many, or name fewer cases to test on "
-            "with --test-cases FILE."
-        )
+        labelled = f"{dataset.root} has {counted(len(pool.labelled), 'labelled case')}"
+        cure = "Ask for at most that many, or name fewer cases to test on with --test-cases FILE."
+        raise DataError(f"--labels {most}: in addition to {counted(len(test), 'test case')}, {labelled}. {cure}")
     splits: dict[int, Split] = {}
     for budget in labels:
         split = split_cases(pool, labels=budget, seed=split_seed, validation_fraction=validation)
-        splits[len({c.name for c in (*split.training, *split.validation)})] = split
+        splits[len(_names((*split.training, *split.validation)))] = split
     if not test:
-        used = {c.name for s in splits.values() for c in (*s.training, *s.validation)}
-        patients = {c.patient for c in pool.cases if c.name in used and c.patient is not None}
-        test = tuple(c for c in pool.labelled if c.name not in used and c.patient not in patients)
-        tested = {case.name for case in test}
+        used = [case for split in splits.values() for case in (*split.training, *split.validation)]
+        taken, patients = _names(used), {case.patient for case in used} - {None}
+        test = tuple(c for c in pool.labelled if c.name not in taken and c.patient not in patients)
+        tested = _names(test)
         for n, split in splits.items():
             splits[n] = replace(split, unlabelled=tuple(c for c in split.unlabelled if c.name not in tested))
-        tested_on = (
-            "the labelled cases that no run trains or validates on; no run gets them as unlabelled scans either "
-            "(--test-cases chooses others)"
-        )
+        none = "no run gets them as unlabelled scans either (--test-cases chooses others)"
+        tested_on = f"the labelled cases that no run trains or validates on; {none}"
     if not test:
-        raise DataError(
-            f"{dataset.root}: no labelled case is left to test on. Name some with --test-cases FILE, or give smaller "
-            "budgets with --labels."
-        )
+        cure = "Name some with --test-cases FILE, or give smaller budgets with --labels."
+        raise DataError(f"{dataset.root}: no labelled case is left to test on. {cure}")
     # A recipe that needs unlabelled scans would otherwise fail hours later.
-    bare = [n for n, split in splits.items() if not split.unlabelled]
-    for name, file in files.items():
-        if bare and read_recipe(file).get("train::sampler::required"):
-            raise ConfigError(
-                f"The recipe {name} also learns from scans without labels, and with {counted(bare[0], 'labelled scan')} "
-                "none is left: the others are tested on, or all are labelled. Name the scans to test on with "
-                "--test-cases FILE, so that the rest counts as unlabelled, or give smaller budgets with --labels."
-            )
+    bare = next((n for n, split in splits.items() if not split.unlabelled), None)
+    needing = [name for name, file in files.items() if read_recipe(file).get("train::sampler::required")]
+    if bare is not None and needing:
+        raise ConfigError(
+            f"The recipe {needing[0]} also learns from scans without labels, and with {counted(bare, 'labelled scan')} "
+            "none is left: the others are tested on, or all are labelled. Name the scans to test on with --test-cases "
+            "FILE, so that the rest counts as unlabelled, or give smaller budgets with --labels."
+        )
     splits, axes = dict(sorted(splits.items())), axes or {}
     return Design(dataset, names, files, tuple(seeds), splits, test, tested_on, own or {}, axes, make_variants(axes))
+
+
+def _names(cases: Iterable[Case]) -> set[str]:
+    return {case.name for case in cases}
 
 
 def _test_cases(
@@ -278,7 +253,8 @@ def _test_cases(
 ) -> tuple[Dataset, tuple[Case, ...], str]:
     """The pool, the test cases (none: what the budgets leave), and how they were chosen."""
     pool = dataset if cases is None else dataset.select(cases)
-    in_pool = {case.name for case in pool.cases}
+    in_pool, tested_on = _names(pool.cases), "the labelled cases that --cases leaves out"
+    test = tuple(case for case in dataset.labelled if case.name not in in_pool)
     if test_cases is not None:
         test, tested_on = dataset.select(test_cases).cases, "the cases that --test-cases names"
         for case in test:
@@ -286,28 +262,20 @@ def _test_cases(
                 raise DataError(f"--test-cases: {case.name!r} has no label map to test against. Leave it out.")
             if case.name in in_pool and cases is not None:
                 raise DataError(f"{case.name!r} is in --cases and in --test-cases: a case cannot train and test.")
-    else:
-        test = tuple(case for case in dataset.labelled if case.name not in in_pool)
-        tested_on = "the labelled cases that --cases leaves out"
-        if not test and all(n is not None and n < len(pool.labelled) for n in labels):
-            return pool, (), ""
-        if not test:
-            split = split_cases(pool, seed=split_seed, validation_fraction=PUT_ASIDE)
-            if split.warnings:
-                raise DataError(
-                    f"{dataset.root}: comparing recipes takes at least two labelled patients, one of them to test on; "
-                    f"found {counted(len(dataset.labelled), 'labelled case')}."
-                )
-            test = split.validation
-            tested_on = f"{counted(len(test), 'case')} put aside at random first (--test-cases chooses others)"
-    names, patients = {case.name for case in test}, {case.patient for case in test if case.patient is not None}
-    rest = [case for case in pool.cases if case.name not in names]
-    for case in rest:
-        if case.patient in patients:
-            raise DataError(
-                f"case {case.name!r} would train, and another scan of its patient {case.patient!r} tests. Keep a patient's "
-                "scans on one side: name the cases with --cases and --test-cases."
-            )
+    elif not test and all(budget is not None and budget < len(pool.labelled) for budget in labels):
+        return pool, (), ""
+    elif not test:
+        split = split_cases(pool, seed=split_seed, validation_fraction=PUT_ASIDE)
+        if split.warnings:
+            needed = "comparing recipes takes at least two labelled patients, one of them to test on"
+            raise DataError(f"{dataset.root}: {needed}; found {counted(len(dataset.labelled), 'labelled case')}.")
+        test = split.validation
+        tested_on = f"{counted(len(test), 'case')} put aside at random first (--test-cases chooses others)"
+    patients, tested = {case.patient for case in test} - {None}, _names(test)
+    rest = [case for case in pool.cases if case.name not in tested]
+    if both := [case for case in rest if case.patient in patients]:
+        who = f"case {both[0].name!r} would train, and another scan of its patient {both[0].patient!r} would test"
+        raise DataError(f"{who}. Keep a patient's scans on one side: name the cases with --cases and --test-cases.")
     if not rest:
         raise DataError(f"{pool.root}: every case is a test case, none is left to train on.")
     return pool.select(case.name for case in rest), test, tested_on

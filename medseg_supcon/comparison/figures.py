@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from medseg_supcon.comparison.statistics import MEAN, excludes_zero
-from medseg_supcon.evaluation import INK, color_of, dress, dress_epochs, legend_below, new_figure, save
+from medseg_supcon.evaluation import INK, color_of, dress, legend_below, new_figure, save
 
 Row = Mapping[str, Any]
-History = Sequence[Mapping[str, float]]
 
 BASELINE_COLOR = "#555555"
 MARKERS = "osD^vP*X"
@@ -29,7 +28,7 @@ DICE_MARKS: dict[str, Row] = {
 
 
 def _styles(recipes: Sequence[str]) -> dict[str, tuple[Any, str, float]]:
-    """Colour and marker of each recipe, and where it stands around its place (-0.5 to 0.5); grey for the baseline."""
+    """Colour and marker of each recipe, and its offset from a position (-0.5 to 0.5); grey for the baseline."""
     names = list(dict.fromkeys(recipes))
     colors = [BASELINE_COLOR, *COLORS, *(color_of(i) for i in range(len(COLORS) + 1, len(names)))]
     shifts = (np.arange(len(names)) - (len(names) - 1) / 2) / len(names)
@@ -108,25 +107,9 @@ def robustness_figure(robustness: Sequence[Row], recipes: Sequence[str], path: P
     figure, axis = _axis(7.2, 3.6, f"Mean Dice on degraded test scans ({budget} labels)", names=conditions)
     for recipe, (color, _, shift) in _styles(recipes).items():
         heights = np.array([dice[condition, recipe] for condition in conditions], dtype=float)  # None becomes NaN
-        place, width = np.arange(len(conditions)) + 0.8 * shift, 0.74 / len(set(recipes))
-        axis.bar(place, heights, width, color=color, label=recipe)
+        place = np.arange(len(conditions)) + 0.8 * shift
+        axis.bar(place, heights, 0.74 / len(set(recipes)), color=color, label=recipe)
     axis.set_ylim(0, 1)
-    _finish(figure, path)
-
-
-def learning_figure(histories: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
-    """Loss, contrastive loss and validation Dice by epoch at the largest budget; thin: each run, bold: their mean."""
-    _, runs = _of_largest_budget(histories)
-    epochs = [int(row["epoch"]) for run in runs for row in run["history"]]
-    figure = new_figure(10.5, 3.4)
-    columns = (("loss", "Training loss"), CONTRAST, DICE)
-    for axis, (column, title) in zip(figure.subplots(1, 3), columns, strict=True):
-        for recipe, (color, _, _) in _styles(recipes).items():
-            curves = _used_curves([run["history"] for run in runs if run["recipe"] == recipe], column)
-            for curve in curves:
-                axis.plot(list(curve), list(curve.values()), color=color, linewidth=0.7, alpha=0.5)
-            _plot_mean(axis, curves, color=color, linewidth=2.0, label=recipe)
-        dress_epochs(axis, title, epochs)
     _finish(figure, path)
 
 
@@ -149,42 +132,57 @@ def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> Non
     _finish(figure, path, most=6)
 
 
+def learning_figure(histories: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
+    """Loss, contrastive loss and validation Dice by epoch at the largest budget; thin: each run, bold: their mean."""
+    _, runs = _of_largest_budget(histories)
+    figure, styles = new_figure(10.5, 3.4), _styles(recipes)
+    looks = [({"recipe": name}, {"color": styles[name][0], "linewidth": 2.0, "label": name}) for name in styles]
+    for axis, (column, title) in zip(figure.subplots(1, 3), (("loss", "Training loss"), CONTRAST, DICE), strict=True):
+        _draw_curves(axis, title, column, runs, looks, each=True)
+    _finish(figure, path)
+
+
 def grid_curves_figure(histories: Sequence[Row], variants: Sequence[Row], recipes: Sequence[str], path: Path) -> None:
     """Contrastive loss and validation Dice by epoch: a column per level of the first axis, a colour per variant."""
     _, runs = _of_largest_budget(histories)
-    epochs = [int(row["epoch"]) for run in runs for row in run["history"]]
     first, *others = variants[0]["levels"]
     columns = list(dict.fromkeys(v["levels"][first] for v in variants)) if others else [first]
     group_of = {v["name"]: ", ".join(f"{a} {v['levels'][a]}" for a in others or [first]) for v in variants}
-    groups = list(dict.fromkeys(group_of.values()))
+    colors = {group: COLORS[i % len(COLORS)] for i, group in enumerate(dict.fromkeys(group_of.values()))}
     lines = dict(zip(dict.fromkeys(recipes), LINES * len(recipes), strict=False))
     figure = new_figure(max(5.0, 1.0 + 3.3 * len(columns)), 6.2)
     axes = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
-    for row, (name, title) in zip(axes, (CONTRAST, DICE), strict=True):
-        for axis, level in zip(row, columns, strict=True):
-            for variant, (recipe, line) in product(variants, lines.items()):
-                if not others or variant["levels"][first] == level:
-                    color = COLORS[groups.index(group_of[variant["name"]]) % len(COLORS)]
-                    mine = [r["history"] for r in runs if (r["variant"], r["recipe"]) == (variant["name"], recipe)]
-                    _plot_mean(axis, _used_curves(mine, name), linestyle=line, color=color, linewidth=1.6)
-            dress_epochs(axis, f"{level}: {title.lower()}" if others else title, epochs)
+    for (level_number, level), (row, (column, title)) in product(enumerate(columns), enumerate((CONTRAST, DICE))):
+        shown = [v["name"] for v in variants if not others or v["levels"][first] == level]
+        looks = [
+            (
+                {"variant": name, "recipe": recipe},
+                {"color": colors[group_of[name]], "linestyle": line, "linewidth": 1.6},
+            )
+            for name, (recipe, line) in product(shown, lines.items())
+        ]
+        heading = f"{level}: {title.lower()}" if others else title
+        _draw_curves(axes[row, level_number], heading, column, runs, looks)
     for axis in axes[0]:
         axis.set_xlabel("")
-    for i, group in enumerate(groups):
-        axes[0, 0].plot([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=group)
+    for group, color in colors.items():
+        axes[0, 0].plot([], [], color=color, linewidth=2, label=group)
     for recipe, line in lines.items():
         axes[0, 0].plot([], [], color=INK, linestyle=line, label=recipe)
     _finish(figure, path, most=4)
 
 
-def _used_curves(histories: Sequence[History], column: str) -> list[dict[int, float]]:
-    """Epoch -> value of each history; without those that are 0 throughout: a term that is not in use."""
-    curves = [{int(row["epoch"]): row[column] for row in rows if column in row} for rows in histories]
-    return [curve for curve in curves if any(curve.values())]
-
-
-def _plot_mean(axis: Any, curves: Sequence[dict[int, float]], **style: Any) -> None:
-    """The mean of the curves over the epochs that all have; a line alone would not show a single point."""
-    epochs = sorted(set.intersection(*map(set, curves))) if curves else []
-    mean = [float(np.mean([curve[epoch] for curve in curves])) for epoch in epochs]
-    axis.plot(epochs, mean, marker="." if len(epochs) < 3 else "", **style)
+def _draw_curves(
+    axis: Any, title: str, column: str, runs: Sequence[Row], looks: Sequence[tuple[Row, Row]], each: bool = False
+) -> None:
+    """By epoch, the mean of the runs that have a look's keys, over the epochs that all have; with ``each``, also each run."""
+    for keys, look in looks:
+        histories = [run["history"] for run in runs if keys.items() <= run.items()]
+        curves = [{int(row["epoch"]): row[column] for row in rows if column in row} for rows in histories]
+        curves = [curve for curve in curves if any(curve.values())]  # 0 throughout: a term that is not in use
+        for curve in curves if each else ():
+            axis.plot(list(curve), list(curve.values()), color=look["color"], linewidth=0.7, alpha=0.5)
+        epochs = sorted(set.intersection(*map(set, curves))) if curves else []
+        mean = [float(np.mean([curve[epoch] for curve in curves])) for epoch in epochs]
+        axis.plot(epochs, mean, marker="." if len(epochs) < 3 else "", **look)  # a line alone would not show a point
+    dress(axis, title, epochs=[int(row["epoch"]) for run in runs for row in run["history"]])

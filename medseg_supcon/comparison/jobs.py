@@ -1,37 +1,122 @@
-"""``medseg compare``: prepare every run, train and test what is not done yet, and write the report."""
+"""One run of a comparison as a job: trained and tested in a process of its own, several at the same time."""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from queue import SimpleQueue
-from time import monotonic
+from threading import Thread, local
+from time import sleep
 from typing import Any
 
 import torch
 
-from medseg_supcon.comparison.cell import is_done
-from medseg_supcon.comparison.design import Cell, Design
-from medseg_supcon.comparison.report import write_comparison
-from medseg_supcon.comparison.results import read_results
-from medseg_supcon.comparison.runs import Say, make_plans, prepare_cells, refuse_untrusted
-from medseg_supcon.errors import RunError
-from medseg_supcon.files import folder_lock, read_json, write_text
-from medseg_supcon.text import counted
+from medseg_supcon.bundle import is_planned, read_config
+from medseg_supcon.datasets import load_items
+from medseg_supcon.errors import MedsegError, RunError
+from medseg_supcon.files import read_json, write_text
+from medseg_supcon.inference import Predictor, evaluate_items
+from medseg_supcon.training import is_complete, machine_name, peak_memory_gib, train_run
 
-MARKER = "comparison.json"
+CLEAN, TRAINING = "clean", "training scans"
+NUMBERS = ("dice", "hd95_mm", "surface_dice", "volume_ml", "reference_volume_ml")
+COLUMNS = ("case", "class", *NUMBERS, "empty")
 # With -m, Python would import modules from the working folder before its own.
 WITHOUT_WORKING_FOLDER = """
 import sys; sys.path = [p for p in sys.path if p]
-from medseg_supcon.comparison import cell; sys.exit(cell.main())
+from medseg_supcon.comparison import jobs; sys.exit(jobs.main(*sys.argv[1:]))
 """
+# ``run`` (a planned run), ``tests`` (a folder), ``dataset_dir``, ``classes`` and ``conditions``: name -> items
+Job = Mapping[str, Any]
+
+
+def main(job: str, device: str, sharing: str, parent: str) -> int:
+    """The process of a job file, one of ``sharing`` on this machine: exit code 0, or 2 with a sentence on stderr."""
+    Thread(target=_end_with, args=(int(parent),), daemon=True).start()
+    logging.captureWarnings(True)
+    logging.disable(logging.WARNING)  # those of third parties are not for a person at a terminal
+    try:
+        run_cell(read_json(Path(job)), device, int(sharing) > 1, int(sharing))
+    except MedsegError as error:
+        sys.stderr.write(f"medseg: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process if the comparison was killed, so that it does not train beside the next call."""
+    while os.getppid() == parent:
+        sleep(0.5)
+    os._exit(130)
+
+
+def run_cell(job: Job, device: str, quiet: bool = False, sharing: int = 1) -> None:
+    """Do what is left of one run, whose configs `compare` has checked for trust; ``sharing`` runs share the memory."""
+    run, tests = Path(job["run"]), Path(job["tests"])
+    if not is_complete(run):
+        train_run(run, device=device, resume=True, quiet=quiet, trust=True, **_memory_share(run, sharing))
+        # after an interruption, the larger of the two parts' peaks
+        memory = max(read_cost(tests)["memory_gib"] or 0.0, peak_memory_gib(torch.device(device)))
+        cost = {"memory_gib": round(memory, 3), "machine": machine_name(torch.device(device))}
+        write_text(tests / "cost.json", json.dumps(cost) + "\n")
+    for condition, items in job["conditions"].items():
+        if read_scores(job, condition) is None:
+            folder = scores_folder(tests, condition)
+            (folder / "metrics.json").unlink(missing_ok=True)
+            evaluate_items(Predictor(run, device=device, trust=True), load_items(items, job["dataset_dir"]), folder)
+            if condition != CLEAN:
+                shutil.rmtree(folder / "predictions", ignore_errors=True)
+
+
+def _memory_share(run: Path, sharing: int) -> dict[str, str]:
+    """This process's part of the memory that the run's config lets the cache take."""
+    if sharing == 1 or not is_planned(run):
+        return {}
+    whole = read_config(run / "configs" / "train.yaml")["memory_share"]
+    return {"memory_share": f"$({str(whole).removeprefix('$')}) / {sharing}"}
+
+
+def is_done(job: Job) -> bool:
+    """Trained to its end, and tested under every condition on exactly these cases."""
+    return is_complete(Path(job["run"])) and all(read_scores(job, name) is not None for name in job["conditions"])
+
+
+def scores_folder(tests: Path, condition: str) -> Path:
+    """The folder of a run's scores under a condition."""
+    return tests / condition.replace(" ", "_")
+
+
+def read_scores(job: Job, condition: str) -> list[dict[str, Any]] | None:
+    """A row per case and class; None if missing, damaged, or of other weights, cases or classes than the run's now."""
+    path = scores_folder(Path(job["tests"]), condition) / "metrics.json"
+    with suppress(OSError, RunError, KeyError, TypeError, ValueError):
+        if path.stat().st_mtime < (Path(job["run"]) / "models" / "model.pt").stat().st_mtime:
+            return None
+        rows: list[dict[str, Any]] = read_json(path)["rows"]
+        wanted = {(item["name"], name) for item in job["conditions"][condition] for name in job["classes"]}
+        numbers = [row[key] for row in rows for key in NUMBERS if row[key] is not None]
+        if {(row["case"], row["class"]) for row in rows} == wanted and all(map(math.isfinite, numbers)):
+            return [{key: row.get(key) for key in COLUMNS} for row in rows]
+    return None
+
+
+def read_cost(tests: Path) -> dict[str, Any]:
+    """``memory_gib`` (of the process or its GPU) and ``machine`` of a run's training; None if it is not known."""
+    with suppress(RunError, KeyError, TypeError, ValueError):
+        saved = read_json(tests / "cost.json")
+        return {"memory_gib": float(saved["memory_gib"]), "machine": str(saved["machine"])}
+    return {"memory_gib": None, "machine": None}
 
 
 def devices(device: str | None, workers: int | None = None) -> list[str]:
@@ -47,130 +132,56 @@ def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Callable[[Path, s
     One worker shows its progress. Several are silent, write ``JOB.log``, and share CPU threads and memory for scans.
     ``where`` has a device for each worker; ``done`` is called here after each job, with what went wrong ("": nothing).
     """
-    pool = _Pool(where)
-    free: SimpleQueue[str] = SimpleQueue()
-    for device in where:
-        free.put(device)
+    processes, own, free = set[subprocess.Popen[bytes]](), local(), iter(where)
+
+    def take_device() -> None:
+        own.device = next(free)
 
     def task(job: Path) -> str:
-        device = free.get()
-        try:
-            return pool.run(job, device, log=job.with_suffix(".log") if len(where) > 1 else None)
-        finally:
-            free.put(device)
+        return run_process(job, own.device, where, processes)
 
-    with ThreadPoolExecutor(len(where)) as threads:
+    with ThreadPoolExecutor(len(where), initializer=take_device) as threads:
         running = {threads.submit(task, job): job for job in jobs}
         try:
             for future in as_completed(running):
                 done(running[future], future.result())
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
-            for process in list(pool.running):  # a checkpoint is written whole or not at all
+            for process in list(processes):  # a checkpoint is written whole or not at all
                 process.terminate()
             raise
 
 
-class _Pool:
-    """The running processes."""
-
-    def __init__(self, where: Sequence[str]) -> None:
-        self.where = where
-        self.running: set[subprocess.Popen[bytes]] = set()
-
-    def run(self, job: Path, device: str, log: Path | None) -> str:
-        """One job to its end: what went wrong, or an empty string."""
-        environment, name = self._environment(device)
-        command = [sys.executable, "-W", "ignore", "-c", WITHOUT_WORKING_FOLDER, str(job), "--device", name]
-        command += ["--beside", str(len(self.where) - 1), "--parent", str(os.getpid())] + ["--quiet"] * bool(log)
-        with log.open("wb") if log else nullcontext() as stream:
-            process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
-            self.running.add(process)
-            code = process.wait()
-            self.running.discard(process)
-        if code in (130, -signal.SIGINT):
-            raise KeyboardInterrupt
-        if code < 0:  # the process itself says nothing
-            return f"it was ended by {signal.Signals(-code).name}; perhaps memory ran out"
-        if code == 0 or log is None:
-            return "see above" if code else ""
-        lines = log.read_text(errors="replace").strip().splitlines()
-        return lines[-1].removeprefix("medseg: ") if lines else f"see {log}"
-
-    def _environment(self, device: str) -> tuple[dict[str, str], str]:
-        """The process's environment, and its device's name in it."""
-        environment = dict(os.environ)
-        if device.startswith("cuda:"):
-            # A process sees its own GPU only: nothing in it can use another by default.
-            number, visible = device.removeprefix("cuda:"), environment.get("CUDA_VISIBLE_DEVICES")
-            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(number)] if visible else number
-            return environment, "cuda"
-        sharing = self.where.count(device)
-        if device == "cpu" and sharing > 1:
-            threads = str(max(1, torch.get_num_threads() // sharing))
-            environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        return environment, device
+def run_process(job: Path, device: str, where: Sequence[str], processes: set[subprocess.Popen[bytes]]) -> str:
+    """One job to its end, its process among ``processes`` until then: what went wrong, or an empty string."""
+    environment, name = process_environment(device, where)
+    arguments = [str(job), name, str(len(where)), str(os.getpid())]
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_WORKING_FOLDER, *arguments]
+    log = job.with_suffix(".log") if len(where) > 1 else None
+    with log.open("wb") if log else nullcontext() as stream:
+        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+        processes.add(process)
+        code = process.wait()
+        processes.discard(process)
+    if code in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if code < 0:  # the process itself says nothing
+        return f"it was ended by {signal.Signals(-code).name}; perhaps memory ran out"
+    if code == 0:
+        return ""
+    lines = log.read_text(errors="replace").strip().splitlines() if log else ["see above"]
+    return lines[-1].removeprefix("medseg: ") if lines else f"see {log}"
 
 
-def compare(
-    design: Design,
-    out: Path,
-    *,
-    epochs: int | None = None,
-    settings: Sequence[tuple[str, Any]] = (),
-    device: str | None = None,
-    workers: int | None = None,
-    robustness: bool = True,
-    training_score: bool = False,
-    trust_scan_affine: bool = False,
-    trust: bool = False,
-    say: Say = print,
-) -> dict[str, Any]:
-    """Train and test every run of a design, write tables, pictures and ``report.html``; returns ``comparison.json``.
-
-    Finished runs are kept and interrupted ones go on, so the same call can be made again. ``epochs`` (default: the first
-    plan's length) and ``settings`` are those of all runs, ``trust_scan_affine`` is ``--allow-affine-mismatch``, and with
-    ``trust`` foreign code in the folder's runs is run. A `RunError` if the folder holds something else, another call is at
-    work in it, an earlier run was made with something else, a run failed, or one needs trust.
-    """
-    if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
-        raise RunError(f"{out} is not empty and holds no comparison. Choose another --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / MARKER).exists():
-        write_text(out / MARKER, "{}\n")
-    with folder_lock(out, wait=False) as free:
-        if not free:
-            raise RunError(f"Another medseg compare is at work in {out}. Wait for it, or choose another --out.")
-        refuse_untrusted(out, trust)
-        plans = make_plans(design, out, settings, epochs, device, trust_scan_affine, say)
-        jobs = prepare_cells(design, out, plans, settings, robustness, training_score)
-        _run(jobs, devices(device, workers), say)
-        report = write_comparison(out, read_results(design, next(iter(plans.values())), jobs, settings))
-        write_text(out / MARKER, json.dumps(report, indent=1, allow_nan=False) + "\n")
-        return report
-
-
-def _run(jobs: dict[Path, Cell], where: list[str], say: Say) -> None:
-    todo = [job for job in jobs if not is_done(read_json(job))]
-    if len(todo) < len(jobs):
-        say(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished already.")
-    start, ended = monotonic(), dict[Path, str]()
-
-    def done(job: Path, problem: str) -> None:
-        ended[job] = problem
-        count = len(ended)
-        left = (monotonic() - start) / count * (len(todo) - count) / 60
-        rest = f"; about {max(left, 1):.0f} min left" if count < len(todo) else ""
-        say(f"{count}/{len(todo)}  {jobs[job].name} {f'failed: {problem}' if problem else 'done'}{rest}")
-
-    if todo:
-        together = f", {len(where)} at the same time" if len(where) > 1 else ""
-        say(f"{counted(len(todo), 'run')} to do on {', '.join(dict.fromkeys(where))}{together}.")
-    run_jobs(todo, where, done)
-    failed = [(jobs[job].name, problem) for job, problem in ended.items() if problem]
-    if failed:
-        name, problem = failed[0]
-        raise RunError(
-            f"{len(failed)} of {len(jobs)} runs failed; {name}: {problem}. The others are kept: give the same command "
-            "again to go on."
-        )
+def process_environment(device: str, where: Sequence[str]) -> tuple[dict[str, str], str]:
+    """The environment of a process on one of the workers' devices, and the device's name in it."""
+    environment, sharing = dict(os.environ), where.count(device)
+    if device.startswith("cuda:"):
+        # A process sees its own GPU only: nothing in it can use another by default.
+        number, visible = device.removeprefix("cuda:"), environment.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(number)] if visible else number
+        return environment, "cuda"
+    if device == "cpu" and sharing > 1:
+        threads = str(max(1, torch.get_num_threads() // sharing))
+        environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    return environment, device

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from medseg_supcon import __version__
 from medseg_supcon.comparison import figures, statistics
-from medseg_supcon.comparison.results import RUN_SCORES, Results, grid_table, means_of_tests
-from medseg_supcon.comparison.statistics import (
-    MEAN,
-    compare_recipes,
-    excludes_zero,
-    recipe_means,
-    too_few,
-    verdict,
-)
+from medseg_supcon.comparison.statistics import MEAN, compare_recipes, excludes_zero, too_few, verdict
 from medseg_supcon.evaluation import EMPTY_RULE
 from medseg_supcon.files import write_csv, write_text
 from medseg_supcon.text import counted, markdown_text
@@ -31,20 +23,32 @@ Row = dict[str, Any]
 FEW_CASES = 10
 
 
+@dataclass(frozen=True)
+class Results:
+    """Everything that a report is made of; rows start with the run's key: ``recipe``, ``labels``, ``seed``, ``variant``."""
+
+    about: Row  # what was compared, as JSON values
+    scores: Mapping[str, Sequence[Row]]  # condition (``clean`` first) -> a row per run, test case and class
+    runs: Sequence[Row]  # a row per run: what it cost and how it ended
+    histories: Sequence[Row]  # a row per run, with ``history``: the rows of its history.csv, as numbers
+
+
 def write_comparison(out: Path, results: Results) -> Row:
     """Write the CSV tables, ``pictures/``, ``summary.md`` and ``report.html``; returns what they say, as JSON values."""
     about, clean, pictures = results.about, results.scores["clean"], out / "pictures"
-    recipes = list(about["recipes"])
-    differences = _compare(clean, about)
+    recipes, variants = list(about["recipes"]), about["variants"]
+    compared = [  # in a grid the recipes are compared within every variant
+        {"condition": condition} | ({"variant": variant["name"]} if about["axes"] else {}) | row
+        for condition, rows in results.scores.items()
+        for variant in variants
+        for row in compare_recipes([r for r in rows if r.get("variant", "") == variant["name"]], recipes)
+    ]
+    differences = [
+        {k: v for k, v in row.items() if k != "condition"} for row in compared if row["condition"] == "clean"
+    ]
     headline = [row for row in differences if row["class"] == MEAN]
     degraded = [{"condition": c} | row for c, rows in results.scores.items() if c != "clean" for row in rows]
-    worse = [
-        {"condition": condition} | row
-        for condition, rows in (results.scores if degraded else {}).items()
-        for row in _compare(rows, about)
-        if row["class"] == MEAN
-    ]
-    robustness = with_changes(worse, recipes)
+    robustness = with_changes([row for row in compared if row["class"] == MEAN], recipes) if degraded else []
     report: Row = {
         "about": about,
         "differences": differences,
@@ -56,15 +60,15 @@ def write_comparison(out: Path, results: Results) -> Row:
     }
     tables = {"results": clean, "runs": results.runs, "differences": differences, "robustness": degraded}
     if about["axes"]:
-        variants = about["variants"]
         report["answers"] = _grid_answers(headline)
-        report["table"] = grid_table(variants, recipes, results.runs, means_of_tests(clean))
-        tables["grid"] = _grid_rows(report["table"], headline)
+        report["table"] = table = statistics.grid_table(variants, recipes, results.runs, clean, headline)
+        cells = [(row, recipe, of) for row in table for recipe, of in row["of"].items()]
+        tables["grid"] = [{"labels": row["labels"], **row["levels"], "recipe": r, **of} for row, r, of in cells]
         figures.grid_figure(report["table"], recipes, pictures / "grid.png")
         figures.grid_curves_figure(results.histories, variants, recipes, pictures / "grid_curves.png")
     else:
         report["answers"] = [*map(answer, headline), *on_degraded_scans(robustness)]
-        report["means"] = tables["summary"] = recipe_means(clean, recipes)
+        report["means"] = tables["summary"] = statistics.recipe_means(clean, recipes)
         figures.efficiency_figure(report["means"], recipes, pictures / "label_efficiency.png")
         figures.differences_figure(headline, pictures / "differences.png")
         if len(about["classes"]) > 1:
@@ -74,20 +78,10 @@ def write_comparison(out: Path, results: Results) -> Row:
             figures.robustness_figure(robustness, recipes, pictures / "robustness.png")
     for name, rows in tables.items():
         if rows:
-            write_csv(out / f"{name}.csv", [key for key in rows[0] if key != "by_seed"], rows)
+            write_csv(out / f"{name}.csv", [column for column in rows[0] if column != "by_seed"], rows)
     for name, template in (("report.html", "html.j2"), ("summary.md", "markdown.j2")):
         write_text(out / name, _render(report | {"headline": headline, "format": template}, pictures))
     return report
-
-
-def _compare(rows: Iterable[Row], about: Row) -> list[Row]:
-    """`compare_recipes`; in a grid within every variant, with ``variant`` first."""
-    if not about["axes"]:
-        return compare_recipes(rows, about["recipes"])
-    of_variant: dict[str, list[Row]] = {variant["name"]: [] for variant in about["variants"]}
-    for row in rows:
-        of_variant[row["variant"]].append(row)
-    return [{"variant": v} | row for v, mine in of_variant.items() for row in compare_recipes(mine, about["recipes"])]
 
 
 def answer(row: Row) -> str:
@@ -96,10 +90,10 @@ def answer(row: Row) -> str:
     if row["difference"] is None:
         return start
     p = "" if row["p"] is None else f"p = {row['p']:.3g}, "
+    number = f"{counted(row['cases'], 'test scan')}, {counted(row['seeds'], 'seed')}"
     return (
         f"{start} {row['recipe']} scores {row['dice']:.4f}, {row['baseline']} {row['baseline_dice']:.4f}: "
-        f"{points(row['difference'])} Dice points (95 % interval {interval(row)}, {p}{counted(row['cases'], 'test scan')}, "
-        f"{counted(row['seeds'], 'seed')})."
+        f"{points(row['difference'])} Dice points (95 % interval {interval(row)}, {p}{number})."
     )
 
 
@@ -111,42 +105,34 @@ def on_degraded_scans(robustness: Sequence[Row]) -> list[str]:
             groups.setdefault((row["labels"], row["recipe"]), []).append(row)
     sentences = []
     for (labels, recipe), rows in groups.items():
-        clear = [row for row in rows if excludes_zero(row)]
-        differ = ", ".join(f"{points(r['difference'])} ({interval(r)}) with {r['condition']}" for r in clear)
+        clear = [f"{points(r['difference'])} ({interval(r)}) with {r['condition']}" for r in rows if excludes_zero(r)]
         rest = ", ".join(row["condition"] for row in rows if not excludes_zero(row))
         baseline, few = rows[0]["baseline"], too_few(rows[0])
-        if not differ:
+        text = f"{recipe} against {baseline} {', '.join(clear)}{few and f', {few}: too few to be sure'}"
+        text += f"; no clear difference with {rest}" if rest else ""
+        if not clear:
             text = f"no clear difference between {recipe} and {baseline} with {rest}"
-        else:
-            text = f"{recipe} against {baseline} {differ}{few and f', {few}: too few to be sure'}"
-            text += f"; no clear difference with {rest}" if rest else ""
         sentences.append(f"With {counted(labels, 'labelled scan')}, on degraded scans: {text}.")
     return sentences
 
 
 def caveats(about: Row, differences: Sequence[Row], robustness: Sequence[Row] = ()) -> list[str]:
     """What a reader must know before they rely on a number; both kinds of differences are those that are shown."""
-    sentences = list(dict.fromkeys(about["warnings"]))
     seeds, cases = len(about["seeds"]), len(about["test"])
-    if seeds == 1:
-        sentences.append(
-            "One seed: the intervals cover the choice of test scans, not the chance of training. Another seed may "
-            "reverse a small difference."
-        )
-    elif seeds < statistics.FEWEST_SEEDS:
-        sentences.append(f"{seeds} seeds: the intervals cover little of the chance of training and are too narrow.")
-    if cases < FEW_CASES:
-        sentences.append(f"{counted(cases, 'test scan')}: too few for a firm statement about other scans.")
     clean = sum(row["class"] == MEAN and row["difference"] is not None for row in differences)
     degraded = sum(row["condition"] != "clean" and row["difference"] is not None for row in robustness)
-    if clean + degraded > 1:
-        where = f" ({clean} on the scans as they are, {degraded} on degraded scans)" if degraded else ""
-        more = ", not counting those of single classes" if len({row["class"] for row in differences}) > 2 else ""
-        sentences.append(
-            f"{clean + degraded} comparisons of the mean{where}{more}: each interval is a 95 % interval by itself, so one "
-            "in twenty excludes 0 by chance even without a difference."
-        )
-    return sentences
+    where = f" ({clean} on the scans as they are, {degraded} on degraded scans)" if degraded else ""
+    more = ", not counting those of single classes" if len({row["class"] for row in differences}) > 2 else ""
+    one = "the intervals cover the choice of test scans, not the chance of training"
+    few = "the intervals cover little of the chance of training and are too narrow"
+    each = "each interval is a 95 % interval by itself, so one in twenty excludes 0 by chance even without a difference"
+    sentences = [
+        (seeds == 1, f"One seed: {one}. Another seed may reverse a small difference."),
+        (1 < seeds < statistics.FEWEST_SEEDS, f"{seeds} seeds: {few}."),
+        (cases < FEW_CASES, f"{counted(cases, 'test scan')}: too few for a firm statement about other scans."),
+        (clean + degraded > 1, f"{clean + degraded} comparisons of the mean{where}{more}: {each}."),
+    ]
+    return [*dict.fromkeys(about["warnings"]), *(sentence for applies, sentence in sentences if applies)]
 
 
 def _costs(runs: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
@@ -155,13 +141,16 @@ def _costs(runs: Sequence[Row], recipes: Sequence[str]) -> list[Row]:
     for recipe in dict.fromkeys(recipes):
         mine = [run for run in runs if run["recipe"] == recipe]
         total, steps = (sum(run[key] for run in mine) for key in ("minutes", "steps"))
-        minutes = total / len(mine)
-        cost = {"recipe": recipe, "runs": len(mine), "minutes": round(minutes, 2)}
-        cost["seconds_per_step"] = 60 * total / max(steps, 1)
-        cost["relative_time"] = minutes / costs[0]["minutes"] if costs and costs[0]["minutes"] else 1.0
-        cost["memory_gib"] = max((run["memory_gib"] for run in mine if run["memory_gib"]), default=None)
-        cost["machine"] = ", ".join(sorted({run["machine"] for run in mine if run["machine"]}))
-        costs.append(cost)
+        minutes, base = total / len(mine), costs[0]["minutes"] if costs else 0
+        costs.append({
+            "recipe": recipe,
+            "runs": len(mine),
+            "minutes": round(minutes, 2),
+            "seconds_per_step": 60 * total / max(steps, 1),
+            "relative_time": minutes / base if base else 1.0,
+            "memory_gib": max((run["memory_gib"] for run in mine if run["memory_gib"]), default=None),
+            "machine": ", ".join(sorted({run["machine"] for run in mine if run["machine"]})),
+        })  # fmt: skip
     return costs
 
 
@@ -174,18 +163,6 @@ def with_changes(robustness: Sequence[Row], recipes: Sequence[str]) -> list[Row]
         pairs = {f"{key}_change": (row[key], whole[key]) for key in ("dice", "baseline_dice")}
         changed.append(row | {key: None if None in pair else pair[0] - pair[1] for key, pair in pairs.items()})
     return changed
-
-
-def _grid_rows(table: Sequence[Row], headline: Sequence[Row]) -> list[Row]:
-    """The rows of ``grid.csv``."""
-    paired = {(row["variant"], row["recipe"], row["labels"]): row for row in headline}
-    rows = []
-    for row in table:
-        for recipe, of in row["of"].items():
-            against = paired.get((row["variant"], recipe, row["labels"]), {})
-            difference = {key: against.get(key) for key in ("difference", "low", "high", "p")}
-            rows.append({"labels": row["labels"], **row["levels"], "recipe": recipe, **of, **difference})
-    return rows
 
 
 def _grid_answers(headline: Sequence[Row]) -> list[str]:
@@ -225,32 +202,19 @@ def _render(report: Row, pictures: Path) -> str:
     with_labels = len(about["splits"]) > 1 or not about["axes"]
     levels = {variant["name"]: list(variant["levels"].values()) for variant in about["variants"]}
 
-    def place(row: Row) -> list[str]:  # the cells that say of which budget and variant a row is
-        return [str(row["labels"])] * with_labels + levels[row.get("variant", "")]
-
     def shown(value: Any) -> Any:
-        return value if isinstance(value, Markup) or not isinstance(value, str) else Markup(markdown_text(value))
-
-    environment = Environment(
-        autoescape=True,
-        finalize=None if html else shown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # not joinpath(a, b): some of Python 3.10 take one part
-        loader=FunctionLoader(lambda name: (files(__package__) / "templates" / name).read_text(encoding="utf-8")),
-    )
+        plain = isinstance(value, str) and not isinstance(value, Markup)
+        return Markup(markdown_text(value)) if plain and not html else value
 
     def pairs(settings: Mapping[str, Any]) -> str:
         texts = [f"{key}: {value}" for key, value in settings.items()]
         return ", ".join(t if len(t) < 110 else f"{t[:107]}..." for t in texts) or "nothing"
 
+    options: Row = {"autoescape": True, "finalize": shown, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=PackageLoader(__package__), undefined=StrictUndefined, **options)
+    environment.filters |= {"points": points, "interval": interval, "counted": counted, "pairs": pairs}
     environment.filters |= {
-        "points": points,
         "number": lambda value, digits=4: "-" if value is None else f"{value:.{digits}f}",
-        "interval": interval,
-        "counted": counted,
-        "pairs": pairs,
         "marked": lambda text, row: (text, ("", "up", "down")[excludes_zero(row)]),
         "p": lambda p: "-" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}",
         "inline": lambda name: "data:image/png;base64," + base64.b64encode((pictures / name).read_bytes()).decode(),
@@ -258,13 +222,12 @@ def _render(report: Row, pictures: Path) -> str:
     text = environment.get_template("report.j2").render(
         report,
         classes=list(dict.fromkeys(row["class"] for row in report["differences"])),
-        place=place,
+        # the cells that say of which budget and variant a row is
+        place=lambda row: [str(row["labels"])] * with_labels + levels[row.get("variant", "")],
         place_head=["labels"] * with_labels + list(about["axes"]),
         overlays={name: settings_and_wiring(overlay) for name, overlay in about["overlays"].items()},
         levels=[(axis, level, settings) for axis, of in about["axes"].items() for level, settings in of.items()],
-        titles=dict(zip(RUN_SCORES, ("loss", "train", "valid.", "test"), strict=True)),
-        p_rule=statistics.P_RULE,
-        rules=[statistics.LEFT_OUT_RULE, EMPTY_RULE],
+        empty_rule=EMPTY_RULE,
         fewest=(statistics.FEWEST_SEEDS, statistics.FEWEST_CASES),
     )
     return text if html else re.sub(r"\n{3,}", "\n\n", text)

@@ -1,37 +1,73 @@
-"""The folders of a comparison: one plan for each label budget, the runs that share it, and their jobs."""
+"""``medseg compare``: prepare every run, train and test what is not done yet, read the results, write the report."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
-from medseg_supcon.bundle import check_configs_trusted, check_network_trusted, is_planned, read_recipe
-from medseg_supcon.comparison.cell import CLEAN, TRAINING, scores_folder
+from medseg_supcon.bundle import check_configs_trusted, check_network_trusted, describe_recipe, is_planned, read_recipe
+from medseg_supcon.comparison import jobs
 from medseg_supcon.comparison.corruptions import CORRUPTIONS, corrupt_cases
 from medseg_supcon.comparison.design import Cell, Design, case_names
+from medseg_supcon.comparison.report import Results, write_comparison
 from medseg_supcon.datasets import items
 from medseg_supcon.errors import RunError
-from medseg_supcon.files import read_json, write_text
+from medseg_supcon.evaluation import read_history, summarise
+from medseg_supcon.files import folder_lock, read_json, write_text
 from medseg_supcon.plan import plan_warnings, read_plan, write_plan
-from medseg_supcon.training import is_of_plan, prepare_run
+from medseg_supcon.text import counted
+from medseg_supcon.training import is_finished, is_of_plan, prepare_run
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
 Settings = Sequence[tuple[str, Any]]
+MARKER = "comparison.json"
 LENGTH = "epochs"  # the comparison's, whatever a recipe says
 EQUAL = ("steps_per_epoch", "batch_size")  # a recipe that sets one of these has another budget
 
 
-def refuse_untrusted(out: Path, trust: bool) -> None:
-    """A `RunError` if a plan or run that the folder already holds has code that is not trusted."""
-    for path in sorted((out / "plans").glob("*.json")):
-        check_network_trusted(path, read_plan(path), trust)
-    for run in sorted((out / "runs").glob("*")):
-        if is_planned(run):
+def compare(
+    design: Design,
+    out: Path,
+    *,
+    epochs: int | None = None,
+    settings: Settings = (),
+    device: str | None = None,
+    workers: int | None = None,
+    robustness: bool = True,
+    training_score: bool = False,
+    trust_scan_affine: bool = False,
+    trust: bool = False,
+    say: Say = print,
+) -> Row:
+    """Train and test every run of a design, write tables, pictures and ``report.html``; returns ``comparison.json``.
+
+    The same call continues an interrupted comparison: finished runs are kept. ``epochs`` (default: the first plan's length)
+    and ``settings`` are those of all runs. A `RunError` if the folder holds something else, another call is at work in it,
+    an earlier run was made with other settings, a run failed, or one needs trust.
+    """
+    if not (out / MARKER).exists():
+        if out.exists() and any(out.iterdir()):
+            raise RunError(f"{out} is not empty and holds no comparison. Choose another --out.")
+        write_text(out / MARKER, "{}\n")
+    with folder_lock(out, wait=False) as free:
+        if not free:
+            raise RunError(f"Another medseg compare is at work in {out}. Wait for it, or choose another --out.")
+        for path in sorted((out / "plans").glob("*.json")):
+            check_network_trusted(path, read_plan(path), trust)
+        for run in filter(is_planned, sorted((out / "runs").glob("*"))):
             check_configs_trusted(run, trust)
+        plans = make_plans(design, out, settings, epochs, device, trust_scan_affine, say)
+        cells = prepare_cells(design, out, plans, settings, robustness, training_score)
+        _train_and_test(cells, jobs.devices(device, workers), say)
+        report = write_comparison(out, _read_results(design, next(iter(plans.values())), cells, settings))
+        write_text(out / MARKER, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        return report
 
 
 def make_plans(
@@ -54,10 +90,8 @@ def make_plans(
             say(f"Planning for {labels} labelled scans")
             draft = out / ".planning"
             shutil.rmtree(draft, ignore_errors=True)
-            plan = prepare_run(
-                design.dataset, split, draft, recipe=baseline, settings=settings, epochs=epochs, device=device,
-                trust_scan_affine=trust_affine,
-            )  # fmt: skip
+            options: Row = {"recipe": baseline, "settings": settings, "epochs": epochs, "device": device}
+            plan = prepare_run(design.dataset, split, draft, trust_scan_affine=trust_affine, **options)
             for warning in plan_warnings(plan):
                 say(f"Warning: {warning}")
             shutil.rmtree(draft)
@@ -68,9 +102,8 @@ def make_plans(
         made = plans[labels]["epochs"]
         epochs = epochs or made
         if made != epochs:
-            raise RunError(
-                f"{path} was made for {made} epochs, not {epochs}. Leave --epochs as it was, or choose another --out."
-            )
+            cure = "Leave --epochs as it was, or choose another --out."
+            raise RunError(f"{path} was made for {made} epochs, not {epochs}. {cure}")
     return plans
 
 
@@ -79,26 +112,25 @@ def prepare_cells(
 ) -> dict[Path, Cell]:
     """A planned run and a job file for every cell; a `RunError` if an existing run was prepared otherwise."""
     root = design.dataset.root
-    tests = {CLEAN: items(design.test, root)}
+    tests = {jobs.CLEAN: items(design.test, root)}
     for condition in CORRUPTIONS if robustness else ():
-        folder = scores_folder(out / "corrupted", condition)
+        folder = jobs.scores_folder(out / "corrupted", condition)
         tests[condition] = items(corrupt_cases(design.test, condition, folder), root)
-    jobs = {}
+    cells = {}
     for cell in design.cells:
         run, path = out / "runs" / cell.name, out / "jobs" / f"{cell.name}.json"
         split, own, plan = design.splits[cell.labels], _own_settings(design, cell), plans[cell.labels]
         definition = {"recipe": read_recipe(design.files[cell.recipe]), "settings": settings, "epochs": plan["epochs"]}
         definition |= {f"{part} cases": names for part, names in case_names(split).items()}
         definition |= {"own settings": own} if own else {}
-        planned = is_planned(run)
-        if planned:
+        if planned := is_planned(run):
             _check_same(run, path, definition)
         job = {
             "run": str(run.resolve()),
             "tests": str((out / "tests" / cell.name).resolve()),
             "dataset_dir": str(root.resolve()),
             "classes": list(design.dataset.labels)[1:],
-            "conditions": tests | ({TRAINING: items(split.training, root)} if training_score else {}),
+            "conditions": tests | ({jobs.TRAINING: items(split.training, root)} if training_score else {}),
             "definition": definition,
         }
         write_text(path, json.dumps(job, indent=1, default=str) + "\n")
@@ -106,8 +138,8 @@ def prepare_cells(
             options: Row = {"settings": [*settings, *own], "plan_settings": _own_plan(design, cell, settings)}
             options |= {"recipe": design.files[cell.recipe], "seed": cell.seed, "plan": plan}
             prepare_run(design.dataset, split, run, **options)
-        jobs[path] = cell
-    return jobs
+        cells[path] = cell
+    return cells
 
 
 def _own_settings(design: Design, cell: Cell) -> list[tuple[str, Any]]:
@@ -123,39 +155,116 @@ def _own_plan(design: Design, cell: Cell, settings: Settings) -> list[tuple[str,
     return [(_bare(key), value) for key, value in mine if is_of_plan(key) and _bare(key) != LENGTH]
 
 
+def _bare(key: str) -> str:
+    return key.removeprefix("plan::")
+
+
 def unequal_recipes(design: Design) -> list[str]:
     """Sentences about recipes and variants that set their own batch or steps, or their own network."""
     sentences = []
     for cell in design.cells:
         mine = dict(_own_plan(design, cell, ()))
-        own = ", ".join(key for key in EQUAL if key in mine)
         who = f"{cell.recipe} ({cell.variant.name})" if cell.variant.levels else cell.recipe
-        if own:
+        if own := ", ".join(key for key in EQUAL if key in mine):
             sentences.append(f"{who} sets its own {own}: its budget is not the baseline's.")
         if "network_def" in mine:
             sentences.append(f"{who} has its own network.")
     return list(dict.fromkeys(sentences))
 
 
-def _bare(key: str) -> str:
-    return key.removeprefix("plan::")
-
-
 def _check_same(made: Path, record: Path, definition: Row) -> None:
-    """A plan or run was made of what is asked for now, as its record says."""
+    """A `RunError` if, as its record says, a plan or run was made with something else than is asked for now."""
     now = json.loads(json.dumps(definition, default=str))  # lists for tuples, text for keys
     try:
         earlier = read_json(record)["definition"]
         changed = [key for key in {**earlier, **now} if now.get(key) != earlier.get(key)]
     except (RunError, KeyError, TypeError, AttributeError):
-        raise RunError(
-            f"{record} is missing or damaged: it says what {made} was made with. Delete {made} to make it again, or choose "
-            "another --out."
-        ) from None
+        cure = f"Delete {made} to make it again, or choose another --out."
+        raise RunError(f"{record} is missing or damaged: it says what {made} was made with. {cure}") from None
     if changed:
         cases = any(key.endswith("cases") for key in changed)
         options = " (--cases, --test-cases, --labels, --validation, --split-seed)" if cases else ""
-        raise RunError(
-            f"{made} was prepared with other {' and '.join(changed)}. Give what it was made with{options}, or choose "
-            "another --out."
+        cure = f"Give what it was made with{options}, or choose another --out."
+        raise RunError(f"{made} was prepared with other {' and '.join(changed)}. {cure}")
+
+
+def _train_and_test(cells: Mapping[Path, Cell], where: Sequence[str], say: Say) -> None:
+    todo = [job for job in cells if not jobs.is_done(read_json(job))]
+    if len(todo) < len(cells):
+        say(f"{len(cells) - len(todo)} of {len(cells)} runs are finished already.")
+    start, failed, count = monotonic(), list[str](), 0
+
+    def done(job: Path, problem: str) -> None:
+        nonlocal count
+        count += 1
+        failed.extend([f"{cells[job].name}: {problem}"] if problem else [])
+        left = (monotonic() - start) / count * (len(todo) - count) / 60
+        rest = f"; about {max(left, 1):.0f} min left" if count < len(todo) else ""
+        say(f"{count}/{len(todo)}  {cells[job].name} {f'failed: {problem}' if problem else 'done'}{rest}")
+
+    if todo:
+        together = f", {len(where)} at the same time" if len(where) > 1 else ""
+        say(f"{counted(len(todo), 'run')} to do on {', '.join(dict.fromkeys(where))}{together}.")
+    jobs.run_jobs(todo, where, done)
+    if failed:
+        cure = "The others are kept: give the same command again to continue."
+        raise RunError(f"{len(failed)} of {len(cells)} runs failed; {failed[0]}. {cure}")
+
+
+def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell], settings: Settings) -> Results:
+    """The results of finished and tested runs; ``plan`` is the smallest budget's."""
+    scores: dict[str, list[Row]] = {}
+    runs, histories = [], []
+    for path, cell in cells.items():
+        job = read_json(path)
+        run, tests = Path(job["run"]), Path(job["tests"])
+        rows = {}
+        for condition in job["conditions"]:
+            if (scored := jobs.read_scores(job, condition)) is None:
+                raise RunError(f"{jobs.scores_folder(tests, condition)} was changed. Give the command again.")
+            rows[condition] = [cell.key | row for row in scored]
+        saved = read_history(run / "logs" / "history.csv")
+        history = [{key: value for key, value in row.items() if math.isfinite(value)} for row in saved]
+        histories.append(cell.key | {"history": history})
+        runs.append(
+            cell.key | _run_row(history, rows[jobs.CLEAN]) | jobs.read_cost(tests) | {"finished": is_finished(run)}
         )
+        if jobs.TRAINING in rows:
+            runs[-1]["training_dice"] = summarise(rows.pop(jobs.TRAINING))["mean"]["dice"]
+        for condition, mine in rows.items():
+            scores.setdefault(condition, []).extend(mine)
+    about = {
+        "dataset": design.dataset.name,
+        "classes": list(design.dataset.labels)[1:],
+        "recipes": list(design.recipes),
+        "overlays": {name: {**read_recipe(f), **design.own.get(name, {})} for name, f in design.files.items()},
+        "descriptions": {name: describe_recipe(file) for name, file in design.files.items()},
+        "variants": [{"name": v.name, "levels": dict(v.levels), "settings": dict(v.settings)} for v in design.variants],
+        "axes": design.axes,
+        "settings": [f"{key}={value}" for key, value in settings],
+        "patch_size": plan["patch_size"],
+        "seeds": list(design.seeds),
+        "splits": {labels: case_names(split) for labels, split in design.splits.items()},
+        "test": [case.name for case in design.test],
+        "tested_on": design.tested_on,
+        "epochs": plan["epochs"],
+        "steps": plan["epochs"] * plan["steps_per_epoch"],
+        "patches_per_step": 2 * plan["batch_size"],
+        "warnings": [*unequal_recipes(design), *(w for s in design.splits.values() for w in s.warnings)],
+    }
+    return Results(about, scores, runs, histories)
+
+
+def _run_row(history: Sequence[Row], clean: Sequence[Row]) -> Row:
+    """``test_*``: mean over classes; validation Dice and losses: of the last epoch that has one."""
+    test, last = summarise(clean)["mean"], {key: value for row in history for key, value in row.items()}
+    return {
+        "test_dice": test["dice"],
+        "test_hd95_mm": test["hd95_mm"],
+        "validation_dice": last.get("val_mean_dice"),
+        "loss": last.get("loss"),
+        "contrastive_loss": last.get("contrastive") if any(row.get("contrastive") for row in history) else None,
+        "epochs": len(history),
+        "steps": int(history[-1]["step"]),
+        "minutes": round(sum(row["seconds"] for row in history) / 60, 2),
+    }

@@ -1,10 +1,11 @@
-"""Statistics of a comparison: from rows of results to means, paired differences and a verdict."""
+"""Statistics of a comparison: from rows of results to means, paired differences, a grid's table and a verdict."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,18 +17,12 @@ Array = npt.NDArray[np.float64]
 Row = dict[str, Any]
 
 MEAN = "mean"  # the class name of the mean over classes in tables
+RUN_SCORES = ("contrastive_loss", "training_dice", "validation_dice", "test_dice")
+COMPARED = ("difference", "low", "high", "p")
 FEWEST_SEEDS = 3  # fewer say little about the chance of training
 FEWEST_CASES = 6  # with fewer, p cannot fall below 0.05
 ALPHA = 0.05
-LEFT_OUT_RULE = (
-    "A class that a test case does not have gets no score from a run that rightly left it empty. It is left out for that "
-    "case in all runs, so that every run's mean is over the same cases."
-)
-P_RULE = (
-    "p: Wilcoxon's signed-rank test, two-sided, over test scans, each with the mean over its seeds. It says nothing about "
-    f"other seeds: it is shown with at least {FEWEST_SEEDS} seeds and {FEWEST_CASES} scans, and never to "
-    "contradict an interval that includes 0."
-)
+TAIL = (1 - 0.95) / 2  # of an interval
 
 
 class PairedDifference(NamedTuple):
@@ -46,64 +41,47 @@ def bootstrap_means(differences: npt.ArrayLike, resamples: int = 10_000, seed: i
 
     They are drawn independently: a seed affects all cases of its run (Owen 2007, The pigeonhole bootstrap).
     """
-    d = _table("differences", differences)
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
-    rng = np.random.default_rng(seed)
-    seeds, cases = d.shape
+    d, rng = np.asarray(differences, dtype=np.float64), np.random.default_rng(seed)
     # How often each row and column is drawn: multinomial counts, so that no index table is made.
-    rows = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
-    columns = rng.multinomial(cases, np.full(cases, 1 / cases), size=resamples)
-    return np.asarray(((rows @ d) * columns).sum(axis=1) / (seeds * cases))
+    rows, columns = (rng.multinomial(n, np.full(n, 1 / n), size=resamples) for n in d.shape)
+    return np.asarray(((rows @ d) * columns).sum(axis=1) / d.size)
 
 
 def signed_rank_p(differences: npt.ArrayLike) -> float:
     """Two-sided p of Wilcoxon's signed-rank test over (K,) differences, zeros left out; 1 if all of them are zero."""
-    (d,) = _table("differences", [differences])
-    if not d.any():
-        return 1.0
     from scipy.stats import wilcoxon  # takes a second to import
 
-    return float(wilcoxon(d, zero_method="wilcox", alternative="two-sided").pvalue)
+    return float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0
 
 
 def paired_difference(
-    scores: npt.ArrayLike, baseline: npt.ArrayLike, *, resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
+    scores: npt.ArrayLike, baseline: npt.ArrayLike, *, resamples: int = 10_000, seed: int = 0
 ) -> PairedDifference:
-    """Scores minus baseline, with a bootstrap interval over seeds and cases and Wilcoxon's test over cases.
+    """Scores minus baseline, with a 95 % bootstrap interval over seeds and cases and Wilcoxon's test over cases.
 
     The test takes one difference per case, the mean over seeds, because runs on one case are not independent cases.
-    The interval is the percentile interval of `bootstrap_means`; with one seed it does not cover the chance of
-    training, and with two or three it is somewhat too narrow.
+    The interval is the percentile interval of a bootstrap over seeds and cases (`seed` is that of its draws); with one
+    training seed it does not cover the chance of training, and with two or three it is somewhat too narrow.
 
     Args:
-        scores, baseline: (S, K), a row per seed, a column per case, the same on both sides; Dice, for instance.
-        resamples, seed: of the bootstrap.
-        confidence: of the interval, in (0, 1).
+        scores, baseline: (S, K), a row per training seed, a column per case, the same on both sides.
 
     Raises:
-        ValueError: shapes differ, a table is empty or has a value that is not finite, or a confidence outside (0, 1).
+        ValueError: shapes differ, a table is empty or has a value that is not finite, or resamples is below 1.
 
     Example:
         >>> paired_difference([[0.9, 0.8]], [[0.9, 0.8]])
         PairedDifference(difference=0.0, low=0.0, high=0.0, p=1.0, cases=2, seeds=1)
     """
-    a, b = _table("scores", scores), _table("baseline", baseline)
-    if a.shape != b.shape:
-        raise ValueError(f"scores and baseline must share one shape, got {a.shape} and {b.shape}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    d, tail = a - b, (1 - confidence) / 2
-    low, high = np.quantile(bootstrap_means(d, resamples, seed), (tail, 1 - tail))
-    p = signed_rank_p(d.mean(axis=0))
-    return PairedDifference(float(d.mean()), float(low), float(high), p, d.shape[1], d.shape[0])
-
-
-def _table(name: str, values: Any) -> Array:
-    table = np.asarray(values, dtype=np.float64)
-    if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all():
-        raise ValueError(f"{name} must be finite numbers, (seeds, cases) and not empty; got shape {table.shape}")
-    return table
+    a, b = (np.asarray(table, dtype=np.float64) for table in (scores, baseline))
+    if a.shape != b.shape or a.ndim != 2 or a.size == 0 or not np.isfinite([a, b]).all():
+        shapes = f"{a.shape} and {b.shape}"
+        raise ValueError(f"scores and baseline must be finite and share one shape (seeds, cases); got shapes {shapes}")
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    d = a - b
+    low, high = np.quantile(bootstrap_means(d, resamples, seed), (TAIL, 1 - TAIL))
+    return PairedDifference(float(d.mean()), float(low), float(high), signed_rank_p(d.mean(axis=0)), *d.shape[::-1])
 
 
 def compare_recipes(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
@@ -111,32 +89,28 @@ def compare_recipes(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
 
     Takes a row per run, case and class: ``recipe``, ``labels``, ``seed``, ``case``, ``class``, ``dice`` (or None). Gives
     rows ``recipe``, ``baseline``, ``labels``, ``class`` (``mean``: over classes, per case), ``dice``, ``baseline_dice``,
-    ``difference``, ``low``, ``high`` (95 %), ``p`` (None unless `P_RULE` allows it), ``cases``, ``seeds``, ``left_out``
-    (cases without a score). A ValueError if a run or one of its cases is missing.
+    ``difference``, ``low``, ``high`` (95 %), ``p`` (None with few seeds or cases, or if the interval contradicts it),
+    ``cases``, ``seeds``, ``left_out`` (cases without a score). A ValueError if a run or one of its cases is missing.
     """
     if len(recipes) < 2:
         raise ValueError(f"recipes must name at least two, the baseline first; got {list(recipes)}")
     differences = []
     for labels, scores in _by_budget(rows, recipes):
         for recipe, (name, tables) in product(recipes[1:], scores.items()):
-            key = {"recipe": recipe, "baseline": recipes[0], "labels": labels, "class": name}
-            differences.append(key | _difference(tables[recipe], tables[recipes[0]]))
+            row: Row = {"recipe": recipe, "baseline": recipes[0], "labels": labels, "class": name}
+            scored = np.isfinite(tables[recipe][0])
+            a, b = (tables[one][:, scored] for one in (recipe, recipes[0]))
+            row |= dict.fromkeys(("dice", "baseline_dice", *PairedDifference._fields)) | {"cases": 0, "seeds": len(a)}
+            if scored.any():
+                row |= {"dice": float(a.mean()), "baseline_dice": float(b.mean())} | paired_difference(a, b)._asdict()
+                if too_few(row) or (row["p"] < ALPHA and not excludes_zero(row)):
+                    row["p"] = None
+            differences.append(row | {"left_out": int((~scored).sum())})
     return differences
 
 
-def _difference(scores: Array, baseline: Array) -> Row:
-    scored = np.isfinite(baseline[0])
-    a, b = scores[:, scored], baseline[:, scored]
-    row: Row = dict.fromkeys(("dice", "baseline_dice", *PairedDifference._fields)) | {"cases": 0, "seeds": len(a)}
-    if scored.any():
-        row |= {"dice": float(a.mean()), "baseline_dice": float(b.mean())} | paired_difference(a, b)._asdict()
-        if too_few(row) or (row["p"] < ALPHA and not excludes_zero(row)):
-            row["p"] = None
-    return row | {"left_out": int((~scored).sum())}
-
-
 def _by_budget(rows: Iterable[Row], recipes: Iterable[str]) -> Iterator[tuple[int, dict[str, dict[str, Array]]]]:
-    """Each budget and its Dice: class (``mean`` first) -> recipe -> (S, K); NaN in all runs where one has no score."""
+    """Each budget and its Dice: class (``mean`` first) -> recipe -> (S, K); NaN in all runs if one has no score."""
     names, of_budget = list(dict.fromkeys(recipes)), defaultdict(list)
     for row in rows:
         of_budget[row["labels"]].append(row)
@@ -144,15 +118,16 @@ def _by_budget(rows: Iterable[Row], recipes: Iterable[str]) -> Iterator[tuple[in
         seeds, cases = (sorted({row[key] for row in mine}) for key in ("seed", "case"))
         classes = list(dict.fromkeys(row["class"] for row in mine))
         dice = {(r["recipe"], r["seed"], r["case"], r["class"]): r["dice"] for r in mine}
-        keys = list(product(names, seeds, cases, classes))
-        for key in keys:
-            if key not in dice:
-                raise ValueError("no result of {!r}, seed {}, for case {!r} and class {!r}".format(*key))
-        table = np.array([dice[key] for key in keys], dtype=np.float64)  # None becomes NaN
+        try:
+            values = [dice[key] for key in product(names, seeds, cases, classes)]
+        except KeyError as error:
+            raise ValueError(
+                "no result of {!r}, seed {}, for case {!r} and class {!r}".format(*error.args[0])
+            ) from None
+        table = np.array(values, dtype=np.float64)  # None becomes NaN
         table = table.reshape(len(names), len(seeds), len(cases), len(classes))
         table[:, :, ~np.isfinite(table).all(axis=(0, 1))] = np.nan
-        scored = np.isfinite(table).sum(axis=3)
-        mean = np.where(scored > 0, np.nansum(table, axis=3) / np.maximum(scored, 1), np.nan)
+        mean = np.ma.masked_invalid(table).mean(axis=3).filled(np.nan)
         by_class = {MEAN: mean} | {name: table[..., c] for c, name in enumerate(classes)}
         yield labels, {name: dict(zip(names, of, strict=True)) for name, of in by_class.items()}
 
@@ -169,6 +144,34 @@ def recipe_means(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
             row["seed_std"] = float(runs.std(ddof=1)) if runs.size > 1 else None
             means.append(row | {"by_seed": runs.tolist(), "cases": scored.shape[1], "seeds": len(scored)})
     return means
+
+
+def grid_table(
+    variants: Sequence[Row],
+    recipes: Sequence[str],
+    runs: Sequence[Row],
+    results: Iterable[Row],
+    headline: Iterable[Row],
+) -> list[Row]:
+    """A row per label budget and variant; its ``of`` has recipe -> mean over seeds of each of `RUN_SCORES`, or None.
+
+    The test Dice is over the same classes and cases for all variants and recipes (``results`` as in `compare_recipes`).
+    Also in ``of`` is the difference from the baseline, of ``headline``.
+    """
+    rows = [row | {"recipe": (row["variant"], row["recipe"])} for row in results]
+    means = recipe_means(rows, list(dict.fromkeys(row["recipe"] for row in rows)))
+    tested = {(*row["recipe"], row["labels"]): row["dice"] for row in means if row["class"] == MEAN}
+    paired = {(row["variant"], row["recipe"], row["labels"]): row for row in headline}
+    table = []
+    for labels, variant in product(sorted({run["labels"] for run in runs}), variants):
+        of: dict[str, Row] = {}
+        for key in product([variant["name"]], dict.fromkeys(recipes), [labels]):
+            mine = [run for run in runs if (run["variant"], run["recipe"], run["labels"]) == key]
+            known = {score: [run[score] for run in mine if run.get(score) is not None] for score in RUN_SCORES}
+            of[key[1]] = {score: fmean(values) if values else None for score, values in known.items()}
+            of[key[1]] |= {"test_dice": tested[key]} | {name: paired.get(key, {}).get(name) for name in COMPARED}
+        table.append({"labels": labels, "variant": variant["name"], "levels": variant["levels"], "of": of})
+    return table
 
 
 def excludes_zero(row: Mapping[str, Any]) -> int:

@@ -1,16 +1,18 @@
 """Data sets: layouts, cases, labels, splits, checks and phantoms."""
 
-from medseg_supcon.datasets.case_report import Finding
-from medseg_supcon.datasets.check import Report, check_dataset
-from medseg_supcon.datasets.data_list import items, load_items, read_datalist, write_datalist
+from medseg_supcon.datasets.check import Finding, Report, check_dataset
 from medseg_supcon.datasets.dataset import (
     VALIDATION,
     Case,
     Dataset,
     Split,
+    items,
+    load_items,
     normalisation,
     read_case_names,
+    read_datalist,
     split_cases,
+    write_datalist,
 )
 from medseg_supcon.datasets.fingerprints import CaseFingerprint, Fingerprint, fingerprint, readable
 from medseg_supcon.datasets.labels import class_indices, label_type, reorient, snap_labels, value_text

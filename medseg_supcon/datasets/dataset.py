@@ -1,19 +1,26 @@
-"""What a data set is (cases, channels, labels), and which of its cases train, validate or count as unlabelled."""
+"""What a data set is, which of its cases train, validate or count as unlabelled, and how a run lists them."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from medseg_supcon.errors import DataError, nearest
+from medseg_supcon.files import read_json
 
 CT_WORDS = {"ct", "cta", "cect", "ncct", "ldct", "hrct"}
 VALIDATION = 0.15  # share of the labelled cases
 MOST_VALIDATION = 20
 BY_NAME = ("nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1")  # nnU-Net's channel names for a normalisation
+SECTIONS = ("training", "validation", "unlabelled")  # of datalist.json
+
+Item = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -28,35 +35,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The cases of a data set and what their files mean.
+    """The cases of a data set and what their files mean."""
 
-    Attributes:
-        root: folder that relative paths of the data set start from.
-        name: the data set's name, for reports and the model card.
-        cases: in the order of the data list (or by name if there is no list).
-        channels: channel names in file order, e.g. ``("T1", "FLAIR")``.
-        labels: class name -> value in the label files, in class order, background first.
-        ignore_label: value in the label files that means "not annotated", or None.
-        validation: names of the cases that validate and do not train, if that is known.
-        warnings: sentences on what its files say and reading did not use.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from medseg_supcon.datasets import Case, Dataset
-        >>> cases = (Case("a", (Path("a.nii.gz"),), Path("a_label.nii.gz")), Case("b", (Path("b.nii.gz"),)))
-        >>> dataset = Dataset(Path("."), "toy", cases, ("MRI",), {"background": 0, "tumour": 1})
-        >>> [case.name for case in dataset.labelled]
-        ['a']
-    """
-
-    root: Path
-    name: str
-    cases: tuple[Case, ...]
-    channels: tuple[str, ...]
-    labels: dict[str, int | float] = field(hash=False)
-    ignore_label: int | float | None = None
-    validation: frozenset[str] = frozenset()
-    warnings: tuple[str, ...] = ()
+    root: Path  # folder that relative paths of the data set start from
+    name: str  # for reports and the model card
+    cases: tuple[Case, ...]  # in the order of the data list (or by name if there is no list)
+    channels: tuple[str, ...]  # names in file order, e.g. ("T1", "FLAIR")
+    labels: dict[str, int | float] = field(hash=False)  # class -> value in the files, in class order, background first
+    ignore_label: int | float | None = None  # value in the label files that means "not annotated"
+    validation: frozenset[str] = frozenset()  # names of the cases that validate and do not train, if that is known
+    warnings: tuple[str, ...] = ()  # sentences on what its files say and reading did not use
 
     @property
     def labelled(self) -> tuple[Case, ...]:
@@ -65,15 +53,11 @@ class Dataset:
 
     def select(self, names: Iterable[str]) -> Dataset:
         """The data set with the named cases only, in its own order; `DataError` for unknown names, or for none."""
-        chosen = dict.fromkeys(names)
-        known = {case.name for case in self.cases}
-        unknown = [name for name in chosen if name not in known]
-        if unknown:
+        chosen, known = dict.fromkeys(names), {case.name for case in self.cases}
+        if unknown := [name for name in chosen if name not in known]:
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-            raise DataError(
-                f"{self.root}: no case is called {unknown[0]!r}{more}. Names of cases are file names without "
-                f"extension, such as {nearest(unknown[0], known) or min(known)!r}."
-            )
+            cure = f"Give file names without extension, such as {nearest(unknown[0], known) or min(known)!r}."
+            raise DataError(f"{self.root}: no case is called {unknown[0]!r}{more}. {cure}")
         if not chosen:
             raise DataError(f"{self.root}: the list of cases to use is empty. Name at least one case.")
         cases = tuple(case for case in self.cases if case.name in chosen)
@@ -81,42 +65,26 @@ class Dataset:
 
 
 def normalisation(channel: str) -> str:
-    """How a channel of this name is normalised: "ct", or one of nnU-Net's "nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1".
-
-    Example:
-        >>> from medseg_supcon.datasets import normalisation
-        >>> [normalisation(name) for name in ("CT", "CT arterial", "T1", "PET/CT", "noNorm")]
-        ['ct', 'ct', 'zscore', 'zscore', 'nonorm']
-    """
+    """How a channel of this name is normalised: "ct", or one of nnU-Net's names in `BY_NAME`."""
     name = channel.strip().lower()
     words = set(re.split(r"[^a-z]+", name))
     if (words & CT_WORDS or "computed tomography" in name) and not words & {"pet", "mr", "mri"}:
         return "ct"
-    return next((known for known in BY_NAME if _letters(known) == _letters(name)), "zscore")
-
-
-def _letters(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    letters = re.sub(r"[^a-z0-9]", "", name)
+    return next((known for known in BY_NAME if known.replace("_", "") == letters), "zscore")
 
 
 def read_case_names(file: str | Path) -> list[str]:
-    """Case names from a text file, one per line. Blank lines and comments (``#`` at the start or after a blank) are left out.
-
-    Raises:
-        DataError: the file is missing, not text, or names no case.
-    """
+    """Case names from a text file, one per line, without comments (``#`` at the start or after a blank)."""
     path = Path(file)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: cannot be read as text in UTF-8 ({error}). Give a file with one case name per line."
-        ) from None
+        raise DataError(f"{path}: is not a readable text in UTF-8 ({error}). Write one case name per line.") from None
     names = [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in text.splitlines()]
-    names = list(dict.fromkeys(name for name in names if name))
-    if not names:
+    if not any(names):
         raise DataError(f"{path}: names no case. Write one case name per line.")
-    return names
+    return list(dict.fromkeys(filter(None, names)))
 
 
 @dataclass(frozen=True)
@@ -134,24 +102,11 @@ def split_cases(
 ) -> Split:
     """Split a data set by patients, for a budget of `labels` labelled cases, validation included.
 
-    The order of the labelled cases depends on the seed and their names only; a budget of N takes the first N. Whether
-    a case trains or validates is decided along that order, so a smaller budget's training cases are among those of a
-    larger one, and likewise for validation. About ``max(1, min(20, round(validation_fraction * N)))`` cases validate
-    (more if a patient has many scans). If the data list names validation cases, only these validate; without a budget
-    all of them do. With `validation_fraction` 0 all cases of the budget train, and the first 20 also validate.
-
-    Raises:
-        DataError: fewer labelled cases than `labels`, or a patient on both sides of the data list's own split.
-        ValueError: `validation_fraction` outside [0, 1).
-
-    Example:
-        >>> from pathlib import Path
-        >>> from medseg_supcon.datasets import Case, Dataset, split_cases
-        >>> cases = tuple(Case(f"case{i}", (Path(f"{i}.nii"),), Path(f"l{i}.nii")) for i in range(10))
-        >>> dataset = Dataset(Path("."), "toy", cases, ("MRI",), {"background": 0, "tumour": 1})
-        >>> split = split_cases(dataset, labels=4)
-        >>> len(split.training), len(split.validation), len(split.unlabelled)
-        (3, 1, 6)
+    The seed and the names alone order the labelled cases; a budget of N takes the first N, and whether a case trains or
+    validates is decided along that order, so the cases of a smaller budget are on the same side in a larger one. About
+    ``max(1, min(20, round(validation_fraction * N)))`` cases validate, more if a patient has many scans. If the data list
+    names validation cases, only these validate (`DataError` if that separates scans of a patient); without a budget all
+    of them do. With a fraction of 0 all cases of the budget train, and the first 20 also validate.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction must be at least 0 and below 1, got {validation_fraction}")
@@ -159,34 +114,38 @@ def split_cases(
     total = len(labelled) if labels is None else labels
     if not labelled:
         raise DataError(f"{dataset.root}: no case has a label map. Training needs at least one.")
-    if total < 1:
-        raise DataError(f"{dataset.root}: a budget of {total} labelled cases is too small. Give at least 1.")
-    if total > len(labelled):
-        raise DataError(
-            f"{dataset.root}: {total} labelled cases were asked for, but it has {len(labelled)}. "
-            f"Ask for at most {len(labelled)}, or label more scans."
-        )
+    if not 1 <= total <= len(labelled):
+        found = f"{total} labelled cases were asked for, but it has {len(labelled)}"
+        raise DataError(f"{dataset.root}: {found}. Ask for at least 1 and at most {len(labelled)}.")
 
     def draw(text: str) -> bytes:
         return hashlib.sha256(f"{seed}\0{text}".encode()).digest()
 
+    def wanted(count: int) -> int:  # grows by at most one as `count` does, hence the nesting
+        return max(1, min(MOST_VALIDATION, round(validation_fraction * count), count - 1))
+
     ordered = sorted(labelled, key=lambda case: (draw(_group(case)), _group(case), draw(f"case {case.name}")))
-    training: list[Case] = ordered[:total]
-    validation: list[Case] = []
-    if validation_fraction > 0 and 0 < sum(case.name in dataset.validation for case in labelled) < len(labelled):
-        training, validation = _along_own_split(dataset, ordered, total, validation_fraction, labels is None)
+    own = [case for case in ordered if case.name in dataset.validation]
+    training, validation = ordered[:total], list[Case]()
+    if validation_fraction > 0 and 0 < len(own) < len(ordered):
+        if (mixed := patient_on_both_sides(dataset)) is not None:
+            raise DataError(mixed)
+        others = [case for case in ordered if case.name not in dataset.validation]
+        share = min(wanted(total), len(own)) if total > 1 else 0
+        number = len(own) if labels is None else max(share, total - len(others))
+        training, validation = others[: total - number], own[:number]
     elif validation_fraction > 0:
-        training, validation = _along_order(ordered, total, validation_fraction)
+        training, sides = [], dict[str, list[Case]]()
+        for count, case in enumerate(ordered[:total], 1):
+            due = bool(training) and len(validation) < wanted(count)
+            sides.setdefault(_group(case), validation if due else training).append(case)
     warnings = []
     if not validation or not training:
         training = training or validation
         validation = training if validation_fraction > 0 else training[:MOST_VALIDATION]
         why = "no other labelled patient can validate" if validation_fraction > 0 else "all of them train"
-        names = ", ".join(case.name for case in training[:3])
-        names += f" and {len(training) - 3} more" if len(training) > 3 else ""
-        warnings.append(
-            f"Validation uses the training cases themselves ({names}): {why}. Its scores say nothing about new scans."
-        )
+        names = ", ".join(case.name for case in training[:3]) + ", ..." * (len(training) > 3)
+        warnings.append(f"Validation uses the training cases ({names}): {why}. Its scores say nothing about new scans.")
     used = {case.name for case in (*training, *validation)}
     rest = tuple(replace(case, label=None) for case in dataset.cases if case.name not in used)
     return Split(tuple(training), tuple(validation), rest, tuple(warnings))
@@ -196,46 +155,91 @@ def _group(case: Case) -> str:
     return f"case {case.name}" if case.patient is None else f"patient {case.patient}"
 
 
-def _wanted(total: int, fraction: float) -> int:
-    """How many of `total` cases validate. It grows by at most one as `total` does, hence the nesting."""
-    return max(1, min(MOST_VALIDATION, round(fraction * total), total - 1))
-
-
-def _along_order(ordered: list[Case], total: int, fraction: float) -> tuple[list[Case], list[Case]]:
-    training: list[Case] = []
-    validation: list[Case] = []
-    sides: dict[str, list[Case]] = {}
-    for count, case in enumerate(ordered[:total], 1):
-        group = _group(case)
-        if group not in sides:
-            due = bool(training) and len(validation) < _wanted(count, fraction)
-            sides[group] = validation if due else training
-        sides[group].append(case)
-    return training, validation
-
-
 def patient_on_both_sides(dataset: Dataset) -> str | None:
     """A sentence on a patient whose labelled scans both train and validate in the data list; None if none does."""
-    sides: tuple[set[str], set[str]] = (set(), set())
-    for case in dataset.labelled:
-        sides[case.name in dataset.validation].add(_group(case))
+    sides = [{_group(c) for c in dataset.labelled if (c.name in dataset.validation) == side} for side in (False, True)]
     if not (both := sides[0] & sides[1]):
         return None
-    return (
-        f"{dataset.root}: patient {min(both).removeprefix('patient ')!r} has scans both in the training and in the "
-        "validation part of the data list. Keep a patient's scans on one side."
-    )
+    found = f"patient {min(both).removeprefix('patient ')!r} both trains and validates in the data list"
+    return f"{dataset.root}: {found}. Keep a patient's scans on one side."
 
 
-def _along_own_split(
-    dataset: Dataset, ordered: list[Case], total: int, fraction: float, everything: bool
-) -> tuple[list[Case], list[Case]]:
-    to_train = [case for case in ordered if case.name not in dataset.validation]
-    to_validate = [case for case in ordered if case.name in dataset.validation]
-    if (mixed := patient_on_both_sides(dataset)) is not None:
-        raise DataError(mixed)
-    if everything:
-        return to_train, to_validate
-    number = 0 if total == 1 else min(_wanted(total, fraction), len(to_validate))
-    number = max(number, total - len(to_train))
-    return to_train[: total - number], to_validate[:number]
+def write_datalist(split: Split, path: str | Path, dataset_dir: str | Path) -> None:
+    """Write ``{"training": [item], "validation": [item], "unlabelled": [item]}``."""
+    content = {section: items(getattr(split, section), dataset_dir) for section in SECTIONS}
+    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def items(cases: Iterable[Case], dataset_dir: str | Path) -> list[Item]:
+    """Cases as ``{"name": str, "image": path or list of paths, "label": path}``; no label for unlabelled cases.
+
+    Paths are relative to `dataset_dir` (with "/") if they are inside it, absolute otherwise.
+    """
+    root = Path(dataset_dir).absolute()
+
+    def text(path: Path) -> str:
+        full = path.absolute()
+        return full.relative_to(root).as_posix() if full.is_relative_to(root) else str(full)
+
+    entries = []
+    for case in cases:
+        images = [text(path) for path in case.images]
+        label = {} if case.label is None else {"label": text(case.label)}
+        entries.append({"name": case.name, "image": images[0] if len(images) == 1 else images, **label})
+    return entries
+
+
+def read_datalist(path: Path) -> dict[str, list[Item]]:
+    """The sections of a run's `datalist.json`, paths as they are."""
+    content = read_json(path, DataError)
+    for section in SECTIONS:
+        entries = content.get(section)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            what = 'must be a list of items {"name": text, "image": path, "label": path}'
+            raise DataError(f'{path}: "{section}" {what}. Correct it, or plan the run again.')
+    return {section: content[section] for section in SECTIONS}
+
+
+def load_items(entries: Iterable[Mapping[str, Any]], dataset_dir: str | Path) -> list[Item]:
+    """Items of `datalist.json` with the absolute paths that MONAI's loaders need; other keys stay as they are.
+
+    `DataError`: no item (MONAI would exit without a message), an item without image, a path out of `dataset_dir`.
+    """
+    root, source = Path(dataset_dir).absolute(), Path("datalist.json")
+    loaded = []
+    for number, entry in enumerate(entries, 1):
+        if not entry.get("image"):
+            raise DataError(f'{source}: item {number} has no "image". Give it the path of its scan.')
+        item = dict(entry)
+        for key in ("image", "label"):
+            if item.get(key):
+                paths = [str(inside(root, text, source)) for text in texts(item[key])]
+                item[key] = paths[0] if len(paths) == 1 else paths
+        loaded.append(item)
+    if not loaded:
+        raise DataError(f"{source}: a list of cases is empty (data folder {root}). Name at least one case in it.")
+    return loaded
+
+
+def texts(paths: Any) -> list[Any]:
+    """One path of a data list, or several, as a list."""
+    return list(paths) if isinstance(paths, Sequence) and not isinstance(paths, str) else [paths]
+
+
+def inside(root: Path, text: object, source: Path) -> Path:
+    r"""A path of a data list: absolute as it is, relative from `root` and never out of it; Windows' \ is accepted."""
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        raise DataError(f"{source}: a path must be a non-empty text, found {text!r}. Correct the data list.")
+    if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]|\\\\", text):
+        cure = "Write paths relative to the list's folder."
+        raise DataError(f"{source}: {text!r} is an absolute path of Windows, which does not exist here. {cure}")
+    base = os.path.normpath(root.absolute())
+    if "\\" in text and not os.path.exists(Path(base) / text):  # noqa: PTH110 - Path.exists raises for long names
+        text = text.replace("\\", "/")
+    if Path(text).is_absolute():
+        return Path(text)
+    full = os.path.normpath(Path(base) / text)
+    if os.path.commonpath([base, full]) != base:
+        cure = "Write an absolute path if you mean this file."
+        raise DataError(f"{source}: the path {text!r} leaves the data folder {root}. {cure}")
+    return Path(full)

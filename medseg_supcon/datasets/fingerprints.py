@@ -13,13 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg_supcon.datasets.dataset import Case, Dataset
-from medseg_supcon.datasets.labels import class_indices
+from medseg_supcon.datasets.labels import Floats, class_indices
 from medseg_supcon.errors import DataError
 from medseg_supcon.scans import Volume, count_values, in_parallel, read_header, read_nifti
 
 SAMPLES_PER_CASE = 10_000
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -63,14 +61,14 @@ class Fingerprint:
         values = np.concatenate([case.foreground[channel] for case in self.cases]).astype(np.float64)
         if values.size == 0:
             raise DataError("No case has a labelled structure, so the intensities of structures are unknown.")
-        low, median, high = np.percentile(values, [0.5, 50, 99.5])
-        figures = {"mean": values.mean(), "std": values.std(), "percentile_00_5": low, "median": median}
-        return {name: float(value) for name, value in {**figures, "percentile_99_5": high}.items()}
+        low, median, high = np.percentile(values, [0.5, 50, 99.5]).tolist()
+        mean, std = float(values.mean()), float(values.std())
+        return {"mean": mean, "std": std, "percentile_00_5": low, "median": median, "percentile_99_5": high}
 
     def summary(self) -> dict[str, Any]:
-        """The fingerprint as `plan.json` shows it: a few rounded figures."""
+        """The fingerprint as `plan.json` shows it: a few rounded numbers."""
         labelled = [case for case in self.cases if case.class_voxels is not None]
-        volumes, smallest = {}, {}
+        volumes, smallest, intensities = {}, {}, {}
         for c, name in enumerate(self.classes[1:], 1):
             voxels = np.array([case.class_voxels[c] for case in labelled if case.class_voxels is not None])
             ml = voxels * np.array([np.prod(case.spacing) / 1000 for case in labelled])
@@ -78,16 +76,17 @@ class Fingerprint:
             if voxels.any():
                 i = int(np.where(voxels > 0, ml, np.inf).argmin())
                 smallest[name] = {"case": labelled[i].name, "voxels": int(voxels[i]), "mm3": readable(1000 * ml[i])}
+        for c, name in enumerate(self.channels):
+            earlier = self.channels[:c].count(name)  # a repeated name gets its number
+            unique = f"{name} ({earlier + 1})" if earlier else name
+            intensities[unique] = {key: readable(value) for key, value in self.foreground(c).items()}
         return {
             "cases": len(self.cases),
             "labelled": len(labelled),
             "orientations": dict(Counter(case.orientation for case in self.cases).most_common()),
             "shape": _spread(self.shapes),
             "spacing": _spread(self.spacings),
-            "foreground_intensity": {
-                name: {key: readable(value) for key, value in self.foreground(channel).items()}
-                for channel, name in enumerate(_unique_names(self.channels))
-            },
+            "foreground_intensity": intensities,
             "volume_ml": volumes,
             "smallest": smallest,
         }
@@ -98,70 +97,40 @@ def readable(value: float, digits: int = 4) -> float:
     return float(f"{float(value):.{digits}g}")
 
 
-def _unique_names(names: Sequence[str]) -> list[str]:
-    """The names, a repeated one with its number: ``"CT"``, ``"CT (2)"``."""
-    counts = [names[:i].count(name) for i, name in enumerate(names)]
-    return [f"{name} ({n + 1})" if n else name for name, n in zip(names, counts, strict=True)]
-
-
 def _spread(values: Floats) -> dict[str, Any]:
     rows = {"min": values.min(axis=0), "median": np.median(values, axis=0), "max": values.max(axis=0)}
     return {key: [readable(v) for v in row] if np.ndim(row) else readable(float(row)) for key, row in rows.items()}
 
 
 def fingerprint(
-    dataset: Dataset,
-    cases: Sequence[Case] | None = None,
-    known: Mapping[Case, CaseFingerprint] | None = None,
+    dataset: Dataset, cases: Sequence[Case] | None = None, known: Mapping[Case, CaseFingerprint] | None = None
 ) -> Fingerprint:
-    """The fingerprint of a data set or of some of its cases; labelled ones are read once, others not at all.
-
-    Args:
-        dataset: says what channels and label values mean.
-        cases: the cases to read, usually those that train; None for all.
-        known: fingerprints of cases that need not be read again: `Report.fingerprints` of `check_dataset`.
-
-    Raises:
-        DataError: no case, a file that cannot be read, a label map of another shape than its scan's, or a
-            label value that is not declared (`check_dataset` lists all such faults at once).
-
-    Example:
-        >>> import tempfile
-        >>> from medseg_supcon.datasets import fingerprint, make_phantoms, read_dataset
-        >>> dataset = read_dataset(make_phantoms(tempfile.mkdtemp() + "/phantoms", cases=2, unseen=0))
-        >>> fingerprint(dataset).class_voxels.shape
-        (6,)
-    """
+    """The fingerprint of a data set or of some of its cases; `known` ones (`Report.fingerprints`) are not read again."""
     chosen = tuple(dataset.cases if cases is None else cases)
     if not chosen:
         raise DataError(f"{dataset.root}: no case to take a fingerprint of.")
-    known = known or {}
-    measured = in_parallel(lambda case: known.get(case) or _of_case(case, dataset), chosen)
-    return Fingerprint(tuple(measured), dataset.channels, tuple(dataset.labels))
 
-
-def _of_case(case: Case, dataset: Dataset) -> CaseFingerprint:
-    if case.label is None:
-        shape, affine = read_header(case.images[0])
+    def measure(case: Case) -> CaseFingerprint:
+        if known is not None and case in known:
+            return known[case]
+        if case.label is not None:
+            return measure_case(case, dataset, [read_nifti(path) for path in case.images], read_nifti(case.label))
         nothing = np.zeros((len(dataset.channels), 0), dtype=np.float32)
-        return CaseFingerprint(case.name, *_geometry(case.images[0], shape, affine), None, nothing)
-    return measure_case(case, dataset, [read_nifti(path) for path in case.images], read_nifti(case.label))
+        return CaseFingerprint(case.name, *geometry(case.images[0], *read_header(case.images[0])), None, nothing)
+
+    return Fingerprint(tuple(in_parallel(measure, chosen)), dataset.channels, tuple(dataset.labels))
 
 
 def measure_case(case: Case, dataset: Dataset, volumes: Sequence[Volume], label: Volume) -> CaseFingerprint:
     """The fingerprint of a labelled case whose images and label map have been read."""
     channels = [channel for volume in volumes for channel in volume.channels_first]
     if len(channels) != len(dataset.channels):
-        raise DataError(
-            f"{case.images[0]}: case {case.name} has {len(channels)} channels, the data set declares "
-            f"{len(dataset.channels)} ({', '.join(dataset.channels)}). Correct the data list or the file."
-        )
+        found = f"{len(channels)} channels, the data set declares {', '.join(dataset.channels)}"
+        raise DataError(f"{case.images[0]}: has {found}. Correct the data list or the file.")
     for path, array in zip(case.images * len(channels), channels, strict=False):
         if array.shape != label.data.shape:
-            raise DataError(
-                f"{case.label}: the label map has {label.data.shape} voxels, its scan {path} has {array.shape}. "
-                f"Export the label map on the grid of the scan."
-            )
+            found = f"has {label.data.shape} voxels, its scan {path} has {array.shape}"
+            raise DataError(f"{case.label}: {found}. Export it on the scan's grid.")
     plan = {"labels": dataset.labels, "ignore_label": dataset.ignore_label}
     indices = class_indices(label.data, plan, case.label or "label map")
     voxels = count_values(indices)
@@ -170,21 +139,20 @@ def measure_case(case: Case, dataset: Dataset, volumes: Sequence[Volume], label:
     inside = inside[:: max(1, len(inside) // SAMPLES_PER_CASE)]  # evenly spread: the plan is reproducible
     values = np.stack([array.ravel(order="F")[inside].astype(np.float32) for array in channels])
     values = values[:, np.isfinite(values).all(axis=0)]
-    geometry = _geometry(case.images[0], channels[0].shape, volumes[0].affine)
-    return CaseFingerprint(case.name, *geometry, counts, values)
+    place = geometry(case.images[0], channels[0].shape, volumes[0].affine)
+    return CaseFingerprint(case.name, *place, counts, values)
 
 
-def _geometry(
+def geometry(
     path: Path, shape: Sequence[int], affine: Floats
 ) -> tuple[tuple[int, int, int], tuple[float, float, float], str]:
-    """Shape and spacing in RAS order, and the axis codes as stored."""
+    """Shape and spacing (mm) in RAS order, and the axis codes as stored."""
     if len(shape) < 3:
         raise DataError(f"{path}: is {len(shape)}-D. Training needs 3-D scans.")
     axes = nibabel.orientations.io_orientation(affine)[:, 0]
     if not np.isfinite(axes).all():
         raise DataError(f"{path}: its affine has a zero axis. Export the scan again with a valid header.")
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    order = np.argsort(axes)
+    order, spacing = np.argsort(axes), np.linalg.norm(affine[:3, :3], axis=0)
     x, y, z = (int(shape[i]) for i in order)
     sx, sy, sz = (float(round(spacing[i], 6)) for i in order)
     return (x, y, z), (sx, sy, sz), "".join(nibabel.orientations.aff2axcodes(affine))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,66 +20,57 @@ from torch import Tensor, nn
 from medseg_supcon.bundle import (
     cases_of,
     check_configs_trusted,
-    is_code,
     is_planned,
-    is_started,
-    leaves,
     load_model,
     load_tensors,
-    plain_text,
     read_config,
     scan_preprocessing,
+    settings_at_fault,
 )
 from medseg_supcon.datasets import Case, Dataset, items, load_items
 from medseg_supcon.embedding.separation import class_separation, principal_components, scatter_figure, t_sne
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.files import write_csv, write_text
 from medseg_supcon.losses import IGNORE_INDEX, VoxelSampler
-from medseg_supcon.networks import ContrastiveNetwork, ProjectionHead, build_network, definition_problem
+from medseg_supcon.networks import ContrastiveNetwork
 from medseg_supcon.plan import LabelPreprocessingd, literal, read_plan
-from medseg_supcon.training import load_initial, prepare_case
+from medseg_supcon.text import counted
+from medseg_supcon.training import prepare_case
 
 BEFORE, AFTER = "before training", "after training"
 HEAD = "projection."  # its part of the names in checkpoint.pt
-# How train.yaml makes the projection head, apart from plain values.
-HEAD_CODE = {"_target_": "medseg_supcon.networks.ProjectionHead", "in_channels": "$@train::network.in_channels"}
 DEFAULT_CASES = 8
 
 Networks = Mapping[str, ContrastiveNetwork]
 
 
 def networks_of(run: Path, device: torch.device, trust: bool = False) -> dict[str, ContrastiveNetwork]:
-    """The run's network as its seed (and its ``--init``) made it, and as training left it; in evaluation mode.
-
-    Raises:
-        RunError: the weights do not fit the plan's network, or the run needs trust.
-    """
+    """The run's network as its seed (and its ``--init``) made it, and as training left it; in evaluation mode."""
     made = {BEFORE: _begun(run, trust)[0], AFTER: load_model(run, trust).network}
     return {when: ContrastiveNetwork(network).to(device).eval() for when, network in made.items()}
 
 
 def heads_of(run: Path, trust: bool = False) -> tuple[dict[str, nn.Module], str]:
     """The projection head before and after training, or none and a sentence that says why."""
-    config = read_config(run / "configs" / "train.yaml")
-    checkpoint = run / "models" / "checkpoint.pt"
+    config, checkpoint = read_config(run / "configs" / "train.yaml"), run / "models" / "checkpoint.pt"
     reasons = {
         "has no projection head": config.get("projection") is None,
         "has a contrast weight of 0, so that its projection head was not trained": config.get("contrast_weight") == 0,
         "has no models/checkpoint.pt, which holds the projection head": not checkpoint.exists(),
     }
-    if any(reasons.values()):
-        return {}, f"The run {next(why for why, applies in reasons.items() if applies)}: only features are shown."
+    if why := next((reason for reason, applies in reasons.items() if applies), None):
+        return {}, f"The run {why}: only features are shown."
     try:
         saved = load_tensors(checkpoint)["state"]["loss"]
-        prefix = min((key.split(HEAD, 1)[0] for key in saved if HEAD in key), key=len, default=None)
+        prefix = min((key.split(HEAD, 1)[0] + HEAD for key in saved if HEAD in key), key=len, default=None)
     except (KeyError, TypeError, AttributeError):
         raise RunError(f"{checkpoint} is not a checkpoint of a training. Copy it again.") from None
     if prefix is None:
         return {}, "The run's checkpoint does not hold its projection head: only features are shown."
-    heads = {when: head.eval() for when in (BEFORE, AFTER) if (head := _begun(run, trust)[1]) is not None}
-    if not heads:  # an expression that gives None
+    head = _begun(run, trust)[1]
+    if head is None:  # an expression that gives None
         return {}, "The run has no projection head: only features are shown."
-    prefix += HEAD
+    heads = {BEFORE: head.eval(), AFTER: deepcopy(head)}
     try:
         heads[AFTER].load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
     except RuntimeError as error:
@@ -89,43 +81,14 @@ def heads_of(run: Path, trust: bool = False) -> tuple[dict[str, nn.Module], str]
 
 def _begun(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
     """Network and projection head (None: the run has none) as the run's seed makes them, one after the other."""
-    config = read_config(run / "configs" / "train.yaml")
-    plan = read_plan(run / "configs" / "plan.json")
-    head, seed = config.get("projection"), config.get("seed")
-    begins = config.get("init_weights")
-    weights = None if begins is None else plain_text(begins)
-    plain_start = isinstance(seed, int) and (begins is None or weights is not None)
-    if not (plain_start and _is_plain_head(head) and definition_problem(plan["network_def"]) is None):
-        return _evaluated(run, trust)
-    set_determinism(seed=seed)
-    try:
-        network = load_initial(build_network(plan["network_def"]), weights)
-        if head is None:
-            return network, None
-        options = {key: value for key, value in head.items() if key not in HEAD_CODE}
-        return network, ProjectionHead(ContrastiveNetwork(network).in_channels, **options)
-    except (TypeError, ValueError) as error:  # an option that the head does not have, or of a wrong size
-        raise RunError(f"{run / 'configs' / 'train.yaml'}: projection cannot be made ({error}).") from None
-    finally:
-        set_determinism(seed=None)
-
-
-def _is_plain_head(head: Any) -> bool:
-    if not isinstance(head, dict):
-        return head is None
-    options = {key: value for key, value in head.items() if key not in HEAD_CODE}
-    return HEAD_CODE.items() <= head.items() and not any(is_code(key, value) for key, value in leaves(options))
-
-
-def _evaluated(run: Path, trust: bool) -> tuple[nn.Module, nn.Module | None]:
-    """The same from train.yaml as MONAI evaluates it, for recipes with another start or head than ours."""
     check_configs_trusted(run, trust)
     parser = ConfigParser()
     parser.read_config(str(run / "configs" / "train.yaml"))
     parser["bundle_root"] = literal(str(run))
     parser["device"] = "$torch.device('cpu')"  # the start of a run does not depend on the device
-    set_determinism(seed=int(parser.get_parsed_content("seed")))
-    network, head = parser.get_parsed_content("network"), parser.get_parsed_content("projection")
+    with settings_at_fault():
+        set_determinism(seed=int(parser.get_parsed_content("seed")))
+        network, head = parser.get_parsed_content("network"), parser.get_parsed_content("projection")
     set_determinism(seed=None)
     if not (isinstance(network, nn.Module) and isinstance(head, nn.Module | None)):
         raise RunError(f"{run / 'configs' / 'train.yaml'}: network and projection must be torch modules.")
@@ -136,19 +99,17 @@ def _sample_features(
     prepare: Compose, cases: Sequence[Case], root: Path, networks: Networks, sampler: VoxelSampler, patch: Sequence[int]
 ) -> tuple[dict[str, Tensor], Any, Any]:
     """Features (N, F) of the sampled voxels by each network, their class indices (N,) and scans' numbers (N,)."""
-    features: dict[str, list[Tensor]] = {name: [] for name in networks}
-    labels, scans = [], []
+    features, labels, scans = [], [], []
     for number, case in enumerate(prepare_case(prepare, item) for item in load_items(items(cases, root), root)):
         label = torch.as_tensor(case["label"]).long()
         indices = sampler(label).indices
         where = torch.stack(torch.unravel_index(indices, label.shape[1:]), 1)
-        for name, rows in voxel_features(networks, torch.as_tensor(case["image"]), where, patch).items():
-            features[name].append(rows)
+        features.append(voxel_features(networks, torch.as_tensor(case["image"]), where, patch))
         labels.append(label.flatten()[indices])
         scans.append(torch.full_like(indices, number))
     if not any(map(len, labels)):
         raise DataError(f"{root}: no labelled voxel in the chosen cases. Choose others with --cases.")
-    joined = {name: torch.cat(parts) for name, parts in features.items()}
+    joined = {name: torch.cat([of[name] for of in features if name in of]) for name in networks}
     return joined, torch.cat(labels).numpy(), torch.cat(scans).numpy()
 
 
@@ -156,13 +117,8 @@ def _sample_features(
 def voxel_features(networks: Networks, image: Tensor, where: Tensor, patch: Sequence[int]) -> dict[str, Tensor]:
     """Features of single voxels, name -> (N, F) float32 on the CPU; needs the memory of one patch at any size of the scan.
 
-    A voxel's features come from the window whose centre is nearest, of windows that overlap by half.
-
-    Args:
-        networks: by name.
-        image: (C, X, Y, Z), no smaller than a patch.
-        where: (N, 3) voxel indices.
-        patch: voxels per axis.
+    ``image`` is (C, X, Y, Z), no smaller than a patch; ``where`` (N, 3) voxel indices. A voxel's features come from the
+    window whose centre is nearest, of windows that overlap by half.
     """
     windows = dense_patch_slices(tuple(image.shape[1:]), tuple(patch), tuple(max(1, p // 2) for p in patch))
     starts = torch.tensor([[s.start for s in window] for window in windows])
@@ -191,30 +147,17 @@ def embed_run(
     device: str | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Dense and projected features of sampled voxels before and after training: pictures and class separation.
+    """Class separation and pictures of features of sampled voxels; returns the content of ``separation.json``.
 
-    The network before training is as the run's seed (and its ``--init``) made it. Voxels are drawn once, evenly over
-    classes, and are the same in all sets.
-
-    Args:
-        run: a trained run.
-        dataset: scans with label maps.
-        out: folder for ``pca.png``, ``tsne.png``, ``separation.csv``, ``separation.json`` and ``projector/``.
-        cases: names; by default up to 8 labelled cases that the run did not train on.
-        voxels: over all cases.
-        seed: of the draw and of t-SNE.
-        device: by default a GPU if there is one.
-        trust: run code in the run's configs that medseg did not write on this computer.
-
-    Returns:
-        the content of ``separation.json``.
-
-    Raises:
-        RunError: not a trained run, or one that needs trust. DataError: no labelled case, or other channels than the run's.
+    The network before training is as the run's seed (and its ``--init``) made it. ``voxels`` over all cases are drawn once,
+    evenly over classes, and are the same in all sets; ``seed`` is that of the draw and of t-SNE. ``cases`` are names, by
+    default up to 8 labelled ones that the run did not train on. ``trust``: run code in the run's configs that medseg did
+    not write on this computer. A RunError if it is not a trained run or needs trust; a DataError if no case has a label, or
+    the data set has other channels than the run.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    if not (is_planned(run) and is_started(run)):
+    if not is_planned(run):
         raise RunError(f"{run} is not a trained run. Train it first: medseg train DATASET --out {run}.")
     plan = read_plan(run / "configs" / "plan.json")
     chosen, chosen_how = _choose(run, dataset, cases)
@@ -231,13 +174,9 @@ def embed_run(
     sets = {f"encoder features, {when}": rows.numpy() for when, rows in features.items()}
     with torch.no_grad():
         sets |= {f"projected features, {when}": head(features[when]).float().numpy() for when, head in heads.items()}
-    for name, vectors in sets.items():
-        if not np.isfinite(vectors).all():
-            raise RunError(f"{run}: its {name}, contain NaN or infinity: its weights are useless. Train again.")
-    rows = [
-        {"vectors": name, "width": x.shape[1]} | class_separation(x, labels, scans, seed) for name, x in sets.items()
-    ]
-    out.mkdir(parents=True, exist_ok=True)
+    if wrong := next((name for name, vectors in sets.items() if not np.isfinite(vectors).all()), None):
+        raise RunError(f"{run}: its {wrong}, contain NaN or infinity: its weights are useless. Train again.")
+    rows = [{"vectors": k, "width": x.shape[1]} | class_separation(x, labels, scans, seed) for k, x in sets.items()]
     components = {name: principal_components(vectors) for name, vectors in sets.items()}
     maps = [(f"{name} ({100 * sum(shares):.0f} % of the variance)", at) for name, (at, shares) in components.items()]
     scatter_figure(maps, labels, classes, "Voxels by their first two principal components", out / "pca.png")
@@ -272,7 +211,7 @@ def _choose(run: Path, dataset: Dataset, names: Iterable[str] | None) -> tuple[S
         how = f" that the run {'did not train' if unseen else 'trained'} on"
     if not labelled:
         raise DataError(f"{dataset.root}: none of the cases has a label map, which the classes are taken from.")
-    return labelled, f"{len(labelled)} scan{'' if len(labelled) == 1 else 's'}{how}."
+    return labelled, f"{counted(len(labelled), 'scan')}{how}."
 
 
 def _sentence(row: dict[str, Any]) -> str:

@@ -22,71 +22,49 @@ BACKGROUND_COLOR = "#9a9a9a"
 
 
 def class_separation(vectors: Floats, labels: Integers, groups: Integers, seed: int = 0) -> dict[str, Any]:
-    """How well the classes are separated among N vectors.
+    """How well the classes are separated among (N, D) vectors; ``groups`` (N,) is the scan that each voxel is from.
 
     - ``silhouette``: mean over voxels, -1 to 1, higher is better (Rousseeuw 1987), Euclidean.
-    - ``linear_probe``: balanced accuracy (chance: 1 / classes) of logistic regression on standardised vectors,
-      cross-validated; with two scans or more, a scan's voxels are never on both sides.
+    - ``linear_probe``: balanced accuracy of logistic regression on standardised vectors, cross-validated over scans.
     - ``centroid_similarity``, ``effective_rank_score``, ``collapse``: MONAI's ``EmbeddingCollapseMetric`` and its
       worst score, 0 to 1, lower is better.
 
-    A number that does not exist (a single class, vectors that are all equal) is None.
-
-    Args:
-        vectors: (N, D).
-        labels: (N,) class indices.
-        groups: (N,) the scan that each voxel is from.
-        seed: of the folds, if there is one scan only.
-
-    Raises:
-        ValueError: lengths that differ, or a vector that is not finite.
-
-    Example:
-        >>> x = np.repeat(np.eye(2, dtype=np.float32), 10, axis=0)
-        >>> y, scan = np.repeat([0, 1], 10), np.tile([0, 1], 10)
-        >>> class_separation(x, y, scan)["linear_probe"]
-        1.0
+    A score that does not exist (a single class, vectors that are all equal) is None.
     """
     from sklearn.metrics import silhouette_score
 
-    if not len(vectors) == len(labels) == len(groups):
-        lengths = f"{len(vectors)}, {len(labels)}, {len(groups)}"
-        raise ValueError(f"vectors, labels and groups must be of one length, got {lengths}")
-    if not np.isfinite(vectors).all():
-        raise ValueError("vectors must be finite, found NaN or infinity")
-    present, counts = np.unique(labels, return_counts=True)
-    collapse = ("centroid_similarity", "effective_rank_score", "collapse")
+    present, collapse = np.unique(labels), ("centroid_similarity", "effective_rank_score", "collapse")
     result: dict[str, Any] = dict.fromkeys(("silhouette", "linear_probe", *collapse))
     if len(present) < 2 or len(present) == len(labels) or not np.ptp(vectors, axis=0).any():
         return result
     result["silhouette"] = float(silhouette_score(vectors, labels))
-    result["linear_probe"] = _linear_probe(vectors, labels, groups, int(counts.min()), seed)
+    result["linear_probe"] = _linear_probe(vectors, labels, groups, seed)
     metric = EmbeddingCollapseMetric(include_indicators=["centroid_similarity", "effective_rank"])
     scores = metric(torch.from_numpy(vectors.astype(np.float32)), torch.from_numpy(labels))
     scores["collapse"] = scores.get("aggregate")
     return result | {name: None if scores.get(name) is None else float(scores[name]) for name in collapse}
 
 
-def _linear_probe(vectors: Floats, labels: Integers, groups: Integers, rarest: int, seed: int) -> float | None:
+def _linear_probe(vectors: Floats, labels: Integers, groups: Integers, seed: int) -> float | None:
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupKFold, StratifiedKFold
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.model_selection import GroupKFold, StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if (scans := len(np.unique(groups))) > 1:
-        folds = GroupKFold(min(FOLDS, scans)).split(vectors, labels, groups)
-    elif rarest > 1:
-        folds = StratifiedKFold(min(FOLDS, rarest), shuffle=True, random_state=seed).split(vectors, labels)
-    else:
+    scans, rarest = len(np.unique(groups)), int(np.unique(labels, return_counts=True)[1].min())
+    if scans == rarest == 1:
         return None
-    predicted = np.empty_like(labels)
-    for train, test in folds:
-        if len(np.unique(labels[train])) < 2:
-            return None
-        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
-        predicted[test] = probe.fit(vectors[train], labels[train]).predict(vectors[test])
+    if scans > 1:  # a scan's voxels are never on both sides
+        folds = list(GroupKFold(min(FOLDS, scans)).split(vectors, labels, groups))
+    else:
+        folds = list(StratifiedKFold(min(FOLDS, rarest), shuffle=True, random_state=seed).split(vectors, labels))
+    if any(len(np.unique(labels[train])) < 2 for train, _ in folds):
+        return None
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
+    predicted = cross_val_predict(probe, vectors, labels, cv=folds)
     # A class in a single scan cannot be learnt from the others: it counts as missed.
-    return float(np.mean([(predicted[labels == c] == c).mean() for c in np.unique(labels)]))
+    return float(balanced_accuracy_score(labels, predicted))
 
 
 def principal_components(vectors: Floats) -> tuple[Floats, list[float]]:
@@ -117,17 +95,15 @@ def t_sne(vectors: Floats, seed: int = 0) -> Floats:
 def scatter_figure(
     panels: Sequence[tuple[str, Floats]], labels: Integers, classes: Sequence[str], title: str, path: Path
 ) -> None:
-    """Draws points (N, 2) by their class index, each panel with its title and two in a row, as a PNG."""
+    """Draws points (N, 2) by class index as a PNG; ``panels`` are (title, points), two in a row."""
     rows = -(-len(panels) // 2)
     figure = new_figure(9.4, 4.5 * rows + 0.9)
-    axes = figure.subplots(rows, 2, squeeze=False).ravel()
     order = np.random.default_rng(0).permutation(len(labels))  # no class covers the others
     colors = [BACKGROUND_COLOR, *map(color_of, range(len(classes) - 1))]
-    for axis, (name, points) in zip(axes, panels, strict=False):
+    for number, (name, points) in enumerate(panels, 1):
+        axis = figure.add_subplot(rows, 2, number)
         axis.scatter(*points[order].T, c=[colors[c] for c in labels[order]], s=9, alpha=0.75, linewidths=0)
         dress_image(axis, name)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
     figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
     handles = [
         Line2D([], [], linestyle="", marker="o", color=color, label=f"{name} ({count})")

@@ -2,23 +2,22 @@
 
 from medseg_supcon.evaluation.figures import (
     INK,
-    PALETTE,
     color_of,
     curves_figure,
     dress,
-    dress_epochs,
     dress_image,
     legend_below,
     new_figure,
     overlay_figure,
+    read_history,
     save,
 )
 from medseg_supcon.evaluation.folders import evaluate_folders
-from medseg_supcon.evaluation.metrics import Row, case_metrics
-from medseg_supcon.evaluation.summary import (
+from medseg_supcon.evaluation.metrics import (
     EMPTY_RULE,
     MetricsReport,
-    add_problems,
+    Row,
+    case_metrics,
     score_mask,
     summarise,
     write_metrics,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from medseg_supcon.datasets import snap_labels
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation.metrics import Array, Labels
-from medseg_supcon.scans import read_nifti
+from medseg_supcon.scans import Volume, read_nifti
 
 INK, GRID = "#222222", "#dddddd"
 # Okabe and Ito's palette, which colour-blind people can distinguish, and then matplotlib's tab20.
@@ -36,21 +36,18 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def dress(axis: Any, title: str, below: str) -> None:
-    """Title, axis label and grid, the same in every plot."""
+def dress(axis: Any, title: str, below: str = "", epochs: Sequence[float] | Array = ()) -> None:
+    """Title, axis label and grid, the same in every plot; of a training's epochs, all are on the axis, as whole numbers."""
+    if len(epochs):
+        below = "epoch"
+        axis.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.set_title(title, fontsize=11, color=INK, loc="left")
     axis.set_xlabel(below, fontsize=9, color=INK)
     axis.tick_params(labelsize=9, colors=INK)
     axis.grid(color=GRID, linewidth=0.7)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def dress_epochs(axis: Any, title: str, epochs: Sequence[int]) -> None:
-    """As `dress`, for a training's epochs: all of them are on the axis, and its ticks are whole epochs."""
-    dress(axis, title, "epoch")
-    axis.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def dress_image(axis: Any, title: str) -> None:
@@ -88,33 +85,35 @@ def save(figure: Any, path: Path) -> None:
 
 PER_CLASS = "val_dice_"
 MOST_NAMED = 10  # classes; the names of more would cover the curves
-NO_LOSS = ("epoch", "step", "seconds", "learning_rate", "stage", "confident")
+NO_LOSS = ("epoch", "step", "seconds", "learning_rate", "confident")
 
 
-def curves_figure(history: str | Path | Mapping[str, Sequence[Any]], path: str | Path) -> None:
-    """Draws the training loss and its terms (left) and validation Dice per class (right), as a PNG.
-
-    Args:
-        history: a run's ``history.csv`` or its columns: ``epoch``, loss terms under any name, ``val_mean_dice`` and
-            ``val_dice_<class>``; cells may be empty.
-        path: the PNG; its folder is made.
-
-    Raises:
-        RunError: the history is missing or has no epoch.
-    """
+def read_history(path: Path) -> list[dict[str, float]]:
+    """The rows of a run's ``history.csv``, numbers only, NaN for an empty field; a RunError if it cannot be used."""
     try:
-        columns = history if isinstance(history, Mapping) else _columns(Path(history))
-        epochs = [int(float(epoch)) for epoch in columns.get("epoch", [])]
-    except (ValueError, TypeError):  # also text that is not UTF-8
-        raise RunError(f"{history} is damaged. Copy it again, or train again.") from None
-    if not epochs:
-        raise RunError(f"{history}: this history has no epoch. Train first.")
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = [{k: float(v or "nan") for k, v in row.items() if k != "stage"} for row in csv.DictReader(stream)]
+        if not all(np.isfinite([row.get(key, np.nan) for key in ("epoch", "step", "seconds")]).all() for row in rows):
+            raise ValueError("it lacks an epoch, step or seconds")
+    except FileNotFoundError:
+        rows = []
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise RunError(f"{path} is damaged ({error}). Copy it again, or delete the run and train again.") from None
+    if not rows:
+        raise RunError(f"{path}: the history of the training is missing or empty. Train first.")
+    return rows
+
+
+def curves_figure(history: Path, path: Path) -> None:
+    """Draws the training loss and its terms (left) and validation Dice per class (right) of a ``history.csv``, as a PNG."""
+    rows = read_history(history)
+    epochs, columns = np.array([row["epoch"] for row in rows]), list(rows[0])
 
     def draw(axis: Any, column: str, **style: Any) -> None:
-        values = np.array([np.nan if cell in ("", None) else float(cell) for cell in columns[column]])
+        values = np.array([row[column] for row in rows])
         finite = np.isfinite(values)
         style = {"marker": "." if finite.sum() < 3 else "", "linewidth": 1.5} | style
-        axis.plot(np.array(epochs)[finite], values[finite], **style)
+        axis.plot(epochs[finite], values[finite], **style)
 
     figure = new_figure(10.5, 3.9)
     left, right = figure.subplots(1, 2)
@@ -131,19 +130,10 @@ def curves_figure(history: str | Path | Mapping[str, Sequence[Any]], path: str |
     right.set_ylim(0, 1)
     many = f", mean and {len(classes)} classes" if len(classes) > MOST_NAMED else ""
     for axis, title in ((left, "Training loss"), (right, f"Validation Dice{many}")):
-        dress_epochs(axis, title, epochs)
+        dress(axis, title, epochs=epochs)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, frameon=False)
-    save(figure, Path(path))
-
-
-def _columns(file: Path) -> dict[str, list[str]]:
-    try:
-        with file.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-    except OSError as error:
-        raise RunError(f"{file}: the training's history cannot be read ({error.strerror}). Train first.") from error
-    return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
+    save(figure, path)
 
 
 # (name, the axis that the plane cuts, horizontal axis, vertical axis) of a scan turned to RAS+
@@ -157,30 +147,22 @@ ON_DARK: Any = {"frameon": True, "facecolor": "#555555", "edgecolor": "none", "l
 
 
 def overlay_figure(
-    scan: str | Path, reference: str | Path | None, prediction: str | Path, path: str | Path, labels: Labels
+    scan: Path | Volume, reference: Path | Volume | None, prediction: Path | Volume, path: Path, labels: Labels
 ) -> None:
-    """Draws the axial, coronal and sagittal plane with most foreground, with masks, as a PNG; its folder is made.
+    """Draws the axial, coronal and sagittal plane with most foreground, with masks, as a PNG; axes are in mm.
 
-    The reference is above, the prediction with the reference's outline below. Axes are in mm, so that anisotropic voxels
-    look right; letters mark the ends of each axis.
-
-    Args:
-        scan: NIfTI file, (X, Y, Z) or with channels last (the first is shown).
-        reference, prediction: NIfTI masks on the scan's grid; the reference may be None.
-        path: the PNG.
-        labels: class name -> value in the masks, background first.
-
-    Raises:
-        DataError: a file cannot be read, or a mask has another shape than the scan.
+    The reference (if any) is above, the prediction with the reference's outline below. All are NIfTI files or volumes on
+    one grid (of a scan with channels last, the first is shown). A DataError if a file cannot be read, or shapes differ.
     """
     image, spacing = _canonical(scan)
     masks: dict[str, Array] = {}
     for title, file in (("reference", reference), ("prediction", prediction)):
         if file is not None:
-            mask = snap_labels(_canonical(file)[0], labels.values())  # a file with a scaling has 2.9999998 for 3
+            # a file with a scaling has 2.9999998 for 3
+            masks[title] = mask = snap_labels(_canonical(file)[0], labels.values())
             if mask.shape != image.shape:
-                raise DataError(f"{file} has shape {mask.shape} and {scan} {image.shape}. They must share one grid.")
-            masks[title] = mask
+                one, other = (what if isinstance(what, Path) else "its volume" for what in (file, scan))
+                raise DataError(f"{one} has shape {mask.shape} and {other} {image.shape}. They must share one grid.")
     foreground = list(labels.items())[1:]
     slices = [_best_slice(next(iter(masks.values())), foreground, cut) for cut in range(3)]
 
@@ -195,7 +177,6 @@ def overlay_figure(
     height = max(size[vertical] for *_, vertical in PLANES) * 9.0 / widths.sum()
     figure = new_figure(9.4, min(max(height, 1.2), 9.0) * len(masks) + 1.1)
     axes = figure.subplots(len(masks), 3, squeeze=False, gridspec_kw={"width_ratios": widths})
-    drawn: set[float] = set()
     for (title, mask), line in zip(masks.items(), axes, strict=True):
         for (name, cut, horizontal, vertical), axis in zip(PLANES, line, strict=True):
             box = (0, size[horizontal], 0, size[vertical])
@@ -204,23 +185,23 @@ def overlay_figure(
                 _outline(axis, plane(mask, cut) == value, box, color_of(number), fill=True)
                 if title == "prediction" and "reference" in masks:
                     _outline(axis, plane(masks["reference"], cut) == value, box, "white")
-            drawn.update(np.unique(plane(mask, cut)).tolist())
             axis.set(xlim=box[:2], ylim=box[2:], anchor="N", facecolor="black")
             dress_image(axis, f"{title}, {name}")
             for place, letter in zip(PLACES, ENDS[horizontal] + ENDS[vertical], strict=True):
                 axis.text(*place, letter, transform=axis.transAxes, **LETTER)
+    drawn = {value for mask in masks.values() for cut in range(3) for value in np.unique(plane(mask, cut)).tolist()}
     shown = [(number, name) for number, (name, value) in enumerate(foreground) if value in drawn]
     handles: list[Any] = [Patch(color=color_of(number), label=name, alpha=0.8) for number, name in shown]
     if "reference" in masks:
         handles.append(Line2D([], [], color="white", linewidth=1.6, label="reference's outline"))
     if handles:
         legend_below(figure, handles, **(ON_DARK if "reference" in masks else {}))
-    save(figure, Path(path))
+    save(figure, path)
 
 
-def _canonical(file: str | Path) -> tuple[Array, Array]:
+def _canonical(file: Path | Volume) -> tuple[Array, Array]:
     """The (first) volume of a NIfTI file with its axes turned to RAS+, and its voxel sizes in mm."""
-    volume = read_nifti(Path(file))
+    volume = file if isinstance(file, Volume) else read_nifti(file)
     if volume.data.ndim < 3:
         raise DataError(f"{file}: expected a 3-D scan, found shape {volume.data.shape}.")
     order = nibabel.io_orientation(volume.affine)

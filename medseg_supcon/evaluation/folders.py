@@ -12,9 +12,8 @@ import numpy.typing as npt
 
 from medseg_supcon.datasets import reorient, value_text
 from medseg_supcon.errors import DataError
-from medseg_supcon.evaluation.metrics import Row
-from medseg_supcon.evaluation.summary import metrics_report, score_case, write_report
-from medseg_supcon.scans import NIFTI_ENDINGS, farthest_corner, read_nifti, same_grid
+from medseg_supcon.evaluation.metrics import Array, Row, check_grids, score_mask, write_metrics
+from medseg_supcon.scans import NIFTI_ENDINGS, read_nifti
 
 MOST_VALUES = 2000  # more than any atlas has
 ROUNDING = 1e-3  # of whole values that a header scales
@@ -29,72 +28,50 @@ def evaluate_folders(
     tolerance_mm: float = 1.0,
     ignore_label: float | None = None,
 ) -> dict[str, Any]:
-    """Scores the masks of one folder against the label maps of equal name in another.
+    """Scores the masks of one folder against the label maps of equal name in another; returns ``metrics.json``'s content.
 
-    A mask may have nnU-Net's suffix of a single channel: ``x_0000.nii.gz`` is scored against ``x.nii.gz``. Its axes
-    may run in another order or direction than those of the label map, if both are at the same place.
-    A label map without a mask, a mask on another grid, fractional values and a damaged file are ``problems`` of
-    the report, and the other cases are scored. Values that only masks or only label maps have are ``warnings``;
-    masks without a label map are listed in ``without_reference``. Lengths are mm whatever unit a header names: a
-    mask in metres may be scored against a label map in mm.
+    A mask may have nnU-Net's suffix of a single channel, and its axes may run in another order or direction than those of
+    the label map, if both are at the same place. What is wrong with one case is one of the ``problems``, and the others are
+    scored; ``warnings`` are about values that only one side has. Lengths are mm whatever unit a header names.
 
-    Args:
-        predictions: folder of NIfTI masks.
-        references: folder of NIfTI label maps.
-        labels: class name -> value, background first; None: the values in the files, named by number.
-        out: folder for ``metrics.csv`` and ``metrics.json``; None: nothing is written.
-        tolerance_mm: of the surface Dice.
-        ignore_label: value of the label maps that means "not annotated".
-
-    Returns:
-        what ``metrics.json`` holds: ``summary``, ``rows``, ``problems``, ``warnings``, ``without_reference``.
-
-    Raises:
-        DataError: a folder is missing or holds no NIfTI file, or no case at all could be scored.
+    ``labels``: class name -> value, background first; None: the values in the files. ``ignore_label`` is the value of the
+    label maps that means "not annotated". A DataError if a folder is missing or empty, or no case could be scored.
     """
     masks, maps = _files(Path(predictions)), _files(Path(references))
-    masks = _without_suffix(masks, maps)
-    problems: list[dict[str, str]] = []
-    pairs = [name for name in maps if name in masks]
-    in_masks, in_maps = (_values_in([files[name] for name in pairs]) for files in (masks, maps))
+    # one called x_0000 is x if that alone is a label map's name and no other mask's
+    suffixed = {f"{name}{SUFFIX}": name for name in maps if name not in masks}
+    masks = {name if name in maps else suffixed.get(name, name): file for name, file in masks.items()}
+    in_masks, in_maps = (_values_in([files[name] for name in maps if name in masks]) for files in (masks, maps))
     in_maps -= {ignore_label}
     if labels is None:
         values = sorted((in_masks | in_maps) - {0, ignore_label})
         labels = {"background": 0, **{value_text(value): value for value in values}}
     rows: list[Row] = []
+    problems: dict[str, str] = {}
     for name, reference in maps.items():
         try:
             if name not in masks:
                 raise DataError(f"{reference}: there is no mask of this name in {predictions}. Predict it.")
-            mask, label, spacing = _pair(masks[name], reference)
-            unknown = sorted(set(np.unique(mask).tolist()) - set(labels.values()))
-            if unknown:
-                raise DataError(
-                    f"{masks[name]}: holds {', '.join(map(value_text, unknown[:5]))}, expected "
-                    f"{', '.join(map(value_text, labels.values()))}. Save the class values of the label maps."
-                )
-            rows += score_case(name, mask, label, spacing, labels, ignore_label, tolerance_mm)
+            (mask, mask_affine), (label, affine) = _read(masks[name]), _read(reference)
+            mask, mask_affine = reorient(mask, mask_affine, affine)
+            check_grids(f"{masks[name]}:", str(reference), (mask, mask_affine), (label, affine))
+            if unknown := sorted(set(np.unique(mask).tolist()) - set(labels.values())):
+                holds, expected = (", ".join(map(value_text, v)) for v in (unknown[:5], labels.values()))
+                cure = "Save the class values of the label maps."
+                raise DataError(f"{masks[name]}: holds {holds}, expected {expected}. {cure}")
+            rows += score_mask(name, mask, affine, (label, affine), labels, ignore_label, tolerance_mm)
         except DataError as error:
-            problems.append({"case": name, "problem": str(error)})
+            problems[name] = str(error)
     if not rows:
-        raise DataError(f"no case could be scored. {problems[0]['problem'] if problems else ''}".strip())
-    report = metrics_report(rows, problems)
-    report["warnings"] = _differences(in_masks - {0}, in_maps - {0}, Path(predictions), Path(references))
-    report["without_reference"] = sorted(set(masks) - set(maps))
-    if out is not None:
-        write_report(report, out)
-    return report
-
-
-def _differences(in_masks: set[float], in_maps: set[float], masks: Path, maps: Path) -> list[str]:
-    """A warning if the values of the masks are not those of the label maps."""
-    if in_masks == in_maps:
-        return []
-    shown = [", ".join(map(value_text, sorted(values))) or "no structure" for values in (in_masks, in_maps)]
-    return [
-        f"{masks}: the masks hold {shown[0]}, the label maps in {maps} hold {shown[1]}. A class that only one side "
-        "has gets a Dice of 0: if the same structure has two values, convert one side."
-    ]
+        raise DataError(f"no case could be scored. {next(iter(problems.values()), '')}".strip())
+    warnings = []
+    if (in_masks := in_masks - {0}) != (in_maps := in_maps - {0}):
+        shown = [", ".join(map(value_text, sorted(values))) or "no structure" for values in (in_masks, in_maps)]
+        warnings.append(
+            f"{predictions}: the masks hold {shown[0]}, the label maps in {references} hold {shown[1]}. A class that only "
+            "one side has gets a Dice of 0: if the same structure has two values, convert one side."
+        )
+    return write_metrics(rows, out, problems, warnings=warnings, without_reference=sorted(set(masks) - set(maps)))
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -113,12 +90,6 @@ def _files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _without_suffix(masks: Mapping[str, Path], maps: Mapping[str, Path]) -> dict[str, Path]:
-    """The masks, one called ``x_0000`` as ``x`` where that alone is a label map's name and no other mask's."""
-    names = {f"{name}{SUFFIX}": name for name in maps if name not in masks}
-    return {name if name in maps else names.get(name, name): file for name, file in masks.items()}
-
-
 def _values_in(files: Sequence[Path]) -> set[float]:
     """The whole values in files that can be read; what is wrong with the others is reported with their case."""
     values: set[float] = set()
@@ -128,42 +99,23 @@ def _values_in(files: Sequence[Path]) -> set[float]:
     return values
 
 
-def _pair(mask_file: Path, reference_file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.float64]]:
-    mask, mask_affine = _read(mask_file)
-    reference, affine = _read(reference_file)
-    mask, mask_affine = reorient(mask, mask_affine, affine)
-    if mask.shape != reference.shape:
-        raise DataError(
-            f"{mask_file}: has shape {mask.shape} and {reference_file} {reference.shape}. They must share one grid; "
-            "check that they belong together."
-        )
-    if not same_grid(mask.shape, affine, mask_affine):
-        farthest = farthest_corner(mask.shape, affine, mask_affine)
-        raise DataError(
-            f"{mask_file}: is up to {farthest:.3g} mm away from {reference_file}: their affines differ. Resample "
-            "the mask onto the grid of the label map."
-        )
-    return mask, reference, np.linalg.norm(affine[:3, :3], axis=0)
-
-
-def _read(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+def _read(file: Path) -> tuple[Array, npt.NDArray[np.float64]]:
+    """Whole values (X, Y, Z) and the affine of a label map."""
     volume = read_nifti(file)
-    if volume.data.ndim != 3 or volume.data.size == 0:
-        raise DataError(f"{file}: expected a 3-D label map, found shape {volume.data.shape}. Save one volume.")
-    if volume.data.dtype.kind == "f" and not np.isfinite(volume.data).all():
-        raise DataError(f"{file}: holds NaN or Inf, expected label values. Save it again.")
-    data = volume.data
+    data, affine = volume.data, volume.affine
+    if data.ndim != 3 or data.size == 0:
+        raise DataError(f"{file}: expected a 3-D label map, found shape {data.shape}. Save one volume.")
     if data.dtype.kind == "f":
-        data = np.round(volume.data)
-        fractions = np.unique(volume.data[np.abs(volume.data - data) > ROUNDING])
+        if not np.isfinite(data).all():
+            raise DataError(f"{file}: holds NaN or Inf, expected label values. Save it again.")
+        data = np.round(data)
+        fractions = np.unique(volume.data[np.abs(volume.data - data) > ROUNDING])[:3]
         if fractions.size:
-            raise DataError(
-                f"{file}: holds fractions ({', '.join(f'{value:.4g}' for value in fractions[:3])}), expected whole class "
-                "values. Save classes instead of probabilities, and resample with nearest neighbour."
-            )
+            cure = "Save classes instead of probabilities, and resample with nearest neighbour."
+            shown = ", ".join(f"{value:.4g}" for value in fractions)
+            raise DataError(f"{file}: holds fractions ({shown}), expected whole class values. {cure}")
     if (number := len(np.unique(data))) > MOST_VALUES:
         raise DataError(f"{file}: holds {number} different values, expected a label map, not a scan.")
-    affine = volume.affine
     if not np.isfinite(affine).all() or not (np.linalg.norm(affine[:3, :3], axis=0) > 0).all():
         raise DataError(f"{file}: its affine is not valid (zero or not finite). Save it on its scan's grid.")
     return data, affine

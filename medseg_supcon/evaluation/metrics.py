@@ -1,21 +1,37 @@
-"""Overlap, surface distances and volumes of one segmentation against its reference."""
+"""Metrics of one segmentation against its reference, their summary over cases, and the report in two files."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import numpy.typing as npt
+from ignite.engine import Engine
+from ignite.metrics import Metric
 from monai.metrics.utils import get_mask_edges, get_surface_distance
+
+from medseg_supcon.datasets import snap_labels
+from medseg_supcon.errors import DataError, RunError
+from medseg_supcon.files import write_csv, write_text
+from medseg_supcon.scans import farthest_corner, read_nifti, same_grid
 
 Row = dict[str, Any]
 Array = npt.NDArray[Any]
+Placed = tuple[Array, Array]  # voxels and affine
 Labels = Mapping[str, float]  # class name -> value in the files, background first
 
 METRICS = ("dice", "hd95_mm", "surface_dice")
 # (prediction is empty, reference is empty) -> name
 EMPTY = {(False, False): "", (True, True): "both", (True, False): "prediction", (False, True): "reference"}
+EMPTY_RULE = (
+    "A class that is neither in the prediction nor in the reference has no score and is in no mean (empty: both). If only "
+    "one of the two is empty, Dice and surface Dice are 0 and HD95 is the diagonal of the scan."
+)
+COLUMNS = ("case", "class", *METRICS, "tolerance_mm", "volume_ml", "reference_volume_ml", "empty")
 
 
 def case_metrics(
@@ -26,29 +42,21 @@ def case_metrics(
     ignore_mask: Array | None = None,
     tolerance_mm: float = 1.0,
 ) -> list[Row]:
-    """Dice, HD95, surface Dice and volumes (``volume_ml``, ``reference_volume_ml``) of each foreground class of one case.
+    """Dice, HD95, surface Dice and volumes (ml) of each foreground class of one case, as `METRICS` and ``*_ml``.
 
-    - ``dice``: 2 |P n R| / (|P| + |R|), in 0..1.
-    - ``hd95_mm``: the larger of the two directed 95th percentiles of the distances between the surfaces
-      (voxels of a class with a face neighbour outside it), in mm (as `monai.metrics`).
-    - ``surface_dice``: the share of both surfaces within ``tolerance_mm`` of the other, in 0..1
-      (normalised surface Dice, Nikolov et al. 2021, arXiv:1809.04430, on voxel surfaces).
-    - ``empty``, the rule for empty classes. ``"both"``: the scores are None and in no mean (a score of 1 would let
-      absent classes dominate it). ``"prediction"`` or ``"reference"``: Dice and surface Dice are 0 and HD95 is the
-      diagonal of the scan, so that a missed structure never improves a mean. ``""``: neither is empty.
+    HD95 is in mm, as in `monai.metrics`: the larger of the two directed 95th percentiles of the distances between the
+    surfaces (voxels of a class with a face neighbour outside it). Surface Dice is the share of both surfaces within the
+    tolerance of the other (normalised surface Dice, Nikolov et al. 2021, arXiv:1809.04430). An absent structure that is
+    found absent has no score, because a score of 1 would dominate a mean; a missed one never improves a mean (`EMPTY_RULE`).
 
     Args:
-        prediction, reference: label maps (X, Y, Z) in the values of ``labels``.
-        spacing_mm: mm per axis.
-        labels: class name -> value, in class order; the first is background and gets no row.
+        prediction, reference: label maps (X, Y, Z) in the values of ``labels``, background first.
         ignore_mask: (X, Y, Z), True at voxels that count for no class of either map.
-        tolerance_mm: the distance within which two surfaces count as agreeing.
 
     Raises:
         ValueError: shapes differ, or a spacing or tolerance is not positive.
 
     Example:
-        >>> import numpy as np
         >>> reference = np.zeros((8, 8, 8), int); reference[2:6, 2:6, 2:6] = 1
         >>> rows = case_metrics(reference, reference, (1, 1, 2), {"background": 0, "organ": 1})
         >>> rows[0]["dice"], rows[0]["hd95_mm"], rows[0]["volume_ml"]
@@ -61,14 +69,14 @@ def case_metrics(
         sizes = f"spacing_mm={spacing_mm!r}, tolerance_mm={tolerance_mm!r}"
         raise ValueError(f"spacing_mm must be three positive numbers and tolerance_mm must be positive, got {sizes}")
     worst = (0.0, float(np.linalg.norm(np.multiply(prediction.shape, spacing))), 0.0)
-    voxel_ml = float(np.prod(spacing)) / 1000
-    counted = True if ignore_mask is None else ~ignore_mask
+    scores_of = {"both": (None, None, None), "prediction": worst, "reference": worst}
+    voxel_ml, counted = float(np.prod(spacing)) / 1000, True if ignore_mask is None else ~ignore_mask
     rows: list[Row] = []
     for name, value in list(labels.items())[1:]:
         p, r = (prediction == value) & counted, (reference == value) & counted
         empty = EMPTY[not p.any(), not r.any()]
-        scores = worst if empty else _scores(p, r, spacing, tolerance_mm)
-        row: Row = {"class": name} | dict(zip(METRICS, (None,) * 3 if empty == "both" else scores, strict=True))
+        scores = scores_of[empty] if empty else _scores(p, r, spacing, tolerance_mm)
+        row: Row = {"class": name} | dict(zip(METRICS, scores, strict=True))
         row |= {"volume_ml": int(p.sum()) * voxel_ml, "reference_volume_ml": int(r.sum()) * voxel_ml}
         rows.append(row | {"tolerance_mm": tolerance_mm, "empty": empty})
     return rows
@@ -84,3 +92,148 @@ def _scores(p: Array, r: Array, spacing: tuple[float, ...], tolerance_mm: float)
     dice = 2 * int((p & r).sum()) / int(p.sum() + r.sum())
     hd95 = float(max(np.percentile(to_r, 95), np.percentile(to_p, 95)))
     return dice, hd95, within / (to_r.size + to_p.size)
+
+
+def score_mask(
+    name: str,
+    mask: Array,
+    affine: Array,
+    label: Path | Placed,
+    labels: Labels,
+    ignore_label: float | None,
+    tolerance_mm: float,
+    trust_scan_affine: bool = False,
+) -> list[Row]:
+    """`case_metrics` with the case's name, of a mask and a label map (a NIfTI file, or voxels and affine) on one grid.
+
+    Values within 1e-3 of a declared one are that one, as in training.
+    """
+    if isinstance(label, Path):
+        volume = read_nifti(label)
+        label = volume.data, volume.affine
+    voxels = label[0]
+    check_grids(f"{name}: the label map", "the scan", label, (mask, affine), trust_scan_affine)
+    declared = [*labels.values(), *([] if ignore_label is None else [ignore_label])]
+    mask, voxels = snap_labels(mask, labels.values()), snap_labels(voxels, declared)
+    if unknown := sorted(set(np.unique(voxels).tolist()) - set(declared)):
+        undeclared = f"{unknown[:5]}, which the data set does not declare (declared: {declared})"
+        raise DataError(f"{name}: the label map holds {undeclared}. Add them to the labels, or correct the label map.")
+    ignored = None if ignore_label is None else voxels == ignore_label
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return [{"case": name} | row for row in case_metrics(mask, voxels, spacing, labels, ignored, tolerance_mm)]
+
+
+def check_grids(what: str, other: str, volume: Placed, reference: Placed, trust_affine: bool = False) -> None:
+    """A DataError if two volumes are of different shapes or in different places."""
+    (data, affine), (expected, its_affine) = volume, reference
+    if data.shape != expected.shape:
+        shapes = f"has shape {data.shape} and {other} {expected.shape}"
+        raise DataError(f"{what} {shapes}. They must share one grid; check that they belong together.")
+    if not (trust_affine or same_grid(data.shape, its_affine, affine)):
+        farthest = farthest_corner(data.shape, its_affine, affine)
+        cure = "Correct the wrong header, or resample one onto the other's grid."
+        raise DataError(f"{what} is up to {farthest:.3g} mm away from {other}: their affines differ. {cure}")
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Statistics per class over cases, and the mean over classes of the classes' means.
+
+    ``classes`` maps a class to its mean ``dice``, ``hd95_mm`` and ``surface_dice``, each also with ``_std`` (population)
+    and ``_median``, ``n`` (cases with a score) and ``empty`` (cases with empty masks, by kind). ``mean`` holds the three
+    scores over ``n`` classes. None: no score.
+    """
+    classes: dict[str, Any] = {}
+    for name in dict.fromkeys(row["class"] for row in rows):
+        of_class = [row for row in rows if row["class"] == name]
+        empty = {kind: sum(row["empty"] == kind for row in of_class) for kind in ("both", "prediction", "reference")}
+        classes[name] = _statistics(of_class) | {"empty": empty}
+    mean = {key: value for key, value in _statistics(list(classes.values())).items() if key in (*METRICS, "n")}
+    return {"cases": len({row["case"] for row in rows}), "mean": mean, "classes": classes}
+
+
+def _statistics(rows: Sequence[Row]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for metric in METRICS:
+        scored = np.array([row[metric] for row in rows if row[metric] is not None], dtype=np.float64)
+        for suffix, statistic in (("", np.mean), ("_std", np.std), ("_median", np.median)):
+            result[metric + suffix] = float(statistic(scored)) if scored.size else None
+    return result | {"n": sum(row["dice"] is not None for row in rows)}
+
+
+def write_metrics(
+    rows: Sequence[Row], folder: str | Path | None, problems: Mapping[str, str] | None = None, **more: Any
+) -> dict[str, Any]:
+    """Writes `score_case`'s rows and their summary into a folder, and returns the content of ``metrics.json``.
+
+    ``problems`` are cases that have no scores, name -> why; ``more`` is added to the content. A score that does not
+    exist is an empty field or null, never NaN. Without a folder nothing is written.
+    """
+    listed = [{"case": case, "problem": problem} for case, problem in (problems or {}).items()]
+    report = {
+        "summary": summarise(rows) | {"failed": len(listed)},
+        "rule_for_empty_classes": EMPTY_RULE,
+        "problems": listed,
+        "rows": list(rows),
+    } | more
+    if folder is not None:
+        columns = [*COLUMNS, *(["trained_on"] if any("trained_on" in row for row in rows) else [])]
+        try:
+            write_csv(Path(folder) / "metrics.csv", columns, rows)
+            write_text(Path(folder) / "metrics.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            reason = f"metrics could not be written ({error.strerror})"
+            raise RunError(f"{folder}: {reason}. Choose another --out.") from error
+    return report
+
+
+class MetricsReport(Metric):  # type: ignore[misc]  # ignite's stubs are not followed
+    """Scores each case in the scan's own grid, and writes ``metrics.csv`` and ``metrics.json`` at the end.
+
+    Its value is the mean Dice over classes (of the classes' means); NaN if no class has a score. Takes the evaluator's
+    decollated output, dicts with ``pred`` and ``label`` (1, X, Y, Z), MetaTensors on one grid in the label files' own
+    values, and ``name`` from its batch. With several ranks the rows of all are gathered and rank 0 writes.
+
+    Args:
+        folder: where the two files go.
+        labels: class name -> value in the label files, background first.
+        ignore_label: value of the reference that means "not annotated", or None.
+        tolerance_mm: of the surface Dice.
+        trust_scan_affine: a label map's own affine may differ (``--allow-affine-mismatch``).
+
+    Raises:
+        DataError: a label map has another shape or place than its scan, or an undeclared value.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        labels: Labels,
+        ignore_label: float | None = None,
+        tolerance_mm: float = 1.0,
+        trust_scan_affine: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.options: tuple[Any, ...] = (labels, ignore_label, tolerance_mm, trust_scan_affine)
+        super().__init__()
+
+    def reset(self) -> None:
+        self.rows: list[Row] = []
+
+    def iteration_completed(self, engine: Engine) -> None:
+        # the name of a case is in MONAI's batch only
+        cases = zip(engine.state.output, engine.state.batch, strict=True)
+        self.update([output | {"name": case["name"]} for output, case in cases])
+
+    def update(self, output: list[dict[str, Any]]) -> None:
+        for item in output:
+            mask, label = ((item[key].cpu().numpy()[0], np.asarray(item[key].affine)) for key in ("pred", "label"))
+            self.rows += score_mask(str(item["name"]), *mask, label, *self.options)
+
+    def compute(self) -> float:
+        """Writes the report (rank 0) and returns the mean Dice."""
+        # A sampler that fills up the last batch gives a case to two ranks.
+        unique = {(row["case"], row["class"]): row for part in idist.all_gather(self.rows) for row in part}
+        rows = sorted(unique.values(), key=lambda row: str(row["case"]))
+        report = write_metrics(rows, self.folder if idist.get_rank() == 0 else None)
+        mean = report["summary"]["mean"]["dice"]
+        return float("nan") if mean is None else float(mean)

@@ -11,7 +11,7 @@ from typing import Any
 from medseg_supcon.bundle import cases_of, plain_text, read_config
 from medseg_supcon.datasets import Dataset, check_dataset, items, load_items
 from medseg_supcon.errors import DataError, RunError
-from medseg_supcon.evaluation import Row, add_problems, score_mask, write_metrics
+from medseg_supcon.evaluation import Row, score_mask, write_metrics
 from medseg_supcon.inference.folder import make_writable, segment_each
 from medseg_supcon.inference.predictor import Predictor
 from medseg_supcon.inference.prepare import Prediction
@@ -118,8 +118,7 @@ def evaluate_items(
         rows.extend(outcome)
 
     segment_each(list(labels), predictor.prepare, predictor.segment, score, add)
-    report = write_metrics(sorted(rows, key=lambda row: str(row["case"])), out)
-    return add_problems(out, problems) if problems else report
+    return write_metrics(sorted(rows, key=lambda row: str(row["case"])), out, problems)
 
 
 def _images(item: dict[str, Any]) -> list[str]:

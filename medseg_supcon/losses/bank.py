@@ -5,22 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from medseg_supcon.losses.checks import check_ids, check_number, check_tensor
+from medseg_supcon.losses.checks import check_ids, check_number, check_rows
 
 
 class MemoryBank(nn.Module):
-    """A ring buffer of detached embeddings for each class: keys and positives of later steps.
+    """A ring buffer of `size` detached embeddings (D = dim) for each class: keys and positives of later steps.
 
-    Every class has room for `size` embeddings and its own write position, so a frequent class never pushes out a
-    rare one. All state is in buffers: it moves with `.to()`, and checkpoints contain it.
-
-    Args:
-        num_classes: C.
-        dim: D, the length of an embedding.
-        size: embeddings kept per class.
-
-    Raises:
-        ValueError, TypeError: an argument is not an integer >= 1.
+    Every class has its own room, so a frequent class never pushes out a rare one. Checkpoints contain its state. The
+    arguments are integers >= 1 (else ValueError or TypeError).
 
     Example:
         >>> bank = MemoryBank(num_classes=2, dim=3, size=4)
@@ -29,36 +21,25 @@ class MemoryBank(nn.Module):
         [0, 0, 0, 1]
     """
 
-    embeddings: Tensor
-    filled: Tensor
-    position: Tensor
-
     def __init__(self, num_classes: int, dim: int, size: int) -> None:
         super().__init__()
         for name, value in {"num_classes": num_classes, "dim": dim, "size": size}.items():
             check_number(name, value, 1, integer=True)
         self.num_classes, self.dim, self.size = num_classes, dim, size
-        self.register_buffer("embeddings", torch.zeros(num_classes, size, dim))
-        self.register_buffer("filled", torch.zeros(num_classes, dtype=torch.long))
-        self.register_buffer("position", torch.zeros(num_classes, dtype=torch.long))
+        self.embeddings = nn.Buffer(torch.zeros(num_classes, size, dim))
+        self.filled, self.position = (nn.Buffer(torch.zeros(num_classes, dtype=torch.long)) for _ in range(2))
 
     @torch.no_grad()
     def enqueue(self, embeddings: Tensor, labels: Tensor) -> None:
         """Write embeddings (N, D) of classes (N,) over the oldest of their class; the last `size` stay.
 
         Labels below 0 are not stored, nor embeddings that are not finite: one overflow would make every later loss NaN.
-
-        Raises:
-            ValueError, TypeError: shapes or dtypes that do not fit the bank, or a label >= C.
         """
-        check_tensor("embeddings", embeddings, floating=True)
-        check_tensor("labels", labels)
-        if embeddings.shape[1] != self.dim or labels.shape != embeddings.shape[:1]:
-            got = f"{tuple(embeddings.shape)} and {tuple(labels.shape)}"
-            raise ValueError(f"embeddings must be (N, {self.dim}) and labels (N,), got {got}")
+        check_rows("embeddings", embeddings, self.dim)
+        labels = check_ids("labels", labels, embeddings.shape[:1], embeddings.device, "a bank")
         rows = embeddings.detach().to(self.embeddings.dtype)
         stored = (labels >= 0) & rows.isfinite().all(1)
-        classes, order = labels[stored].long().sort(stable=True)
+        classes, order = labels[stored].sort(stable=True)
         rows = rows[stored][order]
         if len(classes) and int(classes[-1]) >= self.num_classes:
             raise ValueError(f"labels must be below num_classes={self.num_classes}, got {int(classes[-1])}")
@@ -83,14 +64,9 @@ def bank_entries(bank: Bank | None, embeddings: Tensor) -> tuple[Tensor, Tensor]
     """A bank's embeddings and labels, checked against those of the batch; none without a bank."""
     if bank is None:
         return embeddings[:0].detach(), torch.zeros(0, dtype=torch.long, device=embeddings.device)
-    if isinstance(bank, MemoryBank):
-        bank = bank.entries()
-    if not isinstance(bank, (tuple, list)) or len(bank) != 2:
+    pair = bank.entries() if isinstance(bank, MemoryBank) else bank
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"bank must be a MemoryBank or a pair (embeddings, labels), got {type(bank).__name__}")
-    stored, labels = bank
-    check_tensor("bank embeddings", stored, floating=True)
-    dim, device = embeddings.shape[1], embeddings.device
-    if stored.shape[1] != dim or stored.device != device:
-        got = f"{tuple(stored.shape)} on {stored.device}"
-        raise ValueError(f"bank embeddings must be (M, {dim}) on {device}, got {got}")
-    return stored.detach(), check_ids("bank labels", labels, stored, "a bank")
+    check_rows("bank embeddings", pair[0], embeddings.shape[1])
+    labels = check_ids("bank labels", pair[1], pair[0].shape[:1], embeddings.device, "a bank")
+    return pair[0].detach().to(embeddings.device), labels

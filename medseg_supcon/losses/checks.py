@@ -26,25 +26,29 @@ def check_number(name: str, value: float, low: float | None = None, integer: boo
 
 
 def check_tensor(name: str, value: Tensor, floating: bool = False) -> None:
-    """A tensor of integers, or with `floating` a matrix of floating-point numbers."""
+    """A tensor of integers, or of floating-point numbers."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     integers = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     if not (value.is_floating_point() if floating else integers):
         raise TypeError(f"{name} must be {'floating point' if floating else 'integers'}, got {value.dtype}")
-    if floating and value.ndim != 2:
-        raise ValueError(f"{name} must be (N, D), got shape {tuple(value.shape)}")
 
 
-def check_ids(name: str, ids: Tensor | None, embeddings: Tensor, needed_for: str) -> Tensor:
-    """`ids` as int64, one for each embedding."""
+def check_rows(name: str, rows: Tensor, dim: int | None = None) -> None:
+    """(N, D) floating-point numbers, D = `dim` if given."""
+    check_tensor(name, rows, floating=True)
+    if rows.ndim != 2 or rows.shape[1] != (dim or max(rows.shape[1], 1)):
+        raise ValueError(f"{name} must be (N, {dim or 'D'}), got shape {tuple(rows.shape)}")
+
+
+def check_ids(name: str, ids: Tensor | None, shape: Sequence[int], device: torch.device, needed_for: str) -> Tensor:
+    """`ids` of a shape as int64 on a device."""
     if ids is None:
         raise ValueError(f"{name} must be given for {needed_for}, got None")
     check_tensor(name, ids)
-    expected, got = (f"{tuple(t.shape[:n])} on {t.device}" for t, n in ((embeddings, 1), (ids, ids.ndim)))
-    if got != expected:
-        raise ValueError(f"{name} must be {expected}, like the embeddings, got {got}")
-    return ids.long()
+    if ids.shape != torch.Size(shape):
+        raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(ids.shape)}")
+    return ids.to(device, torch.long)
 
 
 def number_vector(name: str, values: Tensor | Sequence[float]) -> Tensor:
@@ -55,8 +59,6 @@ def number_vector(name: str, values: Tensor | Sequence[float]) -> Tensor:
         vector = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be real numbers, one for each class, got {values!r}") from None
-    if vector.ndim != 1 or vector.numel() == 0:
-        raise ValueError(f"{name} must be (C,) with C >= 1, got shape {tuple(vector.shape)}")
-    if not bool((vector.isfinite() & (vector >= 0)).all()):
-        raise ValueError(f"{name} must be finite and >= 0, got {vector.tolist()}")
+    if vector.ndim != 1 or not len(vector) or not bool((vector.isfinite() & (vector >= 0)).all()):
+        raise ValueError(f"{name} must be finite numbers >= 0, one for each class, got {vector.tolist()}")
     return vector

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from medseg_supcon.losses.checks import check_choice, check_number, check_tensor
 
@@ -27,8 +27,8 @@ class VoxelSampler:
             `stratified`: equally over the classes present; a class rarer than its share is taken whole, and what it
             leaves over goes to the others.
             `uniform`: every labelled voxel is equally likely.
-            `hard`: as stratified, with a share of each class from where it is hard: where the network gives the true
-            class the least probability, if logits are given, else near a label boundary.
+            `hard`: as stratified, but a share of each class comes from where the network gives the true class the
+            least probability, if logits are given, else from near label boundaries.
             `all`: every labelled voxel, whatever `max_samples` is.
         max_samples: voxels per call, over the whole batch.
         background: role of class 0: `anchor`, as any other class; `negatives_only`, keys but not anchors; `exclude`,
@@ -36,14 +36,10 @@ class VoxelSampler:
         hard_fraction: share of a class's voxels that `hard` picks for hardness, 0 .. 1.
         seed: for a generator of the sampler's own; None: torch's global one, which a trainer seeds.
 
-    Raises:
-        ValueError, TypeError: an argument outside its values, or of another type.
-
     Example:
         >>> labels = torch.zeros(1, 8, 8, 8, dtype=torch.long)
         >>> labels[0, 0, 0, :3] = 1
-        >>> indices, anchors = VoxelSampler(max_samples=10, seed=0)(labels)
-        >>> labels.flatten()[indices].bincount().tolist()
+        >>> labels.flatten()[VoxelSampler(max_samples=10, seed=0)(labels).indices].bincount().tolist()
         [7, 3]
     """
 
@@ -66,7 +62,7 @@ class VoxelSampler:
         self.hard_fraction, self.generator = hard_fraction, None
         if seed is not None:
             check_number("seed", seed, integer=True)
-            self.generator = torch.Generator().manual_seed(seed)
+            self.generator = Generator().manual_seed(seed)
 
     @torch.no_grad()
     def __call__(
@@ -75,21 +71,17 @@ class VoxelSampler:
         *,
         pair_ids: Tensor | None = None,
         logits: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> VoxelSample:
-        """Draw at most `max_samples` voxels (but for `all`).
+        """Draw at most `max_samples` voxels (with `all`: every labelled one).
 
         Args:
             labels: (B, *spatial) integer class indices of any size; negative: never drawn.
             pair_ids: (B, *spatial) int64, unique to a physical voxel over the batch, negative: no partner. If given,
-                voxels are drawn together with their partners, and only those that have an id: half of `max_samples`
-                by the strategy, the rest are their partners. Where the partners are more than that, those of a class
-                that the half took whole come before the others.
+                only voxels that have an id are drawn: half of `max_samples` by the strategy, the rest are their
+                partners, those of classes that the half took whole first.
             logits: (B, C, *spatial), for `hard`, a channel for every class that occurs.
-            generator: on the CPU; in place of the sampler's own.
-
-        Raises:
-            ValueError, TypeError: shapes that do not fit, or labels that are not integers.
+            generator: on the CPU, instead of the sampler's own.
         """
         check_tensor("labels", labels)
         labels = labels.long()  # uint8 would wrap at -1
@@ -118,9 +110,8 @@ class VoxelSampler:
     def _voxels(self, draw: _Draw, budget: int) -> tuple[Tensor, Tensor]:
         """Sorted indices of `budget` voxels (or of all) by the strategy, and whose partners come first."""
         classes, counts = _class_counts(draw.drawable)
-        needed = int(classes[-1]) + 1 if len(classes) else 0
-        if self.strategy == "hard" and draw.logits is not None and draw.logits.shape[1] < needed:
-            got = draw.logits.shape[1]
+        if self.strategy == "hard" and draw.logits is not None and bool((classes >= draw.logits.shape[1]).any()):
+            needed, got = int(classes[-1]) + 1, draw.logits.shape[1]
             raise ValueError(f"logits must have a channel for each class, at least {needed}, got {got}")
         quotas = _class_quotas(counts, budget)
         wanted = zip(classes.tolist(), counts, quotas, strict=True)
@@ -137,9 +128,9 @@ class VoxelSampler:
         if hard == 0 or quota == n:
             return draw.some(c, n, quota)
         candidates = draw.some(c, n, min(n, CANDIDATES * quota))
-        hardest = draw.hardness(candidates, c).argsort(descending=True)
-        rest = hard + draw.permutation(len(hardest) - hard)[: quota - hard]
-        return candidates[torch.cat((hardest[:hard], hardest[rest]))]
+        candidates = candidates[draw.hardness(candidates, c).argsort(descending=True)]
+        rest = hard + draw.permutation(len(candidates) - hard)[: quota - hard]
+        return torch.cat((candidates[:hard], candidates[rest]))
 
     def _with_partners(self, draw: _Draw, pair_ids: Tensor) -> Tensor:
         """Half by the strategy and their partners; whole ids of the last ranks go until `max_samples` is kept."""
@@ -164,11 +155,10 @@ class VoxelSampler:
 def _class_counts(labels: Tensor) -> tuple[Tensor, list[int]]:
     """The classes present, sorted, and the voxels of each; negative labels are not counted."""
     table = torch.bincount(labels.clamp(-1, MAX_TABLE) + 1, minlength=MAX_TABLE + 2)[1:]
+    classes, counts = table.nonzero()[:, 0], table[table > 0]
     if bool(table[MAX_TABLE]):
-        classes, n = torch.unique(labels[labels >= 0], return_counts=True)
-        return classes, n.tolist()
-    classes = table.nonzero()[:, 0]
-    return classes, table[classes].tolist()
+        classes, counts = torch.unique(labels[labels >= 0], return_counts=True)
+    return classes, counts.tolist()
 
 
 def _class_quotas(counts: list[int], budget: int) -> list[int]:
@@ -190,22 +180,20 @@ class _Draw(NamedTuple):
     labels: Tensor  # (B, *spatial)
     drawable: Tensor  # flattened, negative where a voxel must not be drawn
     logits: Tensor | None
-    generator: torch.Generator | None
+    generator: Generator | None
 
     def permutation(self, n: int) -> Tensor:
         return torch.randperm(n, generator=self.generator).to(self.labels.device)
 
     def some(self, c: int, n: int, k: int) -> Tensor:
         """k of the n voxels of class c."""
-        total = len(self.drawable)
         if n < 32 * k:
             members = (self.drawable == c).nonzero()[:, 0]
             return members if k >= n else members[self.permutation(n)[:k]]
         # A class that fills much of the batch is met by chance: no list of its voxels is made.
-        drawn = self.drawable[:0]
+        total, drawn = len(self.drawable), self.drawable[:0]
         while len(drawn) < k:
-            tries = int(1.2 * k * total / n) + 16
-            more = torch.randint(total, (tries,), generator=self.generator).to(self.labels.device)
+            more = torch.randint(total, (int(1.2 * k * total / n) + 16,), generator=self.generator).to(drawn.device)
             drawn = torch.unique(torch.cat((drawn, more[self.drawable[more] == c])))
         return drawn[self.permutation(len(drawn))[:k]]
 

@@ -2,5 +2,4 @@
 
 from medseg_supcon.networks.build import build_network, round_patch, size_divisor
 from medseg_supcon.networks.definition import chain, definition_problem
-from medseg_supcon.networks.features import ContrastiveNetwork, classifier_name
-from medseg_supcon.networks.projection import ProjectionHead
+from medseg_supcon.networks.features import ContrastiveNetwork, ProjectionHead, classifier_name

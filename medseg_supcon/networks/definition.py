@@ -22,8 +22,7 @@ REFUSED = ("torchvision_fc", "milmodel", "transchex", "cell_sam_wrapper")
 LOADS_FILES = ("pretrained", "checkpoint", "weights", "path", "filename")  # arguments that load weights, begin so
 # torch.nn.Sequential takes its modules by position, which a config cannot say; this method returns the container.
 CHAIN, EMPTY_CHAIN = "torch.nn.Sequential.extend", {"_target_": "torch.nn.Sequential"}
-MOST_LEVELS = 50
-MOST_WEIGHTS, MOST_PARTS = 2_000_000_000, 20_000  # or a line of text would fill the memory
+MOST_LEVELS, MOST_WEIGHTS, MOST_PARTS = 50, 2_000_000_000, 20_000  # or a line of text would fill the memory
 
 
 def chain(*definitions: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,32 +36,26 @@ def chain(*definitions: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def definition_problem(node: Any, level: int = 0) -> str | None:
-    """Why a ``network_def`` is not plain data that names a stock network; None where it is."""
+    """Why a ``network_def`` is not plain data that names a stock network; None if it is."""
     if not isinstance(node, Mapping) or "_target_" not in node:
-        return f"network_def is {short(node)}, not a mapping with _target_"
+        return f"network_def is {node!r:.100}, not a mapping with _target_"
     target, arguments = node["_target_"], {key: value for key, value in node.items() if key != "_target_"}
     if target == CHAIN:
         if set(arguments) != {"self", "sequential"} or node["self"] != EMPTY_CHAIN:
             return f"network_def has {CHAIN} with other arguments than an empty container and a list"
         return _arguments_problem(arguments, level)
-    made = _stock_class(target)
-    if made is None:
-        return f"network_def names {short(target)}, which is not a network of torch.nn or monai.networks"
-    for name, parameter in inspect.signature(made).parameters.items():
+    stock = _stock_class(target)
+    if stock is None:
+        return f"network_def names {target!r:.100}, which is not a network of torch.nn or monai.networks"
+    for name, parameter in inspect.signature(stock).parameters.items():
         loads = name.startswith(LOADS_FILES) and parameter.default not in (False, None, parameter.empty)
         if loads and name not in arguments:
             return f"network_def names {target!r}, which loads weights unless {name} is false"
     return _arguments_problem(arguments, level)
 
 
-def short(value: object, most: int = 100) -> str:
-    """The value as it is written, cut after `most` characters."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
 def instantiate(definition: Mapping[str, Any]) -> nn.Module:
-    """The network of a definition without `definition_problem`; raises whatever the class raises for its arguments.
+    """The network of a definition without `definition_problem`; raises what the class raises for its arguments.
 
     A construction that grows too large is ended before its weights are written to memory.
     """
@@ -74,53 +67,51 @@ def instantiate(definition: Mapping[str, Any]) -> nn.Module:
         if weights > MOST_WEIGHTS or parts > MOST_PARTS:
             raise ValueError(f"it has more than {MOST_WEIGHTS:,} weights or {MOST_PARTS:,} parts")
 
-    hooks = [
-        getattr(registry, f"register_module_{of}_registration_hook")(count) for of in ("module", "parameter", "buffer")
-    ]
+    kinds = ("module", "parameter", "buffer")
+    hooks = [getattr(registry, f"register_module_{kind}_registration_hook")(count) for kind in kinds]
     try:
-        network: nn.Module = _made(definition)
+        network: nn.Module = _build(definition)
     finally:
         for hook in hooks:
             hook.remove()
     return network
 
 
-def _made(node: Any) -> Any:
-    """The parts are made in the order in which they stand: a seed then gives the weights that MONAI's parser gives."""
+def _build(node: Any) -> Any:
+    """Parts are built in the order of the text, so that a seed gives the weights that MONAI's parser gives."""
     if isinstance(node, list):
-        return [_made(value) for value in node]
+        return [_build(value) for value in node]
     if not isinstance(node, Mapping):
         return node
-    arguments = {key: _made(value) for key, value in node.items() if key != "_target_"}
+    arguments = {key: _build(value) for key, value in node.items() if key != "_target_"}
     if "_target_" not in node:
         return arguments
     if node["_target_"] == CHAIN:
         return nn.Sequential(*arguments["sequential"])
-    made = _stock_class(node["_target_"])
-    if made is None:
+    stock = _stock_class(node["_target_"])
+    if stock is None:
         raise ValueError(definition_problem(node))
-    return made(**arguments)
+    return stock(**arguments)
 
 
 def _arguments_problem(node: Any, level: int) -> str | None:
     if level > MOST_LEVELS:
         return f"network_def is nested more than {MOST_LEVELS} levels deep"
+    if isinstance(node, Mapping) and "_target_" in node:
+        return definition_problem(node, level + 1)
     if isinstance(node, Mapping):
-        if "_target_" in node:
-            return definition_problem(node, level + 1)
         for key, value in node.items():
             if not isinstance(key, str) or not key.isidentifier() or key.startswith("_"):
-                return f"network_def sets {short(key)}"
+                return f"network_def sets {key!r:.100}"
             if key.startswith(LOADS_FILES) and value not in (False, None):
                 return f"network_def sets {key!r}, which loads weights"
-            if problem := _arguments_problem(value, level + 1):
-                return problem
+        node = list(node.values())
     if isinstance(node, list | tuple):
         return next((p for p in (_arguments_problem(value, level + 1) for value in node) if p), None)
     if isinstance(node, str) and node[:1] in ("$", "@", "%"):
-        return f"network_def holds the expression {short(node)}"
+        return f"network_def holds the expression {node!r:.100}"
     if isinstance(node, int | float) and abs(node) > MOST_WEIGHTS:
-        return f"network_def holds the number {short(node)}"
+        return f"network_def holds the number {node!r:.100}"
     return None
 
 
@@ -130,9 +121,9 @@ def _stock_class(target: Any) -> type[nn.Module] | None:
         return None
     module, _, name = (f"monai.networks.nets.{target}" if target.isidentifier() else target).rpartition(".")
     # only what those packages hold themselves: no way through them into other packages
-    if name.startswith("_") or not f"{module}.".startswith(("torch.nn.", *STOCK)):
+    if name.startswith("_") or not f"{module}.".startswith(("torch.nn.", *STOCK)) or module not in sys.modules:
         return None
-    found: Any = vars(sys.modules[module]).get(name) if module in sys.modules else None
-    if not (inspect.isclass(found) and issubclass(found, nn.Module) and found.__module__.startswith(STOCK)):
+    stock: Any = vars(sys.modules[module]).get(name)
+    if not (inspect.isclass(stock) and issubclass(stock, nn.Module) and stock.__module__.startswith(STOCK)):
         return None
-    return None if found.__module__.rpartition(".")[2] in REFUSED else found
+    return None if stock.__module__.rpartition(".")[2] in REFUSED else stock

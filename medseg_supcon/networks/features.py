@@ -1,20 +1,21 @@
-"""The dense features of a stock segmentation network, and the network as the trainer sees it."""
+"""The dense features of a stock segmentation network, and the head that projects them for the contrastive loss."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from medseg_supcon.errors import ConfigError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-OWN = "network."  # how the stock network's names begin in the wrapper
+OWN = "network."  # how the stock network's names begin in the wrapper, but not in its state dict
+_SHORTEST = 1e-4  # shorter vectors stay shorter than 1: near zero, 1 / length would blow up their gradient
 _SIDE_OUTPUTS = "deep_supervision_heads"  # of DynUNet: at lower resolution, defined after the main output
-_CURE = (
-    "give it one: torch.nn.Sequential(net, torch.nn.Conv3d(features, classes, 1)), where net gives features channels"
-)
+_CURE = "add one: torch.nn.Sequential(net, torch.nn.Conv3d(features, classes, 1)), if net gives features channels"
 
 
 def classifier_name(network: nn.Module) -> str:
@@ -26,28 +27,19 @@ def classifier_name(network: nn.Module) -> str:
     if isinstance(last, CONVOLUTIONS) and {*last.kernel_size, *last.stride, last.groups} == {1}:
         return name
     kind = "no layers with weights" if last is None else f"{name!r}, {last}, as its last layer"
-    raise ConfigError(
-        f"{type(network).__name__} has {kind}, not a 1x1x1 convolution whose input are dense features: {_CURE}."
-    )
+    raise ConfigError(f"{type(network).__name__} has {kind}, not a 1x1x1 convolution of dense features: {_CURE}.")
 
 
 class ContrastiveNetwork(nn.Module):
-    """A stock network with its dense features, the input of its classifier (see `classifier_name`), beside its logits.
+    """A stock network that also gives its dense features, the input of its classifier (the last 1x1x1 convolution).
 
-    In training mode ``forward`` gives ``(logits, features)``; in evaluation mode ``logits`` alone, so that a sliding
-    window takes it like any network. Of a network with deep supervision, the full-resolution output is taken and the
-    others are left out: the contrastive loss and Dice speak of the same voxels, and inference uses that output only.
+    In training mode it gives ``(logits, features)``, in evaluation mode ``logits``, as a sliding window expects. Of a
+    network with deep supervision only the full-resolution output counts. ``in_channels`` is F, the features per voxel
+    (what a projection head takes in), ``out_channels`` C, the classes. Any of MONAI's networks will do, or
+    ``Sequential(UNet, Conv3d)``.
 
-    The features are taken by a forward pre-hook that lives during the call only, so copying, saving, scripting and
-    exporting the stock network see nothing of it. The state dict is the stock network's, under its own names, so that
-    what exchanges weights with a trainer (federated learning, checkpoint loaders) needs to know nothing of this wrapper.
-
-    Args:
-        network: BasicUNet, DynUNet, SegResNet, SwinUNETR, AttentionUnet, ``Sequential(UNet, Conv3d)``, ...
-
-    Attributes:
-        in_channels: F, features per voxel (what a projection head takes in).
-        out_channels: C, classes.
+    A forward pre-hook takes the features and is removed after each call, so copying, saving and exporting see the
+    stock network. The state dict is the stock network's, under its own names.
 
     Raises:
         ConfigError: the network does not end in a 1x1x1 convolution.
@@ -63,7 +55,7 @@ class ContrastiveNetwork(nn.Module):
         super().__init__()
         self.network, self._name = network, classifier_name(network)
         self._stays = False  # the hook, between calls
-        self._caught: list[torch.Tensor] = []
+        self._caught: list[Tensor] = []
         self.in_channels, self.out_channels = int(self.classifier.in_channels), int(self.classifier.out_channels)
         self.register_state_dict_post_hook(_without_own_name)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_own_name)  # type: ignore[no-untyped-call]
@@ -73,13 +65,10 @@ class ContrastiveNetwork(nn.Module):
         """The network's last 1x1x1 convolution, from features to logits, as it stands in the network now."""
         return self.network.get_submodule(self._name)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(B, channels, *spatial) to logits (B, C, *spatial), and features (B, F, *spatial) in training."""
-        if self.training:
-            return self.forward_features(x)
-        output = self.network(x)
-        self._caught = []
-        return _main_output(output, x)
+        logits, features = self.forward_features(x)
+        return (logits, features) if self.training else logits
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """``torch.compile``, in place: names in the state dict stay; arguments as for ``nn.Module.compile``."""
@@ -88,50 +77,87 @@ class ContrastiveNetwork(nn.Module):
             self._stays = True
         super().compile(*args, **kwargs)
 
-    def forward_features(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and features in either mode."""
         self._caught = []
-        handle = None if self._stays else self.classifier.register_forward_pre_hook(self._catch)
-        try:
+        with nullcontext() if self._stays else self.classifier.register_forward_pre_hook(self._catch):
             output = self.network(x)
-        finally:
-            if handle is not None:
-                handle.remove()
         caught, self._caught = self._caught, []
         if not caught or caught[-1].shape[2:] != x.shape[2:]:
-            found = tuple(caught[-1].shape[2:]) if caught else "nothing"
-            raise ConfigError(
-                f"The layer {self._name!r} of {type(self.network).__name__} was taken for the classifier, but it read "
-                f"{found} where the input has {tuple(x.shape[2:])} voxels; {_CURE}."
-            )
+            got = tuple(caught[-1].shape[2:]) if caught else "nothing"
+            read = f"read {got}, and the input has {tuple(x.shape[2:])} voxels"
+            raise ConfigError(f"{type(self.network).__name__}'s classifier {self._name!r} {read}; {_CURE}.")
         return _main_output(output, x), caught[-1]
 
-    def _catch(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def _catch(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._caught.append(inputs[0])
 
 
-def _without_own_name(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """``network.weight`` becomes ``weight``."""
-    own = f"{prefix}{OWN}"
-    for name in [name for name in state if name.startswith(own)]:
-        state[prefix + name.removeprefix(own)] = state.pop(name)
+def _without_own_name(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix + OWN)]:
+        state[prefix + name.removeprefix(prefix + OWN)] = state.pop(name)
 
 
-def _with_own_name(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """``weight`` becomes ``network.weight``; in place, as torch wants it."""
+def _with_own_name(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
     for name in [name for name in state if name.startswith(prefix)]:
         state[f"{prefix}{OWN}{name.removeprefix(prefix)}"] = state.pop(name)
 
 
-def _main_output(output: Any, x: torch.Tensor) -> torch.Tensor:
+def _main_output(output: Any, x: Tensor) -> Tensor:
     """The full-resolution logits of a network that gives one output, a list of them, or DynUNet's stack."""
     output = output[0] if isinstance(output, list | tuple) else output
-    if isinstance(output, torch.Tensor) and output.ndim == x.ndim + 1:
+    if isinstance(output, Tensor) and output.ndim == x.ndim + 1:
         output = output[:, 0]
-    if isinstance(output, torch.Tensor) and output.shape[2:] == x.shape[2:]:
+    if isinstance(output, Tensor) and output.shape[2:] == x.shape[2:]:
         return output
-    found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     raise ConfigError(
-        f"The network's output must be logits of the input's {tuple(x.shape[2:])} voxels, but it is {found}: take a "
+        f"The network's output must be logits of the input's {tuple(x.shape[2:])} voxels, but it is {got}: take a "
         "segmentation network that ends at full resolution, or a patch size that it divides by."
     )
+
+
+class ProjectionHead(nn.Module):
+    """A perceptron (linear, ReLU, linear; Khosla et al. 2020, section 3) on feature vectors, in float32.
+
+    Args:
+        in_channels: F, length of a feature vector.
+        hidden_channels: width of the hidden layer; ``None`` or 0: a linear head.
+        out_channels: D, length of a projected vector.
+        normalise_input, normalise_output: scale the features, the projected vectors, to unit length.
+
+    Raises:
+        ValueError: a width is not positive, or the features do not have F channels.
+
+    Example:
+        >>> ProjectionHead(16)(torch.rand(5, 16)).norm(dim=1).allclose(torch.ones(5))
+        True
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int | None = 128,
+        out_channels: int = 64,
+        *,
+        normalise_input: bool = True,
+        normalise_output: bool = True,
+    ) -> None:
+        super().__init__()
+        hidden = hidden_channels or 0
+        if in_channels < 1 or out_channels < 1 or hidden < 0:
+            got = f"{in_channels}, {out_channels} and {hidden_channels}"
+            raise ValueError(f"in_channels and out_channels must be positive and hidden_channels >= 0, got {got}.")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.normalise_input, self.normalise_output = normalise_input, normalise_output
+        first = [nn.Linear(in_channels, hidden), nn.ReLU()] if hidden else []
+        self.layers = nn.Sequential(*first, nn.Linear(hidden or in_channels, out_channels))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, F) features, any floating type, to (N, D) float32."""
+        if features.ndim != 2 or features.shape[1] != self.in_channels:
+            raise ValueError(f"features must be (N, {self.in_channels}), got {tuple(features.shape)}.")
+        with torch.autocast(features.device.type, enabled=False):
+            z = features.float()
+            z = self.layers(normalize(z, dim=1, eps=_SHORTEST) if self.normalise_input else z)
+            return normalize(z, dim=1, eps=_SHORTEST) if self.normalise_output else z

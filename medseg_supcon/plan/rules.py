@@ -208,10 +208,6 @@ def _is_window(value: object) -> bool:
 ORIENTATIONS = ["".join(codes) for axes in permutations(("LR", "PA", "IS")) for codes in product(*axes)]
 Rule = tuple[str, Callable[[Any], bool]]  # what the value must be, and whether it is
 NUMBERS: Rule = ("a list of numbers", _are_numbers)
-NETWORK: Rule = (
-    'a mapping with a "_target_" or an expression that starts with "$"',
-    lambda v: _are_definitions([v]) or (isinstance(v, str) and v.startswith("$")),
-)
 STEPS: Rule = ("a whole number from 1 to 1,000,000", lambda v: _is_number(v, int, 1, 10**6))
 RULES: dict[str, Rule] = {
     "name": ("a text", lambda v: isinstance(v, str)),
@@ -228,7 +224,10 @@ RULES: dict[str, Rule] = {
     "epochs": STEPS,
     "class_frequencies": NUMBERS,
     "class_weights": NUMBERS,
-    "network_def": NETWORK,
+    "network_def": (
+        'a mapping with a "_target_", or a "$" expression',
+        lambda v: _are_definitions([v]) or str(v)[:1] == "$",
+    ),
     "inference": ('an "overlap" from 0 to below 1 and a "sw_batch_size" from 1 to 1024', _is_window),
     "keep_largest": ("a list of class names", _are_texts),
     "fingerprint": ("a mapping", lambda v: isinstance(v, Mapping)),

@@ -148,7 +148,7 @@ def check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Affi
     for header in headers:
         _check_kind(header, source)
     if headers[0].size[2] > 1 and len(files) > 1:
-        raise DataError(f"{source}: the series holds {len(files)} volumes, a file each. Pass the file to be segmented.")
+        raise DataError(f"{source}: the series has {len(files)} volumes, one per file. Pass the file to be segmented.")
     frames = _in_order([frame for header in headers for frame in header.frames])
     _check_alike(headers)
     _check_scales(headers)
@@ -229,7 +229,7 @@ def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) 
     places = len(np.unique(np.round(positions / SAME), axis=0))
     if places < count:
         found = f"{count} slices at {places} places (a time series, echoes, or copies)"
-        raise DataError(f"{source}: holds several volumes: {found}. Export one volume.")
+        raise DataError(f"{source}: contains several volumes: {found}. Export one volume.")
     step = way[-1] / (count - 1)
     limit = NEAR * min(edge, float(np.linalg.norm(step)))
     sideways = np.linalg.norm(way - np.outer(way @ normal, normal), axis=1)
@@ -274,14 +274,14 @@ def looks_like_dicom(file: Path) -> bool:
     if file.name.lower().endswith(DICOM_ENDINGS):
         return True
     start = b""
-    if file.is_file():  # opening a pipe would wait for ever
+    if file.is_file():  # opening a pipe would never end
         with suppress(OSError), file.open("rb") as stream:
             start = stream.read(132)
     return start[128:] == b"DICM" or (file.suffix == "" and start[:4] in (b"\x08\0\x05\0", b"\x08\0\x08\0"))
 
 
 def _open(file: Path, most: int) -> IO[bytes]:
-    """The file; a deflated one inflated, but to no more than `most` bytes: pydicom would inflate whatever comes."""
+    """The file; a deflated one inflated, but to no more than `most` bytes: pydicom has no limit."""
     stream = file.open("rb")
     start = stream.read(1024)
     stream.seek(0)

@@ -40,7 +40,7 @@ def ras_affine(lps: npt.NDArray[Any]) -> Affine:
 
 
 def read_itk(file: Path) -> Volume:
-    """Voxels (X, Y, Z) or (X, Y, Z, C), the grid, and what its header leaves open."""
+    """Voxels (X, Y, Z) or (X, Y, Z, C), the grid, and what its header does not say."""
     import SimpleITK as sitk
 
     issues, letters = _check_header(file)
@@ -94,7 +94,7 @@ def _affine(image: Any) -> Affine:
 
 
 def _check_header(file: Path) -> tuple[list[Issue], str]:
-    """What the text of a header leaves open, where ITK would guess, and MetaImage's second orientation in letters."""
+    """What the text of a header does not say and ITK would guess, and MetaImage's second orientation in letters."""
     if (problem := not_a_file(file)) is not None:
         raise DataError(problem)
     with file.open("rb") as stream:
@@ -122,7 +122,7 @@ def _fields(lines: Sequence[str], meta: bool) -> tuple[dict[str, str], list[str]
         key, _, value = line.partition("=" if meta else ":")
         if not meta and not line.strip():  # the end
             break
-        if value.startswith("="):  # a key of a person's own in NRRD
+        if value.startswith("="):  # NRRD's custom keys
             continue
         key = key.strip() if meta else key.lower().replace(" ", "")
         fields[key] = value.strip()
@@ -156,7 +156,7 @@ def _unpacks(file: Path, names: Sequence[str]) -> bool:
 
 
 def _doubt(file: Path, fields: dict[str, str], meta: bool) -> str:
-    """What a header leaves open about the orientation; DataError if it gives no voxel size, or not in mm."""
+    """What a header does not say about the orientation; DataError if it gives no voxel size, or not in mm."""
     units = fields.get("spaceunits", fields.get("units", f'"{fields.get("DistanceUnits", "")}"'))
     if odd := set(re.findall(r'"([^"]*)"', units)) - MILLIMETRES:
         raise DataError(f"{file}: its header gives lengths in {min(odd)}, expected mm. Convert it.")
@@ -166,7 +166,7 @@ def _doubt(file: Path, fields: dict[str, str], meta: bool) -> str:
             raise DataError(f"{file}: {found}, which is not read. Convert it.")
     matrix = _numbers(next((fields[key] for key in MATRICES if key in fields), ""))
     if len(matrix) == 9 and np.abs(np.linalg.norm(np.reshape(matrix, (3, 3)), axis=1) - 1).max() > 0.01:
-        reason = "the axes of its TransformMatrix are not of length 1, so the voxel size is open"
+        reason = "the axes of its TransformMatrix are not of length 1, so the voxel size is not defined"
         raise DataError(f"{file}: {reason}. Convert it again from its source.")
     vectors = [_numbers(v) for v in re.findall(r"\(([^)]*)\)", fields.get("spacedirections", ""))]
     if meta:

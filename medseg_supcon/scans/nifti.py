@@ -42,7 +42,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 def not_a_file(path: Path) -> str | None:
-    """A sentence if there is nothing to read at `path`, or nothing that ends; None for a plain file."""
+    """None for a plain file; otherwise a sentence that says what is at `path`."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -131,7 +131,7 @@ def _open(path: Path) -> Any:
         raise DataError(f"{path}: expected NIfTI (.nii or .nii.gz). Convert this file.")
     try:
         with (gzip.open if _is_packed(path) else open)(path, "rb") as stream:
-            start = stream.read(540)  # nibabel.load would read on, whatever comes next
+            start = stream.read(540)  # nibabel.load would read extensions without a limit
         kind: Any = nibabel.Nifti2Image if start[:4] in NIFTI_2 else nibabel.Nifti1Image
         image = kind.from_filename(path)
         stored = kind.header_class(start[: kind.header_class.template_dtype.itemsize], check=False)
@@ -229,7 +229,7 @@ def _check_header(image: Any) -> tuple[Affine, tuple[Issue, ...]]:
     elif not np.allclose(edges, sizes, rtol=SAME_SIZE, atol=0):
         one, other = (" x ".join(f"{size:.4g}" for size in three) for three in (edges, sizes))
         found["two_voxel_sizes"] = f"its voxel size is {one} by its sform and {other} by its pixdim. Correct one."
-    # an edge rounded in pixdim moves corners a little: no fault
+    # an edge that is rounded in pixdim moves the corners a little, which is not an error
     elif s_code > 0 and not monai_apart <= near + SAME_SIZE * float(np.linalg.norm(edges[: len(shape)] * shape)):
         why = "its pixdim fits the qform better: programs read it in different places"
         found["two_places"] = f"its qform and sform disagree, and {why}. Make the two forms equal."

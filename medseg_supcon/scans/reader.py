@@ -28,7 +28,7 @@ class Scan:
     kind: Kind = "nifti"
     problem: str | None = None  # why it cannot be read at all, as a sentence
     series: str = ""  # of a DICOM folder: what tells its series from the others
-    warnings: tuple[str, ...] = ()  # what a person should know about the folder it was found in
+    warnings: tuple[str, ...] = ()  # about the folder it was found in
 
     @property
     def source(self) -> Path:
@@ -54,7 +54,7 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def read_scan(scan: Scan, channels: int) -> Volume:
-    """A scan as a model of so many channels takes it: finite float32 voxels in a sound grid. DataError says why not."""
+    """A scan for a model of so many channels: finite float32 voxels on a valid grid; DataError if it is unusable."""
     for problem in (scan.problem, *map(not_a_file, scan.files)):
         if problem is not None:
             raise DataError(problem)
@@ -69,10 +69,10 @@ def read_scan(scan: Scan, channels: int) -> Volume:
             raise DataError(f"{file}: its shape or affine differs from {scan.files[0]}'s. Channels must share a grid.")
     count = sum(len(volume.channels_first) for volume in volumes)
     if count != channels:
-        found, cure = f"{count} channels", "Give one 4-D file, channels last, or 3-D files NAME_0000, NAME_0001, ..."
+        found, cure = f"{count} channels", "Pass one 4-D file, channels last, or 3-D files NAME_0000, NAME_0001, ..."
         if channels == 1:
-            found, cure = f"{count} volumes (a time series or several channels)", "Split it and give one volume."
-        raise DataError(f"{scan.source}: holds {found}, and the model takes {channels}. {cure}")
+            found, cure = f"{count} volumes (a time series or several channels)", "Split it and pass one volume."
+        raise DataError(f"{scan.source}: contains {found}, but the model takes {channels}. {cure}")
     if len(volumes) == 1:
         return first
     return replace(first, data=np.moveaxis(np.concatenate([v.channels_first for v in volumes]), 0, -1))

@@ -40,10 +40,7 @@ def load_initial(network: nn.Module, path: str | Path | None, channels_last: boo
     if path is None:
         return network
     if not Path(path).is_file():
-        raise RunError(
-            f"{path}, the weights to start from, does not exist. Correct init_weights in the run's "
-            "configs/train.yaml (--init wrote it), or set it to null."
-        )
+        raise RunError(f"{path} does not exist. Correct init_weights in the run's train.yaml, or set it to null.")
     weights, own = load_tensors(Path(path)), network.state_dict()
     if not isinstance(weights, dict):
         raise RunError(f"{path} holds a {type(weights).__name__}, not the weights of a network.")
@@ -81,7 +78,7 @@ class Checkpoint:
     ``checkpoint.pt`` holds network, loss (projection head, memory bank, warm-up), optimiser, schedule, loss scale,
     epoch and best metric; random states are not needed, because draws depend on (seed, epoch). ``best.pt`` and
     ``model.pt`` are bare state dicts of the stock network: the best validation's, and what inference uses. Rank 0
-    writes, and every rank loads. Any number of processes can resume.
+    writes; any number of ranks can resume.
 
     Args:
         folder: ``RUN/models``, on a drive that all ranks see.
@@ -106,7 +103,7 @@ class Checkpoint:
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
-        engine.add_event_handler(Events.COMPLETED, self.finish)
+        engine.add_event_handler(Events.COMPLETED, self._write, True)  # also after an early stop
 
     def start(self, engine: Any) -> None:
         if idist.get_rank() == 0:
@@ -120,10 +117,9 @@ class Checkpoint:
         # to the CPU: every part moves its own tensors. AdamW's step counts stay there, or a GPU would wait for them
         saved = read_checkpoint(self.path)
         for key, value in self.config.items():
-            if saved["config"].get(key) != value:
+            if (was := saved["config"].get(key)) != value:
                 raise RunError(
-                    f"{self.path} was trained with {key} = {saved['config'].get(key)}, the config now says {value}. "
-                    "Set it back, or train into another folder."
+                    f"{self.path} was trained with {key} = {was}, not {value}. Set it back, or start a new run."
                 )
         for name, thing in self.state.items():
             try:
@@ -148,9 +144,6 @@ class Checkpoint:
             engine.scaler.load_state_dict(saved["scaler"])
         engine.state.epoch, engine.state.iteration = saved["epoch"], saved["iteration"]
         self.best, self.best_epoch = saved["best"], saved["best_epoch"]
-
-    def finish(self, engine: Any) -> None:
-        self._write(engine, finished=True)
 
     def save(self, engine: Any) -> None:
         weights, metric = self.network.state_dict(), None

@@ -133,8 +133,8 @@ def _files(item: Mapping[str, Any], *keys: str) -> list[Path]:
 
 def item_seed(seed: int, epoch: int, slot: int, stream: int = 0) -> int:
     """Seed of one training item, a 32-bit integer. Streams of one place are independent of each other."""
-    key = (stream,) if stream else ()
-    return int(np.random.SeedSequence((seed, epoch, slot), spawn_key=key).generate_state(1)[0])
+    spawn_key = (stream,) if stream else ()
+    return int(np.random.SeedSequence((seed, epoch, slot), spawn_key=spawn_key).generate_state(1)[0])
 
 
 class EpochSampler(Sampler[Key]):
@@ -146,13 +146,9 @@ class EpochSampler(Sampler[Key]):
     Args:
         cases, unlabelled: number of labelled scans, the first of the data set, and of unlabelled ones, which follow.
         batch_size: scans per step on this rank.
-        share: share of every batch that is unlabelled, above 0 and below 1, at least one scan of each kind;
-            ``None``: every scan counts alike.
+        share: share of every batch that is unlabelled, at least one scan of each kind; ``None``: every scan counts alike.
         first_epoch, last_epoch: only labelled scans are drawn before and after these; ``None``: no last one.
         required: unlabelled scans must exist.
-
-    Attributes:
-        epoch: where iteration starts; set it before the first batch to resume.
     """
 
     def __init__(
@@ -168,7 +164,7 @@ class EpochSampler(Sampler[Key]):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.unlabelled, self.share, self.required = unlabelled, share, required
         self.first_epoch, self.last_epoch = first_epoch, last_epoch
-        self.epoch = 1
+        self.epoch = 1  # where iteration starts
 
     def order(self, epoch: int) -> list[int]:
         """The scan of every slot of an epoch, over all ranks; in a batch the labelled ones come first."""
@@ -190,15 +186,11 @@ class EpochSampler(Sampler[Key]):
         # checked here, because MONAI would wrap an error of __init__ in its own
         if self.required and self.unlabelled == 0:
             raise ConfigError(
-                "This recipe also learns from unlabelled scans, and the run has none (configs/datalist.json). "
-                "Plan it again, into another folder, with --unlabelled DIR (further scans) or --labels N (scans "
-                "beyond the first N labelled ones count as unlabelled); or choose --recipe joint."
+                "This recipe also learns from unlabelled scans, and configs/datalist.json lists none. Plan it into another "
+                "folder with --unlabelled DIR or --labels N (the other labelled scans count as unlabelled), or use joint."
             )
         if self.share is not None and self.unlabelled > 0 and self.batch_size < 2:
-            raise ConfigError(
-                f"A batch must contain a labelled and an unlabelled scan, but it has {self.batch_size} scan. "
-                "Plan the run with --set plan::batch_size=2."
-            )
+            raise ConfigError("A batch of one scan cannot be labelled and unlabelled. Use --set plan::batch_size=2.")
         for epoch in count(self.epoch):  # read with the first key, after a checkpoint was loaded
             order = self.order(epoch)
             for step in range(self.steps):
@@ -229,12 +221,8 @@ class SeededDataset(Dataset[Any]):
 
 
 def two_view_dataset(
-    data: Sequence[Mapping[str, Any]],
-    transform: Any,
-    two_views: Any,
-    seed: int = 0,
-    memory_share: float = 0.4,
+    data: Sequence[Mapping[str, Any]], transform: Any, two_views: Any, seed: int = 0, memory_share: float = 0.4,
     quiet: bool = False,
-) -> SeededDataset:
+) -> SeededDataset:  # fmt: skip
     """The training set: `cached_dataset` of ``transform``, then ``two_views`` for every (epoch, slot)."""
     return SeededDataset(cached_dataset(data, transform, memory_share, quiet), two_views, seed)

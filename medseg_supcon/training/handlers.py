@@ -29,10 +29,7 @@ class Handler:
 
 
 class LossScale(Handler):
-    """Scales the loss for float16 mixed precision, where small gradients would vanish; bfloat16 needs no scale.
-
-    It replaces the scaler that MONAI's trainer makes, so it must be listed before ``Checkpoint``, which restores its state.
-    """
+    """Scales the loss for float16, where small gradients would vanish; listed before ``Checkpoint``, which restores it."""
 
     event = Events.STARTED
 
@@ -102,10 +99,7 @@ class StopWithoutFolder(Handler):
 
     def __call__(self, engine: Engine) -> None:
         if on_any_rank(not (self.run / "configs").is_dir()):
-            raise RunError(
-                f"{self.run} was deleted or moved while it was trained (epoch {engine.state.epoch}). If you moved it, "
-                "continue there with --resume."
-            )
+            raise RunError(f"{self.run} was deleted or moved during training. If moved, continue there with --resume.")
 
 
 class LateValidation(ValidationHandler):  # type: ignore[misc]

@@ -25,7 +25,6 @@ from medseg_supcon.files import write_csv
 from medseg_supcon.training.ranks import mean_over_ranks
 
 MEAN = "val_mean_dice"
-COLUMNS = ("description", "fields[state]", "fields[left]")  # of the progress bar
 
 
 def overlay_slice(image: Tensor, label: Tensor, prediction: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class TrainingLog:
         row: dict[str, Any] = {"epoch": engine.state.epoch, "step": engine.state.iteration}
         row |= {"seconds": round(monotonic() - self._since, 2), "learning_rate": self.optimizer.param_groups[0]["lr"]}
         row |= {name: float(total) / max(1, self._count) for name, total in sums.items()}
-        if _just_validated(self.validator, engine):
+        if self.validator is not None and self.validator.state.epoch == engine.state.epoch:
             row |= self._validation()
         self.rows.append(row)
         write_csv(self.path, list(dict.fromkeys(c for r in self.rows for c in r)), self.rows)
@@ -132,14 +131,6 @@ class TrainingLog:
             self.writer.close()
 
 
-def _just_validated(validator: Any, engine: Engine) -> bool:
-    return validator is not None and validator.state.epoch == engine.state.epoch
-
-
-def _console() -> Console:
-    return Console(file=sys.stderr, markup=False, highlight=False)  # a data set's name may contain [brackets]
-
-
 class ProgressDisplay:
     """Epoch, loss, Dice and time left of a training: a bar on a terminal, elsewhere a line per validated epoch.
 
@@ -148,7 +139,7 @@ class ProgressDisplay:
 
     def __init__(self, name: str = "training", validator: Any = None, quiet: bool = False) -> None:
         self.name, self.validator, self.quiet = name, validator, quiet
-        self.console = _console()
+        self.console = Console(file=sys.stderr, markup=False, highlight=False)  # names may contain [brackets]
         self.bar: Progress | None = None
         self._ends: deque[float] = deque(maxlen=6)
         self._dice = ""
@@ -164,37 +155,33 @@ class ProgressDisplay:
         if not self._ends:
             self._ends.append(monotonic())
         if self.console.is_terminal and self.bar is None:
-            name, state, left = (TextColumn(f"{{task.{key}}}", markup=False) for key in COLUMNS)
-            self.bar = Progress(name, BarColumn(), state, TimeElapsedColumn(), left, console=self.console)
-            total = engine.state.max_epochs * engine.state.epoch_length
-            self.bar.add_task(self.name, total=total, state="", left="")
+            name, text = (TextColumn(f"{{task.{key}}}", markup=False) for key in ("description", "fields[text]"))
+            self.bar = Progress(name, BarColumn(), TimeElapsedColumn(), text, console=self.console)
+            self.bar.add_task(self.name, total=engine.state.max_epochs * engine.state.epoch_length, text="")
             self.bar.start()
 
     def step(self, engine: Engine) -> None:
         if self.bar is not None:
-            done, state, left = engine.state.iteration, self._state(engine), self._left(engine)
-            self.bar.update(self.bar.task_ids[0], completed=done, state=state, left=left)
+            self.bar.update(self.bar.task_ids[0], completed=engine.state.iteration, text=self._text(engine))
 
     def epoch(self, engine: Engine) -> None:
         self._ends.append(monotonic())
-        validated = _just_validated(self.validator, engine)
+        validated = self.validator is not None and self.validator.state.epoch == engine.state.epoch
         if validated:
             state = self.validator.state
             self._dice = f"  Dice {float(state.metrics[state.key_metric_name]):.3f}"
         last = engine.state.epoch == engine.state.max_epochs
         if not self.console.is_terminal and (validated or last):
-            self.console.print(f"{self.name}: {self._state(engine)}  {self._left(engine)}", soft_wrap=True)
+            self.console.print(f"{self.name}: {self._text(engine)}", soft_wrap=True)
 
-    def _state(self, engine: Engine) -> str:
-        loss = float(engine.state.output["loss"].detach())
-        return f"epoch {engine.state.epoch}/{engine.state.max_epochs}  loss {loss:.3f}{self._dice}"
-
-    def _left(self, engine: Engine) -> str:
-        if len(self._ends) < 2:
-            return "measuring the speed"
-        pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
-        done = engine.state.iteration / engine.state.epoch_length
-        return f"{timedelta(seconds=int(pace * (engine.state.max_epochs - done)))} left"
+    def _text(self, engine: Engine) -> str:
+        state, left = engine.state, "measuring the speed"
+        if len(self._ends) > 1:
+            pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+            seconds = pace * (state.max_epochs - state.iteration / state.epoch_length)
+            left = f"{timedelta(seconds=int(seconds))} left"
+        loss = float(state.output["loss"].detach())
+        return f"epoch {state.epoch}/{state.max_epochs}  loss {loss:.3f}{self._dice}  {left}"
 
     def close(self, engine: Engine, error: BaseException | None = None) -> None:
         if self.bar is not None:
@@ -211,7 +198,7 @@ class CountDisplay:
 
     def __init__(self, name: str, total: int, quiet: bool = False) -> None:
         self.name, self.total, self.silent = name, total, quiet or idist.get_rank() > 0
-        self.console = _console()
+        self.console = Console(file=sys.stderr, markup=False, highlight=False)  # names may contain [brackets]
         self.bar: Progress | None = None
 
     def __enter__(self) -> CountDisplay:

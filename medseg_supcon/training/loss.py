@@ -65,11 +65,7 @@ class DiceCrossEntropy(nn.Module):
     """Dice loss of the foreground classes plus cross-entropy, over the batch of all ranks.
 
     MONAI's ``DiceCELoss`` cannot leave out the voxels of label -1. Dice is taken over the whole batch, which is
-    steadier when a patch lacks a class.
-
-    Args:
-        dice_weight, ce_weight: factors of the two terms.
-        class_weights: (C,) weights of the cross-entropy, or ``None``.
+    steadier when a patch lacks a class. ``class_weights`` (C,) are those of the cross-entropy.
 
     Shape:
         logits (B, C, *spatial) and labels (B, 1, *spatial) of class indices give a scalar; 0, attached to the
@@ -164,9 +160,8 @@ class PseudoLabels:
     """MONAI ``prepare_batch``: :func:`prepare_views`, and the teacher's labels for voxels without a label.
 
     The teacher sees view 1. Its class there, if its probability is at least ``confidence`` (0 to 1), is the pseudo-label
-    of the voxel in view 1 and of the same physical voxel in view 2, which is augmented more strongly. In a batch that
-    contains a scan without any label, unlabelled voxels of the other scans (``ignore``, the rim of a resampled scan)
-    get theirs, too; in other batches they would be too few for a Dice. `amp`, `dtype`: the teacher's mixed precision.
+    of the voxel in view 1 and of the same physical voxel in view 2, which is augmented more strongly. Unlabelled voxels
+    of labelled scans get theirs only beside a scan without any label: otherwise they would be too few for a Dice.
 
     The target also gets ``pseudo_label`` (2B, 1, *patch), class indices, -1 for voxels with a label, outside the scan,
     without a partner, or below ``confidence``; and ``asked``, the number of voxels that could have had one.
@@ -180,17 +175,14 @@ class PseudoLabels:
         self.teacher, self.confidence, self.amp, self.dtype = teacher, confidence, amp, dtype
 
     def __call__(
-        self,
-        batchdata: Mapping[str, Any],
-        device: str | torch.device | None = None,
-        non_blocking: bool = False,
+        self, batchdata: Mapping[str, Any], device: str | torch.device | None = None, non_blocking: bool = False,
         **more: Any,
-    ) -> tuple[Tensor, Target]:
+    ) -> tuple[Tensor, Target]:  # fmt: skip
         image, target = prepare_views(batchdata, device, non_blocking, **more)
         if "pair_ids" not in target:
             raise ConfigError(
-                "Pseudo-labels need to know which voxels of the two views are the same, and a view policy hides that "
-                "(an elastic deformation or grid distortion). Set elastic=0, or choose another policy."
+                "Pseudo-labels need to know which voxels of the two views are the same, and an elastic deformation or grid "
+                "distortion hides that. Set elastic=0, or choose another view policy."
             )
         label, pair_ids = target["label"], target["pair_ids"]
         wanted = (label == IGNORE_INDEX) & (pair_ids >= 0)
@@ -262,8 +254,12 @@ class SemiSupervisedLoss(nn.Module):
         logits, features = prediction
         labels, pseudo = target["label"], target["pseudo_label"]
         t = (self.step + 1).to(torch.float32)  # stays on its device: reading it would make a GPU wait
-        u = self.pseudo_weight * torch.exp(-5 * (1 - _share(t, self.pseudo_warmup)) ** 2)
-        w = self.contrast_weight * _share(t, self.contrast_warmup)
+
+        def share(warmup: int) -> Tensor:
+            return (t / warmup).clamp(max=1.0) if warmup > 0 else torch.ones_like(t)
+
+        u = self.pseudo_weight * torch.exp(-5 * (1 - share(self.pseudo_warmup)) ** 2)
+        w = self.contrast_weight * share(self.contrast_warmup)
         segmentation = self.segmentation_loss(logits, labels)
         by_pseudo = self.segmentation_loss(logits, pseudo)
         contrastive = torch.zeros_like(segmentation)
@@ -282,7 +278,3 @@ class SemiSupervisedLoss(nn.Module):
         terms["confident"] = (pseudo != IGNORE_INDEX).sum() / target["asked"].clamp_min(1)
         self.terms = {name: term.detach() for name, term in terms.items()}
         return loss
-
-
-def _share(step: Tensor, warmup: int) -> Tensor:
-    return (step / warmup).clamp(max=1.0) if warmup > 0 else torch.ones_like(step)

@@ -86,14 +86,9 @@ class Request:
 
 
 def prepare_dataset(
-    path: Path,
-    run: Path,
-    request: Request,
-    *,
-    show: Callable[[Report], None],
-    device: str | None = None,
+    path: Path, run: Path, request: Request, *, show: Callable[[Report], None], device: str | None = None,
     trust: bool = False,
-) -> tuple[dict[str, Any], Split]:
+) -> tuple[dict[str, Any], Split]:  # fmt: skip
     """Read, split and check the data set at ``path``, and `prepare_run` on it: the plan, and which cases train.
 
     ``show`` is called with the check's findings; `DataError` if there are errors.
@@ -146,17 +141,11 @@ def prepare_run(
     `ConfigError` if a setting, recipe or plan is invalid; `RunError` if the folder is in use or contains a run or files
     that a run would replace, or ``init`` needs trust.
 
-    Args:
-        recipe: name or file of the overlay on ``train.yaml``.
-        settings: (key, value) overrides of ``train.yaml``, or of the plan: ``plan::key`` and ``network_def``.
-        epochs: length of training; default: `default_epochs`, or what fits into ``minutes`` on this machine.
-        init: an earlier run to fine-tune: its weights, and the parts of its plan that they depend on.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; by default a GPU if there is one.
-        trust_scan_affine: label maps take their scan's affine (``--allow-affine-mismatch``).
-        plan: one that this function returned for the same cases, taken as it is; nothing is measured again.
-        plan_settings: (key, value) changes of that plan.
-        trust: take a network from ``init`` that is code.
-        report: of `check_dataset` on these cases: what it has read is not read again.
+    `settings`: (key, value) overrides of ``train.yaml``, or of the plan: ``plan::key`` and ``network_def``. The length is
+    ``epochs``, what fits into ``minutes`` on this machine, or `default_epochs`. `plan`: one that this function returned
+    for the same cases, taken as it is but for ``plan_settings``; nothing is measured again. `init`: a run to fine-tune:
+    its weights, and what they depend on in its plan; with code only if ``trust``. `report`: of `check_dataset` on these
+    cases: what it has read is not read again.
     """
     refuse_others(run)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -212,13 +201,14 @@ def _fit_length(plan: dict[str, Any], timing: Mapping[str, Any], cases: int, min
     epoch = plan["steps_per_epoch"] * timing["seconds_per_step"]
     validation = VALIDATIONS * cases * timing["seconds_per_validation_case"]
     if minutes is not None:
-        plan["minutes"], plan["epochs"] = minutes, int((60 * minutes - validation) / epoch)
-        if plan["epochs"] < 1:
+        fitting = (60 * minutes - validation) / epoch
+        if not 1 <= fitting <= 10**6:
             raise ConfigError(
-                f"--minutes {minutes:g} is too short: on this machine an epoch of {plan['steps_per_epoch']} steps and the "
-                f"validations take about {(epoch + validation) / 60:.2g} minutes. Give more minutes, or shorten the epoch "
-                "(--set plan::steps_per_epoch=10)."
+                f"--minutes {minutes:g} must fit 1 to 1,000,000 epochs. One of {plan['steps_per_epoch']} steps and validation"
+                f" take about {(epoch + validation) / 60:.2g} minutes here. Change M, or --set plan::steps_per_epoch=10."
             )
+        plan["epochs"] = int(fitting)
+        plan["minutes"] = int(minutes) if minutes == int(minutes) else minutes  # 5, not 5.0
     return {
         "minutes": round((plan["epochs"] * epoch + validation) / 60, 1),
         "seconds_per_step": round(timing["seconds_per_step"], 3),
@@ -233,11 +223,11 @@ def inherit(plan: dict[str, Any], init: Path, trust: bool = False) -> None:
         raise RunError(f"--init {init}: not a trained run (configs/plan.json and models/model.pt are needed).")
     earlier = read_plan(init / "configs" / "plan.json")
     check_network_trusted(init / "configs" / "plan.json", earlier, trust)
-    for key, what in (("channels", "channel(s) per scan"), ("labels", "classes")):
+    for key, what in (("channels", "channels"), ("labels", "classes")):
         if len(earlier[key]) != len(plan[key]):
+            had, has = ", ".join(earlier[key]), ", ".join(plan[key])
             raise ConfigError(
-                f"--init {init} was trained on {len(earlier[key])} {what} ({', '.join(earlier[key])}), this data set has "
-                f"{len(plan[key])}. Choose a run with as many."
+                f"--init {init} has the {what} {had}; this data set has {has}. Choose a run with as many."
             )
     load_tensors(init / "models" / "model.pt")  # damaged weights are refused before there is a run
     plan.update({key: earlier[key] for key in FROM_INIT})

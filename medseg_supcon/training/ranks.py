@@ -34,10 +34,7 @@ def rank_device() -> torch.device:
         return torch.device("cpu")
     here, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if here >= gpus:
-        raise ConfigError(
-            f"torchrun started {ranks_here()} processes here, but torch finds {gpus} GPU(s). Use "
-            f"--nproc_per_node {gpus}, or --nproc_per_node gpu."
-        )
+        raise ConfigError(f"torchrun started {ranks_here()} processes for {gpus} GPU(s). Use --nproc_per_node gpu.")
     return torch.device("cuda", here)
 
 

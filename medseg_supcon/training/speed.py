@@ -18,7 +18,7 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
-from medseg_supcon.errors import ConfigError, RunError
+from medseg_supcon.errors import ConfigError
 from medseg_supcon.inference import tune_malloc
 from medseg_supcon.plan import literal, write_plan
 
@@ -131,24 +131,18 @@ def time_training(run: Path, device: str | None = None) -> dict[str, Any]:
 
 
 def time_within_memory(run: Path, device: str | None, plan: dict[str, Any], fixed: bool) -> dict[str, Any]:
-    """`time_training`; if the GPU's memory is too small, with half of ``batch_size``, unless that is ``fixed``.
-
-    `RunError` if other programs use the memory, because a plan must not depend on them.
-    """
+    """`time_training`; if the GPU's memory is too small for the plan's ``batch_size``, with half, unless it is ``fixed``."""
     while True:
         try:
             return time_training(run, device)
         except torch.OutOfMemoryError:
-            if fixed or plan["batch_size"] <= 2:
+            where = torch.device(device or "cuda")
+            free, total = torch.cuda.mem_get_info(where)
+            others = (total - free - torch.cuda.memory_reserved(where)) / 2**30
+            # a plan must not depend on other programs
+            if fixed or plan["batch_size"] <= 2 or others > OTHERS_MAY_HOLD:
                 raise
         free_memory()  # not before: the error holds what was on the GPU
-        free, total = torch.cuda.mem_get_info(torch.device(device or "cuda"))
-        used = (total - free - torch.cuda.memory_reserved(torch.device(device or "cuda"))) / 2**30  # by others
-        if used > OTHERS_MAY_HOLD:
-            raise RunError(
-                f"The GPU's memory is too small for a step, but other programs use {used:.1f} GiB of it. Plan when it is "
-                "free, or choose the number of scans per step yourself (--set plan::batch_size=2)."
-            )
         plan["batch_size"] = max(2, plan["batch_size"] // 2)
         write_plan(plan, run / "configs" / "plan.json")
 
@@ -169,6 +163,7 @@ def _measure(run: Path, device: str | None, threads: int) -> dict[str, Any]:
     trainer, where = parser.get_parsed_content("train::trainer"), parser.get_parsed_content("device")
     tune_gpu(where, tf32=parser.get_parsed_content("tf32"), benchmark=parser.get_parsed_content("cudnn_benchmark"))
     batches = iter(parser.get_parsed_content("train::dataloader"))
+    wait = torch.cuda.synchronize if where.type == "cuda" else lambda _: None
     loading, computing = [], []
     for _ in range(TIMED_STEPS + 1):
         start = perf_counter()
@@ -182,7 +177,7 @@ def _measure(run: Path, device: str | None, threads: int) -> dict[str, Any]:
             loss = trainer.loss_function(trainer.inferer(inputs, trainer.network), target)
         loss.backward()
         trainer.optimizer.zero_grad()
-        _wait(where)
+        wait(where)
         loading.append(loaded - start)
         computing.append(perf_counter() - loaded)
     evaluator = parser.get_parsed_content("validate::evaluator")
@@ -191,7 +186,7 @@ def _measure(run: Path, device: str | None, threads: int) -> dict[str, Any]:
         with torch.inference_mode():
             evaluator.network.eval()
             evaluator.inferer(next(iter(evaluator.data_loader))["image"].to(where), evaluator.network)
-            _wait(where)
+            wait(where)
     return {
         "seconds_per_step": seconds_per_step(loading[1:], computing[1:], workers),
         "seconds_per_validation_case": perf_counter() - start,
@@ -205,8 +200,3 @@ def seconds_per_step(loading: Sequence[float], computing: Sequence[float], worke
     pairs = zip(loading, computing, strict=True)
     times = sorted(max(load / workers, compute) if workers else load + compute for load, compute in pairs)
     return times[len(times) // 2]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

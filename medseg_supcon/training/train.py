@@ -74,10 +74,7 @@ def begin_training(run: str | Path, resume: bool = False, overwrite: bool = Fals
     """Refuse to train over a trained run, and remove the scores of its earlier weights; every rank calls it."""
     run = Path(run).resolve()
     if is_started(run) and not (resume or overwrite):
-        raise RunError(
-            f"{run} already holds a trained run. Continue it (--resume true), train over it (--overwrite true), or "
-            "choose another folder."
-        )
+        raise RunError(f"{run} already holds a trained run. Use --resume true, --overwrite true, or another folder.")
     if idist.get_rank() > 0 or (resume and is_finished(run)):
         return
     names = OF_EARLIER_WEIGHTS if resume else (*OF_EARLIER_WEIGHTS, "logs/history.csv")
@@ -90,10 +87,7 @@ def begin_training(run: str | Path, resume: bool = False, overwrite: bool = Fals
 
 
 def evaluate_and_document(run: str | Path, device: str | torch.device | None = None) -> None:
-    """Score a trained run on its validation cases, then write curves, metadata and model card; every rank calls it.
-
-    Of several ranks, rank 0 does it while the others wait; cases that it cannot read are then a warning.
-    """
+    """Score a trained run on its validation cases, then write curves, metadata and model card; other ranks wait for 0."""
     from medseg_supcon.evaluation import curves_figure  # matplotlib: loaded only to draw
 
     run, alone = Path(run).resolve(), idist.get_world_size() == 1
@@ -152,10 +146,7 @@ class _Workflow(ConfigWorkflow):  # type: ignore[misc]
 
 
 def run_config(run: Path, trust: bool = False, **overrides: Any) -> ConfigWorkflow:
-    """Run a run's ``train.yaml``, as ``python -m monai.bundle run`` does, and return its workflow.
-
-    `trust`: run code that medseg did not write on this computer. `overrides`: config keys and values, the device by name.
-    """
+    """Run a run's ``train.yaml``, as ``python -m monai.bundle run`` does; `overrides`: its keys, the device by name."""
     if not is_planned(run):
         raise RunError(f"{run} is not a run: it has no configs/plan.json. Make one with medseg plan or medseg train.")
     check_configs_trusted(run, trust)
@@ -193,13 +184,8 @@ def run_config(run: Path, trust: bool = False, **overrides: Any) -> ConfigWorkfl
 
 
 def train_run(
-    run: Path,
-    device: str | None = None,
-    resume: bool = False,
-    quiet: bool = False,
-    trust: bool = False,
-    **overrides: Any,
-) -> None:
+    run: Path, device: str | None = None, resume: bool = False, quiet: bool = False, trust: bool = False, **overrides: Any,
+) -> None:  # fmt: skip
     """Train a planned run to its end, evaluate it on its validation cases and write its documents.
 
     `resume`: continue from ``models/checkpoint.pt``, or start if there is none. `trust`: run code in its configs that

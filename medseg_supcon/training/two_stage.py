@@ -22,11 +22,7 @@ Loss = Callable[..., Tensor]
 
 
 def stage_epochs(shares: Mapping[str, float], epochs: int) -> dict[str, int]:
-    """How many of the epochs each stage gets: its share, at least one if the share is above 0.
-
-    >>> stage_epochs({"contrast": 0.5, "classifier": 0.2, "fine_tune": 0.3}, 10)
-    {'contrast': 5, 'classifier': 2, 'fine_tune': 3}
-    """
+    """How many of the epochs each stage gets: its share, at least one if the share is above 0."""
     if not set(shares) <= set(STAGES) or any(not share >= 0 for share in shares.values()):
         raise ConfigError(f"stage_shares must give {', '.join(STAGES)} shares of at least 0, got {dict(shares)}.")
     used = {name: float(shares[name]) for name in STAGES if shares.get(name, 0) > 0}
@@ -129,14 +125,10 @@ class StagedLoss(nn.Module):
 class Stages(Handler):
     """Puts network, loss and optimiser into the stage of the epoch that starts.
 
-    Everything follows from the epoch's number, so a resumed training is in the right stage by itself.
-
     - ``contrast``: all but the classifier learns from the contrastive loss, the projection head included.
     - ``classifier``: only the last 1x1x1 convolution learns; the rest has no gradient (so neither momentum nor weight
       decay moves it) and is in evaluation mode (so norm statistics stay).
     - ``fine_tune``: the whole network learns; the projection head is not used.
-
-    At a stage's first epoch the optimiser forgets its moments, because they belong to another loss.
     """
 
     event = Events.EPOCH_STARTED
@@ -161,5 +153,5 @@ class Stages(Handler):
         self.network.frozen = stage == "classifier"
         self.loss.stage = stage
         if engine.state.epoch == first:
-            self.optimizer.state.clear()
+            self.optimizer.state.clear()  # its moments belong to another loss
             engine.logger.info(f"Stage {stage}: {self.epochs.get(stage, 0)} epochs from epoch {first}.")

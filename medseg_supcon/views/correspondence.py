@@ -1,4 +1,4 @@
-"""Which voxel of view 2 is which voxel of view 1: from the affines of the views, and only if those tell."""
+"""Which voxel of view 2 is which voxel of view 1, from the affines of the views if those say it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
 from monai.transforms import Compose, InvertibleTransform, RandAffined
+
+from medseg_supcon.views.policies import LABEL
 
 NO_PAIR = -1
 # MONAI's packages of transforms that move voxels; its other transforms leave them where they are
@@ -22,20 +25,23 @@ def leaves(policy: Any) -> Iterator[Any]:
         yield policy
 
 
-def moves_voxels(transform: Any, label_key: str) -> bool:
+def moves_voxels(transform: Any) -> bool:
     """Whether a transform may change where voxels are.
 
     A transform that leaves the label map alone cannot, or image and label would no longer match. Of the others,
     MONAI's spatial and cropping transforms do, and so may every transform that is not MONAI's.
     """
-    keys = getattr(transform, "keys", None)
-    if keys is not None and label_key not in keys:
-        return False
     module = type(transform).__module__
-    return not module.startswith("monai.") or module.startswith(SPATIAL_PACKAGES)
+    may_move = not module.startswith("monai.") or module.startswith(SPATIAL_PACKAGES)
+    return may_move and LABEL in getattr(transform, "keys", (LABEL,))
 
 
-def is_tracked(transform: Any) -> bool:
+def has_untracked(policy: Any) -> bool:
+    """Whether the affine does not say where a view's voxels come from (elastic, grid distortion)."""
+    return any(moves_voxels(leaf) and not _is_tracked(leaf) for leaf in leaves(policy))
+
+
+def _is_tracked(transform: Any) -> bool:
     """Whether the transform writes what it does into the MetaTensor's affine."""
     if isinstance(transform, RandAffined) and transform.prob < 1:
         # if chance leaves only the crop to spatial_size, MONAI 1.6 records an earlier draw's affine
@@ -43,18 +49,22 @@ def is_tracked(transform: Any) -> bool:
     return type(transform).__module__.startswith("monai.") and isinstance(transform, InvertibleTransform)
 
 
-def has_untracked(policy: Any, label_key: str) -> bool:
-    """Whether the affine does not tell where a view's voxels come from (elastic, grid distortion)."""
-    return any(moves_voxels(leaf, label_key) and not is_tracked(leaf) for leaf in leaves(policy))
+def affine_of(volume: torch.Tensor) -> torch.Tensor:
+    """Voxel to world of a (C, *spatial) volume, float64; the identity for a plain tensor."""
+    rank = volume.ndim - 1
+    if isinstance(volume, MetaTensor):
+        return torch.as_tensor(volume.affine).to(torch.float64)[: rank + 1, : rank + 1]
+    return torch.eye(rank + 1, dtype=torch.float64)
 
 
 def voxel_grid(shape: Sequence[int], matrix: torch.Tensor) -> torch.Tensor:
     """``matrix`` applied to every voxel index of ``shape``: (rank, *shape) float64."""
     rank = len(shape)
-    out = matrix[:rank, rank].reshape(-1, *[1] * rank)
+    columns = matrix[:rank].reshape(rank, rank + 1, *[1] * rank)
+    out = columns[:, rank]
     for axis, length in enumerate(shape):
         line = torch.arange(length, dtype=torch.float64).reshape([-1 if a == axis else 1 for a in range(rank)])
-        out = out + matrix[:rank, axis].reshape(-1, *[1] * rank) * line
+        out = out + columns[:, axis] * line
     return out
 
 
@@ -67,15 +77,11 @@ def within(positions: torch.Tensor, low: Sequence[float], high: Sequence[float])
 
 
 def pair_ids(to_scan: Sequence[torch.Tensor], inside: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Ids of one physical voxel in both views, (2, *patch) int64.
+    """Ids of one physical voxel in both views, (2, *patch) int64; ``TwoViewsd`` says what they are.
 
     Args:
         to_scan: of each view, (4, 4) float64: view voxel -> scan voxel.
         inside: of each view, (*patch) bool: the voxel shows the scan and not padding.
-
-    Returns:
-        in view 1 a voxel's linear index, in view 2 that of the view-1 voxel that contains its centre; -1 for padding,
-        and in view 2 for a place that view 1 does not show.
     """
     shape = inside[0].shape
     ids_1 = torch.arange(inside[0].numel()).reshape(shape).masked_fill(~inside[0], NO_PAIR)

@@ -1,30 +1,24 @@
 """View policies: MONAI transforms on the keys image and label that make one view of a patch.
 
-All take ``patch_size`` (voxels per axis of the view), ``flip_axes``, ``spacing``, ``bias_field`` and ``keys`` (of the
-image and the label map), so that a config replaces one by another by its name. Some ignore ``flip_axes``, ``spacing`` or
-``bias_field``; their docstrings say so.
+All take ``patch_size`` (voxels per axis of the view), ``flip_axes``, ``spacing`` and ``bias_field``, so that a config
+replaces one by another by its name. Some ignore the last three; their docstrings say so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import monai.transforms as mt
+import numpy as np
 
-from medseg_supcon.views.augmentations import (
-    Keys,
-    affine,
-    check,
-    flips,
-    gamma,
-    intensity,
-    shading,
-    simulated_low_resolution,
-    zooms,
-)
+IMAGE, LABEL = "image", "label"
+KEYS = (IMAGE, LABEL)
+LINEAR: dict[str, Any] = {"mode": ("bilinear", "nearest"), "padding_mode": "zeros"}
+ANISOTROPY = 3.0  # nnU-Net's threshold, for voxel sizes and for extents: beyond it rotations stay in plane
 
-KEYS: Keys = ("image", "label")
+Spacing = Sequence[float] | None
 
 
 def usual_bias_field(channels: Sequence[str]) -> float:
@@ -44,11 +38,10 @@ def standard_view(
     scale: tuple[float, float] = (0.7, 1.4),
     affine_probability: float = 0.9,
     strength: float = 1.0,
-    spacing: Sequence[float] | None = None,
+    spacing: Spacing = None,
     elastic: float = 0.0,
     low_resolution: float = 0.25,
     bias_field: float = 0.0,
-    keys: Keys = KEYS,
 ) -> mt.Compose:
     """Affine, noise, blur, brightness, contrast, low resolution and gamma at about nnU-Net's strength.
 
@@ -85,30 +78,40 @@ def standard_view(
         >>> standard_view((32, 32, 32))({"image": box, "label": box > 0.5})["image"].shape
         torch.Size([1, 32, 32, 32])
     """
-    check(patch_size, scale, strength)
-    image = keys[0]
+    _check(patch_size, scale, strength, elastic=elastic, bias_field=bias_field)
+    axes = _turning_axes(patch_size, spacing)
+    affine: dict[str, Any] = {
+        "spatial_size": tuple(patch_size),
+        "rotate_range": [math.radians(rotation_degrees) if axis in axes else 0.0 for axis in range(3)],
+        "scale_range": _zooms(patch_size, scale),
+        **LINEAR,
+    }
+    # not RandAffined(prob=affine_probability): if it only crops, MONAI 1.6 records the affine of an earlier draw
+    straight = [mt.RandAffined(KEYS, prob=1.0, **affine), mt.CenterSpatialCropd(KEYS, tuple(patch_size))]
+    spatial = mt.OneOf(straight, weights=[affine_probability, 1 - affine_probability])
+    if elastic > 0:
+        # uniform noise smoothed by sigma deviates by 0.087 sigma^-1.5: times the magnitude, 0.2 to 1.2 voxels
+        bent = mt.Rand3DElasticd(KEYS, prob=1.0, sigma_range=(5.0, 7.0), magnitude_range=(50.0, 150.0), **affine)
+        spatial = mt.OneOf([bent, spatial], weights=[elastic, 1 - elastic])
+    # downsampling to the mean over an area: MONAI's default, nearest, moves the content by half a voxel
+    coarse = mt.RandSimulateLowResolutiond(IMAGE, low_resolution, zoom_range=(0.5, 1.0), downsample_mode="area")
     return mt.Compose(
         [
-            affine(patch_size, keys, rotation_degrees, scale, spacing, affine_probability, elastic),
-            *flips(flip_axes, keys),
-            *shading(image, bias_field),
-            *intensity(image, strength, (0.1, 0.2, 0.15, 0.15)),
-            *(simulated_low_resolution(image, low_resolution) if low_resolution > 0 else []),
-            *gamma(image, strength, 0.3),
+            spatial,
+            *_flips(flip_axes),
+            *([BiasFieldd(bias_field)] if bias_field > 0 else []),
+            *_intensity(strength, (0.1, 0.2, 0.15, 0.15)),
+            *([coarse] if low_resolution > 0 else []),
+            *_gamma(strength, 0.3),
         ]
     )
 
 
 def identity_view(
-    patch_size: Sequence[int],
-    *,
-    flip_axes: Sequence[int] = (),
-    spacing: Sequence[float] | None = None,
-    bias_field: float = 0.0,
-    keys: Keys = KEYS,
+    patch_size: Sequence[int], *, flip_axes: Sequence[int] = (), spacing: Spacing = None, bias_field: float = 0.0
 ) -> mt.Compose:
     """The patch as it is, without augmentation; ``flip_axes``, ``spacing`` and ``bias_field`` are ignored."""
-    return mt.Compose([mt.CenterSpatialCropd(keys, roi_size=tuple(patch_size))])
+    return mt.Compose([mt.CenterSpatialCropd(KEYS, tuple(patch_size))])
 
 
 def crop_resize_view(
@@ -116,9 +119,8 @@ def crop_resize_view(
     *,
     scale: tuple[float, float] = (0.5, 1.0),
     flip_axes: Sequence[int] = (),
-    spacing: Sequence[float] | None = None,
+    spacing: Spacing = None,
     bias_field: float = 0.0,
-    keys: Keys = KEYS,
 ) -> mt.Compose:
     """A random part of the patch, resized to the patch: the source article's first view (after SimCLR).
 
@@ -132,18 +134,10 @@ def crop_resize_view(
     Source:
         Chen et al. 2020, SimCLR, appendix A (random crop and resize).
     """
-    check(patch_size, scale, 1.0)
+    _check(patch_size, scale)
     shift = [length * (1 - scale[0]) / 2 if length > 1 else 0.0 for length in patch_size]
-    resize = mt.RandAffined(
-        keys,
-        spatial_size=tuple(patch_size),
-        prob=1.0,
-        translate_range=shift,
-        scale_range=zooms(patch_size, scale),
-        mode=("bilinear", "nearest"),
-        padding_mode="zeros",
-    )
-    return mt.Compose([resize, *flips(flip_axes, keys)])
+    size = {"spatial_size": tuple(patch_size), "translate_range": shift, "scale_range": _zooms(patch_size, scale)}
+    return mt.Compose([mt.RandAffined(KEYS, prob=1.0, **size, **LINEAR), *_flips(flip_axes)])
 
 
 def simclr_view(
@@ -151,9 +145,8 @@ def simclr_view(
     *,
     strength: float = 1.0,
     flip_axes: Sequence[int] = (),
-    spacing: Sequence[float] | None = None,
+    spacing: Spacing = None,
     bias_field: float = 0.0,
-    keys: Keys = KEYS,
 ) -> mt.Compose:
     """Strong intensity changes and no geometry: SimCLR's colour jitter and blur, for scans.
 
@@ -165,13 +158,13 @@ def simclr_view(
     Source:
         Chen et al. 2020, SimCLR: jitter with probability 0.8 and strength 0.8, blur with probability 0.5.
     """
-    check(patch_size, (1.0, 1.0), 2 * strength)
+    _check(patch_size, strength=2 * strength)
     return mt.Compose(
         [
-            *identity_view(patch_size, keys=keys).transforms,
-            *intensity(keys[0], 2 * strength, (0.5, 0.5, 0.8, 0.8)),
-            mt.RandBiasFieldd(keys[0], prob=0.5 if strength > 0 else 0.0, coeff_range=(0.0, 0.2 * strength)),
-            *gamma(keys[0], strength, 0.8),
+            *identity_view(patch_size).transforms,
+            *_intensity(2 * strength, (0.5, 0.5, 0.8, 0.8)),
+            mt.RandBiasFieldd(IMAGE, prob=0.5 if strength > 0 else 0.0, coeff_range=(0.0, 0.2 * strength)),
+            *_gamma(strength, 0.8),
         ]
     )
 
@@ -182,11 +175,10 @@ def randaugment_view(
     num_ops: int = 2,
     magnitude: float = 0.5,
     flip_axes: Sequence[int] = (),
-    spacing: Sequence[float] | None = None,
+    spacing: Spacing = None,
     bias_field: float = 0.0,
-    keys: Keys = KEYS,
 ) -> mt.Compose:
-    """``num_ops`` intensity operations, drawn anew for each view out of nine: RandAugment for scans.
+    """``num_ops`` intensity operations, drawn for each view out of nine: RandAugment for scans.
 
     ``flip_axes``, ``spacing`` and ``bias_field`` are ignored; bias fields are among the operations.
 
@@ -202,20 +194,106 @@ def randaugment_view(
     """
     if not 0 <= magnitude <= 1:
         raise ValueError(f"magnitude must be between 0 and 1, got {magnitude}.")
-    image, m = keys[0], magnitude
-    sigma = (0.0, 0.1 + 1.4 * m)
+    m, sigma = magnitude, (0.0, 0.1 + 1.4 * magnitude)
     pool: list[Any] = [
-        mt.RandGaussianNoised(image, prob=1.0, std=0.4 * m),
-        mt.RandGaussianSmoothd(image, prob=1.0, sigma_x=sigma, sigma_y=sigma, sigma_z=sigma),
-        mt.RandGaussianSharpend(image, prob=1.0, alpha=(0.0, 10.0 * m)),
-        mt.RandScaleIntensityd(image, prob=1.0, factors=0.5 * m),
-        mt.RandShiftIntensityd(image, prob=1.0, offsets=0.5 * m),
-        mt.RandScaleIntensityFixedMeand(image, prob=1.0, factors=0.7 * m),
-        mt.RandAdjustContrastd(image, prob=1.0, gamma=(1 - 0.5 * m, 1 + m), retain_stats=True),
-        mt.RandBiasFieldd(image, prob=1.0, coeff_range=(0.0, 0.3 * m)),
-        mt.RandSimulateLowResolutiond(image, prob=1.0, zoom_range=(1 - 0.6 * m, 1.0), downsample_mode="area"),
+        mt.RandGaussianNoised(IMAGE, prob=1.0, std=0.4 * m),
+        mt.RandGaussianSmoothd(IMAGE, prob=1.0, sigma_x=sigma, sigma_y=sigma, sigma_z=sigma),
+        mt.RandGaussianSharpend(IMAGE, prob=1.0, alpha=(0.0, 10.0 * m)),
+        mt.RandScaleIntensityd(IMAGE, prob=1.0, factors=0.5 * m),
+        mt.RandShiftIntensityd(IMAGE, prob=1.0, offsets=0.5 * m),
+        mt.RandScaleIntensityFixedMeand(IMAGE, prob=1.0, factors=0.7 * m),
+        mt.RandAdjustContrastd(IMAGE, prob=1.0, gamma=(1 - 0.5 * m, 1 + m), retain_stats=True),
+        mt.RandBiasFieldd(IMAGE, prob=1.0, coeff_range=(0.0, 0.3 * m)),
+        mt.RandSimulateLowResolutiond(IMAGE, prob=1.0, zoom_range=(1 - 0.6 * m, 1.0), downsample_mode="area"),
     ]
     if not 1 <= num_ops <= len(pool):
         raise ValueError(f"num_ops must be from 1 to {len(pool)}, got {num_ops}.")
-    chosen = mt.SomeOf(pool, num_transforms=num_ops)
-    return mt.Compose([*identity_view(patch_size, keys=keys).transforms, chosen])
+    return mt.Compose([*identity_view(patch_size).transforms, mt.SomeOf(pool, num_transforms=num_ops)])
+
+
+class BiasFieldd(mt.RandomizableTransform):  # type: ignore[misc]
+    """A smooth multiplicative field, as the coils of an MR scanner cause it; each channel's mean and deviation stay.
+
+    The field multiplies intensities above the patch's lowest, as in a scan: z-scored intensities can be negative,
+    and would change in the wrong direction. All channels of a patch get the same field.
+
+    Source:
+        Sudre et al. 2017, Longitudinal segmentation of age-related white matter hyperintensities (the model of
+        MONAI's ``RandBiasField``).
+    """
+
+    keys = (IMAGE,)
+
+    def __init__(self, prob: float) -> None:
+        super().__init__(prob)
+        self.field = mt.RandBiasField(prob=1.0, degree=3, coeff_range=(-0.3, 0.3))
+
+    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> BiasFieldd:
+        """Seed the decision and the field."""
+        super().set_random_state(seed, state)
+        self.field.set_random_state(seed, state)
+        return self
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        self.randomize(None)
+        if not self._do_transform:
+            return dict(data)
+        before = data[IMAGE]
+        axes = tuple(range(1, before.ndim))
+        after = self.field(before - before.amin(axes, keepdim=True))
+        spread = before.std(axes, keepdim=True) / after.std(axes, keepdim=True).clamp_min(1e-8)
+        after = (after - after.mean(axes, keepdim=True)) * spread + before.mean(axes, keepdim=True)
+        return {**data, IMAGE: after}
+
+
+def _check(
+    patch_size: Sequence[int], scale: tuple[float, float] = (1.0, 1.0), strength: float = 1.0, **probabilities: float
+) -> None:
+    if len(patch_size) != 3 or any(length < 1 for length in patch_size):
+        raise ValueError(f"patch_size must be 3 positive voxel counts, got {tuple(patch_size)}.")
+    if not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"scale must be (low, high) with 0 < low <= high, got {scale}.")
+    if not 0 <= strength < 2.5:
+        raise ValueError(f"strength is out of range, got {strength}: a factor of 0.25 x strength must stay below 1.")
+    for name, value in probabilities.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is a probability, got {value}.")
+
+
+def _turning_axes(patch_size: Sequence[int], spacing: Spacing) -> list[int]:
+    """The axes to rotate a patch about, so that no axis turns into one that is much coarser, longer or shorter."""
+    voxel = [1.0] * 3 if spacing is None else list(spacing)
+    extent = [length * mm for length, mm in zip(patch_size, voxel, strict=True)]
+    axes = [voxel.index(max(voxel))] if max(voxel) / min(voxel) >= ANISOTROPY else list(range(3))
+    others = {axis: extent[:axis] + extent[axis + 1 :] for axis in axes}
+    return [axis for axis in axes if max(others[axis]) / min(others[axis]) < ANISOTROPY]
+
+
+def _zooms(patch_size: Sequence[int], scale: tuple[float, float]) -> list[tuple[float, float]]:
+    """MONAI's ``scale_range``: none along an axis of one voxel, which has no neighbours to show."""
+    return [(scale[0] - 1, scale[1] - 1) if length > 1 else (0.0, 0.0) for length in patch_size]
+
+
+def _flips(axes: Sequence[int]) -> list[Any]:
+    return [mt.RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in axes]
+
+
+def _intensity(strength: float, probabilities: tuple[float, float, float, float]) -> list[Any]:
+    """Noise, blur, brightness and contrast."""
+    noise, blur, brightness, contrast = probabilities
+    sigma = (0.5 * strength, 1.0 * strength)
+    transforms = [
+        mt.RandGaussianNoised(IMAGE, prob=noise, std=0.3 * strength),
+        mt.RandGaussianSmoothd(IMAGE, prob=blur, sigma_x=sigma, sigma_y=sigma, sigma_z=sigma),
+        mt.RandScaleIntensityd(IMAGE, prob=brightness, factors=0.25 * strength),
+        mt.RandScaleIntensityFixedMeand(IMAGE, prob=contrast, factors=0.25 * strength, preserve_range=True),
+    ]
+    return transforms if strength > 0 else []
+
+
+def _gamma(strength: float, probability: float) -> list[Any]:
+    """Gamma with mean and deviation kept, of the negative image and of the image."""
+    span = (1 - 0.3 * min(strength, 2.0), 1 + 0.5 * strength)
+    common: dict[str, Any] = {"gamma": span, "retain_stats": True}
+    negative = mt.RandAdjustContrastd(IMAGE, prob=0.1, invert_image=True, **common)
+    return [negative, mt.RandAdjustContrastd(IMAGE, prob=probability, **common)] if strength > 0 else []

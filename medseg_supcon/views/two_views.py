@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -9,20 +10,59 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Randomizable, ResizeWithPadOrCropd, Transform
+from torch.nn.functional import pad
 
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.losses import IGNORE_INDEX
-from medseg_supcon.views.correspondence import has_untracked, pair_ids, voxel_grid, within
-from medseg_supcon.views.patch import (
-    FOREGROUND_KEY,
-    affine_of,
-    context_margin,
-    crop_box,
-    foreground_index,
-    shifted_affine,
-)
+from medseg_supcon.views.correspondence import affine_of, has_untracked, pair_ids, voxel_grid, within
+from medseg_supcon.views.policies import IMAGE, KEYS, LABEL
 
 MAX_SEED = 2**32 - 1
+FOREGROUND = "foreground_index"
+
+
+class ForegroundIndexd(Transform):  # type: ignore[misc]
+    """Store, for each foreground class of a case, up to ``max_voxels`` of its voxels.
+
+    Deterministic: the voxels kept are drawn with a fixed seed. Put it last in preprocessing, so that the search is
+    done once for a cached case and not for every patch. :class:`TwoViewsd` reads what it stores.
+
+    Args:
+        max_voxels: voxels kept per class, at least 1.
+
+    Returns:
+        (on call) the case with ``"foreground_index"``: class index -> int16 or int32 tensor (n, 3) of voxel
+        coordinates, for every class > 0 in the label map (1, X, Y, Z); empty if the case has no label map.
+
+    Example:
+        >>> label = torch.zeros(1, 4, 4, 4)
+        >>> label[0, 1, 2, 3] = 2
+        >>> ForegroundIndexd()({"label": label})["foreground_index"]
+        {2: tensor([[1, 2, 3]], dtype=torch.int16)}
+    """
+
+    def __init__(self, max_voxels: int = 2000) -> None:
+        if max_voxels < 1:
+            raise ValueError(f"max_voxels must be at least 1, got {max_voxels}.")
+        self.max_voxels = max_voxels
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        index: dict[int, torch.Tensor] = {}
+        if data.get(LABEL) is None:
+            return {**data, FOREGROUND: index}
+        volume = _plain(data[LABEL])[0]
+        dtype = torch.int16 if max(volume.shape) < 2**15 else torch.int32
+        flat = volume.reshape(-1)
+        inside = torch.nonzero(flat > 0).squeeze(1)
+        classes = flat[inside]
+        for value in torch.unique(classes):
+            members = inside[classes == value]
+            if len(members) > self.max_voxels:
+                # not every n-th: a step that divides the row length would keep to one plane of the structure
+                order = torch.randperm(len(members), generator=torch.Generator().manual_seed(0))
+                members = members[order[: self.max_voxels].sort().values]
+            index[int(value)] = torch.stack(torch.unravel_index(members, volume.shape), dim=1).to(dtype)
+        return {**data, FOREGROUND: index}
 
 
 class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
@@ -45,14 +85,14 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
         jitter: how far the views' centres may be from the patch centre, as a fraction of the patch per axis.
         context: how far around the patch a policy sees the scan, in half diagonals of the patch: 1.45 covers
             any rotation together with the widest zoom of ``standard_view``. 0 gives a policy the bare patch.
-        image_key, label_key: keys of the case. A case without label counts as unlabelled: all -1.
 
     Returns:
-        (on call) a dict of plain tensors: ``"image"`` float32 (2, C, *patch); ``"label"`` int64
-        (2, 1, *patch) of class indices, -1 unlabelled or outside; ``"pair_ids"`` int64 (2, 1, *patch): in
-        view 1 a voxel's linear index, in view 2 the index of the view-1 voxel with the nearest centre, -1
-        outside the scan or (view 2) outside view 1; ``"name"`` if the case has one. Without ``"pair_ids"`` if a
-        policy holds a transform that moves voxels and does not record it in the affine (elastic deformation).
+        (on call, with ``"image"`` (C, X, Y, Z) and perhaps ``"label"``, without which a case counts as unlabelled)
+        a dict of plain tensors: ``"image"`` float32 (2, C, *patch); ``"label"`` int64 (2, 1, *patch) of class
+        indices, -1 unlabelled or outside; ``"pair_ids"`` int64 (2, 1, *patch): in view 1 a voxel's linear index, in
+        view 2 the index of the view-1 voxel with the nearest centre, -1 outside the scan or (view 2) outside view 1;
+        ``"name"`` if the case has one. Without ``"pair_ids"`` if a policy holds a transform that moves voxels and does
+        not record it in the affine (elastic deformation).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -75,8 +115,6 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
         foreground: float = 0.5,
         jitter: float = 0.1,
         context: float = 1.45,
-        image_key: str = "image",
-        label_key: str = "label",
     ) -> None:
         if any(length < 1 for length in patch_size):
             raise ValueError(f"patch_size must be positive voxel counts, got {tuple(patch_size)}.")
@@ -86,52 +124,49 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
             raise ValueError(f"jitter must be between 0 and 0.5 and context at least 0, got {jitter} and {context}.")
         self.patch_size = tuple(int(length) for length in patch_size)
         self.foreground, self.jitter = foreground, jitter
-        self.margin = context_margin(self.patch_size, context)
-        self.image_key, self.label_key = image_key, label_key
+        # a rotated patch stays within its half diagonal of the centre; context is the zoom out on top of that
+        reach = context * math.hypot(*self.patch_size) / 2
+        self.margin = [max(math.ceil(reach - length / 2), 0) for length in self.patch_size]
         self.policies = (view_1, view_1 if view_2 is None else view_2)
-        self.paired = not any(has_untracked(policy, label_key) for policy in self.policies)
-        self._to_patch = ResizeWithPadOrCropd((image_key, label_key), spatial_size=self.patch_size)
+        self.paired = not any(has_untracked(policy) for policy in self.policies)
+        self._to_patch = ResizeWithPadOrCropd(KEYS, spatial_size=self.patch_size)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[str, Any]:
-        image = torch.as_tensor(data[self.image_key])
-        affine, shape = affine_of(image), image.shape[1:]
-        image = image.as_subclass(torch.Tensor)
-        label = self._label(data, image)
+        affine, image = affine_of(data[IMAGE]), _plain(data[IMAGE])
+        shape = image.shape[1:]
+        unlabelled = data.get(LABEL) is None
+        label = torch.tensor(float(IGNORE_INDEX)).expand(1, *shape) if unlabelled else _plain(data[LABEL])
         centre = self._draw_centre(data, shape)
         views, to_scan, inside = [], [], []
         for policy in self.policies:
             start, size = self._draw_box(centre, shape)
-            view = self._run(policy, self._box(image, label, affine, start, size))
-            views.append(view)
+            place = affine.clone()
+            place[:-1, -1] += place[:-1, :-1] @ torch.tensor(start, dtype=torch.float64)
+            box = {
+                IMAGE: MetaTensor(_crop(image, start, size, 0.0), affine=place),
+                LABEL: MetaTensor(_crop(label, start, size, IGNORE_INDEX) + 1, affine=place.clone()),
+            }
+            views.append(self._run(policy, box))
             if self.paired:
-                to_scan.append(torch.linalg.inv(affine) @ affine_of(view[self.image_key]))
+                to_scan.append(torch.linalg.inv(affine) @ affine_of(views[-1][IMAGE]))
                 low = [max(first, 0) for first in start]
                 high = [min(first + n, extent) - 1 for first, n, extent in zip(start, size, shape, strict=True)]
                 inside.append(within(voxel_grid(self.patch_size, to_scan[-1]), low, high))
         result = {
-            "image": torch.stack([_plain(view[self.image_key]).float() for view in views]),
+            IMAGE: torch.stack([_plain(view[IMAGE]).float() for view in views]),
             # from class index plus 1 back to class index and, for 0, -1
-            "label": torch.stack([_plain(view[self.label_key]).round().long() - 1 for view in views]),
+            LABEL: torch.stack([_plain(view[LABEL]).round().long() - 1 for view in views]),
         }
         if self.paired:
-            result["label"].masked_fill_(~torch.stack(inside)[:, None], IGNORE_INDEX)
+            result[LABEL].masked_fill_(~torch.stack(inside)[:, None], IGNORE_INDEX)
             result["pair_ids"] = pair_ids(to_scan, inside)[:, None]
         return {**result, "name": data["name"]} if "name" in data else result
 
-    def _label(self, data: Mapping[Hashable, Any], image: torch.Tensor) -> torch.Tensor:
-        """The label map, all -1 (unlabelled) where the case has none."""
-        label = data.get(self.label_key)
-        if label is None:
-            return torch.tensor(float(IGNORE_INDEX)).expand(1, *image.shape[1:])
-        return torch.as_tensor(label).as_subclass(torch.Tensor)
-
     def _draw_centre(self, data: Mapping[Hashable, Any], shape: Sequence[int]) -> np.ndarray[Any, Any]:
         anywhere = np.array([self.R.randint(length) for length in shape])
-        if self.R.random_sample() >= self.foreground or data.get(self.label_key) is None:
+        if self.R.random_sample() >= self.foreground or data.get(LABEL) is None:
             return anywhere
-        index = data.get(FOREGROUND_KEY)
-        if index is None:
-            index = foreground_index(data[self.label_key])
+        index = (data if FOREGROUND in data else ForegroundIndexd()(data))[FOREGROUND]
         if not index:
             return anywhere
         classes = sorted(index)
@@ -142,10 +177,9 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
         """First voxel and size of the box that a view is made from; the view's patch is its middle."""
         start, size = [], []
         for middle, extent, length, margin in zip(centre, shape, self.patch_size, self.margin, strict=True):
-            first = int(middle) - length // 2
             # the patch stays in the scan if it fits, otherwise the scan in the patch
             low, high = min(0, extent - length), max(0, extent - length)
-            first = min(max(first, low), high)
+            first = min(max(int(middle) - length // 2, low), high)
             reach = int(self.jitter * length)
             first += int(self.R.randint(-reach, reach + 1))
             # further out than the scan's far end there is only padding
@@ -154,38 +188,38 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
             size.append(length + 2 * margin)
         return start, size
 
-    def _box(
-        self,
-        image: torch.Tensor,
-        label: torch.Tensor,
-        affine: torch.Tensor,
-        start: Sequence[int],
-        size: Sequence[int],
-    ) -> dict[str, MetaTensor]:
-        place = shifted_affine(affine, start)
-        return {
-            self.image_key: MetaTensor(crop_box(image, start, size, 0.0), affine=place),
-            self.label_key: MetaTensor(crop_box(label, start, size, IGNORE_INDEX) + 1, affine=place.clone()),
-        }
-
     def _run(self, policy: Any, box: dict[str, MetaTensor]) -> dict[str, MetaTensor]:
         seed = int(self.R.randint(MAX_SEED, dtype="uint32"))
         if isinstance(policy, Randomizable):
             policy.set_random_state(seed)
         view = policy(box)
-        image, label = view[self.image_key], view[self.label_key]
-        if tuple(image.shape[1:]) != self.patch_size or tuple(label.shape[1:]) != self.patch_size:
-            view = self._to_patch({self.image_key: image, self.label_key: label})
-            image, label = view[self.image_key], view[self.label_key]
+        if any(tuple(view[key].shape[1:]) != self.patch_size for key in KEYS):
+            view = self._to_patch({key: view[key] for key in KEYS})
+        image, label = view[IMAGE], view[LABEL]
         same = isinstance(image, MetaTensor) and isinstance(label, MetaTensor)
         if not same or not torch.allclose(image.affine, label.affine.to(image.affine), atol=1e-4):
             raise ConfigError(
                 "A view policy moved image and label differently, or dropped their affine: give every "
-                f"spatial transform both keys, {self.image_key!r} and {self.label_key!r}, and "
-                "keep the MetaTensors."
+                "spatial transform both keys, 'image' and 'label', and keep the MetaTensors."
             )
-        return {self.image_key: image, self.label_key: label}
+        return {IMAGE: image, LABEL: label}
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.as_subclass(torch.Tensor)
+def _crop(volume: torch.Tensor, start: Sequence[int], size: Sequence[int], fill: float) -> torch.Tensor:
+    """The voxels ``start .. start + size`` of a (C, *spatial) volume, float32; ``fill`` outside the volume."""
+    slices, padding = [slice(None)], []
+    for first, length, extent in zip(start, size, volume.shape[1:], strict=True):
+        low, high = max(first, 0), min(first + length, extent)
+        slices.append(slice(low, max(high, low)))
+        padding.append((max(low, 0) - first, first + length - max(high, low)))
+    # a copy, because a policy may write in place; an unsigned label map could not hold a fill of -1
+    box = volume[tuple(slices)].to(torch.float32, copy=True)
+    return (
+        pad(box, [amount for pair in reversed(padding) for amount in pair], value=fill)
+        if any(map(any, padding))
+        else box
+    )
+
+
+def _plain(tensor: Any) -> torch.Tensor:
+    return torch.as_tensor(tensor).as_subclass(torch.Tensor)

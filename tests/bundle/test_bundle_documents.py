@@ -17,13 +17,10 @@ from hypothesis import strategies as st
 from monai.bundle.workflows import _apply_logging_file
 
 from medseg_supcon.bundle import (
-    SCHEMA,
     dump_commented,
     load_commented,
     merge,
     read_recipe,
-    scores,
-    value_range,
     write_metadata,
     write_model_card,
     write_twins,
@@ -42,7 +39,7 @@ def metadata(run: Path) -> dict[str, Any]:
 def test_metadata_of_a_trained_run(trained_run: Path) -> None:
     found = json.loads((trained_run / "configs" / "metadata.json").read_text())
     jsonschema.validate(found, json.loads(REQUIREMENTS.read_text()))
-    assert found["schema"] == SCHEMA
+    assert found["schema"].endswith("/meta_schema_20240725.json")
     assert found["version"] in found["changelog"]
     plan = json.loads((trained_run / "configs" / "plan.json").read_text())
     outputs = found["network_data_format"]["outputs"]["pred"]
@@ -100,21 +97,23 @@ def test_shape_at_n_1_is_the_patch(planned_run: Callable[..., Path]) -> None:
         assert sizes == [16 + 2 * (n - 1), 24 + 2 * (n - 1), 16 + 2 * (n - 1)]
 
 
-def test_value_range_only_where_all_channels_are_clipped() -> None:
+def test_value_range_only_where_all_channels_are_clipped(planned_run: Callable[..., Path]) -> None:
     window = {"_target_": "ScaleIntensityRanged", "keys": "image", "b_min": -1.5, "b_max": 2, "clip": True}
-    assert value_range([window]) == [-1.5, 2.0]
-    assert value_range([window, {"_target_": "NormalizeIntensityd", "keys": "image"}]) == []
-    assert value_range([{**window, "clip": False}]) == value_range([]) == []
+    other = {"_target_": "NormalizeIntensityd", "keys": "image"}
+    unknown: list[list[dict[str, Any]]] = [[window, other], [{**window, "clip": False}], []]
+    for intensity, expected in (([window], [-1.5, 2.0]), *((steps, []) for steps in unknown)):
+        image = metadata(planned_run(intensity=intensity))["network_data_format"]["inputs"]["image"]
+        assert image["value_range"] == expected
 
 
-def test_scores_leave_out_what_has_none() -> None:
-    summary = {
-        "cases": 3,
-        "mean": {"dice": 0.51234},
-        "classes": {"left horn": {"dice": None, "surface_dice": 1.0}},
-    }
-    assert scores({"summary": summary}) == {"cases": 3, "mean_dice": 0.5123, "left_horn_surface_dice": 1.0}
-    assert scores({}) == {}
+def test_scores_leave_out_what_has_none(planned_run: Callable[..., Path]) -> None:
+    run = planned_run()
+    assert metadata(run)["eval_metrics"] == {}
+    classes = {"left horn": {"dice": None, "surface_dice": 1.0}}
+    (run / "eval").mkdir()
+    report = {"summary": {"cases": 3, "mean": {"dice": 0.51234}, "classes": classes}}
+    (run / "eval" / "metrics.json").write_text(json.dumps(report))
+    assert metadata(run)["eval_metrics"] == {"cases": 3, "mean_dice": 0.5123, "left_horn_surface_dice": 1.0}
 
 
 def test_card_of_a_trained_run_gives_its_figures(trained_run: Path) -> None:

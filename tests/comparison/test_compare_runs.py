@@ -20,9 +20,8 @@ from tiny_run import TINY
 
 from medseg_supcon.cli import commands as cli
 from medseg_supcon.comparison import Cell, compare, design_comparison, devices, run_jobs
-from medseg_supcon.comparison import cell as _cell
 from medseg_supcon.comparison import corruptions as _corruptions
-from medseg_supcon.comparison import jobs as _workers
+from medseg_supcon.comparison import jobs as _jobs
 from medseg_supcon.comparison import runs as _runs
 from medseg_supcon.datasets import read_dataset
 from medseg_supcon.errors import MedsegError, RunError
@@ -41,7 +40,7 @@ def quiet(_):
 def here(jobs, where, done):
     """As `run_jobs`, in this process: what a test replaces in it is used."""
     for job in jobs:
-        _cell.run_cell(json.loads(job.read_text()), where[0], quiet=True)
+        _jobs.run_cell(json.loads(job.read_text()), where[0], quiet=True)
         done(job, "")
 
 
@@ -50,7 +49,7 @@ def again(design, out, run_jobs=here, **more):
     options = {"epochs": 2, "settings": TINY, "device": "cpu", "say": quiet} | more
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_runs, "CORRUPTIONS", NOISE_ONLY)
-        patch.setattr(_workers, "run_jobs", run_jobs)
+        patch.setattr(_jobs, "run_jobs", run_jobs)
         return compare(design, out, **options)
 
 
@@ -258,8 +257,8 @@ def test_a_run_that_is_killed_says_so(tmp_path, monkeypatch):
     (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    for log in (None, tmp_path / "log"):
-        said = _workers._Pool(["cpu"]).run(tmp_path / "job.json", "cpu", log)
+    for where in (["cpu"], ["cpu", "cpu"]):
+        said = _jobs.run_process(tmp_path / "job.json", "cpu", where, set())
         assert "ended by SIGKILL" in said and "memory" in said
 
 
@@ -291,26 +290,26 @@ def test_killed_side_by_side_and_resumed(compared, phantoms, design, copied):
 
 def test_a_run_ends_with_the_comparison_that_started_it(monkeypatch):
     parents, ended = iter([7, 7, 1]), []
-    monkeypatch.setattr(_cell.os, "getppid", lambda: next(parents))
-    monkeypatch.setattr(_cell, "sleep", lambda _: None)
-    monkeypatch.setattr(_cell.os, "_exit", ended.append)
-    _cell._end_with(7)
+    monkeypatch.setattr(_jobs.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(_jobs, "sleep", lambda _: None)
+    monkeypatch.setattr(_jobs.os, "_exit", ended.append)
+    _jobs._end_with(7)
     assert ended == [130] and next(parents, None) is None
 
 
 def test_workers_share_threads_and_memory(monkeypatch, trained_run):
     monkeypatch.setattr("torch.get_num_threads", lambda: 7)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    here, name = _workers._Pool(["cpu"] * 3)._environment("cpu")
+    here, name = _jobs.process_environment("cpu", ["cpu"] * 3)
     assert (here["OMP_NUM_THREADS"], name) == ("2", "cpu")
-    alone, _ = _workers._Pool(["cpu"])._environment("cpu")
+    alone, _ = _jobs.process_environment("cpu", ["cpu"])
     assert alone.get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
-    together, _ = _workers._Pool(["cuda", "cuda"])._environment("cuda")
+    together, _ = _jobs.process_environment("cuda", ["cuda", "cuda"])
     assert together.get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
-    gpu, name = _workers._Pool(["cuda:0", "cuda:1"])._environment("cuda:1")
+    gpu, name = _jobs.process_environment("cuda:1", ["cuda:0", "cuda:1"])
     assert (gpu["CUDA_VISIBLE_DEVICES"], name) == ("6", "cuda")
-    assert _cell._memory_share(trained_run, 1) == {}
-    assert eval(_cell._memory_share(trained_run, 4)["memory_share"].removeprefix("$")) == pytest.approx(0.1)
+    assert _jobs._memory_share(trained_run, 1) == {}
+    assert eval(_jobs._memory_share(trained_run, 4)["memory_share"].removeprefix("$")) == pytest.approx(0.1)
 
 
 def test_unlabelled_scans_are_looked_at_too(medseg, phantoms, tmp_path):

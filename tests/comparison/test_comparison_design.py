@@ -110,7 +110,7 @@ def test_a_recipe_may_stand_twice_and_is_trained_once(tmp_path):
         ({"seeds": [0, 1, 0]}, ConfigError, "--seeds: 0 is given twice"),
         ({"labels": [5, 5]}, ConfigError, "--labels: 5 is given twice"),
         ({"labels": [None, None]}, ConfigError, "--labels: all is given twice"),
-        ({"labels": [0]}, DataError, "a budget of 0 labelled cases is too small"),
+        ({"labels": [0]}, DataError, "0 labelled cases were asked for"),
         ({"recipes": ("dice_ce", "joint", "joint")}, ConfigError, "--recipes: joint is given twice"),
         ({"labels": [99]}, DataError, "--labels 99: in addition to 3 test cases, .* has 9 labelled cases"),
         ({"test_cases": ["nobody"]}, DataError, "nobody"),

@@ -199,6 +199,7 @@ def test_the_article_s_grid(phantoms, trained_run):
         loss = parser.get_parsed_content("contrastive_loss").loss
         of_article = ("same_voxel", "same_class", "other_view")
         assert ((loss.positives, loss.denominator, loss.keys) == of_article) == (cell.recipe == "two_stage")
+        assert loss.class_weights == (None if cell.recipe == "two_stage" else "balanced")
 
 
 def test_the_command_line_s_options_go_before_the_file_s(phantoms, tmp_path, monkeypatch, capsys):
@@ -289,11 +290,11 @@ def test_no_such_file(tmp_path):
         read_comparison("articel")
     bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
     for text, says in (
-        ("recipes: [", "not YAML"),
+        ("recipes: [", "not valid YAML"),
         (f"{bomb}recipes: *a39\n", "alias"),
         ("epochs: 2\nepochs: 3\n", "'epochs' is given twice"),
-        ("[" * 5000, "not YAML"),
-        ("epochs: 2001-13-40\n", "not YAML"),
+        ("[" * 5000, "not valid YAML"),
+        ("epochs: 2001-13-40\n", "not valid YAML"),
         ("# R\xf6ntgen\n".encode("latin-1"), "not in UTF-8"),
     ):
         (tmp_path / "a.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -301,7 +302,7 @@ def test_no_such_file(tmp_path):
         with pytest.raises(ConfigError, match=says):
             read_comparison(tmp_path / "a.yaml")
         assert time.process_time() - start < 1
-        if says != "not YAML" or text == "recipes: [":
+        if says != "not valid YAML" or text == "recipes: [":
             with pytest.raises(ConfigError, match=says):
                 read_recipe(tmp_path / "a.yaml")
     with pytest.raises(ConfigError, match="has no levels"):

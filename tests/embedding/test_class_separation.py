@@ -73,9 +73,9 @@ def test_collapsed_vectors_have_no_figure():
 
 def test_lengths_and_nans_are_refused():
     vectors, labels, scans = clouds(1.0)
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="inconsistent numbers"):
         class_separation(vectors[1:], labels, scans)
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match="NaN"):
         class_separation(vectors * np.nan, labels, scans)
 
 

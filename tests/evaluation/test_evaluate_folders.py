@@ -164,7 +164,7 @@ def test_metrics_report_refuses_what_does_not_belong_together(tmp_path: Path) ->
     other[0, 3] = 2
     pairs = {
         "share one grid": MetaTensor(torch.zeros(1, 4, 4, 5), affine=torch.eye(4)),
-        "elsewhere in space": MetaTensor(torch.zeros(1, 4, 4, 4), affine=other),
+        "affines differ": MetaTensor(torch.zeros(1, 4, 4, 4), affine=other),
         "does not declare": MetaTensor(torch.full((1, 4, 4, 4), 7.0), affine=torch.eye(4)),
     }
     for sentence, label in pairs.items():
@@ -173,10 +173,10 @@ def test_metrics_report_refuses_what_does_not_belong_together(tmp_path: Path) ->
     # 5 % of a voxel in each entry of the affine is three voxels at the end of 60.
     wide = MetaTensor(torch.zeros(1, 60, 7, 5), affine=torch.eye(4))
     stretched = MetaTensor(torch.zeros(1, 60, 7, 5), affine=torch.diag(torch.tensor([1.05, 1, 1, 1])))
-    with pytest.raises(DataError, match="elsewhere in space"):
+    with pytest.raises(DataError, match="affines differ"):
         report.update([{"pred": wide, "label": stretched, "name": "wide"}])
     trusting = MetricsReport(tmp_path, LABELS, trust_scan_affine=True)
-    trusting.update([{"name": "case", "pred": mask, "label": pairs["elsewhere in space"]}])
+    trusting.update([{"name": "case", "pred": mask, "label": pairs["affines differ"]}])
     report.update([{"name": "case", "pred": mask, "label": mask}])
     assert np.isnan(report.compute())  # both empty: no score
     report.reset()

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from medseg_supcon.errors import DataError, RunError
-from medseg_supcon.evaluation import PALETTE, curves_figure, overlay_figure
+from medseg_supcon.evaluation import color_of, curves_figure, overlay_figure
 from medseg_supcon.evaluation import figures as _figures
 from medseg_supcon.evaluation.figures import _best_slice
 
@@ -33,7 +33,7 @@ def test_overlay(tmp_path: Path, with_reference: bool) -> None:
     overlay_figure(files[0], files[1] if with_reference else None, files[2], out, LABELS)
     picture = imread(out)[..., :3]
     assert picture.shape[1] > 600
-    for color in PALETTE[:2]:  # the classes' outlines and legend are there
+    for color in map(color_of, range(2)):  # the classes' outlines and legend are there
         rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
         assert (np.abs(picture - rgb).max(-1) < 0.08).sum() > 50
     with pytest.raises(DataError, match="share one grid"):
@@ -81,8 +81,10 @@ def test_many_classes_do_not_cover_their_curves(tmp_path: Path, monkeypatch: pyt
     figures = []
     monkeypatch.setattr(_figures, "save", lambda figure, path: figures.append(figure))
     for number in (3, 30):
-        classes = {f"val_dice_class {i}": [0.1, 0.2] for i in range(number)}
-        curves_figure({"epoch": [1, 2], "loss": [2, 1], "val_mean_dice": [0.1, 0.2], **classes}, tmp_path / "a")
+        classes = "".join(f",val_dice_class {i}" for i in range(number))
+        rows = [f"{epoch},{epoch},1,2,{epoch / 10}{f',{epoch / 10}' * number}" for epoch in (1, 2)]
+        (tmp_path / "h.csv").write_text("\n".join([f"epoch,step,seconds,loss,val_mean_dice{classes}", *rows]))
+        curves_figure(tmp_path / "h.csv", tmp_path / "a")
     few, many = (figure.axes[1] for figure in figures)
     assert len(few.get_legend().get_texts()) == 4
     assert [text.get_text() for text in many.get_legend().get_texts()] == ["mean"] and len(many.lines) == 31
@@ -107,7 +109,9 @@ def test_curves(tmp_path: Path) -> None:
     ]
     history.write_text("\n".join(lines))
     curves_figure(history, tmp_path / "a.png")
-    curves_figure({"epoch": [1], "loss": [0.5]}, tmp_path / "b.png")
+    short = tmp_path / "short.csv"
+    short.write_text("epoch,step,seconds,loss\n1,3,1,0.5\n")
+    curves_figure(short, tmp_path / "b.png")
     for name in "ab":
         assert imread(tmp_path / f"{name}.png").shape[1] > 800
     history.write_text(lines[0] + "\n")
@@ -116,4 +120,4 @@ def test_curves(tmp_path: Path) -> None:
             curves_figure(missing, tmp_path / "c.png")
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="could not be written"):
-        curves_figure({"epoch": [1], "loss": [0.5]}, tmp_path / "file" / "c.png")
+        curves_figure(short, tmp_path / "file" / "c.png")

@@ -168,7 +168,7 @@ def test_multi_frame_files(tmp_path: Path) -> None:
     volumes = tmp_path / "volumes"
     for name in ("a.dcm", "b.dcm"):
         write_multi_frame(volumes / name, SCAN)
-    assert "2 volumes, a file each" in reason(volumes)
+    assert "2 volumes, one per file" in reason(volumes)
     assert read_scan(find_scans([volumes / "b.dcm"])[0], 1).data.shape == (9, 8, 6)
     # Two echoes of three slices make no volume of six.
     assert "6 slices at 3 places" in reason(write_multi_frame(tmp_path / "c.dcm", SCAN, lambda k: place_of(k % 3)))

@@ -176,7 +176,7 @@ def test_channel_files(make_run: Callable[..., Path], tmp_path: Path) -> None:
     assert set(scans) == {"a", "b", "plain", "four_0001"}
     assert [file.name for file in scans["a"].files] == ["a_0000.nii.gz", "a_0001.nii.gz"]
     assert "2 channels" in str(scans["b"].problem)
-    with pytest.raises(DataError, match="holds 1 channels, and the model takes 2"):
+    with pytest.raises(DataError, match="contains 1 channels, but the model takes 2"):
         read_scan(scans["plain"], 2)
     save_nifti(tmp_path / "a_0001.nii.gz", blobs((8, 8, 9)))
     with pytest.raises(DataError, match="Channels must share a grid"):

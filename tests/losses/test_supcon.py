@@ -270,14 +270,9 @@ def test_a_second_derivative_is_refused(options):
         "of a function of x": lambda: loss(x.tanh(), **ids) * x.norm(),
     }
     for total in sums.values():
-        for derivative in (
-            lambda g: g.sum().backward(),
-            lambda g: torch.autograd.grad(g.pow(2).sum() + x.sum(), x),
-        ):
-            (gradient,) = torch.autograd.grad(total(), x, create_graph=True)
-            with pytest.raises(RuntimeError, match="differentiated once"):
-                derivative(gradient)
-    with pytest.raises(RuntimeError, match="differentiated once"):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(total(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.functional.hessian(lambda v: loss(v, **ids) + (v**3).sum(), z)
     # Without an anchor the loss is 0 wherever it is, and its second derivative is 0, too.
     (gradient,) = torch.autograd.grad(
@@ -361,7 +356,7 @@ Z, Y = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
         ({"keys": "x"}, ValueError, "keys .* got 'x'"),
         ({"similarity": "dot"}, ValueError, "similarity .* got 'dot'"),
         ({"class_weights": [1.0, -1.0]}, ValueError, r"class_weights .* got \[1.0, -1.0\]"),
-        ({"class_weights": torch.ones(2, 2)}, ValueError, r"class_weights .* \(2, 2\)"),
+        ({"class_weights": torch.ones(2, 2)}, ValueError, r"class_weights .* got \[\[1.0, 1.0\]"),
         ({"class_weights": [float("inf")]}, ValueError, "class_weights must be finite"),
         ({"temperature": "0.1"}, TypeError, "temperature must be a number, got '0.1'"),
         ({"temperature": None}, TypeError, "temperature must be a number, got None"),
@@ -396,7 +391,7 @@ def test_bad_options_are_quoted(options, error, words):
         ({}, {"labels": Y[:3]}, ValueError, r"labels must be \(4,\).*got \(3,\)"),
         ({}, {"labels": Y.float()}, TypeError, "labels must be integers, got torch.float32"),
         ({}, {"anchors": Y}, ValueError, r"anchors must be \(4,\) bool"),
-        ({}, {"bank": (torch.zeros(3, 5), Y[:3])}, ValueError, r"bank embeddings must be \(M, 2\)"),
+        ({}, {"bank": (torch.zeros(3, 5), Y[:3])}, ValueError, r"bank embeddings must be \(N, 2\)"),
         ({}, {"bank": (torch.zeros(3, 2), Y)}, ValueError, "bank labels"),
         ({"positives": "same_voxel"}, {}, ValueError, "pair_ids must be given"),
         ({"keys": "other_view"}, {}, ValueError, "view_ids must be given"),

@@ -221,16 +221,12 @@ def test_balanced_is_right_whatever_the_sampler_finds():
         ({"features": torch.zeros(4, 6)}, {}, r"features must be \(B, F, \*spatial\)"),
         ({"labels": torch.zeros(4, 1, 4, 5, 2)}, {}, r"labels must be .*got \(4, 1, 4, 5, 2\)"),
         ({"labels": torch.full((4, 1, 4, 5, 3), 0.5)}, {}, "whole numbers.* got 0.5"),
-        ({"labels": torch.zeros(4, 0, 4, 5, 3)}, {}, r"labels must be .*got shape \(4, 0, 4, 5, 3\)"),
-        (
-            {"pair_ids": None},
-            ARTICLE,
-            r"pair_ids must be \(4, 1, 4, 5, 3\) int64 for positives='same_voxel', got None",
-        ),
-        ({"pair_ids": torch.zeros(4, 4, 5, 3, dtype=torch.long)}, ARTICLE, "pair_ids must be .* int64"),
+        ({"labels": torch.zeros(4, 0, 4, 5, 3)}, {}, r"labels must be .*got \(4, 0, 4, 5, 3\)"),
+        ({"pair_ids": None}, ARTICLE, "pair_ids must be given for positives='same_voxel', got None"),
+        ({"pair_ids": torch.zeros(4, 4, 5, 3, dtype=torch.long)}, ARTICLE, r"pair_ids must be \(4, 1, 4, 5, 3\), got"),
         ({"pair_ids": torch.full((4, 1, 4, 5, 3), 1 << 40)}, ARTICLE, r"below 2\*\*40 .* got 1099511627776"),
         ({"view_ids": None}, ARTICLE, "view_ids must be given"),
-        ({"scan_ids": torch.zeros(3, dtype=torch.long)}, {}, r"scan_ids must be \(4,\) integers"),
+        ({"scan_ids": torch.zeros(3, dtype=torch.long)}, {}, r"scan_ids must be \(4,\), got \(3,\)"),
     ],
 )
 def test_complaints(change, options, words):

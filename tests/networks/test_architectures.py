@@ -261,7 +261,7 @@ def test_a_network_without_classifier_is_refused_with_the_cure(name: str) -> Non
 
 def test_a_classifier_at_low_resolution_is_refused() -> None:
     network = nn.Sequential(nn.Conv3d(1, 4, 2, stride=2), nn.Conv3d(4, CLASSES, 1))
-    with pytest.raises(ConfigError, match=r"\(4, 4, 4\) where the input has \(8, 8, 8\)"):
+    with pytest.raises(ConfigError, match=r"\(4, 4, 4\), and the input has \(8, 8, 8\)"):
         ContrastiveNetwork(network).train()(torch.zeros(1, 1, 8, 8, 8))
 
 

@@ -131,12 +131,15 @@ def test_minutes_fit_the_length_to_this_machine(
     monkeypatch.setattr(_run, "time_within_memory", lambda *_, **__: timing)
     split = split_cases(dataset, validation_fraction=0.34)
     assert len(split.validation) == 2
-    with pytest.raises(ConfigError, match=r"--minutes 1 is too short: .* take about 2 minutes"):
-        prepare_run(dataset, split, run, settings=TINY, minutes=1, device="cpu")
+    for minutes in (1, 1e9, float("nan"), float("inf")):
+        with pytest.raises(
+            ConfigError, match=rf"--minutes {minutes:g} must fit .* take about 2 minutes".replace("+", r"\+")
+        ):
+            prepare_run(dataset, split, run, settings=TINY, minutes=minutes, device="cpu")
     with pytest.raises(ConfigError, match="--epochs or --minutes"):
         prepare_run(dataset, split, run, settings=TINY, minutes=20, epochs=3, device="cpu")
     assert not run.exists()
-    plan = prepare_run(dataset, split, run, settings=TINY, minutes=20, device="cpu")
+    plan = prepare_run(dataset, split, run, settings=TINY, minutes=20.0, device="cpu")
     assert (plan["epochs"], plan["minutes"]) == (19, 20)
     assert json.loads((run / "configs" / "plan.json").read_text()) == json.loads(json.dumps(plan))
     assert json.loads((run / "logs" / "expected.json").read_text())["minutes"] == 20

@@ -53,7 +53,7 @@ def test_a_recipe_describes_itself(tmp_path, comment, says):
     [
         ("base: a.yaml\n", "is based on itself"),
         ("base: nothing\n", "recipe 'nothing' does not exist"),
-        ("seed: 1\nbase: [\n", r"a\.yaml is not YAML: .* line 3"),
+        ("seed: 1\nbase: [\n", r"a\.yaml is not valid YAML: .* line 3"),
     ],
 )
 def test_a_recipe_that_leads_nowhere_is_a_sentence(tmp_path, text, sentence):
@@ -63,7 +63,7 @@ def test_a_recipe_that_leads_nowhere_is_a_sentence(tmp_path, text, sentence):
 
 @pytest.mark.parametrize("value", ["!!binary aGVsbG8=", "!!set {a, b}", "2020-01-01", "!!omap [a: 1]"])
 def test_what_json_does_not_have_is_a_sentence(tmp_path, value):
-    with pytest.raises(ConfigError, match="is not YAML"):
+    with pytest.raises(ConfigError, match="is not valid YAML"):
         read_recipe(write(tmp_path, a=f"seed: {value}\n")["a"])
 
 

@@ -9,6 +9,7 @@ import pydoc
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
@@ -120,7 +121,8 @@ TUNED = {
     "no normalisation before the projector": ["projection::normalise_input=false"],
     "wider projector": ["projection::hidden_channels=96", "projection::out_channels=48"],
     "euclidean": ["contrastive_loss::loss::similarity=euclidean", "projection::normalise_output=false"],
-    "balanced": ["class_weights=balanced"],
+    "balanced by default": [],
+    "unweighted": ["class_weights=null"],
     "class-weighted": ["sampling=uniform", "class_weights=$@plan['class_weights']"],
 }
 
@@ -136,8 +138,10 @@ def test_the_article_s_other_choices_are_settings(trained_run, recipe, case):
         assert [layer.out_features for layer in head.layers if hasattr(layer, "out_features")] == [96, 48]
     elif case == "euclidean":
         assert loss.loss.similarity == "euclidean"
-    elif case == "balanced":
+    elif case == "balanced by default":
         assert loss.loss.class_weights == "balanced"
+    elif case == "unweighted":
+        assert loss.loss.class_weights is None
     else:
         plan = parser.get_parsed_content("plan")
         assert list(loss.loss.class_weights) == pytest.approx(plan["class_weights"])
@@ -146,6 +150,47 @@ def test_the_article_s_other_choices_are_settings(trained_run, recipe, case):
     value = loss(features, torch.randint(0, 6, (2, 1, 6, 6, 6)))
     value.backward()
     assert value > 0 and features.grad.abs().sum() > 0
+
+
+def losses_per_class(z, y, temperature):
+    """L_i of every voxel by a float64 loop: {class: [L_i, ...]}."""
+    z, losses = z / np.linalg.norm(z, axis=1, keepdims=True), {}
+    for i in range(len(z)):
+        others = np.arange(len(z)) != i
+        scores = z @ z[i] / temperature
+        top = scores[others].max()
+        lse = top + np.log(np.exp(scores[others] - top).sum())
+        losses.setdefault(int(y[i]), []).append(lse - scores[others & (y == y[i])].mean())
+    return losses
+
+
+@pytest.mark.parametrize("recipe", ["joint", "two_stage", "semi"])
+@pytest.mark.parametrize("rare", [12, 150])  # voxels of class 2; with 300 samples, a third of them is its quota
+def test_the_share_of_a_rare_class(trained_run, recipe, rare):
+    generator = torch.Generator().manual_seed(rare)
+    labels = torch.randint(2, (2, 1, 12, 12, 12), generator=generator)
+    labels.view(-1)[torch.randperm(labels.numel(), generator=generator)[:rare]] = 2
+    values = {}
+    for settings in ([], ["class_weights=null"]):
+        parser = parser_of(trained_run, read_recipe(recipe), ["contrast_samples=300", "projection=null", *settings])
+        loss = parser.get_parsed_content("contrastive_loss")
+        features = torch.randn(2, 8, 12, 12, 12, generator=torch.Generator().manual_seed(0))
+        features += 2.0 * (labels == 0)  # class 0 is compact, the others are scattered
+        torch.manual_seed(1)
+        voxels = loss.sampler(labels[:, 0]).indices
+        torch.manual_seed(1)
+        values["null" if settings else "default"] = loss(features, labels).item()
+    z, y = features.movedim(1, -1).reshape(-1, 8)[voxels].double().numpy(), labels.flatten()[voxels].numpy()
+    losses = losses_per_class(z, y, parser.get_parsed_content("temperature"))
+    mean = {c: sum(values) / len(values) for c, values in losses.items()}
+    others = (mean[0] + mean[1]) / 2  # both fill their quotas: equal weights either way
+    share = {name: (value - others) / (mean[2] - others) for name, value in values.items()}
+    assert [len(losses[c]) for c in range(3)] == ([144, 144, 12] if rare == 12 else [100, 100, 100])
+    assert abs(mean[2] - others) > 0.5
+    assert share["default"] == pytest.approx(1 / 3, abs=1e-4)
+    assert share["null"] == pytest.approx(12 / 300 if rare == 12 else 1 / 3, abs=1e-4)
+    if rare > 12:
+        assert values["default"] == pytest.approx(values["null"], rel=1e-6)
 
 
 TARGETS = {  # what the page sets a component to, before it sets an argument of it

@@ -39,7 +39,7 @@ def intensity_transforms() -> list[mt.Transform]:
         *leaves(ALL["simclr"]),
         *leaves(ALL["randaugment"]),
     ]
-    return [transform for transform in every if not moves_voxels(transform, "label")]
+    return [transform for transform in every if not moves_voxels(transform)]
 
 
 @pytest.mark.parametrize("transform", intensity_transforms(), ids=lambda t: type(t).__name__)
@@ -114,13 +114,13 @@ def test_no_bias_field_is_not_even_a_draw() -> None:
 
 
 def test_only_elastic_is_untracked() -> None:
-    assert {name for name, policy in ALL.items() if has_untracked(policy, "label")} == {"standard"}
-    assert not has_untracked(standard_view(PATCH), "label")
+    assert {name for name, policy in ALL.items() if has_untracked(policy)} == {"standard"}
+    assert not has_untracked(standard_view(PATCH))
     for bend in (
         mt.RandGridDistortiond(("image", "label")),
         mt.RandSmoothDeformd(("image", "label"), (8, 8, 8), (3, 3, 3)),
     ):
-        assert has_untracked(mt.Compose([mt.OneOf([bend])]), "label")
+        assert has_untracked(mt.Compose([mt.OneOf([bend])]))
 
 
 def test_thick_slices_are_turned_in_plane_only() -> None:
