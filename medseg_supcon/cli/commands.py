@@ -33,6 +33,7 @@ from medseg_supcon.cli.options import (
     refuse_to_overwrite,
 )
 from medseg_supcon.cli.predict import predict
+from medseg_supcon.cli.review import review
 from medseg_supcon.cli.terminal import (
     end_at_closed_pipe,
     err,
@@ -109,7 +110,7 @@ def export(
     out.print(f"Wrote {printable(file)} ({format}). Largest difference from the network's output: {difference:.1e}")
 
 
-for _command in (demo, check, plan, train, predict, evaluate, compare, embed, export):
+for _command in (demo, check, plan, train, predict, review, evaluate, compare, embed, export):
     app.command()(_command)
 
 

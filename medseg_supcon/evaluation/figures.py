@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from medseg_supcon.datasets import snap_labels
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation.metrics import Array, Labels
-from medseg_supcon.scans import read_nifti
+from medseg_supcon.scans import Volume, read_nifti
 
 INK, GRID = "#222222", "#dddddd"
 # Okabe and Ito's palette, which colour-blind people can distinguish, and then matplotlib's tab20.
@@ -157,7 +157,11 @@ ON_DARK: Any = {"frameon": True, "facecolor": "#555555", "edgecolor": "none", "l
 
 
 def overlay_figure(
-    scan: str | Path, reference: str | Path | None, prediction: str | Path, path: str | Path, labels: Labels
+    scan: str | Path | Volume,
+    reference: str | Path | Volume | None,
+    prediction: str | Path | Volume,
+    path: str | Path,
+    labels: Labels,
 ) -> None:
     """Draws the axial, coronal and sagittal plane with most foreground, with masks, as a PNG; its folder is made.
 
@@ -165,8 +169,8 @@ def overlay_figure(
     look right; letters mark the ends of each axis.
 
     Args:
-        scan: NIfTI file, (X, Y, Z) or with channels last (the first is shown).
-        reference, prediction: NIfTI masks on the scan's grid; the reference may be None.
+        scan: NIfTI file or volume, (X, Y, Z) or with channels last (the first is shown).
+        reference, prediction: masks on the scan's grid, likewise; the reference may be None.
         path: the PNG.
         labels: class name -> value in the masks, background first.
 
@@ -218,9 +222,9 @@ def overlay_figure(
     save(figure, Path(path))
 
 
-def _canonical(file: str | Path) -> tuple[Array, Array]:
+def _canonical(file: str | Path | Volume) -> tuple[Array, Array]:
     """The (first) volume of a NIfTI file with its axes turned to RAS+, and its voxel sizes in mm."""
-    volume = read_nifti(Path(file))
+    volume = file if isinstance(file, Volume) else read_nifti(Path(file))
     if volume.data.ndim < 3:
         raise DataError(f"{file}: expected a 3-D scan, found shape {volume.data.shape}.")
     order = nibabel.io_orientation(volume.affine)
