@@ -183,7 +183,8 @@ def overlay_figure(
         if file is not None:
             mask = snap_labels(_canonical(file)[0], labels.values())  # a file with a scaling has 2.9999998 for 3
             if mask.shape != image.shape:
-                raise DataError(f"{file} has shape {mask.shape} and {scan} {image.shape}. They must share one grid.")
+                one, other = (what if isinstance(what, str | Path) else "its volume" for what in (file, scan))
+                raise DataError(f"{one} has shape {mask.shape} and {other} {image.shape}. They must share one grid.")
             masks[title] = mask
     foreground = list(labels.items())[1:]
     slices = [_best_slice(next(iter(masks.values())), foreground, cut) for cut in range(3)]

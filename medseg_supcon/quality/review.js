@@ -137,7 +137,7 @@ const style = () => ({
 });
 
 function fit(canvas) {
-  const width = Math.round(canvas.clientWidth * devicePixelRatio), height = Math.round(canvas.clientHeight * devicePixelRatio);
+  const [width, height] = [canvas.clientWidth, canvas.clientHeight].map((n) => Math.round(n * devicePixelRatio));
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
 }
 
@@ -156,12 +156,14 @@ function drawPlanes() {
     context.moveTo(x, place.top), context.lineTo(x, place.top + place.height);
     context.moveTo(place.left, y), context.lineTo(place.left + place.width, y);
     context.stroke();
-    context.fillStyle = "#9aa5b3";
+    Object.assign(context, { fillStyle: "#e7ebf0", strokeStyle: "#000", lineWidth: 3, textAlign: "center", textBaseline: "middle" });
     context.font = `${12 * devicePixelRatio}px system-ui, sans-serif`;
-    context.textAlign = "center", context.textBaseline = "middle";
     const edge = 10 * devicePixelRatio, { width, height } = canvas;
     [[edge, height / 2, ENDS[w][0]], [width - edge, height / 2, ENDS[w][1]], [width / 2, height - edge, ENDS[h][0]],
-      [width / 2, edge, ENDS[h][1]]].forEach(([left, top, letter]) => context.fillText(letter, left, top));
+      [width / 2, edge, ENDS[h][1]]].forEach(([left, top, letter]) => {
+      context.strokeText(letter, left, top);
+      context.fillText(letter, left, top);
+    });
     canvas.nextElementSibling.textContent = `${PLANES[axis]} ${cursor[axis] + 1} / ${size[axis]}`;
   }
   const here = cursor[0] + volume.shape[0] * (cursor[1] + volume.shape[1] * cursor[2]);
@@ -232,7 +234,7 @@ function surfaceOf(v) {
 
 const view = { turn: 0.6, tilt: 0.35, zoom: 1, count: 0, gl: null };
 function startSurface() {
-  const gl = $("surface").getContext("webgl", { antialias: true, preserveDrawingBuffer: true });
+  const gl = $("surface").getContext("webgl", { preserveDrawingBuffer: true });
   if (!gl) return void ($("surface").nextElementSibling.textContent = "The 3-D view needs WebGL, which this browser does not have.");
   const program = gl.createProgram();
   const shader = (type, source) => {
@@ -294,9 +296,9 @@ function makeList() {
     Object.assign(picture, { width: 128, height: 128 });
     item.dataset.number = number;
     const { quality: { verdict }, mean } = row, line = make("span"), total = row.volumes.reduce((sum, n) => sum + n, 0);
-    line.append(make("em", verdict || "", verdict || ""), ` ${expected(row) || (mean === null ? `${short(total)} ml` : "")}`,
-      mean === null ? "" : ` · Dice ${fixed(mean)}`);
-    text.append(make("b", row.name), line, make("small", factsOf(row)[0] || ""), make("span", "", "mark"));
+    line.append(make("em", verdict || "", verdict || ""), ` ${expected(row) || `${short(total)} ml`}`);
+    const more = [...(mean === null ? [] : [`Dice ${fixed(mean)}`]), ...factsOf(row)];
+    text.append(make("b", row.name), line, make("small", more.join(" · ")), make("span", "", "mark"));
     text.title = [row.name, ...factsOf(row)].join("\n");
     item.append(picture, text);
     item.addEventListener("click", () => choose(number));
@@ -335,7 +337,10 @@ async function choose(number) {
   showJudgement();
   const item = $("list").children[number];
   item.scrollIntoView({ block: "nearest" });
-  const v = await unpack(number);
+  let v;
+  try { v = await unpack(number); } catch (error) {
+    return void $("facts").prepend(make("li", `This browser cannot show the images (${error.message}). Use a current one.`));
+  }
   if (chosen !== number) return; // another was chosen meanwhile
   volume = v;
   cursor = busiest(v);
@@ -348,7 +353,8 @@ function showFacts(row) {
   const { name, quality, mean, notes: remarks } = row, predicted = quality.dice.some((n) => n !== null);
   $("name").textContent = name;
   $("verdict").replaceChildren(make("em", quality.verdict || "no verdict", quality.verdict || ""),
-    expected(row) && ` · predicted Dice ${expected(row)}`, mean === null ? "" : ` · Dice ${fixed(mean)}`);
+    ...(expected(row) ? [make("br"), `predicted Dice ${expected(row)}`] : []),
+    ...(mean === null ? [] : [make("br"), `Dice against the reference ${fixed(mean)}`]));
   $("facts").replaceChildren(...factsOf(row).map((text) => make("li", text)), ...remarks.map((text) => make("li", text, "note")));
   const columns = [["ml", row.volumes.map(short)]];
   if (predicted) columns.push(["predicted", quality.dice.map(fixed)]);
@@ -429,22 +435,18 @@ function caseList() {
 
 // ---- what a person does
 
-function showWindow() {
-  $("level").value = (range[0] + range[1]) / 2;
-  $("width").value = range[1] - range[0];
+function setWindow(level, width) {
+  const half = Math.max(width, Number($("width").max) / 500) / 2;
+  range = [level - half, level + half];
+  $("level").value = level;
+  $("width").value = 2 * half;
   drawPlanes();
 }
-function setWindow(level, width) {
-  const least = (Number($("width").max) || 1) / 500;
-  range = [level - Math.max(width, least) / 2, level + Math.max(width, least) / 2];
-  showWindow();
-}
 function resetWindow() {
-  const levels = volume.levels || [0, 1], [low, high] = [levels[0], levels[levels.length - 1]];
+  const levels = volume.levels || [0, 1], [low, high] = [levels[0], levels[levels.length - 1]], { window: [black, white] } = rows[chosen];
   Object.assign($("level"), { min: low, max: high });
   Object.assign($("width"), { min: 0, max: (high - low) * 1.5 });
-  range = [...rows[chosen].window];
-  showWindow();
+  setWindow((black + white) / 2, white - black);
 }
 function scroll(axis, by) {
   if (!volume) return;
@@ -467,10 +469,8 @@ function listen() {
       if (!volume || !event.buttons) return;
       lastAxis = axis;
       if (event.buttons & 2 || event.shiftKey) {
-        if (event.type === "pointermove") {
-          const width = Number($("width").max) || 1;
-          setWindow((range[0] + range[1]) / 2 - event.movementY * width / 800, range[1] - range[0] + event.movementX * width / 800);
-        }
+        const pixel = event.type === "pointermove" ? Number($("width").max) / 800 : 0;
+        setWindow((range[0] + range[1]) / 2 - event.movementY * pixel, range[1] - range[0] + event.movementX * pixel);
         return;
       }
       const place = placeOf(canvas, volume, axis), x = event.offsetX * devicePixelRatio, y = event.offsetY * devicePixelRatio;

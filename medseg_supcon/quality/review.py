@@ -125,7 +125,11 @@ def _nifti_files(folder: Path) -> dict[str, Path]:
     files = sorted(p for p in folder.iterdir() if p.name.lower().endswith(NIFTI_ENDINGS) and not p.name.startswith("."))
     if not files:
         raise DataError(f"{folder} holds no NIfTI file (.nii, .nii.gz).")
-    return {stem(file): file for file in files}  # x.nii.gz comes after x.nii, and counts
+    by_name = {stem(file): file for file in files}
+    if len(by_name) < len(files):
+        twice = next(file for file in files if by_name[stem(file)] != file)
+        raise DataError(f"{folder}: {twice.name} and {by_name[stem(twice)].name} have the same name. Keep one of them.")
+    return by_name
 
 
 def _read_manifest(
