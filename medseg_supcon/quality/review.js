@@ -10,6 +10,7 @@ const planes = [...document.querySelectorAll("[data-axis]")];
 const axisOf = (canvas) => Number(canvas.dataset.axis);
 const judgements = new Map(); // mask -> {judgement, comment}
 let chosen = -1, volume = null, cursor = [0, 0, 0], lastAxis = 2, range = [0, 1], listed = [];
+let zoom = 1, focus = cursor; // what is in the middle of zoomed planes
 
 // ---- what is stored: one entry per mask (its name and voxels), so that a page that is made again finds it
 
@@ -69,70 +70,66 @@ function slice(v, voxels, axis, index) {
   return out;
 }
 
-function bitmap(width, height, fill) {
+function bitmap(voxels, width, height, colors) { // colors: of each value, as 0xAABBGGRR
   const canvas = new OffscreenCanvas(width, height), context = canvas.getContext("2d");
-  const pixels = context.createImageData(width, height);
-  fill(pixels.data);
-  context.putImageData(pixels, 0, 0);
+  const picture = context.createImageData(width, height), pixels = new Uint32Array(picture.data.buffer);
+  voxels.forEach((value, i) => { pixels[i] = colors[value]; });
+  context.putImageData(picture, 0, 0);
   return canvas;
 }
+const asPixel = ([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
+const MASK_COLORS = [0, ...RGB.map(asPixel)];
 
 // Lines along the voxels' edges, so that an outline is where the mask ends.
-function outline(context, labels, width, height, value, place) {
-  const at = (x, y) => x >= 0 && y >= 0 && x < width && y < height && labels[y * width + x] === value;
-  const px = (x) => place.left + x * place.width / width, py = (y) => place.top + y * place.height / height;
-  context.beginPath();
+function outline(context, labels, width, height, place, colorOf) {
+  const at = (x, y) => (x >= 0 && y >= 0 && x < width && y < height ? labels[y * width + x] : 0);
+  const [across, down] = [place.width / width, place.height / height], paths = new Map();
+  const edge = (value, x, y, dx, dy) => {
+    if (!value) return;
+    if (!paths.has(value)) paths.set(value, new Path2D());
+    paths.get(value).moveTo(place.left + x * across, place.top + y * down);
+    paths.get(value).lineTo(place.left + (x + dx) * across, place.top + (y + dy) * down);
+  };
   for (let y = 0; y <= height; y++) for (let x = 0; x <= width; x++) {
-    if (at(x, y) !== at(x - 1, y)) { context.moveTo(px(x), py(y)); context.lineTo(px(x), py(y + 1)); }
-    if (at(x, y) !== at(x, y - 1)) { context.moveTo(px(x), py(y)); context.lineTo(px(x + 1), py(y)); }
+    const here = at(x, y), left = at(x - 1, y), above = at(x, y - 1);
+    if (here !== left) edge(here, x, y, 0, 1), edge(left, x, y, 0, 1);
+    if (here !== above) edge(here, x, y, 1, 0), edge(above, x, y, 1, 0);
   }
-  context.stroke();
+  for (const [value, path] of paths) context.strokeStyle = colorOf(value), context.stroke(path);
 }
 
-function placeOf(canvas, v, axis) {
+function placeOf(canvas, v, axis, zoom) { // where a plane is drawn; if it is zoomed, the focus is in the middle
   const [w, h] = ACROSS[axis], mm = [v.shape[w] * v.spacing[w], v.shape[h] * v.spacing[h]];
-  const scale = Math.min(canvas.width / mm[0], canvas.height / mm[1]);
-  const width = mm[0] * scale, height = mm[1] * scale;
-  return { left: (canvas.width - width) / 2, top: (canvas.height - height) / 2, width, height };
+  const scale = zoom * Math.min(canvas.width / mm[0], canvas.height / mm[1]), width = mm[0] * scale, height = mm[1] * scale;
+  const [x, y] = zoom > 1 ? [(focus[w] + 0.5) / v.shape[w], 1 - (focus[h] + 0.5) / v.shape[h]] : [0.5, 0.5];
+  return { left: canvas.width / 2 - x * width, top: canvas.height / 2 - y * height, width, height };
 }
 
 function drawPlane(canvas, v, axis, index, style) {
   const context = canvas.getContext("2d"), [w, h] = ACROSS[axis].map((a) => v.shape[a]);
-  const place = placeOf(canvas, v, axis), box = [place.left, place.top, place.width, place.height];
+  const place = placeOf(canvas, v, axis, style.zoom), box = [place.left, place.top, place.width, place.height];
   context.clearRect(0, 0, canvas.width, canvas.height);
   if (v.levels) {
-    const [low, high] = style.range, image = slice(v, v.image, axis, index);
-    const grey = v.levels.map((level) => clamp(255 * (level - low) / (high - low || 1), 0, 255));
+    const [low, high] = style.range, grey = (level) => clamp(255 * (level - low) / (high - low || 1), 0, 255);
+    const colors = v.levels.map((level) => asPixel([grey(level), grey(level), grey(level)]));
     context.imageSmoothingEnabled = true;
-    context.drawImage(bitmap(w, h, (data) => {
-      for (let i = 0; i < image.length; i++) data.fill(grey[image[i]], 4 * i, 4 * i + 3), data[4 * i + 3] = 255;
-    }), ...box);
+    context.drawImage(bitmap(slice(v, v.image, axis, index), w, h, colors), ...box);
   }
-  const labels = slice(v, v.mask, axis, index), present = style.mask ? new Set(labels) : new Set();
-  present.delete(0);
-  if (present.size && style.opacity) {
+  const labels = slice(v, v.mask, axis, index);
+  context.lineWidth = style.line;
+  if (style.mask) {
     context.imageSmoothingEnabled = false;
     context.globalAlpha = style.opacity;
-    context.drawImage(bitmap(w, h, (data) => {
-      for (let i = 0; i < labels.length; i++) if (labels[i]) data.set([...RGB[labels[i] - 1], 255], 4 * i);
-    }), ...box);
+    context.drawImage(bitmap(labels, w, h, MASK_COLORS), ...box);
     context.globalAlpha = 1;
+    if (style.outline) outline(context, labels, w, h, place, (value) => `rgb(${RGB[value - 1]})`);
   }
-  context.lineWidth = style.line;
-  for (const value of style.outline ? present : []) {
-    context.strokeStyle = `rgb(${RGB[value - 1]})`;
-    outline(context, labels, w, h, value, place);
-  }
-  if (v.reference && style.reference) {
-    const truth = slice(v, v.reference, axis, index);
-    context.strokeStyle = "#fff";
-    for (const value of new Set(truth)) if (value) outline(context, truth, w, h, value, place);
-  }
+  if (v.reference && style.reference) outline(context, slice(v, v.reference, axis, index), w, h, place, () => "#fff");
   return place;
 }
 
 const style = () => ({
-  range, opacity: Number($("opacity").value), outline: $("outline").checked, mask: $("mask").checked,
+  range, zoom, opacity: Number($("opacity").value), outline: $("outline").checked, mask: $("mask").checked,
   reference: $("reference").checked, line: 1.5 * devicePixelRatio,
 });
 
@@ -159,11 +156,8 @@ function drawPlanes() {
     Object.assign(context, { fillStyle: "#e7ebf0", strokeStyle: "#000", lineWidth: 3, textAlign: "center", textBaseline: "middle" });
     context.font = `${12 * devicePixelRatio}px system-ui, sans-serif`;
     const edge = 10 * devicePixelRatio, { width, height } = canvas;
-    [[edge, height / 2, ENDS[w][0]], [width - edge, height / 2, ENDS[w][1]], [width / 2, height - edge, ENDS[h][0]],
-      [width / 2, edge, ENDS[h][1]]].forEach(([left, top, letter]) => {
-      context.strokeText(letter, left, top);
-      context.fillText(letter, left, top);
-    });
+    const places = [[edge, height / 2], [width - edge, height / 2], [width / 2, height - edge], [width / 2, edge]];
+    for (const draw of ["strokeText", "fillText"]) [...ENDS[w], ...ENDS[h]].forEach((letter, i) => context[draw](letter, ...places[i]));
     canvas.nextElementSibling.textContent = `${PLANES[axis]} ${cursor[axis] + 1} / ${size[axis]}`;
   }
   const here = cursor[0] + volume.shape[0] * (cursor[1] + volume.shape[1] * cursor[2]);
@@ -233,9 +227,10 @@ function surfaceOf(v) {
 }
 
 const view = { turn: 0.6, tilt: 0.35, zoom: 1, count: 0, gl: null };
+const surfaceCaption = $("surface").nextElementSibling;
 function startSurface() {
   const gl = $("surface").getContext("webgl", { preserveDrawingBuffer: true });
-  if (!gl) return void ($("surface").nextElementSibling.textContent = "The 3-D view needs WebGL, which this browser does not have.");
+  if (!gl) return void (surfaceCaption.textContent = "The 3-D view needs WebGL, which this browser does not have.");
   const program = gl.createProgram();
   const shader = (type, source) => {
     const one = gl.createShader(type);
@@ -271,12 +266,11 @@ function drawSurface() {
 }
 
 function showSurface() {
-  const caption = $("surface").nextElementSibling;
   if (!view.gl) return;
   const vertices = surfaceOf(volume);
   view.count = vertices.length / 9;
   view.gl.bufferData(view.gl.ARRAY_BUFFER, vertices, view.gl.STATIC_DRAW);
-  caption.textContent = view.count ? "surface of the mask" : "The mask is empty.";
+  surfaceCaption.textContent = view.count ? "surface of the mask" : "The mask is empty.";
   drawSurface();
 }
 
@@ -314,7 +308,7 @@ async function drawThumbnails() { // one after the other, the last seen first
   drawing = true;
   while (thumbnails.length) {
     const item = thumbnails.pop(), v = await unpack(Number(item.dataset.number));
-    const settings = { range: rows[v.number].window, opacity: 0.5, outline: false, mask: true, reference: false };
+    const settings = { range: rows[v.number].window, zoom: 1, opacity: 0.5, outline: false, mask: true, reference: false };
     drawPlane(item.firstChild, v, 2, busiest(v)[2], settings);
   }
   drawing = false;
@@ -343,10 +337,10 @@ async function choose(number) {
   }
   if (chosen !== number) return; // another was chosen meanwhile
   volume = v;
-  cursor = busiest(v);
+  [zoom, cursor] = [1, busiest(v)];
   resetWindow();
-  showSurface();
   document.body.dataset.shown = number;
+  setTimeout(() => { if (volume === v) showSurface(); }); // after the planes are on the screen
 }
 
 function showFacts(row) {
@@ -380,7 +374,7 @@ function showJudgement() {
     if (judgement) done++;
     item.querySelector(".mark").textContent = (judgement ? `✓ ${judgement}` : "") + (comment ? " ✎" : "");
     item.setAttribute("aria-current", number === chosen);
-    const fits = { "": true, todo: !judgement, judged: Boolean(judgement) }[filter] ?? judgement === filter;
+    const fits = { "": true, todo: !judgement }[filter] ?? judgement === filter;
     item.hidden = !(fits && row.name.toLowerCase().includes(search)) && number !== chosen;
     if (!item.hidden) listed.push(number);
   });
@@ -455,6 +449,12 @@ function scroll(axis, by) {
   drawPlanes();
 }
 
+function magnify(by) {
+  zoom = clamp(zoom * by, 1, 16);
+  focus = [...cursor];
+  drawPlanes();
+}
+
 function listen() {
   for (const canvas of planes) {
     const axis = axisOf(canvas), [w, h] = ACROSS[axis];
@@ -462,8 +462,10 @@ function listen() {
     canvas.addEventListener("wheel", (event) => {
       event.preventDefault();
       wheel += event.deltaMode ? event.deltaY * 40 : event.deltaY;
-      const steps = Math.trunc(wheel / 40);
-      if (steps) wheel = 0, scroll(axis, -clamp(steps, -3, 3));
+      const steps = -clamp(Math.trunc(wheel / 40), -3, 3);
+      if (!steps) return;
+      wheel = 0;
+      if (event.ctrlKey) magnify(1.1 ** steps); else scroll(axis, steps);
     }, { passive: false });
     const drag = (event) => {
       if (!volume || !event.buttons) return;
@@ -473,7 +475,7 @@ function listen() {
         setWindow((range[0] + range[1]) / 2 - event.movementY * pixel, range[1] - range[0] + event.movementX * pixel);
         return;
       }
-      const place = placeOf(canvas, volume, axis), x = event.offsetX * devicePixelRatio, y = event.offsetY * devicePixelRatio;
+      const place = placeOf(canvas, volume, axis, zoom), x = event.offsetX * devicePixelRatio, y = event.offsetY * devicePixelRatio;
       cursor[w] = clamp(Math.floor((x - place.left) / place.width * volume.shape[w]), 0, volume.shape[w] - 1);
       cursor[h] = clamp(Math.floor((1 - (y - place.top) / place.height) * volume.shape[h]), 0, volume.shape[h] - 1);
       drawPlanes();
@@ -507,7 +509,7 @@ function listen() {
 
 function press(event) {
   const { key, target } = event, typing = target.matches("textarea, [type=search]");
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || chosen < 0) return;
   if (typing) return void (key === "Escape" && target.blur());
   const judged = { 1: "good", 2: "needs correction", 3: "unusable", 0: "" };
   const moves = { j: 1, ArrowDown: 1, PageDown: 1, k: -1, ArrowUp: -1, PageUp: -1 };
@@ -517,6 +519,7 @@ function press(event) {
   else if (key === "ArrowLeft" || key === "ArrowRight") scroll(lastAxis, key === "ArrowRight" ? 1 : -1);
   else if (key in judged) judge(rows[chosen], { judgement: judged[key] });
   else if (key in toggles) $(toggles[key]).click();
+  else if (key === "+" || key === "-") magnify(key === "+" ? 1.25 : 0.8);
   else if (key === "c") $("comment").focus();
   else return;
   event.preventDefault();

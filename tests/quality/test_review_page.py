@@ -120,6 +120,7 @@ def test_choose_scroll_and_change_the_window(browser: Browser, judged: Path) -> 
         lambda: browser.run(
             "Object.assign(document.querySelector('#opacity'), {value: 1}).dispatchEvent(new Event('input'))"
         ),
+        lambda: browser.press("+"),
         lambda: browser.press("m"),
     ):
         old = browser.run(picture)
@@ -242,7 +243,7 @@ def test_the_surface_is_on_the_same_side_as_the_planes(browser: Browser, tmp_pat
     browser.wait(f"{SHOWN} === '0'")
     if browser.run("view.gl === null"):
         pytest.skip("this browser has no WebGL")
-    script = """(() => { Object.assign(view, {turn: 0, tilt: 0}); drawSurface();
+    script = """(() => { Object.assign(view, {turn: 0, tilt: 0}); showSurface();
       const {gl} = view, w = gl.drawingBufferWidth, h = gl.drawingBufferHeight, d = new Uint8Array(4 * w * h);
       gl.readPixels(0, 0, w, h, gl.RGBA, gl.UNSIGNED_BYTE, d); const sums = {orange: [0, 0, 0], blue: [0, 0, 0]};
       for (let i = 0; i < w * h; i++) { const r = d[4 * i], b = d[4 * i + 2]; if (r + b < 30) continue;
