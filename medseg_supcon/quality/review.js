@@ -6,8 +6,7 @@ const RGB = classes.map(({ color }) => [1, 3, 5].map((i) => parseInt(color.slice
 const PLANES = ["sagittal", "coronal", "axial"]; // by the axis that they cut
 const ACROSS = [[1, 2], [0, 2], [0, 1]]; // their horizontal and vertical axis; the volume is in RAS+
 const ENDS = ["LR", "PA", "IS"];
-const planes = [...document.querySelectorAll("[data-axis]")];
-const axisOf = (canvas) => Number(canvas.dataset.axis);
+const planes = [...document.querySelectorAll("[data-axis]")], axisOf = (canvas) => Number(canvas.dataset.axis);
 const judgements = new Map(); // mask -> {judgement, comment}
 let chosen = -1, volume = null, cursor = [0, 0, 0], lastAxis = 2, range = [0, 1], listed = [];
 let zoom = 1, focus = cursor; // what is in the middle of zoomed planes
@@ -17,12 +16,10 @@ let zoom = 1, focus = cursor; // what is in the middle of zoomed planes
 const keyOf = (row) => `medseg-review:${row.id}`;
 let stored = true;
 function readJudgements() {
-  for (const row of rows) {
-    try {
-      const saved = JSON.parse(localStorage.getItem(keyOf(row)) || "null");
-      if (saved) judgements.set(row, { judgement: String(saved.judgement || ""), comment: String(saved.comment || "") });
-    } catch { stored = false; }
-  }
+  for (const row of rows) try {
+    const { judgement, comment } = JSON.parse(localStorage.getItem(keyOf(row)) || "{}");
+    if (judgement || comment) judgements.set(row, { judgement: String(judgement || ""), comment: String(comment || "") });
+  } catch { stored = false; }
 }
 
 function judge(row, change) {
@@ -147,9 +144,7 @@ function drawPlanes() {
     const context = canvas.getContext("2d"), size = volume.shape;
     const x = Math.round(place.left + (cursor[w] + 0.5) * place.width / size[w]) + 0.5;
     const y = Math.round(place.top + (size[h] - cursor[h] - 0.5) * place.height / size[h]) + 0.5;
-    context.strokeStyle = "rgba(108, 178, 245, 0.45)";
-    context.lineWidth = 1;
-    context.beginPath();
+    Object.assign(context, { strokeStyle: "rgba(108, 178, 245, 0.45)", lineWidth: 1 }).beginPath();
     context.moveTo(x, place.top), context.lineTo(x, place.top + place.height);
     context.moveTo(place.left, y), context.lineTo(place.left + place.width, y);
     context.stroke();
@@ -160,8 +155,9 @@ function drawPlanes() {
     for (const draw of ["strokeText", "fillText"]) [...ENDS[w], ...ENDS[h]].forEach((letter, i) => context[draw](letter, ...places[i]));
     canvas.nextElementSibling.textContent = `${PLANES[axis]} ${cursor[axis] + 1} / ${size[axis]}`;
   }
-  const here = cursor[0] + volume.shape[0] * (cursor[1] + volume.shape[1] * cursor[2]);
-  if (volume.levels) planes[0].nextElementSibling.textContent += ` · value ${short(volume.levels[volume.image[here]])}`;
+  const here = cursor[0] + volume.shape[0] * (cursor[1] + volume.shape[1] * cursor[2]), label = volume.mask[here];
+  const value = volume.levels ? ` · value ${short(volume.levels[volume.image[here]])}` : "";
+  planes[0].nextElementSibling.textContent += value + (label ? ` · ${classes[label - 1].name}` : "");
 }
 
 // ---- the surface: a quad between each voxel of the mask and each neighbour outside, smoothed within half a voxel
@@ -215,13 +211,9 @@ function surfaceOf(v) {
   let o = 0;
   for (let q = 0; q < quads.length; q += 4) for (const k of [0, 1, 2, 0, 2, 3]) {
     const p = 3 * quads[q + k], color = RGB[colors[q / 4]];
-    const length = Math.hypot(normals[p], normals[p + 1], normals[p + 2]) || 1;
-    for (let d = 0; d < 3; d++) {
-      vertices[o + d] = (mm[p + d] - middle[d]) / reach;
-      vertices[o + 3 + d] = normals[p + d] / length;
-      vertices[o + 6 + d] = color[d] / 255;
-    }
-    o += 9;
+    for (let d = 0; d < 3; d++) vertices[o++] = (mm[p + d] - middle[d]) / reach;
+    for (let d = 0; d < 3; d++) vertices[o++] = normals[p + d];
+    for (let d = 0; d < 3; d++) vertices[o++] = color[d] / 255;
   }
   return vertices;
 }
@@ -237,7 +229,7 @@ function startSurface() {
     gl.shaderSource(one, source), gl.compileShader(one), gl.attachShader(program, one);
   };
   shader(gl.VERTEX_SHADER, `attribute vec3 place, normal, color; uniform mat3 turn; uniform vec2 scale;
-    varying vec3 n, c; void main() { vec3 p = turn * place; n = turn * normal; c = color;
+    varying vec3 n, c; void main() { vec3 p = turn * place; n = turn * normalize(normal); c = color;
     gl_Position = vec4(p.xy * scale, -p.z * 0.5, 1.0); }`);
   shader(gl.FRAGMENT_SHADER, `precision mediump float; varying vec3 n, c; void main() {
     float light = max(dot(normalize(n), normalize(vec3(0.4, 0.5, 0.8))), 0.0);
@@ -329,15 +321,11 @@ async function choose(number) {
   chosen = number;
   showFacts(rows[number]);
   showJudgement();
-  const item = $("list").children[number];
-  item.scrollIntoView({ block: "nearest" });
-  let v;
-  try { v = await unpack(number); } catch (error) {
-    return void $("facts").prepend(make("li", `This browser cannot show the images (${error.message}). Use a current one.`));
-  }
-  if (chosen !== number) return; // another was chosen meanwhile
-  volume = v;
-  [zoom, cursor] = [1, busiest(v)];
+  $("list").children[number].scrollIntoView({ block: "nearest" });
+  const v = await unpack(number).catch(({ message }) =>
+    void $("facts").prepend(make("li", `This browser cannot show the images (${message}). Use a current one.`)));
+  if (!v || chosen !== number) return; // another was chosen meanwhile
+  [volume, zoom, cursor] = [v, 1, busiest(v)];
   resetWindow();
   document.body.dataset.shown = number;
   setTimeout(() => { if (volume === v) showSurface(); }); // after the planes are on the screen
@@ -432,8 +420,7 @@ function caseList() {
 function setWindow(level, width) {
   const half = Math.max(width, Number($("width").max) / 500) / 2;
   range = [level - half, level + half];
-  $("level").value = level;
-  $("width").value = 2 * half;
+  [$("level").value, $("width").value] = [level, 2 * half];
   drawPlanes();
 }
 function resetWindow() {
@@ -443,15 +430,12 @@ function resetWindow() {
   setWindow((black + white) / 2, white - black);
 }
 function scroll(axis, by) {
-  if (!volume) return;
-  cursor[axis] = clamp(cursor[axis] + by, 0, volume.shape[axis] - 1);
   lastAxis = axis;
+  if (volume) cursor[axis] = clamp(cursor[axis] + by, 0, volume.shape[axis] - 1);
   drawPlanes();
 }
-
 function magnify(by) {
-  zoom = clamp(zoom * by, 1, 16);
-  focus = [...cursor];
+  [zoom, focus] = [clamp(zoom * by, 1, 16), [...cursor]];
   drawPlanes();
 }
 
@@ -484,11 +468,12 @@ function listen() {
     canvas.addEventListener("pointermove", drag);
     canvas.addEventListener("contextmenu", (event) => event.preventDefault());
   }
-  $("surface").addEventListener("pointerdown", (event) => $("surface").setPointerCapture(event.pointerId));
-  $("surface").addEventListener("pointermove", (event) => {
-    if (event.buttons) view.turn += event.movementX / 120, view.tilt = clamp(view.tilt + event.movementY / 120, -1.57, 1.57), drawSurface();
+  const surface = $("surface");
+  surface.addEventListener("pointerdown", (event) => surface.setPointerCapture(event.pointerId));
+  surface.addEventListener("pointermove", ({ buttons, movementX, movementY }) => {
+    if (buttons) view.turn += movementX / 120, view.tilt = clamp(view.tilt + movementY / 120, -1.57, 1.57), drawSurface();
   });
-  $("surface").addEventListener("wheel", (event) => {
+  surface.addEventListener("wheel", (event) => {
     event.preventDefault();
     view.zoom = clamp(view.zoom * Math.exp(-event.deltaY / 600), 0.4, 8), drawSurface();
   }, { passive: false });
@@ -512,14 +497,14 @@ function press(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || chosen < 0) return;
   if (typing) return void (key === "Escape" && target.blur());
   const judged = { 1: "good", 2: "needs correction", 3: "unusable", 0: "" };
-  const moves = { j: 1, ArrowDown: 1, PageDown: 1, k: -1, ArrowUp: -1, PageUp: -1 };
-  const toggles = { m: "mask", r: "reference", o: "outline" };
+  const moves = { j: 1, ArrowDown: 1, PageDown: 1, k: -1, ArrowUp: -1, PageUp: -1 }, across = { ArrowLeft: -1, ArrowRight: 1 };
+  const toggles = { m: "mask", r: "reference", o: "outline" }, zooms = { "+": 1.25, "-": 0.8 };
   if (target.matches("select, [type=range]") && key.startsWith("Arrow")) return;
   if (key in moves) move(moves[key]);
-  else if (key === "ArrowLeft" || key === "ArrowRight") scroll(lastAxis, key === "ArrowRight" ? 1 : -1);
+  else if (key in across) scroll(lastAxis, across[key]);
   else if (key in judged) judge(rows[chosen], { judgement: judged[key] });
   else if (key in toggles) $(toggles[key]).click();
-  else if (key === "+" || key === "-") magnify(key === "+" ? 1.25 : 0.8);
+  else if (key in zooms) magnify(zooms[key]);
   else if (key === "c") $("comment").focus();
   else return;
   event.preventDefault();
@@ -527,11 +512,9 @@ function press(event) {
 
 $("title").textContent = title;
 document.title = `${title || "masks"} · medseg review`;
-if (notes.length) {
-  $("notes").hidden = false;
-  $("notes").firstChild.textContent = notes.length === 1 ? notes[0] : `${notes.length} notes`;
-  $("notes").lastElementChild.append(...(notes.length === 1 ? [] : notes).map((text) => make("li", text)));
-}
+Object.assign($("notes"), { hidden: !notes.length, open: notes.length < 3 });
+$("notes").firstChild.textContent = "Notes";
+$("notes").lastElementChild.append(...notes.map((text) => make("li", text)));
 readJudgements();
 makeList();
 listen();

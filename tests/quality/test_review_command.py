@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from medseg_supcon.datasets import PHANTOM_LABELS
 from medseg_supcon.errors import DataError
+from medseg_supcon.inference import find_scans
 from medseg_supcon.quality import Entry, folder_entries, write_page, write_pictures
 from medseg_supcon.scans import Scan
 
@@ -250,3 +251,51 @@ def test_too_many_classes_and_no_mask(tmp_path):
         write_page(tmp_path / "page.html", [Entry("x", file)], {str(k): k for k in range(300)})
     with pytest.raises(DataError, match="no mask"):
         write_page(tmp_path / "page.html", [], {"background": 0})
+
+
+def write_dicom(folder: Path, scan: np.ndarray) -> None:
+    """A series of int16 slices (X, Y, Z) with voxels of 1 x 1 x 2.5 mm."""
+    folder.mkdir(parents=True)
+    uid = f"1.2.826.0.1.{folder.name.encode().hex()[:6]}".replace("a", "1").replace("e", "2")
+    for z in range(scan.shape[2]):
+        image = SimpleITK.GetImageFromArray(scan[None, :, :, z].transpose(0, 2, 1).astype(np.int16))
+        for tag, value in {
+            "0008|0060": "MR", "0020|000d": "1.2.3", "0020|000e": uid, "0008|0018": f"{uid}.{z + 1}",
+            "0020|0013": str(z + 1), "0020|0037": "1\\0\\0\\0\\1\\0", "0020|0032": f"0\\0\\{2.5 * z}", "0018|0050": "2.5",
+        }.items():  # fmt: skip
+            image.SetMetaData(tag, value)
+        writer = SimpleITK.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(folder / f"{z:03d}.dcm"))
+        writer.Execute(image)
+
+
+def test_dicom_series_and_channels(medseg, tmp_path):
+    """A series under another name than its mask's is known by what predict wrote down; of channels the first is shown."""
+    rng = np.random.default_rng(1)
+    scans = {name: rng.integers(0, 500, (6, 7, 5)) for name in ("one", "two")}
+    for name, scan in scans.items():
+        write_dicom(tmp_path / "dicom" / name, scan)
+    series = {scan.name: scan.series for scan in find_scans([tmp_path / "dicom"])}
+    place = np.diag([-1.0, -1, 2.5, 1])
+    masks = {name: (scan > 250).astype(np.uint8) for name, scan in scans.items()}
+    save(tmp_path / "masks" / "two.nii.gz", masks["one"], place)  # the other one's name
+    entries = [{"name": "two", "series": series["one"]}]
+    channels = np.stack([scans["two"], rng.integers(0, 500, (6, 7, 5))], axis=-1).astype(np.int16)
+    save(tmp_path / "4d" / "four.nii.gz", channels, place)
+    for number in range(2):
+        save(tmp_path / "nnunet" / f"single_000{number}.nii", channels[..., number], place)
+    for name in ("four", "single"):
+        save(tmp_path / "masks" / f"{name}.nii.gz", masks["two"], place)
+    (tmp_path / "masks" / "manifest.json").write_text(json.dumps({"labels": {"no": 0, "yes": 1}, "scans": entries}))
+    page = tmp_path / "page.html"
+    folders = [word for name in ("dicom", "4d", "nnunet") for word in ("--scans", tmp_path / name)]
+    code, shown, error = medseg("review", tmp_path / "masks", *folders, "--out", page)
+    assert code == 0 and "3 masks" in shown and error == ""
+    data, blobs = content(page)
+    for row, blob in zip(data["rows"], blobs, strict=True):
+        name = "one" if row["name"] == "two" else "two"
+        expected = scans[name][::-1, ::-1]  # LPS to RAS
+        grey, mask = (part.reshape(row["shape"], order="F") for part in np.frombuffer(blob, np.uint8).reshape(2, -1))
+        assert np.array_equal(mask, expected > 250) and row["spacing"] == [1, 1, 2.5]
+        assert np.corrcoef(np.array(row["levels"])[grey].ravel(), expected.ravel())[0, 1] > 0.999
