@@ -156,8 +156,8 @@ function drawPlanes() {
     canvas.nextElementSibling.textContent = `${PLANES[axis]} ${cursor[axis] + 1} / ${size[axis]}`;
   }
   const here = cursor[0] + volume.shape[0] * (cursor[1] + volume.shape[1] * cursor[2]), label = volume.mask[here];
-  const value = volume.levels ? ` · value ${short(volume.levels[volume.image[here]])}` : "";
-  planes[0].nextElementSibling.textContent += value + (label ? ` · ${classes[label - 1].name}` : "");
+  const value = volume.levels ? `\nvalue ${short(volume.levels[volume.image[here]])}` : "";
+  planes[0].nextElementSibling.textContent += value + (label ? `\n${classes[label - 1].name}` : "");
 }
 
 // ---- the surface: a quad between each voxel of the mask and each neighbour outside, smoothed within half a voxel
