@@ -43,9 +43,8 @@ def review(
         found = [scan for path in scans for scan in find_scans([path])]
     else:
         found = find_scans(scans)
-        for scan in found:
-            if scan.problem is not None:
-                say(err, "warning", "yellow", scan.problem)
+        for text in (text for scan in found for text in (scan.problem, *scan.warnings) if text is not None):
+            say(err, "warning", "yellow", text)
     entries, labels, notes = folder_entries(masks, found, references)
     if not any(entry.scan for entry in entries):
         where = ", ".join(map(str, scans)) or f"the folders beside {masks}"

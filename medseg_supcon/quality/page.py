@@ -193,7 +193,8 @@ def _indices(data: Array, labels: Labels, what: str, notes: list[str]) -> npt.ND
 
 def _counts(indices: Array, labels: Labels) -> list[int]:
     """Voxels of each class, without background."""
-    return [int(n) for n in np.bincount(indices.ravel(), minlength=UNKNOWN + 1)[1 : len(labels)]]
+    counts = count_values(indices)
+    return [counts.get(float(number), 0) for number in range(1, len(labels))]
 
 
 def _dice(one: Array, other: Array, labels: Labels) -> list[float | None]:

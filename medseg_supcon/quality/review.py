@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,8 @@ def folder_entries(
     if not labels:
         values: set[float] = set()
         for path in (*masks.values(), *(entry.reference for entry in entries)):
-            if isinstance(path, Path):
-                values |= set(count_values(read_nifti(path).data))
+            with suppress(DataError):  # write_page says what is wrong with it
+                values |= set(count_values(read_nifti(path).data)) if isinstance(path, Path) else set()
         labels = {"background": 0, **{value_text(value): value for value in sorted(values - {0})}}
     return sorted(entries, key=lambda entry: urgency(entry.facts, entry.name, _is_empty(entry.facts))), labels, notes
 
