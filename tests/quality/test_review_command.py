@@ -21,7 +21,7 @@ from medseg_supcon.datasets import PHANTOM_LABELS
 from medseg_supcon.errors import DataError
 from medseg_supcon.inference import find_scans
 from medseg_supcon.quality import Entry, folder_entries, write_page, write_pictures
-from medseg_supcon.scans import Scan
+from medseg_supcon.scans import Grid, Scan, Volume
 
 
 def content(page: Path) -> tuple[dict[str, Any], list[bytes]]:
@@ -244,6 +244,21 @@ def test_any_entry_of_a_manifest_gives_a_page(tmp_path_factory, value):
     )
     entries, labels, _ = folder_entries(folder / "masks")
     assert write_page(folder / "page.html", entries, labels)["shown"] == 1
+
+
+def test_volumes_instead_of_files(tmp_path):
+    rng = np.random.default_rng(2)
+    mask = (rng.random((6, 5, 4)) > 0.5).astype(np.uint8)
+    grid = Grid.at(mask.shape, np.eye(4))
+    scan, label = (Volume(data, grid, grid.affine) for data in (rng.normal(size=(6, 5, 4, 2)).astype(np.float32), mask))
+    entries = [Entry("x", label, scan, label), Entry("odd", Volume(mask[:3], grid, grid.affine), scan)]
+    assert write_page(tmp_path / "page.html", entries, {"background": 0, "organ": 1})["shown"] == 2
+    odd, row = content(tmp_path / "page.html")[0]["rows"]
+    assert row["notes"] == [] and row["mean"] == 1 and "shape or affine differs" in odd["notes"][0]
+    problems = write_pictures(tmp_path, entries, {"background": 0, "organ": 1})
+    assert (
+        (tmp_path / "x.png").exists() and len(problems) == 1 and "(3, 5, 4)" in problems[0] and len(problems[0]) < 200
+    )
 
 
 def test_too_many_classes_and_no_mask(tmp_path):

@@ -231,25 +231,41 @@ def test_without_quality_with_a_reference(browser: Browser, tmp_path: Path) -> N
     assert browser.run("document.querySelector('#reference').parentElement.hidden")
 
 
-def test_the_surface_is_on_the_same_side_as_the_planes(browser: Browser, tmp_path: Path) -> None:
-    """Class 1 is at the patient's left, class 2 at the right and above: so it is on the screen, too."""
+def place_of_color(browser: Browser, pixels: str, red: bool) -> tuple[int, float, float]:
+    """Pixels of class 1 (more red than blue) or 2, and their mean place: x from the left, y from the top, in 0..1."""
+    script = f"""(() => {{ const [d, w, h] = {pixels}; let n = 0, x = 0, y = 0;
+      for (let i = 0; i < w * h; i++) {{ const r = d[4 * i], b = d[4 * i + 2];
+        if ({"r > b + 60" if red else "b > r + 60"}) n++, x += i % w / w, y += Math.floor(i / w) / h; }}
+      return [n, x / n, y / n]; }})()"""
+    n, x, y = browser.run(script)
+    return n, x, y
+
+
+def test_left_is_left_in_planes_and_surface(browser: Browser, tmp_path: Path) -> None:
+    """Class 1 is at the patient's left, back and feet, class 2 at the other end of each axis."""
     mask = np.zeros((30, 20, 20), np.uint8)
-    mask[20:28, 5:15, 2:9] = 1  # the first axis runs to the left
-    mask[2:10, 5:15, 11:18] = 2
-    page = tmp_path / "page.html"
-    file = volume(tmp_path, "m", mask)
-    write_page(page, [Entry("m", file, Scan("m", (volume(tmp_path, "s", mask.astype(np.int16)),)))], LABELS)
+    mask[20:28, 2:9, 2:9] = 1  # the first axis runs to the left
+    mask[2:10, 11:18, 11:18] = 2
+    page, file = tmp_path / "page.html", volume(tmp_path, "m", mask)
+    scan = Scan("m", (volume(tmp_path, "s", mask.astype(np.int16)),))
+    write_page(page, [Entry("m", file, scan)], LABELS)
     browser.open(page)
     browser.wait(f"{SHOWN} === '0'")
+    browser.run("range = [1e6, 2e6]; $('opacity').value = 1")
+    for red, voxel in ((True, (5, 5, 5)), (False, (23, 14, 14))):  # in RAS
+        browser.run(f"cursor = {list(voxel)}; drawPlanes()")
+        for axis in range(3):
+            canvas = f"document.querySelector('[data-axis=\"{axis}\"]')"
+            pixels = (
+                f"((c) => [c.getContext('2d').getImageData(0, 0, c.width, c.height).data, c.width, c.height])({canvas})"
+            )
+            n, x, y = place_of_color(browser, pixels, red)
+            assert n > 500 and ((x < 0.45 and y > 0.55) if red else (x > 0.55 and y < 0.45)), (axis, red, x, y)
     if browser.run("view.gl === null"):
         pytest.skip("this browser has no WebGL")
-    script = """(() => { Object.assign(view, {turn: 0, tilt: 0}); showSurface();
-      const {gl} = view, w = gl.drawingBufferWidth, h = gl.drawingBufferHeight, d = new Uint8Array(4 * w * h);
-      gl.readPixels(0, 0, w, h, gl.RGBA, gl.UNSIGNED_BYTE, d); const sums = {orange: [0, 0, 0], blue: [0, 0, 0]};
-      for (let i = 0; i < w * h; i++) { const r = d[4 * i], b = d[4 * i + 2]; if (r + b < 30) continue;
-        const s = r > b ? sums.orange : sums.blue; s[0]++, s[1] += i % w / w, s[2] += Math.floor(i / w) / h; }
-      return Object.fromEntries(Object.entries(sums).map(([k, [n, x, y]]) => [k, [n, x / n, y / n]])); })()"""
-    found = browser.run(script)
-    (orange, x1, y1), (blue, x2, y2) = found["orange"], found["blue"]
-    assert min(orange, blue) > 500
-    assert x1 < 0.4 < 0.6 < x2 and y1 < 0.45 < 0.55 < y2
+    browser.run("Object.assign(view, {turn: 0, tilt: 0}); showSurface()")
+    pixels = """(() => { const {gl} = view, w = gl.drawingBufferWidth, h = gl.drawingBufferHeight;
+      const d = new Uint8Array(4 * w * h); gl.readPixels(0, 0, w, h, gl.RGBA, gl.UNSIGNED_BYTE, d); return [d, w, h]; })()"""  # from the bottom
+    for red in (True, False):
+        n, x, y = place_of_color(browser, pixels, red)
+        assert n > 500 and ((x < 0.45 and y < 0.45) if red else (x > 0.55 and y > 0.55)), (red, x, y)
