@@ -117,7 +117,9 @@ def _pack(entry: Entry, labels: Labels, most: int) -> dict[str, Any]:
     mask = read_labels(entry.mask, labels)
     turn = nibabel.io_orientation(mask.affine) if np.isfinite(mask.affine).all() else np.full((3, 2), np.nan)
     if np.isnan(turn).any():
-        raise DataError(f"{entry.mask}: its affine is not valid (zero or not finite). Save it on its scan's grid.")
+        raise DataError(
+            f"{entry.name}: the mask's affine is not valid (zero or not finite). Save it on its scan's grid."
+        )
     scan, source, notes = entry.scan, entry.reference, list[str]()
     image = reference = None
     if scan is None:

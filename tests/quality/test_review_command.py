@@ -253,7 +253,7 @@ def test_volumes_instead_of_files(tmp_path):
     scan, label = (Volume(data, grid, grid.affine) for data in (rng.normal(size=(6, 5, 4, 2)).astype(np.float32), mask))
     entries = [Entry("x", label, scan, label), Entry("odd", Volume(mask[:3], grid, grid.affine), scan)]
     assert write_page(tmp_path / "page.html", entries, {"background": 0, "organ": 1})["shown"] == 2
-    odd, row = content(tmp_path / "page.html")[0]["rows"]
+    row, odd = content(tmp_path / "page.html")[0]["rows"]
     assert row["notes"] == [] and row["mean"] == 1 and "shape or affine differs" in odd["notes"][0]
     problems = write_pictures(tmp_path, entries, {"background": 0, "organ": 1})
     assert (

@@ -265,7 +265,8 @@ def test_left_is_left_in_planes_and_surface(browser: Browser, tmp_path: Path) ->
         pytest.skip("this browser has no WebGL")
     browser.run("Object.assign(view, {turn: 0, tilt: 0}); showSurface()")
     pixels = """(() => { const {gl} = view, w = gl.drawingBufferWidth, h = gl.drawingBufferHeight;
-      const d = new Uint8Array(4 * w * h); gl.readPixels(0, 0, w, h, gl.RGBA, gl.UNSIGNED_BYTE, d); return [d, w, h]; })()"""  # from the bottom
+      const d = new Uint8Array(4 * w * h);
+      gl.readPixels(0, 0, w, h, gl.RGBA, gl.UNSIGNED_BYTE, d); return [d, w, h]; })()"""  # from the bottom
     for red in (True, False):
         n, x, y = place_of_color(browser, pixels, red)
         assert n > 500 and ((x < 0.45 and y < 0.45) if red else (x > 0.55 and y > 0.55)), (red, x, y)
