@@ -22,6 +22,7 @@ from medseg_supcon.cli import terminal
 from medseg_supcon.cli.compare import compare
 from medseg_supcon.cli.demo import demo
 from medseg_supcon.cli.predict import predict
+from medseg_supcon.cli.review import review
 from medseg_supcon.cli.terminal import err, out, print_metrics, print_report, printable, read_selected
 from medseg_supcon.cli.train import plan, train
 from medseg_supcon.errors import ConfigError, MedsegError
@@ -165,7 +166,7 @@ def export(
     out.print(f"Wrote {printable(file)} ({format}). Largest difference from the network's output: {difference:.1e}")
 
 
-for _command in (demo, check, plan, train, predict, evaluate, compare, embed, export):
+for _command in (demo, check, plan, train, predict, review, evaluate, compare, embed, export):
     app.command()(_command)
 
 

@@ -116,16 +116,18 @@ class Predictor:
         probabilities: bool = False,
         overwrite: bool = False,
         progress: Progress | None = None,
+        pictures: bool = False,
     ) -> dict[str, Any]:
         """Segment scans into a folder; a scan that fails is reported, and the rest continue.
 
         Args:
             scans: `Scan`s, or files and folders; two that would get one name are both refused.
-            out: gets ``<name>.nii.gz`` per scan, ``manifest.json``, and a folder of ``probabilities``.
+            out: gets ``<name>.nii.gz`` per scan, ``manifest.json``, ``quality.csv``, and a folder of ``probabilities``.
             probabilities: write (X, Y, Z, K) float32 NIfTI to ``out/probabilities`` too.
             overwrite: replace files that exist; otherwise their scans are skipped, with a warning if another model
                 or other settings made them.
             progress: called with (scans done, scans in total, the scan's entry of the manifest) after each.
+            pictures: also write ``review.html``, a page that shows scans and masks, worst first.
 
         Returns:
             the content of ``manifest.json`` for this call's scans: ``scans`` (each with ``status`` "done",
@@ -139,7 +141,9 @@ class Predictor:
         ready += self.find_scans(scan for scan in given if not isinstance(scan, Scan))
         ready = refuse_equal_names(list(dict.fromkeys(ready)))  # a scan given twice is one scan
         head = describe(self.models, self.tta, self.device, self.amp)
-        return predict_folder(self.prepare, self.segment, head, ready, Path(out), probabilities, overwrite, progress)
+        return predict_folder(
+            self.prepare, self.segment, head, ready, Path(out), probabilities, overwrite, progress, pictures
+        )
 
     def prepare(self, scan: Scan) -> Prepared:
         """Read and preprocess a scan; needs no GPU, so that it can run beside `segment`. DataError as for `predict`."""
