@@ -202,7 +202,7 @@ class QualityModel:
             reference,
             forest,
             residuals,
-        )  # (3, n): predicted, residual, weight
+        )  # (4, n): predicted, residual, weight, unseen
         self.scans, self.unseen, self.samples = (int(facts[key]) for key in ("scans", "unseen", "samples"))
         self.good_from, self.usual_distance = float(facts["good_from"]), np.array(facts["usual_distance"], dtype=float)
 
@@ -235,28 +235,35 @@ class QualityModel:
             forest = fitted(~out, reference, tables)
             for i in np.flatnonzero(out):
                 predicted[i] = forest.predict(tables[i]).mean()
-        residuals = np.stack([predicted, truth - predicted, weight])
+        residuals = np.stack([predicted, truth - predicted, weight, unseen])
         facts = {"scans": len(names), "unseen": unseen_scans, "samples": len(samples), "good_from": 0.0}
         own = [reference.distances(s.evidence, without=i)[:, 0] for i, s in enumerate(clean)]
         facts["usual_distance"] = np.nan_to_num(np.nanpercentile(own, 95, axis=0), nan=1.0).tolist()
         model = cls(reference, fitted(np.ones(len(samples), dtype=bool), reference, tables), residuals, facts)
         is_clean = np.array([s.clean for s in samples])
-        lows = [model.interval(p)[0] for p in predicted[is_clean]]
+        lows = [model.interval(p + model.correction(p))[0] for p in predicted[is_clean]]
         validation = truth[is_clean & unseen]
         model.good_from = float(min([np.percentile(x, 5) for x in (lows, validation) if len(x)]))
         return model
 
     def interval(self, predicted: float) -> tuple[float, float]:
         """Where the mean Dice is with 90 % probability."""
-        at, residual, weight = self.residuals
+        at, residual, weight, _ = self.residuals
         weight = weight * np.exp(-((at - predicted) ** 2) / (2 * BANDWIDTH**2)) + 1e-12
         spread = np.sqrt(np.average(residual**2, weights=weight))
         half = student.ppf((1 + COVERAGE) / 2, max(1, self.scans - 1)) * np.sqrt(1 + 1 / self.scans) * spread
         return float(max(0.0, predicted - half)), float(min(1.0, predicted + half))
 
+    def correction(self, predicted: float) -> float:
+        """The mean residual of scans that the network was not trained on, shrunk towards 0 if they are few."""
+        at, residual, _, unseen = self.residuals
+        weight = unseen * np.exp(-((at - predicted) ** 2) / (2 * (2.5 * BANDWIDTH) ** 2)) + 1e-12 * unseen
+        return float(weight @ residual / max(weight.sum(), 1e-300) * self.unseen / (self.unseen + 2))
+
     def estimate(self, evidence: Evidence) -> Estimate:
         """The probable Dice of a mask."""
         dice = self.forest.predict(self.reference.table(evidence))
+        dice = np.clip(dice + self.correction(float(dice.mean())), 0, 1)
         mean = float(dice.mean())
         distance = self.reference.distances(evidence)[:, 0] / self.usual_distance
         return Estimate(dice, mean, *self.interval(mean), distance)

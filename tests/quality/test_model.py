@@ -97,7 +97,7 @@ def test_predicts_the_dice_of_new_masks_within_its_intervals(model: QualityModel
 
 
 def test_the_interval_is_students_with_local_residuals(model: QualityModel) -> None:
-    at, residual, weight = model.residuals
+    at, residual, weight, _ = model.residuals
     w = [k * np.exp(-((a - 0.7) ** 2) / (2 * BANDWIDTH**2)) for a, k in zip(at, weight, strict=True)]
     spread = (sum(k * r * r for k, r in zip(w, residual, strict=True)) / sum(w)) ** 0.5
     half = stats.t(df=7).ppf(0.95) * (1 + 1 / 8) ** 0.5 * spread
