@@ -37,7 +37,7 @@ from medseg_supcon.training.speed import check_device, free_memory
 
 HIGHEST_RATE = 1e3  # far above any that trains
 WRITTEN_LAST = ("eval/metrics.json", "docs/curves.png")
-OF_EARLIER_WEIGHTS = ("eval/metrics.csv", "models/quality.npz", *WRITTEN_LAST)
+OF_EARLIER_WEIGHTS = ("eval/metrics.csv", "eval/review.html", "eval/example.png", "models/quality.npz", *WRITTEN_LAST)
 
 
 def check_planned(
@@ -95,8 +95,8 @@ def evaluate_and_document(run: str | Path, device: str | torch.device | None = N
     if idist.get_rank() == 0:
         name = None if device is None else str(device)
         try:
-            evaluate_validation(run, device=name, trust=True)
             fit_quality(run, name)
+            evaluate_validation(run, device=name, trust=True)
         except MedsegError as error:
             if alone:
                 raise
