@@ -47,22 +47,24 @@ def fit_quality(run: Path, device: str | None = None) -> QualityModel | None:
     seen = {item.get("name") for item in lists.get("training", ())}
     entries = [item for key in ("validation", "training") for item in lists.get(key, ()) if item.get("label")]
     entries = list({str(item.get("name")): item for item in entries}.values())[:SCANS]
-    budget = int(plan["epochs"] * plan["steps_per_epoch"] * plan["batch_size"] * WINDOWS_PER_STEP)
+    steps = plan["epochs"] * plan["steps_per_epoch"]
+    budget = int(steps * plan["batch_size"] * WINDOWS_PER_STEP)
     if folder is None or len(entries) < 2 or budget < FEWEST:
         return None
     started = perf_counter()
     predictor = Predictor(run, device=device, trust=True)
     predictor.quality_models = [None]
-    scans = [_read(item, plan) for item in load_items(entries, folder)]
-    windows = max(1.0, float(np.median([_windows(volume, plan) for _, volume, _ in scans])))
-    voxels = float(np.median([label.size for *_, label in scans]))
-    count = int(min(MOST, budget / windows, MOST_VOXELS / voxels))
+    items = load_items(entries, folder)
+    first = [_read(item, plan) for item in items[:3]]
+    windows = float(np.median([_windows(volume, plan) for _, volume, _ in first]))
+    voxels = float(np.median([label.size for *_, label in first]))
+    count = int(min(MOST, max(budget / windows, min(ENOUGH, steps / 9)), MOST_VOXELS / voxels))
     if count < FEWEST:
         return None
-    scans = scans[: max(2, count // 6)]
-    samples = []
-    for number, (scan, volume, label) in enumerate(scans):
-        each = count // len(scans)
+    items = items[: max(2, count // 6)]
+    each, samples = count // len(items), []
+    for number, item in enumerate(items):
+        scan, volume, label = first[number] if number < len(first) else _read(item, plan)
         for degraded, clean in _forms(scan.name, volume, label, each, number * each):
             affine = volume.monai_affine.copy()
             affine[:3, :3] *= degraded.zoom
