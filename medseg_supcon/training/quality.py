@@ -22,7 +22,7 @@ from medseg_supcon.plan import read_plan
 from medseg_supcon.quality import Degraded, QualityModel, Sample, degradations
 from medseg_supcon.scans import Grid, Scan, Volume, read_nifti, read_scan
 
-FEWEST, MOST = 24, 900  # samples: with fewer no model is fitted; more add nothing
+FEWEST, ENOUGH, MOST = 24, 200, 900  # samples: with fewer no model is fitted, and more add nothing
 SCANS = 40
 WINDOWS_PER_STEP = 1 / 9  # of a training step's patches: about a tenth of the training's time
 MOST_VOXELS = 1.5e9  # degraded in all
