@@ -28,7 +28,7 @@ def rated_run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     shutil.copytree(trained_run, run)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "WINDOWS_PER_STEP", 10_000)
-        patch.setattr(fitting, "MOST", 30)
+        patch.setattr(fitting, "MOST", 36)
         patch.setattr(model, "TREES", 20)
         assert fit_quality(run, "cpu") is not None
     return run
@@ -64,7 +64,7 @@ def test_the_fit_is_reproducible_and_knows_its_scans(rated_run: Path, trained_ru
     shutil.copytree(trained_run, again)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "WINDOWS_PER_STEP", 10_000)
-        patch.setattr(fitting, "MOST", 30)
+        patch.setattr(fitting, "MOST", 36)
         patch.setattr(model, "TREES", 20)
         fit_quality(again, "cpu")
     with np.load(rated_run / "models" / "quality.npz") as one, np.load(again / "models" / "quality.npz") as two:
