@@ -76,11 +76,10 @@ class DicomSegWriter:
 
     def _segmentation(self, mask: npt.NDArray[Any], scan: Scan) -> Any:
         hd = _highdicom()
-        headers, frames, _ = check_series(scan.files)
+        frames, _ = check_series(scan.files)
         planes = _segment_numbers(mask, self.models[0].plan["labels"])
         # The frames of one file are referred to by their numbers, so they must be in its order.
-        numbers = {id(frame): number for header in headers for number, frame in enumerate(header.frames)}
-        order = sorted(range(len(frames)), key=lambda k: numbers[id(frames[k])])
+        order = sorted(range(len(frames)), key=lambda k: frames[k].number)
         frames, planes = [frames[k] for k in order], planes[order]
         sources = [read_whole_header(file) for file in dict.fromkeys(frame.file for frame in frames)]
         _check_required(sources)

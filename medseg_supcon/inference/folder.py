@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from medseg_supcon.errors import DataError, MedsegError, RunError
-from medseg_supcon.files import remove_leftovers, temporary_name
+from medseg_supcon.files import read_json, remove_leftovers, temporary_name
 from medseg_supcon.inference.dicom_seg import SEG_ENDING, DicomSegWriter
 from medseg_supcon.inference.find_scans import keep_names
 from medseg_supcon.inference.manifest import Manifest, entry_of
 from medseg_supcon.inference.prepare import Prediction, Prepared
 from medseg_supcon.inference.sliding_window import is_out_of_memory
+from medseg_supcon.quality import folder_entries, write_page, write_table
 from medseg_supcon.scans import Scan, is_mask_of, is_whole, read_nifti, write_nifti
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -79,6 +80,7 @@ def predict_folder(
     overwrite: bool,
     progress: Progress | None,
     dicom_seg: DicomSegWriter | None = None,
+    pictures: bool = False,
 ) -> dict[str, Any]:
     """See `Predictor.run`; ``head`` is that of the manifest, from `describe`."""
     make_writable(out)
@@ -127,6 +129,12 @@ def predict_folder(
         segment_each(todo, prepare, lambda prepared: segment(prepared, probabilities), write, report)
     finally:
         manifest.write()
+    every = read_json(manifest.path)["scans"]
+    if rated := [entry for entry in every if entry.get("quality")]:
+        write_table(out / "quality.csv", rated, list(head["labels"])[1:])
+    if pictures and any(entry["status"] != "failed" for entry in manifest.entries):
+        entries, labels, notes = folder_entries(out, scans)
+        write_page(out / "review.html", entries, labels, out.absolute().name, notes)
     return manifest.content()
 
 

@@ -65,6 +65,7 @@ def entry_of(prediction: Prediction, labels: dict[str, float]) -> dict[str, Any]
         "seconds": round(prediction.seconds, 3),
         **_mask_facts(prediction.mask, prediction.grid, labels),
         "warnings": list(prediction.warnings),
+        **({"quality": prediction.quality} if prediction.quality is not None else {}),
     }
 
 

@@ -38,6 +38,7 @@ from medseg_supcon.training.prepare import (
     prepare_run,
     refuse_errors,
 )
+from medseg_supcon.training.quality import fit_quality
 from medseg_supcon.training.ranks import (
     BlankFillerd,
     RankSampler,
