@@ -115,7 +115,7 @@ def test_every_comparison_that_is_shown_is_counted(written):
     without = caveats(found["about"], found["differences"])
     assert any(text.startswith("4 comparisons of the mean, not counting those of single classes") for text in without)
     means = [row for row in found["differences"] if row["class"] == "mean"]
-    assert any(text.startswith("4 comparisons of the mean: each") for text in caveats(found["about"], means))
+    assert any(text.startswith("4 comparisons of the mean: even") for text in caveats(found["about"], means))
     alone = caveats(found["about"], means[:1], found["robustness"][:1])
     assert not any("comparisons" in text for text in alone)
 
