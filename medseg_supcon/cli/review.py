@@ -15,7 +15,7 @@ BESIDE = ("images*", "scans*", "*/images*", "*/scans*")  # where scans are looke
 
 
 def review(
-    masks: Annotated[Path, typer.Argument(help="A folder of masks that medseg predict wrote, or any other one.")],
+    masks: Annotated[Path, typer.Argument(metavar="MASKS", help="A folder of masks, from medseg predict or elsewhere.")],
     file: Annotated[Path, typer.Option("--out", metavar="FILE", help="HTML file to write.")],
     scans: Annotated[
         list[Path] | None,
@@ -25,9 +25,9 @@ def review(
         ),
     ] = None,
     references: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Label maps to show and to compare the masks with.")
+        Path | None, typer.Option(metavar="FOLDER", help="Label maps to show, and to compare the masks with.")
     ] = None,
-    most: Annotated[int, typer.Option(min=1, metavar="N", help="Number of masks in the page, worst first.")] = 300,
+    most: Annotated[int, typer.Option(min=1, metavar="N", help="Number of masks on the page, the worst ones first.")] = 300,
     overwrite: OverwriteOption = False,
 ) -> None:  # fmt: skip
     """Write one HTML page to look at scans and masks, worst first, and to judge them. It opens without a network."""
