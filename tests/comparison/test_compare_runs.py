@@ -259,7 +259,7 @@ def test_a_run_that_is_killed_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     for where in (["cpu"], ["cpu", "cpu"]):
         said = _jobs.run_process(tmp_path / "job.json", "cpu", where, set())
-        assert "ended by SIGKILL" in said and "memory" in said
+        assert "stopped by SIGKILL" in said and "memory" in said
 
 
 def test_killed_side_by_side_and_resumed(compared, phantoms, design, copied):
