@@ -35,20 +35,16 @@ def compare(
     design: Design,
     out: Path,
     *,
-    epochs: int | None = None,
-    settings: Settings = (),
     device: str | None = None,
     workers: int | None = None,
-    robustness: bool = True,
-    training_score: bool = False,
     trust_scan_affine: bool = False,
     trust: bool = False,
     say: Say = print,
 ) -> Row:
     """Train and test every run of a design, write tables, pictures and ``report.html``; returns ``comparison.json``.
 
-    The same call continues an interrupted comparison: finished runs are kept. ``epochs`` (default: the first plan's length)
-    and ``settings`` are those of all runs. A `RunError` if the folder holds something else, another call is at work in it,
+    The same call continues an interrupted comparison: finished runs are kept. Without ``epochs`` in the design's config the
+    first plan's length is that of all runs. A `RunError` if the folder holds something else, another call is at work in it,
     an earlier run was made with other settings, a run failed, or one needs trust.
     """
     if not (out / MARKER).exists():
@@ -62,20 +58,18 @@ def compare(
             check_network_trusted(path, read_plan(path), trust)
         for run in filter(is_planned, sorted((out / "runs").glob("*"))):
             check_configs_trusted(run, trust)
-        plans = make_plans(design, out, settings, epochs, device, trust_scan_affine, say)
-        cells = prepare_cells(design, out, plans, settings, robustness, training_score)
+        plans = make_plans(design, out, device, trust_scan_affine, say)
+        cells = prepare_cells(design, out, plans)
         _train_and_test(cells, jobs.devices(device, workers), say)
-        report = write_comparison(out, _read_results(design, next(iter(plans.values())), cells, settings))
+        report = write_comparison(out, _read_results(design, next(iter(plans.values())), cells))
         write_text(out / MARKER, json.dumps(report, indent=1, allow_nan=False) + "\n")
         return report
 
 
-def make_plans(
-    design: Design, out: Path, settings: Settings, epochs: int | None, device: str | None, trust_affine: bool, say: Say
-) -> dict[int, Row]:
+def make_plans(design: Design, out: Path, device: str | None, trust_affine: bool, say: Say) -> dict[int, Row]:
     """The plan of each budget, kept in ``plans/``, all of one length; a `RunError` if a kept one was made otherwise."""
     plans: dict[int, Row] = {}
-    baseline = design.files[design.recipes[0]]
+    baseline, settings, epochs = design.config.recipes[0].recipe, design.settings, design.config.epochs
     mine = [(_bare(key), value) for key, value in (*read_recipe(baseline).items(), *settings) if is_of_plan(key)]
     for labels, split in design.splits.items():
         path, record = (out / folder / f"labels{labels}.json" for folder in ("plans", "jobs/plans"))
@@ -107,22 +101,20 @@ def make_plans(
     return plans
 
 
-def prepare_cells(
-    design: Design, out: Path, plans: dict[int, Row], settings: Settings, robustness: bool, training_score: bool
-) -> dict[Path, Cell]:
+def prepare_cells(design: Design, out: Path, plans: dict[int, Row]) -> dict[Path, Cell]:
     """A planned run and a job file for every cell; a `RunError` if an existing run was prepared otherwise."""
-    root = design.dataset.root
+    root, settings = design.dataset.root, design.settings
     tests = {jobs.CLEAN: items(design.test, root)}
-    for condition in CORRUPTIONS if robustness else ():
+    for condition in CORRUPTIONS if design.config.robustness else ():
         folder = jobs.scores_folder(out / "corrupted", condition)
         tests[condition] = items(corrupt_cases(design.test, condition, folder), root)
     cells = {}
     for cell in design.cells:
         run, path = out / "runs" / cell.name, out / "jobs" / f"{cell.name}.json"
-        split, own, plan = design.splits[cell.labels], _own_settings(design, cell), plans[cell.labels]
-        definition = {"recipe": read_recipe(design.files[cell.recipe]), "settings": settings, "epochs": plan["epochs"]}
+        split, recipe, plan = design.splits[cell.labels], cell.recipe.recipe, plans[cell.labels]
+        definition = {"recipe": read_recipe(recipe), "settings": settings, "epochs": plan["epochs"]}
         definition |= {f"{part} cases": names for part, names in case_names(split).items()}
-        definition |= {"own settings": own} if own else {}
+        definition |= {"own settings": cell.own} if cell.own else {}
         if planned := is_planned(run):
             _check_same(run, path, definition)
         job = {
@@ -130,28 +122,23 @@ def prepare_cells(
             "tests": str((out / "tests" / cell.name).resolve()),
             "dataset_dir": str(root.resolve()),
             "classes": list(design.dataset.labels)[1:],
-            "conditions": tests | ({jobs.TRAINING: items(split.training, root)} if training_score else {}),
+            "conditions": tests
+            | ({jobs.TRAINING: items(split.training, root)} if design.config.training_score else {}),
             "definition": definition,
         }
         write_text(path, json.dumps(job, indent=1, default=str) + "\n")
         if not planned:
-            options: Row = {"settings": [*settings, *own], "plan_settings": _own_plan(design, cell, settings)}
-            options |= {"recipe": design.files[cell.recipe], "seed": cell.seed, "plan": plan}
-            prepare_run(design.dataset, split, run, **options)
+            options: Row = {"settings": [*settings, *cell.own], "plan_settings": _own_plan(design, cell, settings)}
+            prepare_run(design.dataset, split, run, recipe=recipe, seed=cell.seed, plan=plan, **options)
         cells[path] = cell
     return cells
-
-
-def _own_settings(design: Design, cell: Cell) -> list[tuple[str, Any]]:
-    """A cell's settings beyond those of all runs: its recipe's, and over them its variant's."""
-    return [*design.own.get(cell.recipe, {}).items(), *cell.variant.settings]
 
 
 def _own_plan(design: Design, cell: Cell, settings: Settings) -> list[tuple[str, Any]]:
     """What a cell changes in its budget's plan, which was made under the baseline's recipe."""
     for_all = {_bare(key) for key, _ in settings}
-    overlay = {} if cell.recipe == design.recipes[0] else read_recipe(design.files[cell.recipe])
-    mine = [(k, v) for k, v in overlay.items() if _bare(k) not in for_all] + _own_settings(design, cell)
+    overlay = {} if cell.recipe == design.config.recipes[0] else read_recipe(cell.recipe.recipe)
+    mine = [(k, v) for k, v in overlay.items() if _bare(k) not in for_all] + cell.own
     return [(_bare(key), value) for key, value in mine if is_of_plan(key) and _bare(key) != LENGTH]
 
 
@@ -164,7 +151,7 @@ def unequal_recipes(design: Design) -> list[str]:
     sentences = []
     for cell in design.cells:
         mine = dict(_own_plan(design, cell, ()))
-        who = f"{cell.recipe} ({cell.variant.name})" if cell.variant.levels else cell.recipe
+        who = cell.recipe.name + (f" ({cell.variant.name})" if cell.variant.levels else "")
         if own := ", ".join(key for key in EQUAL if key in mine):
             sentences.append(f"{who} sets its own {own}: its budget is not the baseline's.")
         if "network_def" in mine:
@@ -211,7 +198,7 @@ def _train_and_test(cells: Mapping[Path, Cell], where: Sequence[str], say: Say) 
         raise RunError(f"{len(failed)} of {len(cells)} runs failed; {failed[0]}. {cure}")
 
 
-def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell], settings: Settings) -> Results:
+def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell]) -> Results:
     """The results of finished and tested runs; ``plan`` is the smallest budget's."""
     scores: dict[str, list[Row]] = {}
     runs, histories = [], []
@@ -236,14 +223,14 @@ def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell], setting
     about = {
         "dataset": design.dataset.name,
         "classes": list(design.dataset.labels)[1:],
-        "recipes": list(design.recipes),
-        "overlays": {name: {**read_recipe(f), **design.own.get(name, {})} for name, f in design.files.items()},
-        "descriptions": {name: describe_recipe(file) for name, file in design.files.items()},
+        "recipes": [recipe.name for recipe in design.config.recipes],
+        "overlays": {name: {**read_recipe(r.recipe), **r.own} for name, r in design.recipes.items()},
+        "descriptions": {name: describe_recipe(r.recipe) for name, r in design.recipes.items()},
         "variants": [{"name": v.name, "levels": dict(v.levels), "settings": dict(v.settings)} for v in design.variants],
-        "axes": design.axes,
-        "settings": [f"{key}={value}" for key, value in settings],
+        "axes": design.config.variants,
+        "settings": [f"{key}={value}" for key, value in design.settings],
         "patch_size": plan["patch_size"],
-        "seeds": list(design.seeds),
+        "seeds": design.config.seeds,
         "splits": {labels: case_names(split) for labels, split in design.splits.items()},
         "test": [case.name for case in design.test],
         "tested_on": design.tested_on,
