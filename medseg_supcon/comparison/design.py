@@ -46,15 +46,11 @@ VARIANTS = "a mapping AXIS: {LEVEL: {KEY: VALUE, ...}, ...}"
 
 
 class Recipe(BaseModel):
-    """A recipe's name or file under its name in the comparison, and settings of it alone."""
+    """A recipe's name or file under its name in the comparison, and settings of it alone (``model_extra``)."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     name: str
     recipe: Annotated[str, Field(min_length=1)]
-
-    @property
-    def own(self) -> dict[str, Any]:
-        return self.model_extra or {}
 
 
 class ComparisonConfig(BaseModel):
@@ -157,7 +153,7 @@ class Cell:
     @property
     def own(self) -> list[tuple[str, Any]]:
         """Its settings beyond those of all runs: its recipe's, and over them its variant's."""
-        return [*self.recipe.own.items(), *self.variant.settings]
+        return [*(self.recipe.model_extra or {}).items(), *self.variant.settings]
 
 
 @dataclass(frozen=True)
@@ -171,11 +167,6 @@ class Design:
     test: tuple[Case, ...]  # labelled cases that no run trains or validates on
     tested_on: str  # how they were chosen, in words
     variants: tuple[Variant, ...]  # every recipe is trained under each
-
-    @property
-    def settings(self) -> list[tuple[str, Any]]:
-        """Those of all runs."""
-        return list(self.config.settings.items())
 
     @property
     def cells(self) -> list[Cell]:
@@ -192,18 +183,13 @@ def case_names(split: Split) -> dict[str, list[str]]:
 def design_comparison(
     dataset: Dataset, config: ComparisonConfig, *, cases: Names = None, test_cases: Names = None, split_seed: int = 0
 ) -> Design:
-    """Decide which cases train, validate and test; a `ConfigError` or `DataError` if the recipes cannot be compared.
-
-    The runs draw from the pool: ``cases`` (default: all) without the test cases. Without ``test_cases`` the labelled
-    cases outside ``cases`` are tested on; if there are none, the labelled cases that no budget uses (the runs do not
-    get them as unlabelled scans either); if there are none of those, a quarter of the cases is put aside first.
-    """
+    """Decide which cases train, validate and test, as docs/compare.md says of its options; an error if it cannot be."""
     recipes: dict[str, Recipe] = {}
     for recipe in config.recipes:
         if Path(recipe.name).name != recipe.name or "\\" in recipe.name:
             raise ConfigError(f"recipes: {recipe.name!r} cannot be part of a folder's name. Leave the slashes out.")
         earlier = recipes.setdefault(recipe.name, recipe)
-        if (read_recipe(recipe.recipe), recipe.own) != (read_recipe(earlier.recipe), earlier.own):
+        if (read_recipe(recipe.recipe), recipe.model_extra) != (read_recipe(earlier.recipe), earlier.model_extra):
             both = f"{earlier.recipe} and {recipe.recipe}"
             raise ConfigError(f"--recipes: {both} are different recipes with the same name. Rename a file.")
     if len(config.recipes) < 2:
@@ -214,8 +200,7 @@ def design_comparison(
             raise ConfigError(f"--{option}: {repeated[0]} is given twice. Give each value once.")
     labels = [None if budget == "all" else budget for budget in config.labels]
     pool, test, tested_on = _test_cases(dataset, cases, test_cases, labels, split_seed)
-    most = max((budget for budget in labels if budget is not None), default=0)
-    if test and most > len(pool.labelled):
+    if (most := max((budget for budget in labels if budget is not None), default=0)) > len(pool.labelled):
         labelled = f"{dataset.root} has {counted(len(pool.labelled), 'labelled case')}"
         cure = "Ask for at most that many, or name fewer cases to test on with --test-cases FILE."
         raise DataError(f"--labels {most}: in addition to {counted(len(test), 'test case')}, {labelled}. {cure}")
@@ -244,8 +229,8 @@ def design_comparison(
             "none is left: the others are tested on, or all are labelled. Name the scans to test on with --test-cases "
             "FILE, so that the rest counts as unlabelled, or give smaller budgets with --labels."
         )
-    variants = make_variants(config.variants)
-    return Design(dataset, config, recipes, dict(sorted(splits.items())), test, tested_on, variants)
+    splits = dict(sorted(splits.items()))
+    return Design(dataset, config, recipes, splits, test, tested_on, make_variants(config.variants))
 
 
 def _names(cases: Iterable[Case]) -> set[str]:

@@ -82,7 +82,7 @@ def differences_figure(differences: Sequence[Row], path: Path) -> None:
     below = "Dice points (right of 0: better than the baseline), 95 % interval"
     figure, axis = _axis(7.2, 0.9 + 0.34 * max(len(rows), 2), f"Difference from {baseline}", below)
     axis.axvline(0, color=INK, linewidth=1.0)
-    names, ends = [], [0.0]
+    names = []
     for place, row in enumerate(rows):
         color, mean = styles[row["recipe"]][0], row["class"] == MEAN
         low, middle, high = (100 * row[key] for key in ("low", "difference", "high"))
@@ -90,11 +90,9 @@ def differences_figure(differences: Sequence[Row], path: Path) -> None:
         filled = color if excludes_zero(row) else "white"
         axis.plot(middle, -place, marker="o", markersize=7, color=color, markerfacecolor=filled)
         names.append(f"{row['labels']} labels, {row['recipe']}" + ("" if mean else f": {row['class']}"))
-        ends += [low, high]
     axis.set_yticks([-i for i in range(len(rows))], names)
     axis.set_ylim(-len(rows) + 0.4, 0.6)
-    margin = 0.12 * (max(ends) - min(ends)) or 1.0
-    axis.set_xlim(min(ends) - margin, max(ends) + margin)
+    axis.margins(x=0.12)
     save(figure, path)
 
 
@@ -155,16 +153,12 @@ def grid_curves_figure(histories: Sequence[Row], variants: Sequence[Row], recipe
     for (level_number, level), (row, (column, title)) in product(enumerate(columns), enumerate((CONTRAST, DICE))):
         shown = [v["name"] for v in variants if not others or v["levels"][first] == level]
         looks = [
-            (
-                {"variant": name, "recipe": recipe},
-                {"color": colors[group_of[name]], "linestyle": line, "linewidth": 1.6},
-            )
+            ({"variant": name, "recipe": recipe}, {"color": colors[group_of[name]], "linestyle": line})
             for name, (recipe, line) in product(shown, lines.items())
         ]
         heading = f"{level}: {title.lower()}" if others else title
         _draw_curves(axes[row, level_number], heading, column, runs, looks)
-    for axis in axes[0]:
-        axis.set_xlabel("")
+        axes[row, level_number].label_outer()
     for group, color in colors.items():
         axes[0, 0].plot([], [], color=color, linewidth=2, label=group)
     for recipe, line in lines.items():

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from threading import Thread, local
+from threading import Thread
 from time import sleep
 from typing import Any
 
@@ -132,15 +132,15 @@ def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Callable[[Path, s
     One worker shows its progress. Several are silent, write ``JOB.log``, and share CPU threads and memory for scans.
     ``where`` has a device for each worker; ``done`` is called here after each job, with what went wrong ("": nothing).
     """
-    processes, own, free = set[subprocess.Popen[bytes]](), local(), iter(where)
-
-    def take_device() -> None:
-        own.device = next(free)
+    processes, free = set[subprocess.Popen[bytes]](), list(where)
 
     def task(job: Path) -> str:
-        return run_process(job, own.device, where, processes)
+        device = free.pop(0)
+        problem = run_process(job, device, where, processes)
+        free.append(device)
+        return problem
 
-    with ThreadPoolExecutor(len(where), initializer=take_device) as threads:
+    with ThreadPoolExecutor(len(where)) as threads:
         running = {threads.submit(task, job): job for job in jobs}
         try:
             for future in as_completed(running):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
@@ -32,20 +33,13 @@ EQUAL = ("steps_per_epoch", "batch_size")  # a recipe that sets one of these has
 
 
 def compare(
-    design: Design,
-    out: Path,
-    *,
-    device: str | None = None,
-    workers: int | None = None,
-    trust_scan_affine: bool = False,
-    trust: bool = False,
-    say: Say = print,
-) -> Row:
+    design: Design, out: Path, *, device: str | None = None, workers: int | None = None, trust_scan_affine: bool = False,
+    trust: bool = False, say: Say = print,
+) -> Row:  # fmt: skip
     """Train and test every run of a design, write tables, pictures and ``report.html``; returns ``comparison.json``.
 
-    The same call continues an interrupted comparison: finished runs are kept. Without ``epochs`` in the design's config the
-    first plan's length is that of all runs. A `RunError` if the folder holds something else, another call is at work in it,
-    an earlier run was made with other settings, a run failed, or one needs trust.
+    The same call continues an interrupted comparison: finished runs are kept. A `RunError` if the folder holds something
+    else, another call is at work in it, an earlier run was made with other settings, a run failed, or one needs trust.
     """
     if not (out / MARKER).exists():
         if out.exists() and any(out.iterdir()):
@@ -69,7 +63,8 @@ def compare(
 def make_plans(design: Design, out: Path, device: str | None, trust_affine: bool, say: Say) -> dict[int, Row]:
     """The plan of each budget, kept in ``plans/``, all of one length; a `RunError` if a kept one was made otherwise."""
     plans: dict[int, Row] = {}
-    baseline, settings, epochs = design.config.recipes[0].recipe, design.settings, design.config.epochs
+    baseline, epochs = design.config.recipes[0].recipe, design.config.epochs
+    settings = list(design.config.settings.items())
     mine = [(_bare(key), value) for key, value in (*read_recipe(baseline).items(), *settings) if is_of_plan(key)]
     for labels, split in design.splits.items():
         path, record = (out / folder / f"labels{labels}.json" for folder in ("plans", "jobs/plans"))
@@ -82,13 +77,11 @@ def make_plans(design: Design, out: Path, device: str | None, trust_affine: bool
             _check_same(path, record, definition)
         else:
             say(f"Planning for {labels} labelled scans")
-            draft = out / ".planning"
-            shutil.rmtree(draft, ignore_errors=True)
             options: Row = {"recipe": baseline, "settings": settings, "epochs": epochs, "device": device}
-            plan = prepare_run(design.dataset, split, draft, trust_scan_affine=trust_affine, **options)
+            with TemporaryDirectory() as draft:
+                plan = prepare_run(design.dataset, split, Path(draft), trust_scan_affine=trust_affine, **options)
             for warning in plan_warnings(plan):
                 say(f"Warning: {warning}")
-            shutil.rmtree(draft)
             write_text(record, json.dumps({"definition": definition}, indent=1, default=str) + "\n")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_plan(plan, path)
@@ -103,7 +96,7 @@ def make_plans(design: Design, out: Path, device: str | None, trust_affine: bool
 
 def prepare_cells(design: Design, out: Path, plans: dict[int, Row]) -> dict[Path, Cell]:
     """A planned run and a job file for every cell; a `RunError` if an existing run was prepared otherwise."""
-    root, settings = design.dataset.root, design.settings
+    root, settings = design.dataset.root, list(design.config.settings.items())
     tests = {jobs.CLEAN: items(design.test, root)}
     for condition in CORRUPTIONS if design.config.robustness else ():
         folder = jobs.scores_folder(out / "corrupted", condition)
@@ -179,56 +172,50 @@ def _train_and_test(cells: Mapping[Path, Cell], where: Sequence[str], say: Say) 
     todo = [job for job in cells if not jobs.is_done(read_json(job))]
     if len(todo) < len(cells):
         say(f"{len(cells) - len(todo)} of {len(cells)} runs are finished already.")
-    start, failed, count = monotonic(), list[str](), 0
+    start, problems = monotonic(), dict[str, str]()
 
     def done(job: Path, problem: str) -> None:
-        nonlocal count
-        count += 1
-        failed.extend([f"{cells[job].name}: {problem}"] if problem else [])
-        left = (monotonic() - start) / count * (len(todo) - count) / 60
-        rest = f"; about {max(left, 1):.0f} min left" if count < len(todo) else ""
-        say(f"{count}/{len(todo)}  {cells[job].name} {f'failed: {problem}' if problem else 'done'}{rest}")
+        problems[cells[job].name] = problem
+        left = len(todo) - len(problems)
+        minutes = (monotonic() - start) / len(problems) * left / 60
+        rest = f"; about {max(minutes, 1):.0f} min left" if left else ""
+        say(f"{len(problems)}/{len(todo)}  {cells[job].name} {f'failed: {problem}' if problem else 'done'}{rest}")
 
     if todo:
         together = f", {len(where)} at the same time" if len(where) > 1 else ""
         say(f"{counted(len(todo), 'run')} to do on {', '.join(dict.fromkeys(where))}{together}.")
     jobs.run_jobs(todo, where, done)
-    if failed:
+    if failed := [f"{name}: {problem}" for name, problem in problems.items() if problem]:
         cure = "The others are kept: give the same command again to continue."
         raise RunError(f"{len(failed)} of {len(cells)} runs failed; {failed[0]}. {cure}")
 
 
 def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell]) -> Results:
     """The results of finished and tested runs; ``plan`` is the smallest budget's."""
-    scores: dict[str, list[Row]] = {}
+    scores = defaultdict[str, list[Row]](list)
     runs, histories = [], []
     for path, cell in cells.items():
         job = read_json(path)
         run, tests = Path(job["run"]), Path(job["tests"])
-        rows = {}
-        for condition in job["conditions"]:
-            if (scored := jobs.read_scores(job, condition)) is None:
+        rows = {condition: jobs.read_scores(job, condition) for condition in job["conditions"]}
+        for condition, scored in rows.items():
+            if scored is None:
                 raise RunError(f"{jobs.scores_folder(tests, condition)} was changed. Give the command again.")
-            rows[condition] = [cell.key | row for row in scored]
+            if condition != jobs.TRAINING:
+                scores[condition] += [cell.key | row for row in scored]
         saved = read_history(run / "logs" / "history.csv")
         history = [{key: value for key, value in row.items() if math.isfinite(value)} for row in saved]
         histories.append(cell.key | {"history": history})
-        runs.append(
-            cell.key | _run_row(history, rows[jobs.CLEAN]) | jobs.read_cost(tests) | {"finished": is_finished(run)}
-        )
-        if jobs.TRAINING in rows:
-            runs[-1]["training_dice"] = summarise(rows.pop(jobs.TRAINING))["mean"]["dice"]
-        for condition, mine in rows.items():
-            scores.setdefault(condition, []).extend(mine)
+        runs.append(cell.key | _run_row(history, rows) | jobs.read_cost(tests) | {"finished": is_finished(run)})
     about = {
         "dataset": design.dataset.name,
         "classes": list(design.dataset.labels)[1:],
         "recipes": [recipe.name for recipe in design.config.recipes],
-        "overlays": {name: {**read_recipe(r.recipe), **r.own} for name, r in design.recipes.items()},
+        "overlays": {name: {**read_recipe(r.recipe), **(r.model_extra or {})} for name, r in design.recipes.items()},
         "descriptions": {name: describe_recipe(r.recipe) for name, r in design.recipes.items()},
         "variants": [{"name": v.name, "levels": dict(v.levels), "settings": dict(v.settings)} for v in design.variants],
         "axes": design.config.variants,
-        "settings": [f"{key}={value}" for key, value in design.settings],
+        "settings": [f"{key}={value}" for key, value in design.config.settings.items()],
         "patch_size": plan["patch_size"],
         "seeds": design.config.seeds,
         "splits": {labels: case_names(split) for labels, split in design.splits.items()},
@@ -242,9 +229,10 @@ def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell]) -> Resu
     return Results(about, scores, runs, histories)
 
 
-def _run_row(history: Sequence[Row], clean: Sequence[Row]) -> Row:
-    """``test_*``: mean over classes; validation Dice and losses: of the last epoch that has one."""
-    test, last = summarise(clean)["mean"], {key: value for row in history for key, value in row.items()}
+def _run_row(history: Sequence[Row], rows: Mapping[str, Any]) -> Row:
+    """``test_*``, ``training_dice``: means over classes; validation Dice and losses: of the last epoch that has one."""
+    test, last = summarise(rows[jobs.CLEAN])["mean"], {key: value for row in history for key, value in row.items()}
+    trained = {"training_dice": summarise(rows[jobs.TRAINING])["mean"]["dice"]} if jobs.TRAINING in rows else {}
     return {
         "test_dice": test["dice"],
         "test_hd95_mm": test["hd95_mm"],
@@ -254,4 +242,4 @@ def _run_row(history: Sequence[Row], clean: Sequence[Row]) -> Row:
         "epochs": len(history),
         "steps": int(history[-1]["step"]),
         "minutes": round(sum(row["seconds"] for row in history) / 60, 2),
-    }
+    } | trained

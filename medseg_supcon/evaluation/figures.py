@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -16,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from medseg_supcon.datasets import snap_labels
+from medseg_supcon.datasets import reorient, snap_labels
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation.metrics import Array, Labels
 from medseg_supcon.scans import Volume, read_nifti
@@ -151,8 +150,8 @@ def overlay_figure(
 ) -> None:
     """Draws the axial, coronal and sagittal plane with most foreground, with masks, as a PNG; axes are in mm.
 
-    The reference (if any) is above, the prediction with the reference's outline below. All are NIfTI files or volumes on
-    one grid (of a scan with channels last, the first is shown). A DataError if a file cannot be read, or shapes differ.
+    The reference (if any) is above, the prediction with the reference's outline below; of a scan's channels the first is
+    shown. A DataError if a file cannot be read, or shapes differ.
     """
     image, spacing = _canonical(scan)
     masks: dict[str, Array] = {}
@@ -204,9 +203,9 @@ def _canonical(file: Path | Volume) -> tuple[Array, Array]:
     volume = file if isinstance(file, Volume) else read_nifti(file)
     if volume.data.ndim < 3:
         raise DataError(f"{file}: expected a 3-D scan, found shape {volume.data.shape}.")
-    order = nibabel.io_orientation(volume.affine)
-    data = nibabel.apply_orientation(volume.data.reshape(*volume.data.shape[:3], -1)[..., 0], order)
-    return data, np.linalg.norm(volume.affine[:3, :3], axis=0)[np.argsort(order[:, 0])]
+    data = volume.data.reshape(*volume.data.shape[:3], -1)[..., 0]
+    data, affine = reorient(data, volume.affine, np.eye(4))
+    return data, np.linalg.norm(affine[:3, :3], axis=0)
 
 
 def _best_slice(mask: Array, foreground: Sequence[tuple[str, float]], axis: int) -> int:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from medseg_supcon.datasets import reorient, value_text
 from medseg_supcon.errors import DataError
 from medseg_supcon.evaluation.metrics import Array, Row, check_grids, score_mask, write_metrics
-from medseg_supcon.scans import NIFTI_ENDINGS, read_nifti
+from medseg_supcon.scans import NIFTI_ENDINGS, read_nifti, stem
 
 MOST_VALUES = 2000  # more than any atlas has
 ROUNDING = 1e-3  # of whole values that a header scales
@@ -21,21 +21,14 @@ SUFFIX = "_0000"  # nnU-Net gives it to scans of a single channel, and a mask ha
 
 
 def evaluate_folders(
-    predictions: str | Path,
-    references: str | Path,
-    labels: Mapping[str, float] | None = None,
-    out: str | Path | None = None,
-    tolerance_mm: float = 1.0,
-    ignore_label: float | None = None,
-) -> dict[str, Any]:
+    predictions: str | Path, references: str | Path, labels: Mapping[str, float] | None = None,
+    out: str | Path | None = None, tolerance_mm: float = 1.0, ignore_label: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Scores the masks of one folder against the label maps of equal name in another; returns ``metrics.json``'s content.
 
-    A mask may have nnU-Net's suffix of a single channel, and its axes may run in another order or direction than those of
-    the label map, if both are at the same place. What is wrong with one case is one of the ``problems``, and the others are
-    scored; ``warnings`` are about values that only one side has. Lengths are mm whatever unit a header names.
-
-    ``labels``: class name -> value, background first; None: the values in the files. ``ignore_label`` is the value of the
-    label maps that means "not annotated". A DataError if a folder is missing or empty, or no case could be scored.
+    A mask may have nnU-Net's suffix of a single channel, and its axes in another order or direction at the same place. What
+    is wrong with one case is one of the ``problems``. A DataError if a folder is missing or empty, or no case can be scored.
+    ``labels``: class name -> value, background first; None: the values in the files.
     """
     masks, maps = _files(Path(predictions)), _files(Path(references))
     # one called x_0000 is x if that alone is a label map's name and no other mask's
@@ -79,12 +72,9 @@ def _files(folder: Path) -> dict[str, Path]:
         raise DataError(f"{folder} is not a folder. Give the folder with the NIfTI files.")
     files: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
-        ending = next((e for e in NIFTI_ENDINGS if file.name.lower().endswith(e)), None)
-        if ending and not file.name.startswith("."):
-            name = file.name[: -len(ending)]
-            if name in files:
-                raise DataError(f"{folder}: {files[name].name} and {file.name} have the same name. Keep one of them.")
-            files[name] = file
+        is_nifti = file.name.lower().endswith(NIFTI_ENDINGS) and not file.name.startswith(".")
+        if is_nifti and (other := files.setdefault(stem(file), file)) is not file:
+            raise DataError(f"{folder}: {other.name} and {file.name} have the same name. Keep one of them.")
     if not files:
         raise DataError(f"{folder} holds no NIfTI file (.nii, .nii.gz).")
     return files

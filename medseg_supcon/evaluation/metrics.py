@@ -35,13 +35,9 @@ COLUMNS = ("case", "class", *METRICS, "tolerance_mm", "volume_ml", "reference_vo
 
 
 def case_metrics(
-    prediction: Array,
-    reference: Array,
-    spacing_mm: Sequence[float],
-    labels: Labels,
-    ignore_mask: Array | None = None,
+    prediction: Array, reference: Array, spacing_mm: Sequence[float], labels: Labels, ignore_mask: Array | None = None,
     tolerance_mm: float = 1.0,
-) -> list[Row]:
+) -> list[Row]:  # fmt: skip
     """Dice, HD95, surface Dice and volumes (ml) of each foreground class of one case, as `METRICS` and ``*_ml``.
 
     HD95 is in mm, as in `monai.metrics`: the larger of the two directed 95th percentiles of the distances between the
@@ -95,19 +91,10 @@ def _scores(p: Array, r: Array, spacing: tuple[float, ...], tolerance_mm: float)
 
 
 def score_mask(
-    name: str,
-    mask: Array,
-    affine: Array,
-    label: Path | Placed,
-    labels: Labels,
-    ignore_label: float | None,
-    tolerance_mm: float,
-    trust_scan_affine: bool = False,
-) -> list[Row]:
-    """`case_metrics` with the case's name, of a mask and a label map (a NIfTI file, or voxels and affine) on one grid.
-
-    Values within 1e-3 of a declared one are that one, as in training.
-    """
+    name: str, mask: Array, affine: Array, label: Path | Placed, labels: Labels, ignore_label: float | None,
+    tolerance_mm: float, trust_scan_affine: bool = False,
+) -> list[Row]:  # fmt: skip
+    """`case_metrics` with the case's name; values within 1e-3 of a declared one are that one, as in training."""
     if isinstance(label, Path):
         volume = read_nifti(label)
         label = volume.data, volume.affine
@@ -138,9 +125,8 @@ def check_grids(what: str, other: str, volume: Placed, reference: Placed, trust_
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Statistics per class over cases, and the mean over classes of the classes' means.
 
-    ``classes`` maps a class to its mean ``dice``, ``hd95_mm`` and ``surface_dice``, each also with ``_std`` (population)
-    and ``_median``, ``n`` (cases with a score) and ``empty`` (cases with empty masks, by kind). ``mean`` holds the three
-    scores over ``n`` classes. None: no score.
+    Each score also has ``_std`` (population) and ``_median``; ``n`` counts cases (of ``mean``: classes) with a score, and
+    ``empty`` cases with empty masks, by kind. None: no score.
     """
     classes: dict[str, Any] = {}
     for name in dict.fromkeys(row["class"] for row in rows):
@@ -163,10 +149,9 @@ def _statistics(rows: Sequence[Row]) -> dict[str, Any]:
 def write_metrics(
     rows: Sequence[Row], folder: str | Path | None, problems: Mapping[str, str] | None = None, **more: Any
 ) -> dict[str, Any]:
-    """Writes `score_case`'s rows and their summary into a folder, and returns the content of ``metrics.json``.
+    """Writes `score_mask`'s rows and their summary into a folder, if any; returns the content of ``metrics.json``.
 
-    ``problems`` are cases that have no scores, name -> why; ``more`` is added to the content. A score that does not
-    exist is an empty field or null, never NaN. Without a folder nothing is written.
+    ``problems`` are cases that have no scores, name -> why; ``more`` is added to the content.
     """
     listed = [{"case": case, "problem": problem} for case, problem in (problems or {}).items()]
     report = {
@@ -205,13 +190,9 @@ class MetricsReport(Metric):  # type: ignore[misc]  # ignite's stubs are not fol
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        labels: Labels,
-        ignore_label: float | None = None,
-        tolerance_mm: float = 1.0,
+        self, folder: str | Path, labels: Labels, ignore_label: float | None = None, tolerance_mm: float = 1.0,
         trust_scan_affine: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.folder = Path(folder)
         self.options: tuple[Any, ...] = (labels, ignore_label, tolerance_mm, trust_scan_affine)
         super().__init__()
