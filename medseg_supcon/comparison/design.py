@@ -183,7 +183,7 @@ def case_names(split: Split) -> dict[str, list[str]]:
 def design_comparison(
     dataset: Dataset, config: ComparisonConfig, *, cases: Names = None, test_cases: Names = None, split_seed: int = 0
 ) -> Design:
-    """Decide which cases train, validate and test, as docs/compare.md says of its options; an error if it cannot be."""
+    """Decide which cases train, validate and test, by the rules in docs/compare.md; a `MedsegError` if that is impossible."""
     recipes: dict[str, Recipe] = {}
     for recipe in config.recipes:
         if Path(recipe.name).name != recipe.name or "\\" in recipe.name:
