@@ -13,10 +13,8 @@ from medseg_supcon.errors import ConfigError
 from medseg_supcon.text import counted
 
 RECIPES = "Names or .yaml files, separated by commas; the first is the baseline."
-SEEDS = "Training seeds, separated by commas; default: 0."
 BUDGETS = "Budgets of labelled scans, validation included, separated by commas; default: all."
 CONFIG = "The comparison as a .yaml file (recipes, a grid of variants, ...), or article."
-LENGTH = "Length of every run; default: the planned length."
 TEST_CASES = "File with the names of the cases to test on; default: cases that no run is trained on."
 NOT_DEGRADED = "Do not also test on degraded scans (noise, bias field, ...)."
 ALSO_DEGRADED = "Test on degraded scans even if the --config file says not to."
@@ -27,11 +25,11 @@ def compare(
     dataset: terminal.DatasetArg,
     out_dir: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder of the comparison.")],
     recipes: Annotated[str | None, typer.Option(metavar="A,B", help=RECIPES)] = None,
-    seeds: Annotated[str | None, typer.Option(metavar="N,N", help=SEEDS)] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="Training seeds, such as 0,1,2; default: 0.")] = None,
     labels: Annotated[str | None, typer.Option(metavar="N,N", help=BUDGETS)] = None,
     validation: terminal.ValidationOption = None,
     config: Annotated[str | None, typer.Option(metavar="FILE", help=CONFIG)] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, metavar="N", help=LENGTH)] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Default: the planned length.")] = None,
     cases: terminal.CasesOption = None,
     test_cases: Annotated[Path | None, typer.Option(metavar="FILE", help=TEST_CASES)] = None,
     split_seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the split, which all runs share.")] = 0,

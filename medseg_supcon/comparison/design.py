@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +17,6 @@ from medseg_supcon.errors import ConfigError, DataError
 from medseg_supcon.text import counted, suggestion
 
 Names = Iterable[str] | None
-Axes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # axis -> level -> settings
 
 PUT_ASIDE = 0.25  # share of the cases to test on if no case is left over
 
@@ -69,10 +68,7 @@ class ComparisonConfig(BaseModel):
 
 
 def read_comparison(name: str | Path | None = None, **options: Any) -> ComparisonConfig:
-    """A comparison's YAML file, or a shipped one (``article``), overridden by options that are not None.
-
-    ``settings`` are added to the file's. Recipe files in it are relative to its own folder.
-    """
+    """A comparison's YAML file, or a shipped one, with options that are not None; ``settings`` are added to the file's."""
     path, given, fields = Path(), dict[str, Any](), ComparisonConfig.model_fields
     if name is not None:
         shipped = shared_folder("configs") / "comparisons"
@@ -93,9 +89,9 @@ def read_comparison(name: str | Path | None = None, **options: Any) -> Compariso
         key = str(error.errors()[0]["loc"][0])
         where, value = (f"--{key}", options[key]) if key in options else (f"{path}: {key}", given[key])
         raise ConfigError(f"{where} must be {fields[key].description}; found {value!r:.200}.") from None
-    for recipe in config.recipes if "recipes" in given and "recipes" not in options else ():
+    for recipe in () if "recipes" in options else config.recipes:
         if recipe.recipe.endswith((".yaml", ".yml")):
-            recipe.recipe = str(path.parent / recipe.recipe)
+            recipe.recipe = str(path.parent / recipe.recipe)  # it is relative to the comparison's own folder
     kept = {key: value for key, value in config.settings.items() if key not in added}
     return config.model_copy(update={"settings": kept | added})
 
@@ -104,8 +100,8 @@ def read_comparison(name: str | Path | None = None, **options: Any) -> Compariso
 class Variant:
     """One point of a grid: axis -> level (empty without a grid), and the settings laid over the recipe."""
 
-    levels: Mapping[str, str] = field(default_factory=dict)
-    settings: tuple[tuple[str, Any], ...] = ()
+    levels: Mapping[str, str]
+    settings: tuple[tuple[str, Any], ...]
 
     @property
     def name(self) -> str:
@@ -116,7 +112,7 @@ class Variant:
         return "-".join(re.sub(r"[^\w.]+", "_", level) for level in self.levels.values())
 
 
-def make_variants(axes: Axes) -> tuple[Variant, ...]:
+def make_variants(axes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> tuple[Variant, ...]:
     """Every combination of one level from each axis, the last axis changing fastest; without axes one variant."""
     for axis, of_axis in axes.items():
         if not of_axis:
@@ -137,7 +133,7 @@ class Cell:
     recipe: Recipe
     labels: int
     seed: int
-    variant: Variant = Variant()
+    variant: Variant
 
     @property
     def name(self) -> str:  # of the run's folder
@@ -215,8 +211,7 @@ def design_comparison(
         tested = _names(test)
         for n, split in splits.items():
             splits[n] = replace(split, unlabelled=tuple(c for c in split.unlabelled if c.name not in tested))
-        none = "no run gets them as unlabelled scans either (--test-cases chooses others)"
-        tested_on = f"the labelled cases that no run trains or validates on; {none}"
+        tested_on = "the labelled cases that no run uses, not even as unlabelled scans (--test-cases chooses others)"
     if not test:
         cure = "Name some with --test-cases FILE, or give smaller budgets with --labels."
         raise DataError(f"{dataset.root}: no labelled case is left to test on. {cure}")

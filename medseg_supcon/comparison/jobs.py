@@ -127,10 +127,9 @@ def devices(device: str | None, workers: int | None = None) -> list[str]:
 
 
 def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Callable[[Path, str], None]) -> None:
-    """Run job files, each in its own process; a failed one does not stop the others.
+    """Run job files, each in its own process; ``done`` is called here after each, with what went wrong ("": nothing).
 
-    One worker shows its progress. Several are silent, write ``JOB.log``, and share CPU threads and memory for scans.
-    ``where`` has a device for each worker; ``done`` is called here after each job, with what went wrong ("": nothing).
+    Of several workers, each with a device in ``where``, all are silent, write ``JOB.log`` and share CPU threads and memory.
     """
     processes, free = set[subprocess.Popen[bytes]](), list(where)
 

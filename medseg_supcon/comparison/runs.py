@@ -26,7 +26,6 @@ from medseg_supcon.training import is_finished, is_of_plan, prepare_run
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
-Settings = Sequence[tuple[str, Any]]
 MARKER = "comparison.json"
 LENGTH = "epochs"  # the comparison's, whatever a recipe says
 EQUAL = ("steps_per_epoch", "batch_size")  # a recipe that sets one of these has another budget
@@ -38,8 +37,7 @@ def compare(
 ) -> Row:  # fmt: skip
     """Train and test every run of a design, write tables, pictures and ``report.html``; returns ``comparison.json``.
 
-    The same call continues an interrupted comparison: finished runs are kept. A `RunError` if the folder holds something
-    else, another call is at work in it, an earlier run was made with other settings, a run failed, or one needs trust.
+    The same call continues an interrupted comparison: finished runs are kept, and what they were made with is checked.
     """
     if not (out / MARKER).exists():
         if out.exists() and any(out.iterdir()):
@@ -77,18 +75,17 @@ def make_plans(design: Design, out: Path, device: str | None, trust_affine: bool
             _check_same(path, record, definition)
         else:
             say(f"Planning for {labels} labelled scans")
-            options: Row = {"recipe": baseline, "settings": settings, "epochs": epochs, "device": device}
+            options: Row = {"settings": settings, "device": device, "trust_scan_affine": trust_affine}
             with TemporaryDirectory() as draft:
-                plan = prepare_run(design.dataset, split, Path(draft), trust_scan_affine=trust_affine, **options)
+                plan = prepare_run(design.dataset, split, Path(draft), recipe=baseline, epochs=epochs, **options)
             for warning in plan_warnings(plan):
                 say(f"Warning: {warning}")
             write_text(record, json.dumps({"definition": definition}, indent=1, default=str) + "\n")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_plan(plan, path)
         plans[labels] = read_plan(path)
-        made = plans[labels]["epochs"]
-        epochs = epochs or made
-        if made != epochs:
+        epochs = epochs or plans[labels]["epochs"]
+        if (made := plans[labels]["epochs"]) != epochs:
             cure = "Leave --epochs as it was, or choose another --out."
             raise RunError(f"{path} was made for {made} epochs, not {epochs}. {cure}")
     return plans
@@ -96,9 +93,10 @@ def make_plans(design: Design, out: Path, device: str | None, trust_affine: bool
 
 def prepare_cells(design: Design, out: Path, plans: dict[int, Row]) -> dict[Path, Cell]:
     """A planned run and a job file for every cell; a `RunError` if an existing run was prepared otherwise."""
-    root, settings = design.dataset.root, list(design.config.settings.items())
+    root, config = design.dataset.root, design.config
+    settings = list(config.settings.items())
     tests = {jobs.CLEAN: items(design.test, root)}
-    for condition in CORRUPTIONS if design.config.robustness else ():
+    for condition in CORRUPTIONS if config.robustness else ():
         folder = jobs.scores_folder(out / "corrupted", condition)
         tests[condition] = items(corrupt_cases(design.test, condition, folder), root)
     cells = {}
@@ -115,8 +113,7 @@ def prepare_cells(design: Design, out: Path, plans: dict[int, Row]) -> dict[Path
             "tests": str((out / "tests" / cell.name).resolve()),
             "dataset_dir": str(root.resolve()),
             "classes": list(design.dataset.labels)[1:],
-            "conditions": tests
-            | ({jobs.TRAINING: items(split.training, root)} if design.config.training_score else {}),
+            "conditions": tests | ({jobs.TRAINING: items(split.training, root)} if config.training_score else {}),
             "definition": definition,
         }
         write_text(path, json.dumps(job, indent=1, default=str) + "\n")
@@ -127,7 +124,7 @@ def prepare_cells(design: Design, out: Path, plans: dict[int, Row]) -> dict[Path
     return cells
 
 
-def _own_plan(design: Design, cell: Cell, settings: Settings) -> list[tuple[str, Any]]:
+def _own_plan(design: Design, cell: Cell, settings: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """What a cell changes in its budget's plan, which was made under the baseline's recipe."""
     for_all = {_bare(key) for key, _ in settings}
     overlay = {} if cell.recipe == design.config.recipes[0] else read_recipe(cell.recipe.recipe)

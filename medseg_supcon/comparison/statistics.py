@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from statistics import fmean
@@ -87,8 +86,7 @@ def paired_difference(
 def compare_recipes(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
     """Every recipe against the first (which may be compared with itself), for each label budget, class and their mean.
 
-    Takes a row per run, case and class. ``p`` is None with few seeds or cases, or if the interval contradicts it;
-    ``left_out`` counts cases without a score. A ValueError if a run or one of its cases is missing.
+    Takes a row per run, case and class. ``p`` is None with few seeds or cases, or if the interval contradicts it.
     """
     if len(recipes) < 2:
         raise ValueError(f"recipes must name at least two, the baseline first; got {list(recipes)}")
@@ -109,10 +107,9 @@ def compare_recipes(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
 
 def _by_budget(rows: Iterable[Row], recipes: Iterable[str]) -> Iterator[tuple[int, dict[str, dict[str, Array]]]]:
     """Each budget and its Dice: class (``mean`` first) -> recipe -> (S, K); NaN in all runs if one has no score."""
-    names, of_budget = list(dict.fromkeys(recipes)), defaultdict(list)
-    for row in rows:
-        of_budget[row["labels"]].append(row)
-    for labels, mine in sorted(of_budget.items()):
+    rows, names = list(rows), list(dict.fromkeys(recipes))
+    for labels in sorted({row["labels"] for row in rows}):
+        mine = [row for row in rows if row["labels"] == labels]
         seeds, cases = (sorted({row[key] for row in mine}) for key in ("seed", "case"))
         classes = list(dict.fromkeys(row["class"] for row in mine))
         dice = {(r["recipe"], r["seed"], r["case"], r["class"]): r["dice"] for r in mine}
@@ -120,8 +117,8 @@ def _by_budget(rows: Iterable[Row], recipes: Iterable[str]) -> Iterator[tuple[in
             values = [dice[key] for key in product(names, seeds, cases, classes)]
         except KeyError as error:
             raise ValueError("no result of {!r}, seed {}, case {!r}, class {!r}".format(*error.args[0])) from None
-        shape = len(names), len(seeds), len(cases), len(classes)
-        table = np.array(values, dtype=np.float64).reshape(shape)  # None becomes NaN
+        # None becomes NaN
+        table = np.array(values, dtype=np.float64).reshape(len(names), len(seeds), len(cases), len(classes))
         table[:, :, ~np.isfinite(table).all(axis=(0, 1))] = np.nan
         mean = np.ma.masked_invalid(table).mean(axis=3).filled(np.nan)
         by_class = {MEAN: mean} | {name: table[..., c] for c, name in enumerate(classes)}
@@ -145,10 +142,8 @@ def recipe_means(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
 def grid_table(
     variants: Sequence[Row], runs: Sequence[Row], results: Iterable[Row], headline: Iterable[Row]
 ) -> list[Row]:
-    """A row per budget and variant; ``of`` maps a recipe to its means of `RUN_SCORES` over seeds, and its difference.
-
-    The test Dice is over the same classes and cases for all variants and recipes.
-    """
+    """A row per budget and variant; ``of`` maps a recipe to its means of `RUN_SCORES` over seeds, and its difference."""
+    # the test Dice is over the same classes and cases for all variants and recipes
     rows = [row | {"recipe": (row["variant"], row["recipe"])} for row in results]
     means = recipe_means(rows, [row["recipe"] for row in rows])
     tested = {(*row["recipe"], row["labels"]): row["dice"] for row in means if row["class"] == MEAN}

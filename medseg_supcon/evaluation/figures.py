@@ -63,9 +63,8 @@ def legend_below(figure: Any, handles: Sequence[Any], most: int = 6, **style: An
     def inches(columns: int) -> float:  # roughly; a column is as wide as its longest name and the mark before it
         return float(sum(0.075 * part.max() + 0.6 for part in np.array_split(letters, columns)))
 
-    columns = max(min(most, len(handles)), 1)  # matplotlib has no handle for a name that begins with _
-    while columns > 1 and inches(columns) > figure.get_figwidth():
-        columns -= 1
+    # matplotlib has no handle for a name that begins with _
+    columns = next((n for n in range(min(most, len(handles)), 1, -1) if inches(n) <= figure.get_figwidth()), 1)
     figure.set_figheight(figure.get_figheight() + 0.2 * (-(-len(handles) // columns) - 1))
     style = {"ncols": columns, "fontsize": 9, "frameon": False} | style
     figure.legend(handles=handles, loc="outside lower center", **style)
@@ -107,25 +106,20 @@ def curves_figure(history: Path, path: Path) -> None:
     """Draws the training loss and its terms (left) and validation Dice per class (right) of a ``history.csv``, as a PNG."""
     rows = read_history(history)
     epochs, columns = np.array([row["epoch"] for row in rows]), list(rows[0])
-
-    def draw(axis: Any, column: str, **style: Any) -> None:
-        values = np.array([row[column] for row in rows])
-        finite = np.isfinite(values)
-        style = {"marker": "." if finite.sum() < 3 else "", "linewidth": 1.5} | style
-        axis.plot(epochs[finite], values[finite], **style)
-
+    losses = [c for c in columns if c not in NO_LOSS and not c.startswith("val_") and "weight" not in c]
+    losses.sort(key=lambda name: name != "loss")
+    classes = [c for c in columns if c.startswith(PER_CLASS)]
+    labels = [c.removeprefix(PER_CLASS) if len(classes) <= MOST_NAMED else None for c in classes]
     figure = new_figure(10.5, 3.9)
     left, right = figure.subplots(1, 2)
-    losses = [c for c in columns if c not in NO_LOSS and not c.startswith("val_") and "weight" not in c]
-    for number, name in enumerate(sorted(losses, key=lambda name: name != "loss")):
-        style = {"color": INK, "linewidth": 2.0} if name == "loss" else {"color": color_of(number)}
-        draw(left, name, label=name.replace("_", " "), **style)
-    classes = [c for c in columns if c.startswith(PER_CLASS)]
-    for number, name in enumerate(classes):
-        label = name.removeprefix(PER_CLASS) if len(classes) <= MOST_NAMED else None
-        draw(right, name, label=label, color=color_of(number), marker=".", linewidth=1.2)
-    if "val_mean_dice" in columns:
-        draw(right, "val_mean_dice", label="mean", color=INK, marker=".", linewidth=2.0)
+    curves = [(left, c, c.replace("_", " "), INK if c == "loss" else color_of(i)) for i, c in enumerate(losses)]
+    curves += [(right, c, labels[i], color_of(i)) for i, c in enumerate(classes)]
+    curves += [(right, "val_mean_dice", "mean", INK)] if "val_mean_dice" in columns else []
+    for axis, name, label, color in curves:
+        values = np.array([row[name] for row in rows])
+        finite = np.isfinite(values)
+        style = {"marker": "." if axis is right or finite.sum() < 3 else "", "linewidth": 2.0 if color == INK else 1.4}
+        axis.plot(epochs[finite], values[finite], label=label, color=color, **style)
     right.set_ylim(0, 1)
     many = f", mean and {len(classes)} classes" if len(classes) > MOST_NAMED else ""
     for axis, title in ((left, "Training loss"), (right, f"Validation Dice{many}")):
@@ -148,11 +142,7 @@ ON_DARK: Any = {"frameon": True, "facecolor": "#555555", "edgecolor": "none", "l
 def overlay_figure(
     scan: Path | Volume, reference: Path | Volume | None, prediction: Path | Volume, path: Path, labels: Labels
 ) -> None:
-    """Draws the axial, coronal and sagittal plane with most foreground, with masks, as a PNG; axes are in mm.
-
-    The reference (if any) is above, the prediction with the reference's outline below; of a scan's channels the first is
-    shown. A DataError if a file cannot be read, or shapes differ.
-    """
+    """Draws the plane with most foreground along each axis, axes in mm: the reference above, the prediction below."""
     image, spacing = _canonical(scan)
     masks: dict[str, Array] = {}
     for title, file in (("reference", reference), ("prediction", prediction)):

@@ -26,9 +26,8 @@ def evaluate_folders(
 ) -> dict[str, Any]:  # fmt: skip
     """Scores the masks of one folder against the label maps of equal name in another; returns ``metrics.json``'s content.
 
-    A mask may have nnU-Net's suffix of a single channel, and its axes in another order or direction at the same place. What
-    is wrong with one case is one of the ``problems``. A DataError if a folder is missing or empty, or no case can be scored.
-    ``labels``: class name -> value, background first; None: the values in the files.
+    What is wrong with one case is one of its ``problems``. ``labels``: class name -> value, background first; None: the
+    values in the files. A DataError if a folder is missing or empty, or no case can be scored.
     """
     masks, maps = _files(Path(predictions)), _files(Path(references))
     # one called x_0000 is x if that alone is a label map's name and no other mask's
