@@ -74,5 +74,4 @@ def compare(
     )
     for sentence in [*comparison["answers"], *(f"Note: {text}" for text in comparison["caveats"])]:
         out.print(printable(sentence))
-    report, summary = printable(out_dir / "report.html"), printable(out_dir / "summary.md")
-    out.print(f"\nThe report is {report}; its tables are in {summary}.")
+    out.print(f"\nThe report is {printable(out_dir / 'report.html')}; its tables are also in summary.md there.")

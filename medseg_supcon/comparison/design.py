@@ -23,8 +23,9 @@ PUT_ASIDE = 0.25  # share of the cases to test on if no case is left over
 
 def _listed(value: Any) -> list[Any]:
     """The values of a list, of a text with commas, or a single one; digits become numbers."""
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
-    parts = [part.strip() if isinstance(part, str) else part for part in parts]
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    parts = value if isinstance(value, list) else [value]
     return [int(part) if isinstance(part, str) and part.isdecimal() else part for part in parts]
 
 
@@ -53,7 +54,7 @@ class Recipe(BaseModel):
 
 
 class ComparisonConfig(BaseModel):
-    """What is compared, by the names of a file's keys and of the options; descriptions say what is expected."""
+    """What a comparison's file and options say. The description of a field says what is expected."""
 
     model_config = ConfigDict(strict=True, frozen=True)
     recipes: Annotated[list[Recipe], BeforeValidator(_recipes)] = Field(default=[], description=RECIPES)
@@ -84,7 +85,7 @@ def read_comparison(name: str | Path | None = None, **options: Any) -> Compariso
     added = options.pop("settings", {})
     options = {key: value for key, value in options.items() if value is not None}
     try:
-        config = ComparisonConfig.model_validate(given | options)
+        config = ComparisonConfig.model_validate({k: v for k, v in (given | options).items() if v is not None})
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
         where, value = (f"--{key}", options[key]) if key in options else (f"{path}: {key}", given[key])

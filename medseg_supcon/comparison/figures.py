@@ -13,6 +13,7 @@ from medseg_supcon.comparison.statistics import MEAN, excludes_zero
 from medseg_supcon.evaluation import INK, color_of, dress, legend_below, new_figure, save
 
 Row = Mapping[str, Any]
+Looks = Sequence[tuple[Row, Row]]  # keys of runs -> how their curve looks
 
 BASELINE_COLOR = "#555555"
 MARKERS = "osD^vP*X"
@@ -69,8 +70,7 @@ def efficiency_figure(means: Sequence[Row], recipes: Sequence[str], path: Path) 
         x = [budgets.index(row["labels"]) + width * shift for row in rows]
         for place, row in zip(x, rows, strict=True):
             axis.plot([place] * len(row["by_seed"]), row["by_seed"], ".", color=color, alpha=0.45, markersize=7)
-        dice = [row["dice"] for row in rows]
-        axis.plot(x, dice, label=recipe, marker=marker, markersize=7, color=color, linewidth=1.6)
+        axis.plot(x, [row["dice"] for row in rows], label=recipe, marker=marker, markersize=7, color=color)
     _finish(figure, path)
 
 
@@ -105,8 +105,7 @@ def robustness_figure(robustness: Sequence[Row], recipes: Sequence[str], path: P
     figure, axis = _axis(7.2, 3.6, f"Mean Dice on degraded test scans ({budget} labels)", names=conditions)
     for recipe, (color, _, shift) in _styles(recipes).items():
         heights = np.array([dice[condition, recipe] for condition in conditions], dtype=float)  # None becomes NaN
-        place = np.arange(len(conditions)) + 0.8 * shift
-        axis.bar(place, heights, 0.74 / len(set(recipes)), color=color, label=recipe)
+        axis.bar(np.arange(len(conditions)) + 0.8 * shift, heights, 0.74 / len(set(recipes)), color=color, label=recipe)
     axis.set_ylim(0, 1)
     _finish(figure, path)
 
@@ -120,10 +119,10 @@ def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> Non
     styles = _styles(recipes)
     for recipe, (color, marker, shift) in styles.items():
         look: Row = {"color": color, "marker": marker, "linestyle": ""}
-        axis.plot([], [], label=recipe, markersize=8, **look)
         for score, style in DICE_MARKS.items():
             dice = np.array([row["of"][recipe][f"{score}_dice"] for row in rows], dtype=float)  # None becomes NaN
-            axis.plot(np.arange(len(rows)) + 0.22 * len(styles) * shift, dice, **{**look, **style})
+            label = recipe if score == "test" else None
+            axis.plot(np.arange(len(rows)) + 0.22 * len(styles) * shift, dice, label=label, **{**look, **style})
     for score, style in DICE_MARKS.items():
         axis.plot([], [], label=score, **{"color": INK, "marker": "o", "linestyle": "", **style})
     axis.set_ylim(bottom=0)
@@ -166,9 +165,7 @@ def grid_curves_figure(histories: Sequence[Row], variants: Sequence[Row], recipe
     _finish(figure, path, most=4)
 
 
-def _draw_curves(
-    axis: Any, title: str, column: str, runs: Sequence[Row], looks: Sequence[tuple[Row, Row]], each: bool = False
-) -> None:
+def _draw_curves(axis: Any, title: str, column: str, runs: Sequence[Row], looks: Looks, each: bool = False) -> None:
     """By epoch, the mean of the runs that have a look's keys, over the epochs that all have; with ``each``, also each run."""
     for keys, look in looks:
         histories = [run["history"] for run in runs if keys.items() <= run.items()]

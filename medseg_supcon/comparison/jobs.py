@@ -93,7 +93,6 @@ def is_done(job: Job) -> bool:
 
 
 def scores_folder(tests: Path, condition: str) -> Path:
-    """The folder of a run's scores under a condition."""
     return tests / condition.replace(" ", "_")
 
 
@@ -121,8 +120,7 @@ def read_cost(tests: Path) -> dict[str, Any]:
 
 def devices(device: str | None, workers: int | None = None) -> list[str]:
     """A device for each of the workers (None: one for each device); without ``device`` every GPU, or the CPU."""
-    every = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-    known = every if device is None else [device]
+    known = [device] if device else [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     return [known[i % len(known)] for i in range(workers or len(known))]
 
 

@@ -177,7 +177,6 @@ def _grid_answers(headline: Sequence[Row]) -> list[str]:
 
 
 def interval(row: Row) -> str:
-    """The ends of a difference's interval in points."""
     return "-" if row["low"] is None else f"{points(row['low'])} to {points(row['high'])}"
 
 

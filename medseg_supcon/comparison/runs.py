@@ -97,8 +97,8 @@ def prepare_cells(design: Design, out: Path, plans: dict[int, Row]) -> dict[Path
     settings = list(config.settings.items())
     tests = {jobs.CLEAN: items(design.test, root)}
     for condition in CORRUPTIONS if config.robustness else ():
-        folder = jobs.scores_folder(out / "corrupted", condition)
-        tests[condition] = items(corrupt_cases(design.test, condition, folder), root)
+        degraded = corrupt_cases(design.test, condition, jobs.scores_folder(out / "corrupted", condition))
+        tests[condition] = items(degraded, root)
     cells = {}
     for cell in design.cells:
         run, path = out / "runs" / cell.name, out / "jobs" / f"{cell.name}.json"
@@ -118,15 +118,15 @@ def prepare_cells(design: Design, out: Path, plans: dict[int, Row]) -> dict[Path
         }
         write_text(path, json.dumps(job, indent=1, default=str) + "\n")
         if not planned:
-            options: Row = {"settings": [*settings, *cell.own], "plan_settings": _own_plan(design, cell, settings)}
+            options: Row = {"settings": [*settings, *cell.own], "plan_settings": _own_plan(design, cell)}
             prepare_run(design.dataset, split, run, recipe=recipe, seed=cell.seed, plan=plan, **options)
         cells[path] = cell
     return cells
 
 
-def _own_plan(design: Design, cell: Cell, settings: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+def _own_plan(design: Design, cell: Cell) -> list[tuple[str, Any]]:
     """What a cell changes in its budget's plan, which was made under the baseline's recipe."""
-    for_all = {_bare(key) for key, _ in settings}
+    for_all = set(map(_bare, design.config.settings))
     overlay = {} if cell.recipe == design.config.recipes[0] else read_recipe(cell.recipe.recipe)
     mine = [(k, v) for k, v in overlay.items() if _bare(k) not in for_all] + cell.own
     return [(_bare(key), value) for key, value in mine if is_of_plan(key) and _bare(key) != LENGTH]
@@ -140,7 +140,7 @@ def unequal_recipes(design: Design) -> list[str]:
     """Sentences about recipes and variants that set their own batch or steps, or their own network."""
     sentences = []
     for cell in design.cells:
-        mine = dict(_own_plan(design, cell, ()))
+        mine = dict(_own_plan(design, cell))
         who = cell.recipe.name + (f" ({cell.variant.name})" if cell.variant.levels else "")
         if own := ", ".join(key for key in EQUAL if key in mine):
             sentences.append(f"{who} sets its own {own}: its budget is not the baseline's.")
@@ -200,8 +200,7 @@ def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell]) -> Resu
                 raise RunError(f"{jobs.scores_folder(tests, condition)} was changed. Give the command again.")
             if condition != jobs.TRAINING:
                 scores[condition] += [cell.key | row for row in scored]
-        saved = read_history(run / "logs" / "history.csv")
-        history = [{key: value for key, value in row.items() if math.isfinite(value)} for row in saved]
+        history = [{k: v for k, v in row.items() if math.isfinite(v)} for row in read_history(run / "logs/history.csv")]
         histories.append(cell.key | {"history": history})
         runs.append(cell.key | _run_row(history, rows) | jobs.read_cost(tests) | {"finished": is_finished(run)})
     about = {

@@ -59,8 +59,8 @@ def paired_difference(
     """Scores minus baseline, with a 95 % bootstrap interval over seeds and cases and Wilcoxon's test over cases.
 
     The test takes one difference per case, the mean over seeds, because runs on one case are not independent cases.
-    The interval is the percentile interval of a bootstrap over seeds and cases (`seed` is that of its draws); with one
-    training seed it does not cover the chance of training, and with two or three it is somewhat too narrow.
+    The interval is a percentile interval. With one training seed it does not cover the chance of training, and with two or
+    three it is somewhat too narrow. ``seed`` is that of the bootstrap's draws.
 
     Args:
         scores, baseline: (S, K), a row per training seed, a column per case, the same on both sides.
@@ -74,8 +74,7 @@ def paired_difference(
     """
     a, b = (np.asarray(table, dtype=np.float64) for table in (scores, baseline))
     if a.shape != b.shape or a.ndim != 2 or a.size == 0 or not np.isfinite([a, b]).all():
-        shapes = f"{a.shape} and {b.shape}"
-        raise ValueError(f"scores and baseline must be finite and share one shape (seeds, cases); got shapes {shapes}")
+        raise ValueError(f"scores and baseline must be finite (seeds, cases) of one shape, got {a.shape}, {b.shape}")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
     d = a - b

@@ -66,8 +66,8 @@ def legend_below(figure: Any, handles: Sequence[Any], most: int = 6, **style: An
     # matplotlib has no handle for a name that begins with _
     columns = next((n for n in range(min(most, len(handles)), 1, -1) if inches(n) <= figure.get_figwidth()), 1)
     figure.set_figheight(figure.get_figheight() + 0.2 * (-(-len(handles) // columns) - 1))
-    style = {"ncols": columns, "fontsize": 9, "frameon": False} | style
-    figure.legend(handles=handles, loc="outside lower center", **style)
+    style = {"loc": "outside lower center", "ncols": columns, "fontsize": 9, "frameon": False} | style
+    figure.legend(handles=handles, **style)
 
 
 def save(figure: Any, path: Path) -> None:
@@ -109,11 +109,11 @@ def curves_figure(history: Path, path: Path) -> None:
     losses = [c for c in columns if c not in NO_LOSS and not c.startswith("val_") and "weight" not in c]
     losses.sort(key=lambda name: name != "loss")
     classes = [c for c in columns if c.startswith(PER_CLASS)]
-    labels = [c.removeprefix(PER_CLASS) if len(classes) <= MOST_NAMED else None for c in classes]
+    hidden = "_" if len(classes) > MOST_NAMED else ""  # matplotlib leaves such names out of legends
     figure = new_figure(10.5, 3.9)
     left, right = figure.subplots(1, 2)
     curves = [(left, c, c.replace("_", " "), INK if c == "loss" else color_of(i)) for i, c in enumerate(losses)]
-    curves += [(right, c, labels[i], color_of(i)) for i, c in enumerate(classes)]
+    curves += [(right, c, hidden + c.removeprefix(PER_CLASS), color_of(i)) for i, c in enumerate(classes)]
     curves += [(right, "val_mean_dice", "mean", INK)] if "val_mean_dice" in columns else []
     for axis, name, label, color in curves:
         values = np.array([row[name] for row in rows])
@@ -121,7 +121,7 @@ def curves_figure(history: Path, path: Path) -> None:
         style = {"marker": "." if axis is right or finite.sum() < 3 else "", "linewidth": 2.0 if color == INK else 1.4}
         axis.plot(epochs[finite], values[finite], label=label, color=color, **style)
     right.set_ylim(0, 1)
-    many = f", mean and {len(classes)} classes" if len(classes) > MOST_NAMED else ""
+    many = f", mean and {len(classes)} classes" if hidden else ""
     for axis, title in ((left, "Training loss"), (right, f"Validation Dice{many}")):
         dress(axis, title, epochs=epochs)
         if axis.get_legend_handles_labels()[0]:
@@ -155,8 +155,7 @@ def overlay_figure(
     foreground = list(labels.items())[1:]
     slices = [_best_slice(next(iter(masks.values())), foreground, cut) for cut in range(3)]
 
-    def plane(volume: Array, cut: int) -> Array:
-        """(vertical, horizontal), first row at the bottom."""
+    def plane(volume: Array, cut: int) -> Array:  # (vertical, horizontal), first row at the bottom
         return np.asarray(volume.take(slices[cut], axis=cut)).T
 
     low, high = np.percentile(np.concatenate([plane(image, cut).ravel() for cut in range(3)]), (0.5, 99.8))

@@ -38,8 +38,7 @@ def evaluate_folders(
     if labels is None:
         values = sorted((in_masks | in_maps) - {0, ignore_label})
         labels = {"background": 0, **{value_text(value): value for value in values}}
-    rows: list[Row] = []
-    problems: dict[str, str] = {}
+    rows, problems = list[Row](), dict[str, str]()
     for name, reference in maps.items():
         try:
             if name not in masks:
@@ -49,8 +48,7 @@ def evaluate_folders(
             check_grids(f"{masks[name]}:", str(reference), (mask, mask_affine), (label, affine))
             if unknown := sorted(set(np.unique(mask).tolist()) - set(labels.values())):
                 holds, expected = (", ".join(map(value_text, v)) for v in (unknown[:5], labels.values()))
-                cure = "Save the class values of the label maps."
-                raise DataError(f"{masks[name]}: holds {holds}, expected {expected}. {cure}")
+                raise DataError(f"{masks[name]}: holds {holds}, expected {expected}. Save the label maps' values.")
             rows += score_mask(name, mask, affine, (label, affine), labels, ignore_label, tolerance_mm)
         except DataError as error:
             problems[name] = str(error)

@@ -152,9 +152,8 @@ def write_metrics(
             write_csv(Path(folder) / "metrics.csv", columns, rows)
             write_text(Path(folder) / "metrics.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
         except OSError as error:
-            raise RunError(
-                f"{folder}: no metrics could be written ({error.strerror}). Choose another --out."
-            ) from error
+            reason = f"{folder}: metrics could not be written ({error.strerror})"
+            raise RunError(f"{reason}. Choose another --out.") from error
     return report
 
 
