@@ -93,8 +93,7 @@ def make_plans(design: Design, out: Path, device: str | None, trust_affine: bool
 
 def prepare_cells(design: Design, out: Path, plans: dict[int, Row]) -> dict[Path, Cell]:
     """A planned run and a job file for every cell; a `RunError` if an existing run was prepared otherwise."""
-    root, config = design.dataset.root, design.config
-    settings = list(config.settings.items())
+    root, config, settings = design.dataset.root, design.config, list(design.config.settings.items())
     tests = {jobs.CLEAN: items(design.test, root)}
     for condition in CORRUPTIONS if config.robustness else ():
         degraded = corrupt_cases(design.test, condition, jobs.scores_folder(out / "corrupted", condition))
