@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import permutations, product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from medseg_supcon.datasets import Dataset, Fingerprint, readable
 from medseg_supcon.errors import ConfigError, DataError, RunError, nearest
@@ -174,67 +176,53 @@ def network_definition(
     return chain(unet, last)
 
 
-def _is_number(value: object, kind: type = float, least: float = -LARGEST, most: float = LARGEST) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return least <= value <= most and (kind is float or isinstance(value, int))  # NaN compares as False
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Size = Annotated[int, Field(ge=1, le=1024)]
+Steps = Annotated[int, Field(ge=1, le=10**6)]
+Millimetres = Annotated[float, Field(ge=1e-4, le=100, allow_inf_nan=False)]
+THREE = Field(min_length=3, max_length=3)
 
 
-def _are_numbers(value: object, length: int | None = None, **limits: Any) -> bool:
-    if not isinstance(value, list | tuple) or length not in (None, len(value)):
-        return False
-    return all(_is_number(part, **limits) for part in value)
+class Definition(TypedDict):
+    """Of a MONAI object; it may have more keys."""
+
+    _target_: str
 
 
-def _are_texts(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)
-
-
-def _are_labels(value: object) -> bool:
-    values = list(value.values()) if isinstance(value, Mapping) else []
-    return len(values) >= 2 and all(map(_is_number, values)) and len(set(values)) == len(values)
-
-
-def _are_definitions(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(part, Mapping) and "_target_" in part for part in value)
-
-
-def _is_window(value: object) -> bool:
-    window: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
-    overlap, batch = window.get("overlap"), window.get("sw_batch_size")
-    return _is_number(overlap, least=0) and overlap < 1 and _is_number(batch, int, 1, 1024)  # type: ignore[operator]
+class Window(TypedDict):
+    overlap: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+    sw_batch_size: Size
 
 
 ORIENTATIONS = ["".join(codes) for axes in permutations(("LR", "PA", "IS")) for codes in product(*axes)]
-Rule = tuple[str, Callable[[Any], bool]]  # what the value must be, and whether it is
-NUMBERS: Rule = ("a list of numbers", _are_numbers)
-STEPS: Rule = ("a whole number from 1 to 1,000,000", lambda v: _is_number(v, int, 1, 10**6))
-RULES: dict[str, Rule] = {
-    "name": ("a text", lambda v: isinstance(v, str)),
-    "channels": ("a list of channel names", lambda v: _are_texts(v) and len(v) > 0),
-    "labels": ("a mapping of at least two class names to different values, background first", _are_labels),
-    "ignore_label": ("null or a value of no class", lambda v: v is None or _is_number(v)),
-    "orientation": ('three axis codes such as "RAS"', lambda v: v in ORIENTATIONS),
-    "spacing": ("three lengths in mm from 0.0001 to 100", lambda v: _are_numbers(v, 3, least=1e-4, most=100)),
-    "intensity": ('a list of transform configs, each with a "_target_"', _are_definitions),
-    "patch_size": ("three whole numbers from 1 to 1024", lambda v: _are_numbers(v, 3, kind=int, least=1, most=1024)),
-    "flip_axes": ("a list of axes among 0, 1 and 2", lambda v: _are_numbers(v, kind=int, least=0, most=2)),
-    "batch_size": ("a whole number from 1 to 1024", lambda v: _is_number(v, int, 1, 1024)),
+STEPS = ("a whole number from 1 to 1,000,000", Steps)
+NUMBERS = ("a list of numbers", Sequence[Number])
+RULES: dict[str, tuple[str, Any]] = {  # what the value must be, in words and as a type
+    "name": ("a text", str),
+    "channels": ("a list of channel names", Annotated[Sequence[str], Field(min_length=1)]),
+    "labels": ("a mapping of at least two class names to different values, background first", dict[str, Number]),
+    "ignore_label": ("null or a value of no class", Number | None),
+    "orientation": ('three axis codes such as "RAS"', str),
+    "spacing": ("three lengths in mm from 0.0001 to 100", Annotated[Sequence[Millimetres], THREE]),
+    "intensity": ('a list of transform configs, each with a "_target_"', Sequence[Definition]),
+    "patch_size": ("three whole numbers from 1 to 1024", Annotated[Sequence[Size], THREE]),
+    "flip_axes": ("a list of axes among 0, 1 and 2", Sequence[Annotated[int, Field(ge=0, le=2)]]),
+    "batch_size": ("a whole number from 1 to 1024", Size),
     "steps_per_epoch": STEPS,
     "epochs": STEPS,
     "class_frequencies": NUMBERS,
     "class_weights": NUMBERS,
     "network_def": (
         'a mapping with a "_target_", or a "$" expression',
-        lambda v: _are_definitions([v]) or str(v)[:1] == "$",
+        Definition | Annotated[str, Field(pattern=r"^\$")],
     ),
-    "inference": ('an "overlap" from 0 to below 1 and a "sw_batch_size" from 1 to 1024', _is_window),
-    "keep_largest": ("a list of class names", _are_texts),
-    "fingerprint": ("a mapping", lambda v: isinstance(v, Mapping)),
+    "inference": ('an "overlap" from 0 to below 1 and a "sw_batch_size" from 1 to 1024', Window),
+    "keep_largest": ("a list of class names", Sequence[str]),
+    "fingerprint": ("a mapping", dict[str, Any]),
 }
-OPTIONAL: dict[str, Rule] = {
-    "minutes": ("a number above 0", lambda v: _is_number(v) and v > 0),
-    "trust_scan_affine": ("true or false", lambda v: isinstance(v, bool)),
+OPTIONAL: dict[str, tuple[str, Any]] = {
+    "minutes": ("a number above 0", Annotated[Number, Field(gt=0)]),
+    "trust_scan_affine": ("true or false", bool),
 }
 
 
@@ -258,9 +246,8 @@ def _pretty(value: Any, depth: int) -> str:
     if not value or not isinstance(value, Mapping | list | tuple) or (depth > 0 and len(line) + 2 * depth <= 100):
         return line
     if isinstance(value, Mapping):
-        rows = [
-            f"{json.dumps(str(key), ensure_ascii=False)}: {_pretty(part, depth + 1)}" for key, part in value.items()
-        ]
+        names = (json.dumps(str(key), ensure_ascii=False) for key in value)
+        rows = [f"{name}: {_pretty(part, depth + 1)}" for name, part in zip(names, value.values(), strict=True)]
     else:
         rows = [_pretty(part, depth + 1) for part in value]
     start, end = "{}" if isinstance(value, Mapping) else "[]"
@@ -274,8 +261,7 @@ def validate_plan(plan: object, *, divisor: Sequence[int] | None = None, source:
     rules = RULES | OPTIONAL
     for key in plan:
         if key not in rules:
-            near = nearest(key, rules)
-            hint = f"Did you mean {near!r}?" if near else "Remove it."
+            hint = f"Did you mean {near!r}?" if (near := nearest(key, rules)) else "Remove it."
             raise ConfigError(f"{source}: the key {key!r} is not known. {hint}")
     if missing := [key for key in RULES if key not in plan]:
         raise ConfigError(f"{source}: the key {missing[0]!r} is missing. Add it, or make a new plan.")
@@ -286,8 +272,13 @@ def validate_plan(plan: object, *, divisor: Sequence[int] | None = None, source:
             raise ConfigError(f'{source}: "{key}" must be {what}, found {found}.')
 
     for key in plan:
-        need(key, rules[key][1](plan[key]), rules[key][0])
+        try:
+            TypeAdapter(rules[key][1]).validate_python(plan[key], strict=True)
+        except ValidationError:
+            need(key, False, rules[key][0])
     labels, patch = plan["labels"], plan["patch_size"]
+    need("labels", 2 <= len(labels) == len(set(labels.values())), RULES["labels"][0])
+    need("orientation", plan["orientation"] in ORIENTATIONS, RULES["orientation"][0])
     need("ignore_label", plan["ignore_label"] not in labels.values(), RULES["ignore_label"][0])
     for key in ("class_frequencies", "class_weights"):
         fits_classes = len(plan[key]) == len(labels) and min(plan[key]) >= 0

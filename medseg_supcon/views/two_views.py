@@ -22,13 +22,9 @@ FOREGROUND = "foreground_index"
 
 
 class ForegroundIndexd(Transform):  # type: ignore[misc]
-    """Store, for each foreground class of a case, up to ``max_voxels`` of its voxels.
+    """Store, for each foreground class of a case, up to ``max_voxels`` of its voxels, drawn with a fixed seed.
 
-    Deterministic: the voxels kept are drawn with a fixed seed. Put it last in preprocessing, so that the search is
-    done once for a cached case and not for every patch. :class:`TwoViewsd` reads what it stores.
-
-    Args:
-        max_voxels: voxels kept per class, at least 1.
+    Put it last in preprocessing, so that the search is done once for a cached case and not for every patch.
 
     Returns:
         (on call) the case with ``"foreground_index"``: class index -> int16 or int32 tensor (n, 3) of voxel
@@ -68,20 +64,16 @@ class ForegroundIndexd(Transform):  # type: ignore[misc]
 class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
     """Two differently augmented views of a patch of a preprocessed case.
 
-    A patch centre is drawn (with probability ``foreground`` at a voxel of a foreground class, the class drawn
-    first so that rare ones are seen; otherwise anywhere), then each view is made by its policy from a box
-    around it. Voxels outside the scan are 0 in the image, as in MONAI's sliding window, so that the network
-    sees the same border in training and inference; their label is -1.
-
-    Inside a policy, label values are the class index plus 1: 0, with which MONAI's transforms fill, then
-    means "outside the scan", and becomes -1 in the result.
+    A patch centre is drawn, then each view is made by its policy from a box around it. Voxels outside the scan are 0 in
+    the image, as in MONAI's sliding window, and -1 in the label map. Inside a policy, label values are the class index
+    plus 1, because MONAI's transforms fill with 0.
 
     Args:
         patch_size: voxels per axis of a view.
         view_1: policy of the first view, any MONAI transform (Compose) of dictionaries on both keys. A result
             of another size is cropped or padded about its centre to ``patch_size``.
         view_2: policy of the second view; ``None``: as ``view_1``, with its own draws.
-        foreground: probability that the patch is drawn around a foreground voxel, 0 to 1.
+        foreground: probability that the centre is a foreground voxel, of a class drawn first; otherwise it is anywhere.
         jitter: how far the views' centres may be from the patch centre, as a fraction of the patch per axis.
         context: how far around the patch a policy sees the scan, in half diagonals of the patch: 1.45 covers
             any rotation together with the widest zoom of ``standard_view``. 0 gives a policy the bare patch.
@@ -95,7 +87,6 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
         not record it in the affine (elastic deformation).
 
     Raises:
-        ValueError: an argument is out of its range.
         ConfigError: a policy moves image and label differently.
 
     Example:
@@ -107,15 +98,9 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        patch_size: Sequence[int],
-        view_1: Any,
-        view_2: Any = None,
-        *,
-        foreground: float = 0.5,
-        jitter: float = 0.1,
+        self, patch_size: Sequence[int], view_1: Any, view_2: Any = None, *, foreground: float = 0.5, jitter: float = 0.1,
         context: float = 1.45,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if any(length < 1 for length in patch_size):
             raise ValueError(f"patch_size must be positive voxel counts, got {tuple(patch_size)}.")
         if not 0 <= foreground <= 1:
@@ -214,11 +199,8 @@ def _crop(volume: torch.Tensor, start: Sequence[int], size: Sequence[int], fill:
         padding.append((max(low, 0) - first, first + length - max(high, low)))
     # a copy, because a policy may write in place; an unsigned label map could not hold a fill of -1
     box = volume[tuple(slices)].to(torch.float32, copy=True)
-    return (
-        pad(box, [amount for pair in reversed(padding) for amount in pair], value=fill)
-        if any(map(any, padding))
-        else box
-    )
+    amounts = [amount for pair in reversed(padding) for amount in pair]
+    return pad(box, amounts, value=fill) if any(amounts) else box
 
 
 def _plain(tensor: Any) -> torch.Tensor:
