@@ -31,7 +31,7 @@ SIDED = re.compile(  # kidney_left, Left Kidney, leftKidney, KidneyLeft, LKidney
     r"(?<![a-z])(left|right)|(?<![a-z])(lh|rh|l|r|lt|rt|sin|dext?)(?![a-z])"
     r"|(?<=[a-z])(Left|Right|LH|RH)\b|(?<![A-Za-z])[LR](?=[A-Z][a-z])"
 )
-ANISOTROPIC, SMALLEST_EDGE, MOST_PATCHES_ON_CPU = 3.0, 4, 64
+ANISOTROPIC, SMALLEST_EDGE, MOST_PATCHES_ON_CPU, MOST_CHANNELS = 3.0, 4, 64, 320
 Floats = npt.NDArray[np.float64]
 
 
@@ -99,10 +99,7 @@ def make_plan(
 
 
 def target_spacing(spacings: Floats) -> Floats:
-    """nnU-Net's rule (Isensee et al., Nature Methods 2021): the median (3,) of spacings (n, 3), or less on a coarse axis.
-
-    Interpolating a little along a coarse axis costs less than dropping slices of the better scans.
-    """
+    """nnU-Net's rule (Isensee et al., Nature Methods 2021): the median (3,) of spacings (n, 3), or less on a coarse axis."""
     target = np.median(spacings, axis=0)
     coarse = int(np.argmax(target))
     if target[coarse] > ANISOTROPIC * target.min():
@@ -111,10 +108,7 @@ def target_spacing(spacings: Floats) -> Floats:
 
 
 def coarsened(spacing: Floats, extent: Floats, budget: int) -> Floats:
-    """Spacing at which a scan of `extent` mm has at most 64 patches of `budget` voxels; the finest axes change first.
-
-    Otherwise a patch would see too little of a very large scan, and a CPU would take too long.
-    """
+    """Spacing at which a scan of `extent` mm has at most 64 patches of `budget` voxels; the finest axes change first."""
     finest, voxel = np.sort(spacing), np.prod(extent) / (MOST_PATCHES_ON_CPU * budget)
     floor = 0.0
     for axes in (1, 2, 3):  # how many of them get one spacing
@@ -125,10 +119,7 @@ def coarsened(spacing: Floats, extent: Floats, budget: int) -> Floats:
 
 
 def strides(spacing: Floats, shape: Floats, levels: int) -> list[tuple[int, int, int]]:
-    """Stride per level (at least one) and axis of the encoder.
-
-    Axes are halved that are at most twice as coarse as the finest one and keep four voxels in the median `shape`.
-    """
+    """Strides of the encoder's levels: axes are halved that are at most twice as coarse as the finest and keep 4 voxels."""
     spacing, shape = spacing.copy(), shape.copy()
     steps: list[tuple[int, int, int]] = []
     for _ in range(levels):
@@ -142,10 +133,7 @@ def strides(spacing: Floats, shape: Floats, levels: int) -> list[tuple[int, int,
 
 
 def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[int]) -> list[int]:
-    """Voxels per axis, from the smallest patch that the network takes.
-
-    The axis that is shortest in mm is lengthened by a divisor, until each covers the median `shape` or the budget is spent.
-    """
+    """The axis that is shortest in mm grows by its divisor, until each covers `shape` or the budget of voxels is spent."""
     step = np.asarray(divisor, dtype=np.int64)
     size = step.copy()
     open_axes = size < np.ceil(shape)
@@ -159,16 +147,14 @@ def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[in
     return [int(n) for n in size]
 
 
-def network_definition(
-    in_channels: int, classes: int, steps: Sequence[tuple[int, int, int]], width: int, most: int = 320
-) -> dict[str, Any]:
+def network_definition(in_channels: int, classes: int, steps: Sequence[Sequence[int]], width: int) -> dict[str, Any]:
     """A plan's ``network_def``: a residual MONAI UNet of `width` channels, doubled per level, and a 1x1x1 convolution."""
     unet = {
         "_target_": "monai.networks.nets.UNet",
         "spatial_dims": 3,
         "in_channels": in_channels,
         "out_channels": width,
-        "channels": [min(width * 2**level, most) for level in range(len(steps) + 1)],
+        "channels": [min(width * 2**level, MOST_CHANNELS) for level in range(len(steps) + 1)],
         "strides": [step[0] if len(set(step)) == 1 else list(step) for step in steps],
         "num_res_units": 2,
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
@@ -40,18 +39,13 @@ class TrainingLog:
     """Writes every epoch's means to ``history.csv`` and TensorBoard, and an overlay image at validation.
 
     A resumed run drops rows and events after the epoch that it starts from. Rank 0 writes the means over all ranks.
-
-    Args:
-        loss: module with ``terms``: name -> detached tensor of the last call.
-        labels: foreground class names.
-        validator: evaluator with metrics ``val_mean_dice`` and ``val_dice_per_class``; ``None`` without one.
+    `loss.terms`: name -> detached tensor of the last call; `labels`: foreground class names; `validator`: has the metrics
+    ``val_mean_dice`` and ``val_dice_per_class``.
     """
 
-    def __init__(
-        self, folder: str | Path, loss: Any, optimizer: Any, labels: Sequence[str], validator: Any = None
-    ) -> None:
+    def __init__(self, folder: str | Path, loss: Any, optimizer: Any, labels: list[str], validator: Any = None) -> None:
         self.folder, self.path = Path(folder), Path(folder) / "history.csv"
-        self.loss, self.optimizer, self.labels, self.validator = loss, optimizer, list(labels), validator
+        self.loss, self.optimizer, self.labels, self.validator = loss, optimizer, labels, validator
         self.rows: list[dict[str, Any]] = []
         self.writer: SummaryWriter | None = None
         self._sums: dict[str, Tensor] = {}
