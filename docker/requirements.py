@@ -1,6 +1,6 @@
 """Prints the requirements of pyproject.toml, those of the extras named included, one a line.
 
-python requirements.py pyproject.toml export
+python requirements.py pyproject.toml export dicom-seg
 """
 
 import sys

@@ -20,7 +20,7 @@ from tiny_run import TINY
 from medseg_supcon.cli import commands as cli
 from medseg_supcon.cli import terminal
 
-COMMANDS = ["demo", "check", "plan", "train", "predict", "evaluate", "compare", "embed", "export"]
+COMMANDS = ["demo", "check", "plan", "train", "predict", "review", "evaluate", "compare", "embed", "export"]
 
 
 def test_no_arguments_show_help(medseg):

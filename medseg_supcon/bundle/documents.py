@@ -168,6 +168,8 @@ def write_model_card(run: Path) -> None:
         history=_history(run / "logs" / "history.csv"),
         metrics=read_json(metrics) if metrics.is_file() else {},
         curves=(run / "docs" / "curves.png").is_file(),
+        example=(run / "eval" / "example.png").is_file(),
+        quality=(run / "models" / "quality.npz").is_file(),
     )
     write_text(run / "docs" / "README.md", card)
 

@@ -22,6 +22,7 @@ from medseg_supcon.cli import terminal
 from medseg_supcon.cli.compare import compare
 from medseg_supcon.cli.demo import demo
 from medseg_supcon.cli.predict import predict
+from medseg_supcon.cli.review import review
 from medseg_supcon.cli.terminal import err, out, print_metrics, print_report, printable, read_selected
 from medseg_supcon.cli.train import plan, train
 from medseg_supcon.errors import ConfigError, MedsegError
@@ -81,6 +82,7 @@ def check(
 METRICS = "Folder for metrics.csv and metrics.json."
 PREDICTIONS = "Masks to score, instead of RUN and DATASET."
 REFERENCES = "Label maps to compare --predictions with."
+EVALUATE_PICTURES = "With a run: also write review.html, which shows scans, masks and label maps, worst first."
 NOT_ANNOTATED = "With --references: the value in the label maps that means 'not annotated'."
 
 
@@ -92,6 +94,7 @@ def evaluate(
     predictions: Annotated[Path | None, typer.Option(metavar="FOLDER", help=PREDICTIONS)] = None,
     references: Annotated[Path | None, typer.Option(metavar="FOLDER", help=REFERENCES)] = None,
     ignore_label: Annotated[float | None, typer.Option(metavar="VALUE", help=NOT_ANNOTATED)] = None,
+    pictures: Annotated[bool, typer.Option("--pictures", help=EVALUATE_PICTURES)] = False,
     device: terminal.DeviceOption = None,
     trust: terminal.TrustOption = False,
 ) -> None:
@@ -113,7 +116,7 @@ def evaluate(
         from medseg_supcon.training import check_device
 
         check_device(device)
-        evaluate_dataset(run, read_selected(dataset, cases), out_dir, device=device, trust=trust)
+        evaluate_dataset(run, read_selected(dataset, cases), out_dir, device=device, trust=trust, pictures=pictures)
     else:
         raise ConfigError("Pass RUN and DATASET, or --predictions DIR and --references DIR.")
     report = print_metrics(out_dir / "metrics.json")
@@ -165,7 +168,7 @@ def export(
     out.print(f"Wrote {printable(file)} ({format}). Largest difference from the network's output: {difference:.1e}")
 
 
-for _command in (demo, check, plan, train, predict, evaluate, compare, embed, export):
+for _command in (demo, check, plan, train, predict, review, evaluate, compare, embed, export):
     app.command()(_command)
 
 

@@ -28,7 +28,8 @@ def demo(
     """Run the whole workflow on generated phantoms: train, predict unseen scans, evaluate, draw."""
     from medseg_supcon.datasets import make_phantoms, read_dataset
     from medseg_supcon.evaluation import evaluate_folders, overlay_figure
-    from medseg_supcon.inference import Predictor
+    from medseg_supcon.inference import Predictor, find_scans
+    from medseg_supcon.quality import folder_entries, write_page
     from medseg_supcon.training import Request, check_device, prepare_dataset, train_run
 
     check_device(device)
@@ -50,6 +51,8 @@ def demo(
         picture = pictures / f"{scan.name.removesuffix('.nii.gz')}.png"
         overlay_figure(scan, data / "labelsTs" / scan.name, masks / scan.name, picture, labels)
     shutil.copyfile(run / "docs" / "curves.png", pictures / "curves.png")
+    entries, _, notes = folder_entries(masks, find_scans([data / "imagesTs"]), data / "labelsTs")
+    write_page(folder / "review.html", entries, labels, "Phantoms", notes)
     summary = json.loads((folder / "metrics" / "metrics.json").read_text())["summary"]
     out.print(_closing(folder, summary))
 
@@ -73,13 +76,15 @@ Dice on {TEST_CASES} phantoms that were not used in training:
     {summary["mean"]["dice"] or 0:.3f}  mean
 
 Results:
+    {root}/review.html          a page to look at the masks in a browser, worst first: open it
     {root}/pictures             scans with reference and prediction; training curves
-    {root}/masks                the masks, each in the space of its scan
+    {root}/masks                the masks, each in the space of its scan; quality.csv says how far to trust each
     {root}/metrics/metrics.csv  scores per case and class
     {root}/run                  the run: a MONAI bundle (docs/README.md in it describes it)
 
 With your own scans (NIfTI, with label maps for some):
     medseg check  DATASET                    report problems in them
     medseg train  DATASET --out RUN          train a network
-    medseg predict RUN SCANS --out MASKS     write masks of new scans
+    medseg predict RUN SCANS --out MASKS     write masks of new scans, and how far to trust each
+    medseg review MASKS --scans SCANS --out look.html
     tensorboard --logdir {root}/run/logs"""

@@ -14,7 +14,12 @@ from medseg_supcon.cli.terminal import err, out, printable, say
 from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.text import counted
 
+BELOW = (
+    "A mask is good if the lower end of its predicted Dice is at least DICE. Default: from the run's validation scans."
+)
+PICTURES = "Also write review.html, a page that shows scans and masks, worst first."
 MIRROR = "Average over mirrored scans (slower), unless a class name says left or right."
+SEG = "Also write a DICOM segmentation (NAME.seg.dcm) of each DICOM series."
 
 
 def predict(
@@ -29,6 +34,10 @@ def predict(
     out_dir: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder for the masks.")],
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write class probabilities.")] = False,
     tta: Annotated[bool, typer.Option("--tta", help=MIRROR)] = False,
+    dicom_seg: Annotated[bool, typer.Option("--dicom-seg", help=SEG)] = False,
+    quality: Annotated[bool, typer.Option("--quality/--no-quality", help="Say how far to trust each mask.")] = True,
+    review_below: Annotated[float | None, typer.Option(min=0, max=1, metavar="DICE", help=BELOW)] = None,
+    pictures: Annotated[bool, typer.Option("--pictures", help=PICTURES)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that exist.")] = False,
     device: terminal.DeviceOption = None,
     trust: terminal.TrustOption = False,
@@ -46,17 +55,23 @@ def predict(
         raise RunError(f"{run[0]} is not a run: it has no configs/plan.json. {usage}")
     if not scans:
         raise ConfigError(f"No scan given. Usage: medseg predict {runs[0]} SCAN... --out DIR")
-    predictor = Predictor(runs, device=device, tta=tta, trust=trust)
+    predictor = Predictor(runs, device=device, tta=tta, trust=trust, quality=quality, review_below=review_below)
     if tta and not any(model.plan["flip_axes"] for model in predictor.models):
         say("--tta has no effect: flip_axes in plan.json is empty, because class names say left or right.", "note")
-    counts = predict_into(out_dir, predictor, scans, probabilities, overwrite)
+    counts = predict_into(out_dir, predictor, scans, probabilities, overwrite, dicom_seg, pictures)
     if counts["failed"]:
         some = counts["done"] + counts["skipped"]
         raise typer.Exit(terminal.EXIT_SOME_FAILED if some else terminal.EXIT_INPUT)
 
 
 def predict_into(
-    folder: Path, predictor: Any, scans: Sequence[Path], probabilities: bool = False, overwrite: bool = False
+    folder: Path,
+    predictor: Any,
+    scans: Sequence[Path],
+    probabilities: bool = False,
+    overwrite: bool = False,
+    dicom_seg: bool = False,
+    pictures: bool = False,
 ) -> dict[str, int]:
     """Predict scans into a folder with a progress display; a failed scan is a sentence on stderr.
 
@@ -76,9 +91,23 @@ def predict_into(
             for warning in entry.get("warnings", []):
                 say(f"{entry['name']}: {warning}")
 
-        counts: dict[str, int] = predictor.run(chosen, folder, probabilities, overwrite, progress)["summary"]
+        manifest = predictor.run(chosen, folder, probabilities, overwrite, progress, dicom_seg, pictures)
+    counts: dict[str, int] = manifest["summary"]
     parts = [f"{counted(counts['done'], 'scan')} predicted"]
     parts += [f"{counts['skipped']} already exist (replace them with --overwrite)"] if counts["skipped"] else []
     parts += [f"{counts['failed']} failed"] if counts["failed"] else []
     out.print(f"{printable(folder)}: {', '.join(parts)}; manifest.json lists every scan.")
+    rated = {e["name"]: e["quality"] for e in manifest["scans"] if e["status"] != "failed" and e.get("quality")}
+    doubtful = sorted(
+        (name for name, q in rated.items() if q["verdict"] in ("review", "reject")),
+        key=lambda name: (rated[name]["verdict"] == "review", rated[name].get("dice", {}).get("mean", 0)),
+    )
+    if doubtful:
+        names = ", ".join(doubtful[:5]) + (f" and {len(doubtful) - 5} more" if len(doubtful) > 5 else "")
+        needs = "needs" if len(doubtful) == 1 else "need"
+        out.print(
+            f"{len(doubtful)} of {counted(len(rated), 'mask')} {needs} a look: {printable(names)} (quality.csv says why)."
+        )
+    if pictures:
+        out.print(f"Open {printable(folder / 'review.html')} in a browser.")
     return counts

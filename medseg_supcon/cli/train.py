@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -18,6 +19,7 @@ MINUTES = "Train for as many epochs as fit into M minutes on this machine, which
 BUDGET = "Number of labelled scans to use, validation included (default: all). The others are treated as unlabelled."
 RECIPE = "joint (the default), dice_ce, two_stage, semi, or a .yaml file of your own."
 UNLABELLED = "Folder of more scans without labels, for recipes that use them."
+TRACK = "mlflow: the curves of TensorBoard go to MLflow, too."
 SEED = "Seed of the split, the weights and all random draws (default: 0)."
 RunOption = Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder of the run; it becomes a MONAI bundle.")]
 RecipeOption = Annotated[str | None, typer.Option(metavar="NAME", help=RECIPE)]
@@ -71,16 +73,19 @@ def train(
     seed: SeedOption = None,
     device: terminal.DeviceOption = None,
     settings: terminal.SettingsOption = None,
+    track: Annotated[str | None, typer.Option(metavar="NAME", help=TRACK)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
     mismatch: terminal.MismatchOption = False,
     trust: terminal.TrustOption = False,
 ) -> None:
     """Train a segmentation network on a data set; the run is a MONAI bundle."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # before MONAI imports MLflow, which reports its use
     from medseg_supcon.bundle import is_planned, is_started
     from medseg_supcon.training import (
         Request,
         check_device,
         check_planned,
+        check_tracker,
         extend_training,
         is_complete,
         prepare_dataset,
@@ -88,6 +93,8 @@ def train(
     )
 
     check_device(device)
+    check_tracker(track)
+    settings = [*(settings or []), *([f"track={track}"] if track else [])] or None
     request = Request(recipe, epochs, minutes, cases, labels, validation, unlabelled, init, seed, settings, mismatch)
     if is_started(run) and not resume:
         raise RunError(f"{run} already contains a trained run. Choose another --out, or continue it with --resume.")

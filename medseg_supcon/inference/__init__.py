@@ -4,7 +4,7 @@ from medseg_supcon.inference.evaluate_run import evaluate_dataset, evaluate_item
 from medseg_supcon.inference.find_scans import find_scans
 from medseg_supcon.inference.manifest import Manifest
 from medseg_supcon.inference.predictor import Predictor
-from medseg_supcon.inference.prepare import GridMapping, Prediction
+from medseg_supcon.inference.prepare import GridMapping, Prediction, prepare_volume
 from medseg_supcon.inference.sliding_window import (
     batch_on,
     is_out_of_memory,

@@ -13,9 +13,11 @@ from medseg_supcon.datasets import Dataset, check_dataset, items, load_items
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation import Row, score_mask, write_metrics
 from medseg_supcon.inference.folder import make_writable, segment_each
+from medseg_supcon.inference.manifest import entry_of
 from medseg_supcon.inference.predictor import Predictor
 from medseg_supcon.inference.prepare import Prediction
 from medseg_supcon.plan import read_plan
+from medseg_supcon.quality import Entry, write_page, write_pictures
 from medseg_supcon.scans import Scan, write_nifti
 
 ONLY_OF_TRAINING = ("duplicate_image", "no_structure")  # errors that do not prevent scoring
@@ -23,7 +25,7 @@ TOLERANCE_MM = 1.0
 
 
 def evaluate_dataset(
-    run: Path, dataset: Dataset, out: Path, *, device: str | None = None, trust: bool = False
+    run: Path, dataset: Dataset, out: Path, *, device: str | None = None, trust: bool = False, pictures: bool = False
 ) -> dict[str, Any]:
     """Score a run on the labelled cases of a data set, as `evaluate_items`; cases with errors become ``problems``.
 
@@ -49,7 +51,7 @@ def evaluate_dataset(
         raise DataError(f"No case of {dataset.root} can be evaluated. {next(iter(problems.values()))}")
     entries = load_items(items(good, dataset.root), dataset.root)
     predictor, seen = Predictor(run, device=device, trust=trust), trained_on(run, dataset)
-    return evaluate_items(predictor, entries, out, problems=problems, seen=seen)
+    return evaluate_items(predictor, entries, out, problems=problems, seen=seen, pictures=pictures)
 
 
 def trained_on(run: Path, dataset: Dataset) -> set[str]:
@@ -76,7 +78,8 @@ def evaluate_validation(run: Path, *, device: str | None = None, trust: bool = F
         raise RunError(f"{run / 'configs' / 'evaluate.yaml'}: dataset_dir must be the path of a folder.")
     entries = load_items(cases_of(run).get("validation", ()), folder)
     tolerance = config.get("tolerance_mm", TOLERANCE_MM)
-    return evaluate_items(Predictor(run, device=device, trust=trust), entries, run / "eval", tolerance_mm=tolerance)
+    predictor = Predictor(run, device=device, trust=trust)
+    return evaluate_items(predictor, entries, run / "eval", tolerance_mm=tolerance, pictures=True)
 
 
 def evaluate_items(
@@ -87,12 +90,14 @@ def evaluate_items(
     tolerance_mm: float = TOLERANCE_MM,
     problems: dict[str, str] | None = None,
     seen: set[str] | None = None,
+    pictures: bool = False,
 ) -> dict[str, Any]:
     """Score a predictor on items with absolute paths, each in the scan's own grid; the content of ``metrics.json``.
 
     Writes ``metrics.csv``, ``metrics.json`` and the masks (``predictions/``) to ``out``. ``tolerance_mm`` is that of
     the surface Dice, ``problems`` says per case why it is not among the items, and ``seen`` names the cases for the
-    column ``trained_on``. DataError if a scan or label map cannot be used, or they are in different places.
+    column ``trained_on``. ``pictures``: also ``review.html``, and ``example.png`` of one case. DataError if a scan or
+    label map cannot be used, or they are in different places.
     """
     labels = {}
     for entry in entries:
@@ -103,12 +108,15 @@ def evaluate_items(
     make_writable(out)
     make_writable(out / "predictions")
     rows: list[Row] = []
+    shown: list[Entry] = []
     plan = predictor.plan
     classes = plan["labels"], plan["ignore_label"], tolerance_mm, plan.get("trust_scan_affine", False)
 
     def score(scan: Scan, prediction: Prediction) -> list[Row]:
         mask, grid = prediction.mask, prediction.grid
-        write_nifti(out / "predictions" / f"{scan.name}.nii.gz", mask, grid)
+        file = out / "predictions" / f"{scan.name}.nii.gz"
+        write_nifti(file, mask, grid)
+        shown.append(Entry(scan.name, file, scan, labels[scan], entry_of(prediction, plan["labels"])))
         scored = score_mask(scan.name, mask, grid.affine, labels[scan], *classes)
         return scored if seen is None else [row | {"trained_on": scan.name in seen} for row in scored]
 
@@ -118,6 +126,10 @@ def evaluate_items(
         rows.extend(outcome)
 
     segment_each(list(labels), predictor.prepare, predictor.segment, score, add)
+    if pictures:
+        write_page(out / "review.html", shown, plan["labels"], str(plan["name"]))
+        middle = sorted(shown, key=lambda entry: entry.facts["quality"].get("dice", {}).get("mean", 0))[len(shown) // 2]
+        write_pictures(out, [replace(middle, name="example")], plan["labels"])
     return write_metrics(sorted(rows, key=lambda row: str(row["case"])), out, problems)
 
 

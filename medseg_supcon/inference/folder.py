@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from medseg_supcon.errors import DataError, MedsegError, RunError
-from medseg_supcon.files import remove_leftovers, temporary_name
+from medseg_supcon.files import read_json, remove_leftovers, temporary_name
+from medseg_supcon.inference.dicom_seg import SEG_ENDING, DicomSegWriter
 from medseg_supcon.inference.find_scans import keep_names
 from medseg_supcon.inference.manifest import Manifest, entry_of
 from medseg_supcon.inference.prepare import Prediction, Prepared
 from medseg_supcon.inference.sliding_window import is_out_of_memory
-from medseg_supcon.scans import Scan, is_mask_of, is_whole, write_nifti
+from medseg_supcon.quality import folder_entries, write_page, write_table
+from medseg_supcon.scans import Scan, is_mask_of, is_whole, read_nifti, write_nifti
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 Result = TypeVar("Result")
@@ -77,6 +79,8 @@ def predict_folder(
     probabilities: bool,
     overwrite: bool,
     progress: Progress | None,
+    dicom_seg: DicomSegWriter | None = None,
+    pictures: bool = False,
 ) -> dict[str, Any]:
     """See `Predictor.run`; ``head`` is that of the manifest, from `describe`."""
     make_writable(out)
@@ -90,12 +94,19 @@ def predict_folder(
                 (out / "probabilities").mkdir(exist_ok=True)
                 scores = np.moveaxis(prediction.probabilities, 0, -1)
                 write_nifti(out / "probabilities" / file, scores, prediction.grid)
+            if os.path.exists(out / f"{scan.name}{SEG_ENDING}"):  # noqa: PTH110 - of the mask that is replaced now
+                (out / f"{scan.name}{SEG_ENDING}").unlink()
             # The mask comes last: if it exists, the scan is finished.
             write_nifti(out / file, prediction.mask, prediction.grid)
         except OSError as error:
             cure = CURES.get(error.errno or 0, "Choose another --out.")
             reason = error.strerror or error
             raise DataError(f"{out / file}: the mask could not be written ({reason}). {cure}") from error
+        if dicom_seg is not None:
+            try:
+                dicom_seg.write(prediction.mask, scan, out)
+            except DataError as error:
+                return {**entry, "status": "failed", "error": str(error)}
         return entry
 
     def report(scan: Scan, outcome: dict[str, Any] | BaseException) -> None:
@@ -110,7 +121,7 @@ def predict_folder(
     try:
         todo = []
         for scan in scans:
-            outcome = _without_work(scan, out, probabilities, overwrite, manifest)
+            outcome = _without_work(scan, out, probabilities, overwrite, manifest, dicom_seg)
             if outcome is None:
                 todo.append(scan)
             else:
@@ -118,6 +129,12 @@ def predict_folder(
         segment_each(todo, prepare, lambda prepared: segment(prepared, probabilities), write, report)
     finally:
         manifest.write()
+    every = read_json(manifest.path)["scans"]
+    if rated := [entry for entry in every if entry.get("quality")]:
+        write_table(out / "quality.csv", rated, list(head["labels"])[1:])
+    if pictures and any(entry["status"] != "failed" for entry in manifest.entries):
+        entries, labels, notes = folder_entries(out, scans)
+        write_page(out / "review.html", entries, labels, out.absolute().name, notes)
     return manifest.content()
 
 
@@ -132,16 +149,23 @@ def _sentence(scan: Scan, error: BaseException) -> str:
 
 
 def _without_work(
-    scan: Scan, out: Path, probabilities: bool, overwrite: bool, manifest: Manifest
+    scan: Scan,
+    out: Path,
+    probabilities: bool,
+    overwrite: bool,
+    manifest: Manifest,
+    dicom_seg: DicomSegWriter | None,
 ) -> dict[str, Any] | DataError | None:
     """The entry of a scan that an earlier call finished, or why it is refused; None: it needs a prediction."""
     if scan.problem is not None:
         return DataError(scan.problem)
     mask = out / f"{scan.name}.nii.gz"
-    if not os.path.exists(mask):  # noqa: PTH110 - Path.exists raises if a name is too long
+    for result in (mask, out / f"{scan.name}{SEG_ENDING}"):
+        # Path.exists raises if a name is too long
+        if os.path.exists(result) and any(os.path.exists(file) and result.samefile(file) for file in scan.files):  # noqa: PTH110
+            return DataError(f"{result}: the mask would replace the scan itself. Choose another --out.")
+    if not os.path.exists(mask):  # noqa: PTH110
         return None
-    if any(os.path.exists(file) and mask.samefile(file) for file in scan.files):  # noqa: PTH110
-        return DataError(f"{mask}: the mask would replace the scan itself. Choose another --out.")
     if overwrite or not is_whole(mask):
         return None
     theirs = manifest.earlier.get(scan.name, {}).get("series")
@@ -152,6 +176,15 @@ def _without_work(
         return DataError(f"{scan.source}: {mask} already exists and belongs to another scan ({why}). {cure}")
     if probabilities and not (out / "probabilities" / mask.name).exists():
         return None
+    if dicom_seg is not None and not os.path.exists(out / f"{scan.name}{SEG_ENDING}"):  # noqa: PTH110
+        if not manifest.is_ours(scan.name):
+            cure = "Replace it with --overwrite, or choose another --out."
+            reason = "the manifest does not say that this model made it"
+            return DataError(f"{scan.source}: no DICOM segmentation is made of {mask}: {reason}. {cure}")
+        try:
+            dicom_seg.write(read_nifti(mask).data, scan, out)
+        except DataError as error:
+            return error
     return manifest.skipped(scan.name)
 
 

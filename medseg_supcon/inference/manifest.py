@@ -65,6 +65,7 @@ def entry_of(prediction: Prediction, labels: dict[str, float]) -> dict[str, Any]
         "seconds": round(prediction.seconds, 3),
         **_mask_facts(prediction.mask, prediction.grid, labels),
         "warnings": list(prediction.warnings),
+        **({"quality": prediction.quality} if prediction.quality is not None else {}),
     }
 
 
@@ -97,7 +98,7 @@ class Manifest:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Add an entry, and write the file if that is due."""
-        if entry["status"] == "done":
+        if entry["status"] == "done" or (entry["status"] == "failed" and "labels" in entry):  # its mask was made now
             entry |= self.made_by
         self.entries.append(entry)
         if time.monotonic() >= self.due:
@@ -120,6 +121,11 @@ class Manifest:
             cure = "Free disk space, or choose another --out. Finished masks are kept."
             raise RunError(f"{self.path} could not be written ({error.strerror}). {cure}") from error
         self.due = time.monotonic() + PAUSE * (time.monotonic() - started)
+
+    def is_ours(self, name: str) -> bool:
+        """Whether an earlier entry says that this call's model and settings made a mask."""
+        earlier = self.earlier.get(name, {})
+        return all(earlier.get(key) == value for key, value in self.made_by.items())
 
     def skipped(self, name: str) -> dict[str, Any]:
         """The entry of a scan whose mask exists; made from the mask if the file has none."""

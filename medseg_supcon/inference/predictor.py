@@ -17,12 +17,15 @@ from torch import Tensor
 
 from medseg_supcon.bundle import Model, load_model
 from medseg_supcon.datasets import label_type
-from medseg_supcon.errors import DataError, RunError
+from medseg_supcon.errors import ConfigError, DataError, RunError
+from medseg_supcon.inference.dicom_seg import DicomSegWriter
 from medseg_supcon.inference.find_scans import find_scans, refuse_equal_names
 from medseg_supcon.inference.folder import Progress, predict_folder
 from medseg_supcon.inference.manifest import describe
-from medseg_supcon.inference.prepare import Prediction, Prepared, add, label, prepare
+from medseg_supcon.inference.prepare import Prediction, Prepared, adding, label, prepare
 from medseg_supcon.inference.sliding_window import batch_on, network_outputs, windows, with_less_memory
+from medseg_supcon.networks import classifier_name
+from medseg_supcon.quality import PassEvidence, QualityModel, agreement, rate
 from medseg_supcon.scans import Scan
 
 
@@ -39,6 +42,8 @@ class Predictor:
         tta: average over mirrorings along the plan's ``flip_axes`` (probabilities, per window).
         trust: accept a run whose config or network is not what medseg writes; it may run any code.
         amp: half precision; None: on GPUs.
+        quality: also say how far to trust each mask.
+        review_below: a mask is good if the lower end of its predicted Dice is at least this; None: the runs' own.
 
     Attributes:
         warnings: what users should know about the runs, such as an interrupted training.
@@ -61,6 +66,8 @@ class Predictor:
         tta: bool = False,
         trust: bool = False,
         amp: bool | None = None,
+        quality: bool = True,
+        review_below: float | None = None,
     ) -> None:
         runs = [run] if isinstance(run, str | Path) else list(run)
         if not runs:
@@ -70,6 +77,8 @@ class Predictor:
         self.tta = tta
         self.amp = self.device.type == "cuda" if amp is None else amp
         self.plan = self.models[0].plan
+        self.rates, self.review_below = quality, review_below
+        self.quality_models = [QualityModel.load(Path(path)) if quality else None for path in runs]
         self.warnings = [warning for model in self.models for warning in model.warnings]
         for path, model in zip(runs[1:], self.models[1:], strict=True):
             for key in ("labels", "channels"):
@@ -108,16 +117,20 @@ class Predictor:
         probabilities: bool = False,
         overwrite: bool = False,
         progress: Progress | None = None,
+        dicom_seg: bool = False,
+        pictures: bool = False,
     ) -> dict[str, Any]:
         """Segment scans into a folder; a scan that fails is reported, and the rest continue.
 
         Args:
             scans: `Scan`s, or files and folders; two that would get one name are both refused.
-            out: gets ``<name>.nii.gz`` per scan, ``manifest.json``, and a folder of ``probabilities``.
+            out: gets ``<name>.nii.gz`` per scan, ``manifest.json``, ``quality.csv``, and a folder of ``probabilities``.
             probabilities: write (X, Y, Z, K) float32 NIfTI to ``out/probabilities`` too.
             overwrite: replace files that exist; otherwise their scans are skipped, with a warning if another model
                 or other settings made them.
+            dicom_seg: write ``<name>.seg.dcm`` too, a DICOM segmentation object (see `DicomSegWriter`).
             progress: called with (scans done, scans in total, the scan's entry of the manifest) after each.
+            pictures: also write ``review.html``, a page that shows scans and masks, worst first.
 
         Returns:
             the content of ``manifest.json`` for this call's scans: ``scans`` (each with ``status`` "done",
@@ -125,13 +138,16 @@ class Predictor:
 
         Raises:
             RunError: the folder cannot be written to.
+            ConfigError: `dicom_seg` without highdicom.
         """
         given = list(scans)
         ready = [scan for scan in given if isinstance(scan, Scan)]
         ready += self.find_scans(scan for scan in given if not isinstance(scan, Scan))
         ready = refuse_equal_names(list(dict.fromkeys(ready)))  # a scan given twice is one scan
         head = describe(self.models, self.tta, self.device, self.amp)
-        return predict_folder(self.prepare, self.segment, head, ready, Path(out), probabilities, overwrite, progress)
+        writer = DicomSegWriter(self.models) if dicom_seg else None
+        how = probabilities, overwrite, progress, writer, pictures
+        return predict_folder(self.prepare, self.segment, head, ready, Path(out), *how)
 
     def prepare(self, scan: Scan) -> Prepared:
         """Read and preprocess a scan; needs no GPU, so that it can run beside `segment`. DataError as for `predict`."""
@@ -145,36 +161,63 @@ class Predictor:
         """
         started, warnings = time.perf_counter(), list(prepared.warnings)
         infer = partial(self._infer, prepared, probabilities)
-        classes, scores = with_less_memory(infer, self.device, self.plan["inference"]["sw_batch_size"], warnings)
+        batch = self.plan["inference"]["sw_batch_size"]
+        classes, scores, passes, masks = with_less_memory(infer, self.device, batch, warnings)
         keep_largest(classes, [i for i, name in enumerate(self.labels) if name in self.plan["keep_largest"]])
         if not classes.any():
             warnings.append("no structure was found: the mask is empty")
+        evidence = [
+            p.of(classes, prepared.grid.spacing, m.plan["spacing"]) for p, m in zip(passes, self.models, strict=False)
+        ]
+        quality = None
+        if evidence:
+            together = agreement(masks, len(self.labels)) if len(masks) > 1 else None
+            models, below = self.quality_models, self.review_below
+            quality = rate(self.plan, prepared.grid, evidence, models, prepared.doubts, together, below)
         values = np.array(list(self.labels.values()), dtype=label_type(self.labels.values()))
         seconds = prepared.seconds + time.perf_counter() - started
-        return Prediction(prepared.name, values[classes], scores, prepared.grid, seconds, warnings)
+        return Prediction(prepared.name, values[classes], scores, prepared.grid, seconds, warnings, quality, evidence)
 
     @torch.inference_mode()
     def _infer(
         self, prepared: Prepared, probabilities: bool, device: torch.device, buffers: torch.device, batch: int
-    ) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.float32] | None]:
-        """Class indices (X, Y, Z), and probabilities (K, X, Y, Z) if they are wanted."""
+    ) -> tuple[
+        npt.NDArray[np.integer[Any]], npt.NDArray[np.float32] | None, list[PassEvidence], list[npt.NDArray[Any]]
+    ]:
+        """Class indices (X, Y, Z), probabilities (K, X, Y, Z) if they are wanted, and per run what its pass showed and,
+        in an ensemble, its own class indices.
+        """
         shape, count, members = prepared.grid.shape[:3], len(self.labels), len(self.models)
         classes = np.zeros(shape, dtype=np.uint8 if count <= 256 else np.uint16)
         scores = np.zeros((count, *shape), dtype=np.float32) if probabilities or members > 1 else None
-        for model, (image, way_back) in zip(self.models, prepared.images, strict=True):
+        passes: list[PassEvidence] = []
+        masks = [np.zeros_like(classes) for _ in self.models] if members > 1 else [classes]
+        for model, (image, way_back), mask in zip(self.models, prepared.images, masks, strict=True):
             patch, overlap = model.plan["patch_size"], model.plan["inference"]["overlap"]
             outputs = network_outputs(model, device, self.tta, self.amp and device.type == self.device.type)
-            image = image.as_tensor().to(buffers)
+            image, softmax = image.as_tensor().to(buffers), not self.tta
+            if self.rates:
+                passes.append(PassEvidence(_classifier(model), image, count, softmax))
+                outputs = passes[-1].windows(outputs)
             chunks = windows(image, outputs, patch, overlap, batch_on(device, batch, patch), device, buffers)
             chunks = _finite(chunks, f"{prepared.name}: the output of the network of {model.name}")
-            blocks = way_back.blocks(chunks, softmax=not self.tta)
-            if scores is None:
-                label(classes, way_back.order, blocks)
-            else:
-                add(scores, way_back.order, blocks, members)
-        if scores is not None:
-            classes[:] = scores.argmax(axis=0)
-        return classes, scores if probabilities else None
+            if self.rates:
+                chunks, softmax = passes[-1].chunks(chunks), False
+            blocks = way_back.blocks(chunks, softmax)
+            if scores is not None:
+                blocks = adding(scores, way_back.order, blocks, members)
+            label(mask, way_back.order, blocks)
+        if scores is not None and members > 1:
+            classes = scores.argmax(axis=0).astype(classes.dtype)
+        return classes, scores if probabilities else None, passes, masks
+
+
+def _classifier(model: Model) -> torch.nn.Module | None:
+    """The layer that reads a network's features; None if it is not a 1x1x1 convolution."""
+    try:
+        return model.network.get_submodule(classifier_name(model.network))
+    except ConfigError:
+        return None
 
 
 def keep_largest(classes: npt.NDArray[Any], which: Sequence[int]) -> None:

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from medseg_supcon.bundle import Model, innermost
 from medseg_supcon.errors import DataError, MedsegError
+from medseg_supcon.quality import Evidence
 from medseg_supcon.scans import Affine, Grid, Scan, Volume, outliers, read_scan
 from medseg_supcon.text import counted
 
 MOST_VOXELS = 4e9  # on the model's grid: 16 GB, a scan of 1600 voxels a side
 BLOCK_BYTES = 2**24  # float32 of one class at a time; more is no faster
+FEW_VALUES = 8
 SAME = 5e-3  # voxels: closer grids are equal (MONAI does not resample if affines differ by less than 1e-3)
 Blocks = Iterator[tuple[npt.NDArray[np.int64], Iterator[Tensor]]]
 
@@ -35,6 +37,7 @@ class Prepared:
     images: list[tuple[MetaTensor, GridMapping | MonaiInverse]]
     seconds: float
     warnings: list[str]
+    doubts: list[str]  # those of the warnings that speak against any mask of the scan
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Prediction:
         grid: where the voxels are.
         seconds: for preprocessing and inference.
         warnings: what users should know before they use the mask.
+        quality: how far to trust the mask, see `medseg_supcon.quality.rate`; None: not asked for.
+        evidence: what that rests on, per run.
     """
 
     name: str
@@ -56,17 +61,24 @@ class Prediction:
     grid: Grid
     seconds: float
     warnings: list[str] = field(default_factory=list)
+    quality: dict[str, Any] | None = None
+    evidence: list[Evidence] = field(default_factory=list, repr=False)
 
 
 def prepare(scan: Scan, models: Sequence[Model]) -> Prepared:
     """Read a scan and preprocess it for each model; DataError if it cannot be read, or the models do not take it."""
     started = time.perf_counter()
-    volume = read_scan(scan, len(models[0].plan["channels"]))
-    warnings = [*scan.warnings, *(issue.sentence for issue in volume.issues), *_oddities(volume)]
+    return prepare_volume(read_scan(scan, len(models[0].plan["channels"])), scan, models, started)
+
+
+def prepare_volume(volume: Volume, scan: Scan, models: Sequence[Model], started: float) -> Prepared:
+    """Preprocess what was read of a scan for each model; ``started``: `time.perf_counter` when the reading began."""
+    doubts = _oddities(volume)
+    warnings = [*scan.warnings, *(issue.sentence for issue in volume.issues), *doubts]
     for model in models:
         _check_size(model, volume, scan)
     images = [_preprocess(model, volume, scan) for model in models]
-    return Prepared(scan.name, volume.grid, images, time.perf_counter() - started, warnings)
+    return Prepared(scan.name, volume.grid, images, time.perf_counter() - started, warnings, doubts)
 
 
 def _preprocess(model: Model, volume: Volume, scan: Scan) -> tuple[MetaTensor, GridMapping | MonaiInverse]:
@@ -106,6 +118,9 @@ def _oddities(volume: Volume) -> list[str]:
         return ["all voxels have one value"]
     warnings = ["the scan is a single slice, but the model works in 3-D"] if 1 in volume.data.shape[:3] else []
     for number, channel in enumerate(volume.channels_first):
+        values = len(np.unique(channel[tuple(slice(None, None, max(1, n // 40)) for n in channel.shape)]))
+        if values <= FEW_VALUES:
+            warnings.append(f"the scan has only {values} different values: is it a label map?")
         if (outlier := outliers(channel)) is not None:
             (value, count), where = outlier, f"channel {number}: " if volume.data.ndim == 4 else ""
             what = f"{where}{counted(count, 'voxel')} far outside all others (up to {value:.3g})"
@@ -238,9 +253,13 @@ def label(classes: npt.NDArray[Any], order: Sequence[int], blocks: Blocks) -> No
         view[rows] = index_of_best.cpu().numpy().astype(classes.dtype)
 
 
-def add(scores: npt.NDArray[np.float32], order: Sequence[int], blocks: Blocks, members: int) -> None:
-    """Add one of several members' share of the probabilities to `scores` (K, X, Y, Z), as the rows come in."""
+def adding(scores: npt.NDArray[np.float32], order: Sequence[int], blocks: Blocks, members: int) -> Blocks:
+    """The same blocks, whose values are added to `scores` (K, X, Y, Z), one of several members' share, on their way."""
     view = scores.transpose(0, *(axis + 1 for axis in order))
-    for rows, planes in blocks:
+
+    def add(rows: npt.NDArray[np.int64], planes: Iterator[Tensor]) -> Iterator[Tensor]:
         for index, values in enumerate(planes):
             view[index, rows] += values.cpu().numpy() / members
+            yield values
+
+    return ((rows, add(rows, planes)) for rows, planes in blocks)

@@ -11,8 +11,7 @@ from medseg_supcon.losses.checks import check_ids, check_number, check_rows
 class MemoryBank(nn.Module):
     """A ring buffer of `size` detached embeddings (D = dim) for each class: keys and positives of later steps.
 
-    Every class has its own room, so a frequent class never pushes out a rare one. Checkpoints contain its state. The
-    arguments are integers >= 1 (else ValueError or TypeError).
+    Every class has its own room, so a frequent class never pushes out a rare one. Checkpoints contain its state.
 
     Example:
         >>> bank = MemoryBank(num_classes=2, dim=3, size=4)
@@ -31,14 +30,11 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Write embeddings (N, D) of classes (N,) over the oldest of their class; the last `size` stay.
-
-        Labels below 0 are not stored, nor embeddings that are not finite: one overflow would make every later loss NaN.
-        """
+        """Write embeddings (N, D) over the oldest of their classes (N,); a class below 0 is not stored, nor NaN and inf."""
         check_rows("embeddings", embeddings, self.dim)
         labels = check_ids("labels", labels, embeddings.shape[:1], embeddings.device, "a bank")
         rows = embeddings.detach().to(self.embeddings.dtype)
-        stored = (labels >= 0) & rows.isfinite().all(1)
+        stored = (labels >= 0) & rows.isfinite().all(1)  # one overflow would make every later loss NaN
         classes, order = labels[stored].sort(stable=True)
         rows = rows[stored][order]
         if len(classes) and int(classes[-1]) >= self.num_classes:

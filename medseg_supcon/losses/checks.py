@@ -9,6 +9,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+Ids = Tensor | None
+
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from medseg_supcon.losses.checks import check_choice, check_number, check_tensor
+from medseg_supcon.losses.checks import Ids, check_choice, check_number, check_tensor
 
 CANDIDATES = 8  # of so many random candidates per voxel wanted, `hard` takes the hardest
 SIEVE = (1 << 20) - 1
@@ -66,20 +67,14 @@ class VoxelSampler:
 
     @torch.no_grad()
     def __call__(
-        self,
-        labels: Tensor,
-        *,
-        pair_ids: Tensor | None = None,
-        logits: Tensor | None = None,
-        generator: Generator | None = None,
+        self, labels: Tensor, *, pair_ids: Ids = None, logits: Tensor | None = None, generator: Generator | None = None
     ) -> VoxelSample:
         """Draw at most `max_samples` voxels (with `all`: every labelled one).
 
         Args:
             labels: (B, *spatial) integer class indices of any size; negative: never drawn.
-            pair_ids: (B, *spatial) int64, unique to a physical voxel over the batch, negative: no partner. If given,
-                only voxels that have an id are drawn: half of `max_samples` by the strategy, the rest are their
-                partners, those of classes that the half took whole first.
+            pair_ids: (B, *spatial) int64, unique to a physical voxel over the batch, negative: no partner. Then half of
+                `max_samples` are drawn from the voxels with an id; the rest are their partners, rare classes' first.
             logits: (B, C, *spatial), for `hard`, a channel for every class that occurs.
             generator: on the CPU, instead of the sampler's own.
         """
@@ -203,10 +198,8 @@ class _Draw(NamedTuple):
         if self.logits is not None:
             return 1.0 - self.logits.movedim(1, -1)[where].float().softmax(1)[:, c]
         score = torch.rand(len(voxels), generator=self.generator).to(voxels.device) * 0.5
-        for axis in range(1, self.labels.ndim):
-            for step in (-2, -1, 1, 2):
-                moved = list(where)
-                moved[axis] = (where[axis] + step).clamp(0, self.labels.shape[axis] - 1)
-                neighbour = self.labels[tuple(moved)]
-                score += (neighbour != c) & (neighbour >= 0)
+        for axis, step in product(range(1, self.labels.ndim), (-2, -1, 1, 2)):
+            moved = (where[axis] + step).clamp(0, self.labels.shape[axis] - 1)
+            neighbour = self.labels[(*where[:axis], moved, *where[axis + 1 :])]
+            score += (neighbour != c) & (neighbour >= 0)
         return score

@@ -1,9 +1,7 @@
 """The two sums over pairs that the loss needs, one tile of scores at a time: memory grows with N, not N^2.
 
-Forward adds up each anchor's row; backward computes the tile again (as in Rabe and Staats 2021, and FlashAttention). A
-tile of two anchor blocks serves (i, j) and (j, i). Rows are sorted by the ids that decide which pairs count, so nearly
-every tile counts as a whole, without a mask, or is skipped. The diagonal is left out inside its tile: subtracting
-e^{s_ii} afterwards would cancel.
+Backward computes a tile again (as in Rabe and Staats 2021, and FlashAttention). One of two anchor blocks serves (i, j) and
+(j, i). Rows are sorted by the ids that decide which pairs count: nearly every tile counts as a whole, or is skipped.
 """
 
 from __future__ import annotations
@@ -45,10 +43,7 @@ class Pairs(NamedTuple):
     temperature: float
 
     def tiles(self, keys: str) -> tuple[Tensor, Tensor, Tiles]:
-        """The order of the anchors by their ids, all rows in such an order, and their tiles.
-
-        `keys` that count for an anchor: the `positive` ones, `all`, or those of the `same_class` or `other_class`.
-        """
+        """Anchors, and all rows, in the order of the ids that decide; `keys`: positive, all, same_class or other_class."""
         ids = self.groups if keys == "positive" else self.classes
         criteria = [] if keys == "all" else [(ids, keys != "other_class")]
         if self.views is not None:
@@ -72,17 +67,14 @@ class Tile(NamedTuple):
     excluded: Tensor | None  # (I, J) True where a pair does not count; None: all count, but for i = j
 
     def fill_excluded(self, values: Tensor, value: float) -> Tensor:
-        """`values` (I, J) with `value`, in place, where a pair does not count; i = j never does."""
+        """`values` (I, J) with `value`, in place, where a pair does not count; i = j never does (e^{s_ii} would cancel)."""
         if self.excluded is not None:
             values.masked_fill_(self.excluded, value)
         return values.fill_diagonal_(value) if self.i == self.j else values
 
 
 class Tiles:
-    """Every tile in which some pair may meet all criteria, each pair of anchor blocks once, and its scores.
-
-    Autocast keeps their precision: it leaves cdist, `out=` and operations in place as they are.
-    """
+    """Every tile in which some pair may meet all criteria, each pair of anchor blocks once, and its scores."""
 
     def __init__(self, criteria: list[Criterion], pairs: Pairs) -> None:
         self.criteria, self.stops = criteria, pairs.stops
@@ -123,6 +115,7 @@ class Tiles:
             x, y = z[t.i], z[t.j]
             s = buffer[: len(x) * len(y)].view(len(x), len(y))
             if self.euclidean:
+                # autocast leaves cdist, `out=` and operations in place as they are
                 torch.mul(torch.cdist(x, y, compute_mode=EXACT), -1.0 / self.temperature, out=s)
             else:
                 torch.addmm(s, x, y.t(), beta=0.0, alpha=1.0 / self.temperature, out=s)
@@ -183,12 +176,10 @@ class _LogSumExp(torch.autograd.Function):
             return _gradients(z, lse, g, tiles, Tensor.exp_)[0], None, None
         a, dz, sums = g * (-lse).exp(), torch.zeros_like(z), z.new_empty(tiles.size**2 * STRIP)
         for t, s in tiles.scores(z):
+            factor = a[t.i, None]
             if t.mirrored or t.i == t.j:
-                factor = torch.add(a[t.i, None], a[t.j], out=sums[: s.numel()].view_as(s))
-            else:
-                factor = a[t.i, None]
-            ds = s.exp_().mul_(factor)
-            tiles.add_gradient(dz, t.fill_excluded(ds, 0.0), t, z)
+                factor = torch.add(factor, a[t.j], out=sums[: s.numel()].view_as(s))
+            tiles.add_gradient(dz, t.fill_excluded(s.exp_().mul_(factor), 0.0), t, z)
         return dz, None, None
 
 

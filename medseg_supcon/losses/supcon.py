@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medseg_supcon.losses.bank import Bank, bank_entries
-from medseg_supcon.losses.checks import check_choice, check_ids, check_number, check_rows, number_vector
+from medseg_supcon.losses.checks import Ids, check_choice, check_ids, check_number, check_rows, number_vector
 from medseg_supcon.losses.sums import Pairs, log_sum_exp, mean_dot_of_positives, mean_over_positives
 
-Ids = Tensor | None
 MIN_TEMPERATURE = 1e-6  # at smaller ones the scores exceed what float32 can resolve
 
 
@@ -78,15 +77,9 @@ class SupConLoss(nn.Module):
             self.class_weights = tuple(number_vector("class_weights", class_weights).tolist())
 
     def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor | None = None,
-        *,
-        pair_ids: Tensor | None = None,
-        view_ids: Tensor | None = None,
-        bank: Bank | None = None,
-        anchors: Tensor | None = None,
-    ) -> Tensor:
+        self, embeddings: Tensor, labels: Ids = None, *, pair_ids: Ids = None, view_ids: Ids = None,
+        bank: Bank | None = None, anchors: Ids = None,
+    ) -> Tensor:  # fmt: skip
         """The mean of L_i over the anchors, a scalar, float64 for float64 embeddings, else float32.
 
         Args:
@@ -97,9 +90,6 @@ class SupConLoss(nn.Module):
             bank: a `MemoryBank`, or embeddings (M, D) and labels (M,): further keys and positives, never anchors, of
                 no view and without gradient.
             anchors: (N,) bool, the voxels that may be anchors; the others are keys only. None: all.
-
-        Raises:
-            ValueError, TypeError: shapes or dtypes that do not fit, ids that are missing, a label without a weight.
         """
         total, weight = self.terms(embeddings, labels, pair_ids, view_ids, bank, anchors)
         return total / torch.where(weight > 0, weight, 1.0)
@@ -107,10 +97,7 @@ class SupConLoss(nn.Module):
     def terms(
         self, z: Tensor, y: Ids, pair_ids: Ids, view_ids: Ids, bank: Bank | None, anchors: Ids, share: Ids = None
     ) -> tuple[Tensor, Tensor]:
-        """Numerator sum_i w_{y_i} L_i and denominator sum_i w_{y_i} of the loss; the second carries no gradient.
-
-        `share`, (N,) bool: whose anchors are summed here (one rank's, say); "balanced" weights count all anchors.
-        """
+        """Numerator sum_i w_{y_i} L_i and denominator sum_i w_{y_i} of the loss, over the anchors of `share` (N,) bool."""
         check_rows("embeddings", z)
         n, each, device = len(z), z.shape[:1], z.device
         if y is None and (self.positives, self.denominator, self.class_weights) == ("same_voxel", "all", None):
@@ -126,8 +113,7 @@ class SupConLoss(nn.Module):
         with torch.autocast(device.type, enabled=False):
             pairs = self._pairs(z, y, pair_ids, view_ids, bank, anchors, share)
             if pairs is None:
-                # A sum over no rows: 0 whatever the embeddings hold, and attached to their graph.
-                nothing = z[:0].to(dtype).sum()
+                nothing = z[:0].to(dtype).sum()  # 0 whatever the embeddings hold, and attached to their graph
                 return nothing, torch.zeros_like(nothing)
             losses = log_sum_exp(pairs, self.denominator)
             if self.denominator == "other_class":
@@ -178,9 +164,9 @@ class SupConLoss(nn.Module):
         euclidean, of_bank = self.similarity == "euclidean", stored[rows[b:] - n]
         z = _Prepared.apply(z if a == n else z[rows[:b]], of_bank, euclidean)  # type: ignore[no-untyped-call]
         views, subgroups = (ids if ids is None else ids[order] for ids in (views, subgroups))
-        of_anchors = n_positives[anchors].to(z.dtype), weights[anchors].to(z.dtype)
-        form = euclidean, self.temperature
-        return Pairs(z, (a, b, len(z)), classes[order], views, groups[order], subgroups, *of_anchors, *form)
+        counts, w = n_positives[anchors].to(z.dtype), weights[anchors].to(z.dtype)
+        ids = classes[order], views, groups[order], subgroups
+        return Pairs(z, (a, b, len(z)), *ids, counts, w, euclidean, self.temperature)
 
     def _weights(self, y: Tensor, classes: Tensor, is_anchor: Tensor) -> Tensor:
         """(R,) float64 w of each row: n / (C n_c) over the anchors for "balanced", else the class's number."""
@@ -205,8 +191,6 @@ class SupConLoss(nn.Module):
 def balanced_class_weights(counts: Tensor | Sequence[float]) -> Tensor:
     """Class weights w_c = n / (C n_c), (C,) float64, of (C,) voxels per class n_c, or their share; 0 for an absent class.
 
-    They suit voxels sampled in proportion to volume. `SupConLoss(class_weights="balanced")` suits any sampling.
-
     >>> balanced_class_weights([12, 4, 0, 8]).tolist()
     [0.5, 1.5, 0.0, 0.75]
     """
@@ -216,10 +200,9 @@ def balanced_class_weights(counts: Tensor | Sequence[float]) -> Tensor:
     return torch.where(n_c > 0, n_c.sum() / (len(n_c) * n_c), 0.0)
 
 
-def _compact(ids: Tensor) -> Tensor:
+def _compact(ids: Tensor) -> Any:
     """Ids as 0, 1, ..."""
-    inverse: Tensor = torch.unique(ids, return_inverse=True)[1]
-    return inverse
+    return torch.unique(ids, return_inverse=True)[1]
 
 
 def _occurrences(ids: Tensor) -> Tensor:
@@ -228,10 +211,7 @@ def _occurrences(ids: Tensor) -> Tensor:
 
 
 class _Prepared(torch.autograd.Function):
-    """The batch's rows and a bank's in float32 or float64, as unit vectors unless `euclidean`; zero vectors stay zero.
-
-    Every gradient of the loss passes here: one too large for the rows' own dtype is clamped to its largest number.
-    """
+    """The batch's rows and a bank's in float32 or float64, as unit vectors unless `euclidean`; zero vectors stay zero."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, stored: Tensor, euclidean: bool) -> Tensor:
@@ -258,5 +238,6 @@ class _Prepared(torch.autograd.Function):
             unit, norm, largest = (t[: ctx.n] for t in ctx.saved_tensors)
             grad = (grad - unit * (unit * grad).sum(1, keepdim=True)).div_(norm)
             grad = torch.where(largest == 0, 0.0, grad.div_(largest))
+        # every gradient of the loss passes here
         limit = min(torch.finfo(ctx.dtype).max, torch.finfo(grad.dtype).max)
         return grad.clamp(-limit, limit).to(ctx.dtype), None, None

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from medseg_supcon.losses.bank import MemoryBank
-from medseg_supcon.losses.checks import check_ids, check_number
+from medseg_supcon.losses.checks import Ids, check_ids, check_number
 from medseg_supcon.losses.sampler import VoxelSampler
 from medseg_supcon.losses.supcon import SupConLoss
 
-IGNORE_INDEX = -1
-"""Class index of a voxel that nobody labelled, or that is outside the scan (padding)."""
+IGNORE_INDEX = -1  # class index of a voxel that nobody labelled, or that is outside the scan (padding)
 MAX_PAIR_ID = 1 << 40  # the scans' and the ranks' numbers are stored above it
+Loss = Callable[..., Tensor]
 
 
 class VoxelSupConLoss(nn.Module):
@@ -45,16 +45,9 @@ class VoxelSupConLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        loss: SupConLoss,
-        sampler: VoxelSampler,
-        projection: nn.Module | None = None,
-        *,
-        bank: MemoryBank | None = None,
-        within_scan: bool = False,
-        gather: bool = True,
-        enqueue_per_class: int = 64,
-    ) -> None:
+        self, loss: SupConLoss, sampler: VoxelSampler, projection: nn.Module | None = None, *,
+        bank: MemoryBank | None = None, within_scan: bool = False, gather: bool = True, enqueue_per_class: int = 64,
+    ) -> None:  # fmt: skip
         super().__init__()
         if bank is not None and within_scan:
             raise ValueError("bank must be None with within_scan=True: its entries belong to other scans")
@@ -63,15 +56,9 @@ class VoxelSupConLoss(nn.Module):
         self.within_scan, self.gather, self.enqueue_per_class = within_scan, gather, enqueue_per_class
 
     def forward(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        *,
-        pair_ids: Tensor | None = None,
-        view_ids: Tensor | None = None,
-        scan_ids: Tensor | None = None,
+        self, features: Tensor, labels: Tensor, *, pair_ids: Ids = None, view_ids: Ids = None, scan_ids: Ids = None,
         logits: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The loss of one batch, a scalar, float32 (float64 for float64 embeddings).
 
         Args:
@@ -83,9 +70,6 @@ class VoxelSupConLoss(nn.Module):
             scan_ids: (B,) integers, for within_scan; elements with equal ids are views of one scan, and pair_ids
                 count within it, below 2^40. None: pair_ids are unique over the batch.
             logits: (B, C, *spatial), for a sampler that looks for voxels where the network is unsure.
-
-        Raises:
-            ValueError: shapes that do not fit, or ids that an option needs and that are missing.
         """
         y = self._labels(features, labels)
         each, by_voxel, by_view = y.shape[:1], self.loss.positives == "same_voxel", self.loss.keys == "other_view"
@@ -105,17 +89,13 @@ class VoxelSupConLoss(nn.Module):
             dtype = next((p.dtype for p in self.projection.parameters() if p.is_floating_point()), wide)
             z = self.projection(features.movedim(1, -1)[where].to(dtype))
         view = element if view_ids is None else view_ids[element]
-        pair = element
-        if pair_ids is not None:
-            # Voxels without a partner (the sampler `all` takes them, too) must not find each other.
-            pair = pair_ids[where]
+        pair = element if pair_ids is None else pair_ids[where]
+        if pair_ids is not None:  # voxels without a partner, which `all` takes, too, must not find each other
             pair = torch.where(pair >= 0, pair, -1 - torch.arange(len(pair), device=y.device))
-
         ranks = dist.get_world_size() if self.gather and dist.is_available() and dist.is_initialized() else 1
         if scan_ids is not None and self.within_scan:
-            # Sum of the scans' losses, and the number of scans that have one.
             total = z[:0].sum()
-            weight = torch.zeros_like(total)
+            weight = torch.zeros_like(total)  # the number of scans that have a loss
             for scan in torch.unique(scan_ids[element]):
                 i = scan_ids[element] == scan
                 part, w = self.loss.terms(z[i], label[i], pair[i], view[i], None, anchors[i])
@@ -152,9 +132,7 @@ class VoxelSupConLoss(nn.Module):
             y = one_hot.to(torch.uint8).argmax(1).masked_fill_(~one_hot.any(1), IGNORE_INDEX)
         elif labels.is_floating_point() and bool((wrong := y != labels[:, 0]).any()):
             value = labels[:, 0][wrong][0].item()
-            raise ValueError(
-                f"labels must be whole numbers (class indices), got {value}; were they interpolated linearly?"
-            )
+            raise ValueError(f"labels must be whole numbers (class indices), got {value} (interpolated linearly?)")
         ignored = self.loss.ignore_index
         return y if ignored is None else y.masked_fill(y == ignored, IGNORE_INDEX)
 
@@ -162,8 +140,8 @@ class VoxelSupConLoss(nn.Module):
 class DiceSupConLoss(nn.Module):
     """segmentation_loss + w(t) * contrastive_loss, where w(t) = weight * min(1, t / warmup_steps) in step t = 1, 2, ...
 
-    A step is a forward pass in training mode. The first w is above 0, so that every parameter has a gradient from the
-    start, as DDP needs. `terms` has the last call's detached scalars, and the buffer `step` the steps so far.
+    A step is a forward pass in training mode. The first w is above 0, so that every parameter has a gradient, as DDP
+    needs. `terms` has the last call's detached scalars, and the buffer `step` the steps so far.
 
     Args:
         segmentation_loss: called with (logits, labels), such as MONAI's DiceCELoss.
@@ -179,11 +157,7 @@ class DiceSupConLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        segmentation_loss: Callable[..., Tensor],
-        contrastive_loss: Callable[..., Tensor],
-        weight: float = 0.1,
-        warmup_steps: int = 0,
+        self, segmentation_loss: Loss, contrastive_loss: Loss, weight: float = 0.1, warmup_steps: int = 0
     ) -> None:
         super().__init__()
         check_number("weight", weight, 0)
@@ -193,7 +167,7 @@ class DiceSupConLoss(nn.Module):
         self.step = nn.Buffer(torch.zeros((), dtype=torch.long))
         self.terms: dict[str, Tensor] = {}
 
-    def forward(self, logits: Tensor, labels: Tensor, features: Tensor | None = None, **ids: Tensor | None) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, features: Tensor | None = None, **ids: Ids) -> Tensor:
         """The weighted sum, a scalar, of logits (B, C, *spatial), labels (B, 1, *spatial), features (B, F, *spatial).
 
         Features may be None if weight is 0; `ids` are pair_ids, view_ids, scan_ids as for `VoxelSupConLoss`.
@@ -211,8 +185,8 @@ class DiceSupConLoss(nn.Module):
             loss = segmentation + weight * contrastive
         if self.training:
             self.step.add_(1)
-        terms = {"loss": loss, "segmentation": segmentation, "contrastive": contrastive}
-        self.terms = {name: term.detach() for name, term in terms.items()} | {"contrast_weight": weight}
+        terms = {"loss": loss, "segmentation": segmentation, "contrastive": contrastive, "contrast_weight": weight}
+        self.terms = {name: term.detach() for name, term in terms.items()}
         return loss
 
 
@@ -233,10 +207,7 @@ def _evenly(labels: Tensor, per_class: int) -> Tensor:
 
 
 def _mean_over_ranks(total: Tensor, weight: Tensor, ranks: int) -> Tensor:
-    """sum over ranks of total / sum over ranks of weight, with R times this rank's share of the gradient.
-
-    DistributedDataParallel averages gradients over the R ranks, which gives that of the concatenated batch.
-    """
+    """Sum of total / sum of weight over R ranks, with R times this rank's share of the gradient: DDP takes the mean."""
     if ranks == 1:
         return total / torch.where(weight > 0, weight, 1.0)
     sums = torch.stack((total.detach(), weight.detach()))

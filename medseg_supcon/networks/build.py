@@ -1,39 +1,49 @@
-"""A network from its definition in plan.json, and the patch sizes that it takes."""
+"""A network from its definition in plan.json, and the patch sizes that it takes.
+
+`definition_problem` is the gate for definitions from elsewhere: what it lets pass reads no file, downloads nothing, calls
+nothing that an argument names, and builds no more than `MOST_WEIGHTS` and `MOST_PARTS`.
+"""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import monai.networks.nets  # noqa: F401
 import torch
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules import module as registry
 
 from medseg_supcon.errors import ConfigError
-from medseg_supcon.networks.definition import definition_problem, instantiate
 from medseg_supcon.networks.features import CONVOLUTIONS, classifier_name
 
 DIVISORS = (1, 2, 4, 8, 16, 32, 64, 128)
 BASE = 128  # divisible by all of them
 Definition = Mapping[str, Any] | str
+STOCK = ("torch.nn.modules.", "monai.networks.nets.", "monai.networks.blocks.", "monai.networks.layers.")
+# Their arguments name a function of torchvision to call, or a file or a model on the internet to load.
+REFUSED = ("torchvision_fc", "milmodel", "transchex", "cell_sam_wrapper")
+LOADS_FILES = ("pretrained", "checkpoint", "weights", "path", "filename")  # arguments that load weights, begin so
+# torch.nn.Sequential takes its modules by position, which a config cannot say; this method returns the container.
+CHAIN, EMPTY_CHAIN = "torch.nn.Sequential.extend", {"_target_": "torch.nn.Sequential"}
+MOST_LEVELS, MOST_WEIGHTS, MOST_PARTS = 50, 2_000_000_000, 20_000  # or a line of text would fill the memory
+
+
+def chain(*definitions: Mapping[str, Any]) -> dict[str, Any]:
+    """The definition of modules that run one after another, as MONAI's config parser can build it, too."""
+    return {"_target_": CHAIN, "self": dict(EMPTY_CHAIN), "sequential": [dict(d) for d in definitions]}
 
 
 def build_network(
     network_def: Definition, *, in_channels: int | None = None, num_classes: int | None = None, trust: bool = False
 ) -> nn.Module:
-    """The network that a plan's ``network_def`` describes.
+    """The network that a plan's ``network_def`` describes; ConfigError if it cannot be built, or has other channels.
 
-    It is a dict with ``_target_`` (a network of torch or MONAI) and plain arguments, which may be such dicts; with
-    ``trust`` anything that MONAI's config parser can evaluate. ``in_channels`` of the scans and ``num_classes``
-    (background included) are checked if given.
-
-    Raises:
-        ConfigError: the definition names no class, is code without ``trust``, has wrong arguments or other channels.
-
-    Example:
-        >>> build_network({"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 2, "kernel_size": 1})
-        Conv3d(1, 2, kernel_size=(1, 1, 1), stride=(1, 1, 1))
+    With ``trust`` the definition is anything that MONAI's config parser can evaluate, and not only plain data.
     """
     shown = f"network_def {network_def!r:.200}"
     plain = isinstance(network_def, Mapping) and "_target_" in network_def
@@ -42,10 +52,9 @@ def build_network(
     problem = definition_problem(network_def)
     if problem is not None and not trust:
         raise ConfigError(f"{problem}. It may run any code: pass --trust (trust=True) if you trust its author.")
-    definition: Any = dict(network_def) if isinstance(network_def, Mapping) else network_def
     try:
-        parser = ConfigParser({"network_def": definition})
-        network = instantiate(definition) if problem is None else parser.get_parsed_content("network_def")
+        parser = ConfigParser({"network_def": dict(network_def) if isinstance(network_def, Mapping) else network_def})
+        network = _instantiate(network_def) if problem is None else parser.get_parsed_content("network_def")
     except Exception as error:  # whatever a class or an expression raises; the innermost cause says what is wrong
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -68,43 +77,117 @@ def build_network(
 
 
 def size_divisor(network: nn.Module, in_channels: int, spatial_dims: int = 3) -> tuple[int, ...]:
-    """The number that a patch's extent must be divisible by, a power of two per axis.
+    """The number that a patch's extent must be divisible by, a power of two per axis; 1 if the network pads for itself.
 
-    Found by running shapes through the network with weights that hold nothing (PyTorch's meta device). A network that
-    pads for itself (BasicUNet) gives 1. In training an instance norm needs two voxels or more: let some axis have at
-    least twice its divisor.
-
-    Raises:
-        ConfigError: the network takes no patch of 128 and 256 voxels per axis.
-
-    Example:
-        >>> size_divisor(torch.nn.Conv3d(1, 2, 3, padding=1), in_channels=1)
-        (1, 1, 1)
+    Found by running shapes through the network with weights that hold nothing (PyTorch's meta device). In training an
+    instance norm needs two voxels or more: let some axis have at least twice its divisor.
     """
     divisors = []
     for axis in range(spatial_dims):
         for divisor in DIVISORS:
             shape = [BASE] * spatial_dims
             shape[axis] += divisor  # an odd multiple, about as large as the base, is divisible by nothing more
-            failure = _failure(network, in_channels, tuple(shape))
-            if failure is None:
+            if (failure := _failure(network, in_channels, tuple(shape))) is None:
                 divisors.append(divisor)
                 break
         else:
-            raise ConfigError(
-                f"{type(network).__name__} does not run on a patch of {shape} voxels with {in_channels} channel(s): "
-                f"{failure}. Give a network that takes any patch size, with in_channels as the scans have."
-            )
+            found = f"does not run on a patch of {shape} voxels with {in_channels} channel(s): {failure}"
+            cure = "Give a network that takes any patch size, with in_channels as the scans have."
+            raise ConfigError(f"{type(network).__name__} {found}. {cure}")
     return tuple(divisors)
 
 
 def round_patch(patch_size: Sequence[int], divisor: Sequence[int]) -> tuple[int, ...]:
-    """The patch size, rounded up to a multiple of the divisor on each axis.
-
-    >>> round_patch((40, 50, 33), (8, 8, 8))
-    (40, 56, 40)
-    """
+    """The patch size, rounded up to a multiple of the divisor on each axis."""
     return tuple(-(-n // d) * d for n, d in zip(patch_size, divisor, strict=True))
+
+
+def definition_problem(node: Any, level: int = 0) -> str | None:
+    """Why a ``network_def`` is not plain data that names a stock network; None if it is."""
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        return f"network_def is {node!r:.100}, not a mapping with _target_"
+    target, arguments = node["_target_"], {key: value for key, value in node.items() if key != "_target_"}
+    if target == CHAIN:
+        if set(arguments) != {"self", "sequential"} or node["self"] != EMPTY_CHAIN:
+            return f"network_def has {CHAIN} with other arguments than an empty container and a list"
+        return _arguments_problem(arguments, level)
+    stock = _stock_class(target)
+    if stock is None:
+        return f"network_def names {target!r:.100}, which is not a network of torch.nn or monai.networks"
+    for name, parameter in inspect.signature(stock).parameters.items():
+        loads = name.startswith(LOADS_FILES) and parameter.default not in (False, None, parameter.empty)
+        if loads and name not in arguments:
+            return f"network_def names {target!r}, which loads weights unless {name} is false"
+    return _arguments_problem(arguments, level)
+
+
+def _instantiate(definition: Definition) -> nn.Module:
+    """A network without `definition_problem`; one that grows too large ends before its weights are written to memory."""
+    weights = parts = 0
+
+    def count(module: nn.Module, name: str, value: Any) -> None:
+        nonlocal weights, parts
+        weights, parts = weights + (value.numel() if isinstance(value, torch.Tensor) else 0), parts + 1
+        if weights > MOST_WEIGHTS or parts > MOST_PARTS:
+            raise ValueError(f"it has more than {MOST_WEIGHTS:,} weights or {MOST_PARTS:,} parts")
+
+    kinds = ("module", "parameter", "buffer")
+    hooks = [getattr(registry, f"register_module_{kind}_registration_hook")(count) for kind in kinds]
+    try:
+        network: nn.Module = _build(definition)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return network
+
+
+def _build(node: Any) -> Any:
+    """Parts are built in the order of the text, so that a seed gives the weights that MONAI's parser gives."""
+    if isinstance(node, list):
+        return [_build(value) for value in node]
+    if not isinstance(node, Mapping):
+        return node
+    arguments = {key: _build(value) for key, value in node.items() if key != "_target_"}
+    if "_target_" not in node:
+        return arguments
+    if node["_target_"] == CHAIN:
+        return nn.Sequential(*arguments["sequential"])
+    return _stock_class(node["_target_"])(**arguments)
+
+
+def _arguments_problem(node: Any, level: int) -> str | None:
+    if level > MOST_LEVELS:
+        return f"network_def is nested more than {MOST_LEVELS} levels deep"
+    if isinstance(node, Mapping) and "_target_" in node:
+        return definition_problem(node, level + 1)
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if not isinstance(key, str) or not key.isidentifier() or key.startswith("_"):
+                return f"network_def sets {key!r:.100}"
+            if key.startswith(LOADS_FILES) and value not in (False, None):
+                return f"network_def sets {key!r}, which loads weights"
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        return next((p for p in (_arguments_problem(value, level + 1) for value in node) if p), None)
+    if isinstance(node, str) and node[:1] in ("$", "@", "%"):
+        return f"network_def holds the expression {node!r:.100}"
+    if isinstance(node, int | float) and abs(node) > MOST_WEIGHTS:
+        return f"network_def holds the number {node!r:.100}"
+    return None
+
+
+def _stock_class(target: Any) -> Any:
+    """The class that a name stands for, None if none: with its package or module, or a bare name of MONAI's networks."""
+    if not isinstance(target, str):
+        return None
+    module, _, name = (f"monai.networks.nets.{target}" if target.isidentifier() else target).rpartition(".")
+    # only what those packages hold themselves: no way through them into other packages
+    if name.startswith("_") or not f"{module}.".startswith(("torch.nn.", *STOCK)) or module not in sys.modules:
+        return None
+    stock: Any = vars(sys.modules[module]).get(name)
+    if not (inspect.isclass(stock) and issubclass(stock, nn.Module) and stock.__module__.startswith(STOCK)):
+        return None
+    return None if stock.__module__.rpartition(".")[2] in REFUSED else stock
 
 
 @torch.no_grad()

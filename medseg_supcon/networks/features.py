@@ -33,16 +33,12 @@ def classifier_name(network: nn.Module) -> str:
 class ContrastiveNetwork(nn.Module):
     """A stock network that also gives its dense features, the input of its classifier (the last 1x1x1 convolution).
 
-    In training mode it gives ``(logits, features)``, in evaluation mode ``logits``, as a sliding window expects. Of a
-    network with deep supervision only the full-resolution output counts. ``in_channels`` is F, the features per voxel
-    (what a projection head takes in), ``out_channels`` C, the classes. Any of MONAI's networks will do, or
-    ``Sequential(UNet, Conv3d)``.
+    In training mode it gives ``(logits, features)``, in evaluation mode ``logits``, as a sliding window expects; of a
+    network with deep supervision only the full-resolution output. ``in_channels`` is F, the features per voxel,
+    ``out_channels`` C, the classes. ConfigError if the network does not end in a 1x1x1 convolution.
 
     A forward pre-hook takes the features and is removed after each call, so copying, saving and exporting see the
     stock network. The state dict is the stock network's, under its own names.
-
-    Raises:
-        ConfigError: the network does not end in a 1x1x1 convolution.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Conv3d(1, 8, 3, padding=1), torch.nn.Conv3d(8, 2, 1))
@@ -111,10 +107,8 @@ def _main_output(output: Any, x: Tensor) -> Tensor:
     if isinstance(output, Tensor) and output.shape[2:] == x.shape[2:]:
         return output
     got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    raise ConfigError(
-        f"The network's output must be logits of the input's {tuple(x.shape[2:])} voxels, but it is {got}: take a "
-        "segmentation network that ends at full resolution, or a patch size that it divides by."
-    )
+    cure = "take a segmentation network that ends at full resolution, or a patch size that it divides by"
+    raise ConfigError(f"The network's output must be logits of {tuple(x.shape[2:])} voxels, but it is {got}: {cure}.")
 
 
 class ProjectionHead(nn.Module):
@@ -126,23 +120,15 @@ class ProjectionHead(nn.Module):
         out_channels: D, length of a projected vector.
         normalise_input, normalise_output: scale the features, the projected vectors, to unit length.
 
-    Raises:
-        ValueError: a width is not positive, or the features do not have F channels.
-
     Example:
         >>> ProjectionHead(16)(torch.rand(5, 16)).norm(dim=1).allclose(torch.ones(5))
         True
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        hidden_channels: int | None = 128,
-        out_channels: int = 64,
-        *,
-        normalise_input: bool = True,
-        normalise_output: bool = True,
-    ) -> None:
+        self, in_channels: int, hidden_channels: int | None = 128, out_channels: int = 64, *,
+        normalise_input: bool = True, normalise_output: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         hidden = hidden_channels or 0
         if in_channels < 1 or out_channels < 1 or hidden < 0:

@@ -8,3 +8,4 @@ from medseg_supcon.plan.preprocessing import (
     read_preprocessing,
 )
 from medseg_supcon.plan.rules import default_epochs, make_plan, plan_warnings, read_plan, validate_plan, write_plan
+from medseg_supcon.plan.segments import code_parts, segment_codes

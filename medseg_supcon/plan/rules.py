@@ -22,6 +22,7 @@ from medseg_supcon.files import LARGEST, read_json
 from medseg_supcon.losses import balanced_class_weights
 from medseg_supcon.networks import chain
 from medseg_supcon.plan.preprocessing import intensity_transforms
+from medseg_supcon.plan.segments import are_segments, segment_codes
 from medseg_supcon.text import counted
 
 CPU_STEPS, GPU_STEPS = 6000, 15000  # the default length; docs/results.md has the minutes of the CPU's
@@ -81,6 +82,7 @@ def make_plan(
         "channels": list(dataset.channels),
         "labels": dict(dataset.labels),
         "ignore_label": dataset.ignore_label,
+        "segments": segment_codes(list(dataset.labels)[1:]),
         "orientation": "RAS",
         "spacing": [float(mm) for mm in spacing],
         "intensity": intensity_transforms(dataset.channels, foreground),
@@ -206,7 +208,12 @@ RULES: dict[str, tuple[str, Any]] = {  # what the value must be, in words and as
     "keep_largest": ("a list of class names", Sequence[str]),
     "fingerprint": ("a mapping", dict[str, Any]),
 }
+SEGMENTS = (
+    'a mapping of foreground classes to a "category", a "type" and, if there is one, a "laterality" and a "region", each a '
+    'code such as "SCT:10200004 Liver"'
+)
 OPTIONAL: dict[str, tuple[str, Any]] = {
+    "segments": (SEGMENTS, dict[str, dict[str, str]]),
     "minutes": ("a number above 0", Annotated[Number, Field(gt=0)]),
     "trust_scan_affine": ("true or false", bool),
 }
@@ -270,6 +277,8 @@ def validate_plan(plan: object, *, divisor: Sequence[int] | None = None, source:
         fits_classes = len(plan[key]) == len(labels) and min(plan[key]) >= 0
         need(key, fits_classes, f"{len(labels)} numbers of at least 0, one for each class")
     need("keep_largest", set(plan["keep_largest"]) <= set(labels), f"a list of classes among {list(labels)}")
+    segments = plan.get("segments", {})
+    need("segments", are_segments(segments) and set(segments) <= set(list(labels)[1:]), SEGMENTS)
     if divisor is not None:
         rounded = [math.ceil(n / d) * d for n, d in zip(patch, divisor, strict=True)]
         need("patch_size", rounded == list(patch), f"divisible by {list(divisor)} for this network (such as {rounded})")

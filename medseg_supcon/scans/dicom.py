@@ -54,9 +54,14 @@ Series = list[tuple[str, list[Path], str]]
 
 @dataclass(frozen=True)
 class Frame:
-    """One slice: a file's only one, or one of a multi-frame file. None: the file does not say, or nothing valid."""
+    """A file's only slice, or one of a multi-frame file. Identifiers, which lead to a patient, are never shown."""
 
     file: Path
+    text: dict[str, str]  # TEXT_TAGS; "" if the file does not say
+    size: tuple[int, int, int]  # columns, rows and frames of the file; a zero if it holds no image
+    lut: bool  # whether a Modality LUT replaces the scaling
+    number: int  # in its file, from 1
+    # None: the file does not say, or nothing valid
     position: Numbers | None  # (3,) of the first voxel, LPS mm
     orientation: Numbers | None  # (6,) directions of a row and of a column
     spacing: Numbers | None  # (2,) mm between rows and between columns
@@ -65,45 +70,31 @@ class Frame:
     unit: str  # of the values after scaling, such as "HU"; "" if it is not given
 
 
-@dataclass(frozen=True)
-class Header:
-    """What is read of a DICOM file; identifiers, which lead to a patient, are compared but never shown."""
-
-    file: Path
-    text: dict[str, str]  # TEXT_TAGS; "" if the file does not say
-    size: tuple[int, int, int]  # columns, rows, frames; a zero if the file holds no image
-    lut: bool  # whether a Modality LUT replaces the scaling
-    frames: tuple[Frame, ...]
-
-
 def series_in(folder: Path, name: str = "") -> tuple[Series, list[Path]]:
     """The DICOM series directly in a folder, (name, slices in order, digest) each, and the damaged files.
 
-    A single series is called as the folder, or `name`, several ``<folder>_series<number>``. Series identifiers are never
-    shown: they identify a patient's examination. A digest tells series apart. Reports, plans and drawings are skipped.
+    Series are told apart by a digest: their identifiers identify a patient's examination. Documents are skipped.
     """
-    by_series: dict[str, list[Header]] = {}
-    damaged = []
+    by_series, damaged = dict[str, list[Frame]](), []
     for file in sorted(folder.iterdir()):
         if file.name.startswith(".") or file.is_dir() or not looks_like_dicom(file):
             continue
         try:
-            header = read_dicom_header(file)
+            first = read_frames(file)[0]
+            if 0 not in first.size and first.text["Modality"] not in NOT_SCANS:
+                by_series.setdefault(first.text["SeriesInstanceUID"], []).append(first)
         except DataError:
             damaged.append(file)
-            continue
-        if header.frames and header.text["Modality"] not in NOT_SCANS:
-            by_series.setdefault(header.text["SeriesInstanceUID"], []).append(header)
     name = name or folder.resolve().name or "scan"
-    texts = [headers[0].text["SeriesNumber"] for headers in by_series.values()]
+    texts = [frames[0].text["SeriesNumber"] for frames in by_series.values()]
     numbers = [int(text) for text in texts if re.fullmatch(r"-?\d+", text)]
     if len(set(numbers)) < len(texts):
         numbers = list(range(1, len(texts) + 1))
     series = []
-    for number, (uid, headers) in sorted(zip(numbers, by_series.items(), strict=True), key=lambda pair: pair[0]):
-        files = [frame.file for frame in _in_order([header.frames[0] for header in headers])]
+    for number, (uid, frames) in sorted(zip(numbers, by_series.items(), strict=True), key=lambda pair: pair[0]):
         digest = hashlib.sha256(f"{name}\0{uid}".encode()).hexdigest()[:16]
-        series.append((name if len(numbers) == 1 else f"{name}_series{number}", files, digest))
+        called = name if len(numbers) == 1 else f"{name}_series{number}"
+        series.append((called, [frame.file for frame in _in_order(frames)], digest))
     return series, damaged
 
 
@@ -119,39 +110,43 @@ def _in_order(frames: Sequence[Frame]) -> list[Frame]:
 def is_one_of_many(file: Path, series: Series) -> int:
     """Number of slices of the series that a slice belongs to; 0 for a file that is a volume of its own."""
     own = next((files for _, files, _ in series if file in files), [])
-    return len(own) if len(own) > 1 and read_dicom_header(file).size[2] == 1 else 0
+    return len(own) if len(own) > 1 and read_frames(file)[0].size[2] == 1 else 0
 
 
 def read_dicom(files: Sequence[Path]) -> Volume:
-    """The volume (X, Y, Z) that the slices of a series, or the frames of a file, make; DataError if they make none.
-
-    Values are what the header defines: stored values through the slice's own slope and intercept, or through its
-    Modality LUT. MONOCHROME1 says how to show them, and changes none.
-    """
-    headers, frames, affine = check_series(files)
-    columns, rows, _ = headers[0].size
+    """The volume (X, Y, Z) that the slices of a series, or the frames of a file, make; DataError if they make none."""
+    frames, affine = check_series(files)
+    columns, rows, _ = frames[0].size
     data = np.empty((len(frames), rows, columns), dtype=np.float32)
-    place = {id(frame): k for k, frame in enumerate(frames)}
-    for header in headers:
-        for frame, stored in zip(header.frames, _read_stored(header), strict=True):
-            slope, intercept = frame.scaling or (1.0, 0.0)
-            unscaled = (slope, intercept) == (1.0, 0.0)
-            data[place[id(frame)]] = stored if unscaled else stored * np.float64(slope) + intercept
+    pixels = _read_stored(frames[0])
+    for place, frame in enumerate(frames):
+        if frame.file != frames[0].file:  # one slice per file, else all in one
+            pixels = _read_stored(frame)
+        stored, scaling = pixels[frame.number - 1], frame.scaling
+        data[place] = stored if scaling in (None, (1.0, 0.0)) else stored * np.float64(scaling[0]) + scaling[1]
     grid = Grid.at((columns, rows, len(frames)), affine)
-    return Volume(data.transpose(2, 1, 0), grid, affine, _doubts(headers))
+    return Volume(data.transpose(2, 1, 0), grid, affine, _doubts(frames))
 
 
-def check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Affine]:
-    """Headers as the files, frames in the order of their places, and the affine to RAS+ mm; raises as `read_dicom`."""
+def check_series(files: Sequence[Path]) -> tuple[list[Frame], Affine]:
+    """The slices in the order of their places, and the affine to RAS+ mm; raises as `read_dicom`."""
     source = files[0].parent if len(files) > 1 else files[0]
-    headers = [read_dicom_header(file) for file in files]
-    for header in headers:
-        _check_kind(header, source)
-    if headers[0].size[2] > 1 and len(files) > 1:
+    frames = [frame for file in files for frame in read_frames(file)]
+    for frame in frames:
+        modality, colours = frame.text["Modality"], frame.text["PhotometricInterpretation"]
+        if 0 in frame.size or modality in NOT_SCANS:
+            found = f"is not a scan, or holds no image (its DICOM modality is {modality or 'not given'})"
+            raise DataError(f"{source}: {found}. Pass the scan itself.")
+        if "MOSAIC" in frame.text["ImageType"].upper():
+            raise DataError(f"{source}: is a mosaic, all slices tiled in one picture. Convert it with dcm2niix.")
+        if colours not in ("MONOCHROME1", "MONOCHROME2"):
+            found = f"is in colour ({colours or 'no PhotometricInterpretation'}), expected grey values"
+            raise DataError(f"{frame.file}: {found}. Pass the scan it was made of.")
+    if frames[0].size[2] > 1 and len(files) > 1:
         raise DataError(f"{source}: the series has {len(files)} volumes, one per file. Pass the file to be segmented.")
-    frames = _in_order([frame for header in headers for frame in header.frames])
-    _check_alike(headers)
-    _check_scales(headers)
+    _check_alike(frames)
+    _check_scales(frames)
+    frames = _in_order(frames)
     first, positions = frames[0], np.array([frame.position for frame in frames if frame.position is not None])
     if first.orientation is None or len(positions) < len(frames):
         what = "not every slice says" if len(frames) > 1 else "does not say"
@@ -161,8 +156,7 @@ def check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Affi
     row, column = first.orientation[:3], first.orientation[3:]
     axes = np.array([row, column, np.cross(row, column)])
     if np.abs(axes @ axes.T - np.eye(3)).max() > 10 * SAME:
-        found = "its ImageOrientationPatient is not a pair of perpendicular axes"
-        raise DataError(f"{first.file}: {found}. Export it again.")
+        raise DataError(f"{first.file}: ImageOrientationPatient is not a pair of perpendicular axes. Export it again.")
     if len(frames) > 1:
         _check_even(positions, axes[2], float(first.spacing.min()), source)
         step = (positions[-1] - positions[0]) / (len(frames) - 1)
@@ -172,62 +166,46 @@ def check_series(files: Sequence[Path]) -> tuple[list[Header], list[Frame], Affi
         raise DataError(f"{source}: is a single slice, and does not say how thick it is. Pass the whole series.")
     lps = np.eye(4)
     lps[:3] = np.stack([row * first.spacing[1], column * first.spacing[0], step, positions[0]], axis=1)
-    return headers, frames, ras_affine(lps)
+    return frames, ras_affine(lps)
 
 
-def _check_kind(header: Header, source: Path) -> None:
-    modality, photometric = header.text["Modality"], header.text["PhotometricInterpretation"]
-    if not header.frames or modality in NOT_SCANS:
-        found = f"is not a scan, or holds no image (its DICOM modality is {modality or 'not given'})"
-        raise DataError(f"{source}: {found}. Pass the scan itself.")
-    if "MOSAIC" in header.text["ImageType"].upper():
-        raise DataError(f"{source}: is a mosaic, all slices tiled in one picture. Convert it with dcm2niix.")
-    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        found = photometric or "no PhotometricInterpretation"
-        raise DataError(f"{header.file}: is in colour ({found}), expected grey values. Pass the scan it was made of.")
-
-
-def _check_alike(headers: Sequence[Header]) -> None:
+def _check_alike(frames: Sequence[Frame]) -> None:
     """Whether all slices have one size, one direction and one pixel spacing; one that no slice gives is not missing."""
-    frames = [(header, number, frame) for header in headers for number, frame in enumerate(header.frames, start=1)]
-    sizes = [np.array(header.size) for header, _, _ in frames]
-    turns, spacings = ([getattr(frame, key) for _, _, frame in frames] for key in ("orientation", "spacing"))
-    for what, values in (("size", sizes), ("direction", turns), ("PixelSpacing", spacings)):
+    for what, key in (("size", "size"), ("direction", "orientation"), ("PixelSpacing", "spacing")):
+        values = [getattr(frame, key) for frame in frames]
         given = [value for value in values if value is not None]
         usual = np.percentile(given, 50, axis=0, method="lower") if given else None
-        for (header, number, frame), value in zip(frames, values, strict=True):
+        for frame, value in zip(frames, values, strict=True):
             if usual is not None and (value is None or np.abs(value - usual).max() > SAME):
-                where = f"{frame.file}: frame {number}" if header.size[2] > 1 else frame.file
+                where = f"{frame.file}: frame {frame.number}" if frame.size[2] > 1 else frame.file
                 own = "not given" if value is None else " x ".join(f"{part:g}" for part in value)
-                found = f"its {what} is {own}, and other slices have another"
-                raise DataError(f"{where}: {found}. Move it out of the folder, or export it again.")
+                cure = "Move it out of the folder, or export it again."
+                raise DataError(f"{where}: its {what} is {own}, and other slices have another. {cure}")
 
 
-def _check_scales(headers: Sequence[Header]) -> None:
+def _check_scales(frames: Sequence[Frame]) -> None:
     """Whether the values of all slices are on one scale: slopes may differ, as PET's do, but none may be missing."""
     rules, units = dict[str, Path](), dict[str, Path]()  # to the first file of each
-    for header in headers:
-        for frame in header.frames:
-            rule = "a Modality LUT" if header.lut else "no rescale slope and intercept"
-            if frame.scaling is not None:
-                rule = "a rescale slope and intercept"
-                if header.lut or not np.isfinite(frame.scaling).all():
-                    besides = "there is a Modality LUT besides" if header.lut else "one is missing or not valid"
-                    raise DataError(f"{header.file}: its rescale slope is contradictory ({besides}). Export it again.")
-            rules.setdefault(rule, header.file)
-            if frame.unit:
-                units.setdefault(f"values in {frame.unit}", header.file)
+    for frame in frames:
+        rule = "a Modality LUT" if frame.lut else "no rescale slope and intercept"
+        if frame.scaling is not None:
+            rule = "a rescale slope and intercept"
+            if frame.lut or not np.isfinite(frame.scaling).all():
+                besides = "there is a Modality LUT besides" if frame.lut else "one is missing or not valid"
+                raise DataError(f"{frame.file}: its rescale slope is contradictory ({besides}). Export it again.")
+        rules.setdefault(rule, frame.file)
+        if frame.unit:
+            units.setdefault(f"values in {frame.unit}", frame.file)
     for seen in (rules, units):
         if len(seen) > 1:
-            (one, first), (other, second) = list(seen.items())[:2]
+            (one, first), (other, second), *_ = seen.items()
             raise DataError(f"{second}: has {other}, {first} {one}: values must be on one scale. Export it again.")
 
 
 def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) -> None:
     """Whether positions in order make one volume with even gaps."""
     count, way = len(positions), positions - positions[0]
-    places = len(np.unique(np.round(positions / SAME), axis=0))
-    if places < count:
+    if (places := len(np.unique(np.round(positions / SAME), axis=0))) < count:
         found = f"{count} slices at {places} places (a time series, echoes, or copies)"
         raise DataError(f"{source}: contains several volumes: {found}. Export one volume.")
     step = way[-1] / (count - 1)
@@ -243,19 +221,19 @@ def _check_even(positions: Numbers, normal: Numbers, edge: float, source: Path) 
         raise DataError(f"{source}: slices are not evenly spaced: {found}. Export the whole series.")
 
 
-def _doubts(headers: Sequence[Header]) -> tuple[Issue, ...]:
-    header, doubts = headers[0], {}
-    modality, first = header.text["Modality"], header.frames[0]
-    scaled = first.scaling is not None or header.lut
+def _doubts(frames: Sequence[Frame]) -> tuple[Issue, ...]:
+    first, doubts = frames[0], dict[str, str]()
+    modality, scaled = first.text["Modality"], first.scaling is not None or first.lut
     if modality == "CT" and (not scaled or first.unit not in ("", "HU", "US")):
         what = f"gives values in {first.unit}" if scaled else "gives no rescale slope and intercept"
         doubts["not_hounsfield"] = f"is CT and {what}: they may not be Hounsfield units"
-    if header.text["PhotometricInterpretation"] == "MONOCHROME1" and modality != "CT":
+    if first.text["PhotometricInterpretation"] == "MONOCHROME1" and modality != "CT":
         doubts["monochrome1"] = "is MONOCHROME1 (shows small values bright): the stored values are used, not inverted"
-    if len({header.text["BitsStored"] for header in headers}) > 1:
+    bits, spaces = ({frame.text[tag] for frame in frames} - {""} for tag in ("BitsStored", "FrameOfReferenceUID"))
+    if len(bits) > 1:
         doubts["bits"] = "its slices have different BitsStored: values of some may be cut. Check them"
-    if (count := len({header.text["FrameOfReferenceUID"] for header in headers} - {""})) > 1:
-        doubts["frame_of_reference"] = f"its slices have {count} FrameOfReferenceUIDs. Check that they fit together"
+    if len(spaces) > 1:
+        doubts["frame_of_reference"] = f"its slices have {len(spaces)} FrameOfReferenceUIDs. Check that they fit"
     return tuple(Issue(code, "warning", sentence) for code, sentence in doubts.items())
 
 
@@ -293,8 +271,14 @@ def _open(file: Path, most: int) -> IO[bytes]:
     return io.BytesIO(meta.replace(DEFLATED, DEFLATED[:-3] + b"\0\0\0") + plain)
 
 
-def read_dicom_header(file: Path) -> Header:
-    """The header of a DICOM file; DataError if it is damaged, or neither an image nor a document."""
+def read_whole_header(file: Path) -> Any:
+    """All of a readable DICOM file but its voxels, as pydicom's Dataset. It identifies the patient: show nothing of it."""
+    with _open(file, HEADER_BYTES) as stream:
+        return _pydicom().dcmread(stream, force=True, stop_before_pixels=True)
+
+
+def read_frames(file: Path) -> list[Frame]:
+    """The slices of a DICOM file by its header, one or more; DataError if it is damaged, or no image nor document."""
     try:
         if not file.is_file():
             raise ValueError("not a file")
@@ -311,9 +295,7 @@ def read_dicom_header(file: Path) -> Header:
         least = 0 if packed else voxels * int(data.get("BitsAllocated") or 0) // 8
         if not (index or data.get("Modality") in NOT_SCANS) and (voxels == 0 or pixels <= least):
             raise ValueError("no image")
-        frames = tuple(_frames(file, data, size[2])) if voxels else ()
-        text = {tag: str(data.get(tag) or "") for tag in TEXT_TAGS}
-        return Header(file, text, size, bool(data.get("ModalityLUTSequence")), frames)
+        return list(_frames(file, data, size))
     except DataError:
         raise
     except Exception as error:  # pydicom raises a dozen kinds for damaged files
@@ -321,10 +303,12 @@ def read_dicom_header(file: Path) -> Header:
         raise DataError(f"{file}: cannot be read as a DICOM image. {found}. Export it again.") from error
 
 
-def _frames(file: Path, data: Any, count: int) -> Iterator[Frame]:
+def _frames(file: Path, data: Any, size: tuple[int, int, int]) -> Iterator[Frame]:
     """The frames; what a functional group says counts before the file's own, and a frame's before the shared."""
     shared, each = (list(data.get(name) or ()) for name in GROUPS)
-    if each and len(each) != count:
+    count, text = 1 if 0 in size else size[2], {tag: str(data.get(tag) or "") for tag in TEXT_TAGS}
+    of_all = file, text, size, bool(data.get("ModalityLUTSequence"))
+    if 0 not in size and each and len(each) != count:
         raise DataError(f"{file}: announces {count} frames and describes {len(each)}. It is damaged: export it again.")
     for index in range(count):
         groups = [*each[index : index + 1], *shared[:1]]
@@ -333,24 +317,22 @@ def _frames(file: Path, data: Any, count: int) -> Iterator[Frame]:
             for key in (f"{name}Sequence" for name in SEQUENCES)
         )
         spacing = _numbers(measures.get("PixelSpacing"), 2)
-        slope, intercept = values.get("RescaleSlope"), values.get("RescaleIntercept")
-        unscaled = slope in (None, "") and intercept in (None, "")
-        gaps = [_number(measures.get(name)) for name in ("SpacingBetweenSlices", "SliceThickness")]
+        scaling = [values.get(name) for name in ("RescaleSlope", "RescaleIntercept")]
+        slope, intercept, *gaps = (
+            math.nan if (number := _numbers([value], 1)) is None else float(number[0])
+            for value in (*scaling, measures.get("SpacingBetweenSlices"), measures.get("SliceThickness"))
+        )
         yield Frame(
-            file,
+            *of_all,
+            number=index + 1,
             # a position of the whole file is not one of its frames'
             position=_numbers(position.get("ImagePositionPatient"), 3) if count == 1 or each else None,
             orientation=_numbers(orientation.get("ImageOrientationPatient"), 6),
             spacing=spacing if spacing is not None and spacing.min() > 0 else None,
             thickness=next((gap for gap in gaps if gap > 0), None),
-            scaling=None if unscaled else (_number(slope) or math.nan, _number(intercept)),
+            scaling=None if all(value in (None, "") for value in scaling) else (slope or math.nan, intercept),
             unit=str(values.get("RescaleType") or ""),
         )
-
-
-def _number(value: Any) -> float:
-    numbers = _numbers([value], 1)
-    return math.nan if numbers is None else float(numbers[0])
 
 
 def _numbers(value: Any, count: int) -> Numbers | None:
@@ -361,16 +343,16 @@ def _numbers(value: Any, count: int) -> Numbers | None:
     return numbers if len(numbers) == count and np.isfinite(numbers).all() else None
 
 
-def _read_stored(header: Header) -> npt.NDArray[Any]:
+def _read_stored(frame: Frame) -> npt.NDArray[Any]:
     """The values (frames, rows, columns) of a file, through its Modality LUT, but not scaled or inverted."""
     library = _pydicom()
-    columns, rows, frames = header.size
+    columns, rows, frames = frame.size
     try:
-        with _open(header.file, HEADER_BYTES + 8 * math.prod(header.size)) as stream:
+        with _open(frame.file, HEADER_BYTES + 8 * math.prod(frame.size)) as stream:
             data = library.dcmread(stream, force=True, specific_tags=PIXEL_TAGS)
         table = data.pop("ModalityLUTSequence", None)
         if int(data.get("HighBit", 0)) != int(data.get("BitsStored", 1)) - 1:
-            raise DataError(f"{header.file}: its HighBit and BitsStored disagree. Export the series again.")
+            raise DataError(f"{frame.file}: its HighBit and BitsStored disagree. Export the series again.")
         if data.file_meta.get("TransferSyntaxUID") is None:
             implicit, little = data.original_encoding
             native = library.uid.ImplicitVRLittleEndian if implicit else library.uid.ExplicitVRLittleEndian
@@ -386,7 +368,7 @@ def _read_stored(header: Header) -> npt.NDArray[Any]:
         raise
     except Exception as error:  # pydicom raises a dozen kinds for damaged files
         reason = "It is damaged, cut short, or compressed in an unknown way. Convert the series with dcm2niix."
-        raise DataError(f"{header.file}: its voxels cannot be read. {reason}") from error
+        raise DataError(f"{frame.file}: its voxels cannot be read. {reason}") from error
 
 
 def _decompressed(data: Any) -> npt.NDArray[Any] | None:

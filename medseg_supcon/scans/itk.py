@@ -32,10 +32,8 @@ OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 
 
 def ras_affine(lps: npt.NDArray[Any]) -> Affine:
-    """A (4, 4) affine to LPS mm as one to RAS+ mm, in NIfTI's precision: a scan gives one mask in any format.
-
-    (MONAI's Spacing aligns its grid by corners or by centres, depending on the last digits of an oblique affine.)
-    """
+    """A (4, 4) affine to LPS mm as one to RAS+ mm, in NIfTI's precision: a scan gives one mask in any format."""
+    # MONAI's Spacing aligns its grid by corners or by centres, depending on the last digits of an oblique affine.
     return np.asarray(RAS @ lps, dtype=np.float32).astype(np.float64)
 
 
@@ -80,8 +78,8 @@ def _itk(file: Path, method: Literal["Execute", "ReadImageInformation"]) -> Any:
     except RuntimeError as error:
         if "allocat" in str(error).lower():  # ITK's own words for a full memory
             raise MemoryError(str(file)) from error
-        reason = "It, or the file that holds its voxels, is damaged or not the format that its name says"
-        raise DataError(f"{file}: cannot be read. {reason}.") from error
+        reason = "It, or the file that holds its voxels, is damaged or not the format that its name says."
+        raise DataError(f"{file}: cannot be read. {reason}") from error
     return reader if image is None else image
 
 
@@ -162,12 +160,10 @@ def _doubt(file: Path, fields: dict[str, str], meta: bool) -> str:
         raise DataError(f"{file}: its header gives lengths in {min(odd)}, expected mm. Convert it.")
     for key, plain in UNSCALED.items():
         if _numbers(fields.get(key, "")) not in ([], [plain]):
-            found = f"its header scales the values ({key} {fields[key]})"
-            raise DataError(f"{file}: {found}, which is not read. Convert it.")
+            raise DataError(f"{file}: its header scales the values ({key} {fields[key]}). Convert it to plain values.")
     matrix = _numbers(next((fields[key] for key in MATRICES if key in fields), ""))
     if len(matrix) == 9 and np.abs(np.linalg.norm(np.reshape(matrix, (3, 3)), axis=1) - 1).max() > 0.01:
-        reason = "the axes of its TransformMatrix are not of length 1, so the voxel size is not defined"
-        raise DataError(f"{file}: {reason}. Convert it again from its source.")
+        raise DataError(f"{file}: the axes of its TransformMatrix are not of length 1. Convert it from its source.")
     vectors = [_numbers(v) for v in re.findall(r"\(([^)]*)\)", fields.get("spacedirections", ""))]
     if meta:
         name, sizes = "ElementSpacing", _numbers(fields.get("ElementSpacing", fields.get("ElementSize", "")))

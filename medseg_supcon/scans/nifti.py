@@ -34,11 +34,7 @@ SAME_SIZE = 0.01  # by how much sform and pixdim may differ in a voxel's edge
 GUESS = "left and right are a guess. Convert it again from its source, or check that left is left."
 ERRORS = ("unit", "two_voxel_sizes", "two_places")  # for a training; the rest are warnings
 DAMAGED = "It is damaged or cut short: copy or export it again."
-TOO_LONG = (
-    f"cannot be read as NIfTI (the file goes on for more than {MOST_BEHIND:,} bytes after the voxels that its header "
-    "announces). Its header is wrong, or it is damaged: export it again."
-)
-LARGEST = float(np.finfo(np.float32).max)
+TOO_LONG = f"goes on for more than {MOST_BEHIND:,} bytes after its voxels: file or header is damaged. Export it again."
 
 
 def not_a_file(path: Path) -> str | None:
@@ -63,14 +59,11 @@ def read_header(path: Path) -> tuple[tuple[int, ...], Affine]:
 
 
 def read_nifti(path: Path) -> Volume:
-    """Voxels as stored, grid, and what is wrong with the header; whether they can be used is for the caller to decide.
-
-    Raises DataError for a file that is missing, not NIfTI, damaged or cut short, and for colours and complex numbers.
-    """
+    """Voxels as stored, grid, and what is wrong with the header; DataError if the file cannot be read as real numbers."""
     image = _open(path)
     try:
         _check_size(path, image)
-        if _is_packed(path):
+        if path.suffix.lower() == ".gz":
             with gzip.open(path) as stream:
                 data = _scaled(type(image).from_file_map({"image": nibabel.FileHolder(fileobj=stream)}).dataobj)
                 behind = 0  # to the end, where gzip's checksum is, which nibabel alone never sees
@@ -112,15 +105,9 @@ def write_nifti(path: Path, data: npt.NDArray[Any], grid: Grid) -> None:
 
 def is_whole(path: Path) -> bool:
     """Whether a NIfTI file is there to its last byte, with the checksum that it was written with."""
-    try:
-        read_nifti(path)
-    except DataError:
-        return False
-    return True
-
-
-def _is_packed(path: Path) -> bool:
-    return path.name.lower().endswith(".gz")
+    with suppress(DataError):
+        return bool(read_nifti(path))
+    return False
 
 
 def _open(path: Path) -> Any:
@@ -130,7 +117,7 @@ def _open(path: Path) -> Any:
     if not path.name.lower().endswith(NIFTI_ENDINGS):
         raise DataError(f"{path}: expected NIfTI (.nii or .nii.gz). Convert this file.")
     try:
-        with (gzip.open if _is_packed(path) else open)(path, "rb") as stream:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as stream:
             start = stream.read(540)  # nibabel.load would read extensions without a limit
         kind: Any = nibabel.Nifti2Image if start[:4] in NIFTI_2 else nibabel.Nifti1Image
         image = kind.from_filename(path)
@@ -139,11 +126,9 @@ def _open(path: Path) -> Any:
         raise _unreadable(path, error) from error
     # nibabel reads a size of 0 as 1 mm
     if stored["sform_code"] <= 0 and (stored["pixdim"][1 : 1 + min(3, len(image.shape))] == 0).any():
-        found = "its header does not say how large a voxel is (pixdim 0)"
-        raise DataError(f"{path}: {found}. Convert it again from its source.")
-    if image.dataobj.offset < len(stored.binaryblock):
-        found = f"its header does not say where the voxels are (vox_offset {image.dataobj.offset} is inside the header)"
-        raise DataError(f"{path}: {found}. Export it again.")
+        raise DataError(f"{path}: its header does not say how large a voxel is (pixdim 0). Convert it from its source.")
+    if (offset := image.dataobj.offset) < len(stored.binaryblock):
+        raise DataError(f"{path}: its voxels begin inside the header (vox_offset {offset}). Export it again.")
     return image
 
 
@@ -154,9 +139,8 @@ def _scaled(stored: Any) -> npt.NDArray[Any]:
         return values
     slope, inter = np.float64(stored.slope), np.float64(stored.inter)
     with np.errstate(all="ignore"):
-        wide = values.dtype == np.float64 or (
-            values.dtype.kind != "f" and not np.iinfo(values.dtype).max * abs(slope) + abs(inter) < LARGEST
-        )
+        largest = 0.0 if values.dtype.kind == "f" else np.iinfo(values.dtype).max * abs(slope) + abs(inter)
+        wide = values.dtype == np.float64 or not largest < float(np.finfo(np.float32).max)
         flat, out = values.ravel(order="F"), np.empty(values.size, dtype=np.float64 if wide else np.float32)
         for part in slabs(flat.size, flat.size):
             out[part] = apply_read_scaling(flat[part], slope, inter)
@@ -180,7 +164,7 @@ def _in_mm(affine: npt.NDArray[Any], header: Any) -> Affine:
 
 def _check_size(path: Path, image: Any) -> None:
     """Whether the file can hold as many voxels as its header announces, and not far more."""
-    size, packed, offset = path.stat().st_size, _is_packed(path), int(image.dataobj.offset)
+    size, packed, offset = path.stat().st_size, path.suffix.lower() == ".gz", int(image.dataobj.offset)
     voxels = image.dataobj.dtype.itemsize * math.prod(int(n) for n in image.shape)
     if offset > MOST_BEFORE or voxels > size * (MOST_PACKED if packed else 1):
         found = f"its header announces {voxels:,} bytes of voxels after byte {offset:,}, the file has {size:,} bytes"
@@ -192,6 +176,7 @@ def _check_size(path: Path, image: Any) -> None:
 def _unreadable(path: Path, error: Exception) -> DataError:
     """What is wrong with a NIfTI file that raised `error` when it was read."""
     start, reason = b"?", " ".join(str(error).split())[:120] or type(error).__name__
+    packed = path.suffix.lower() == ".gz"
     with suppress(OSError), path.open("rb") as stream:
         start = stream.read(4)
     problem = f"cannot be read as NIfTI ({reason}). {DAMAGED}"
@@ -199,9 +184,9 @@ def _unreadable(path: Path, error: Exception) -> DataError:
         problem = f"there is no permission to read it. Ask its owner, or run: chmod u+r {path.name}"
     elif start == b"":
         problem = "the file is empty (0 bytes). Copy or export it again."
-    elif _is_packed(path) and start in (*NIFTI_1, *NIFTI_2):
+    elif packed and start in (*NIFTI_1, *NIFTI_2):
         problem = "is called .gz, but is not compressed. Rename it to .nii."
-    elif not _is_packed(path) and start.startswith(b"\x1f\x8b"):
+    elif not packed and start.startswith(b"\x1f\x8b"):
         problem = "is compressed, but is not called .gz. Rename it to .nii.gz."
     return DataError(f"{path}: {problem}")
 
@@ -209,8 +194,7 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 def _check_header(image: Any) -> tuple[Affine, tuple[Issue, ...]]:
     """The affine that MONAI uses (in the header's unit, near `image.affine`), and what may be wrong with the place.
 
-    nibabel takes the sform if there is one. MONAI, which reads the scans of a training, takes the qform if pixdim fits
-    it better: an error if that is elsewhere. `read_scan` warns instead: a mask is right in both forms.
+    nibabel takes the sform if there is one; MONAI takes the qform if pixdim fits it better.
     """
     affine, shape, header = np.array(image.affine, dtype=np.float64), image.shape[:3], image.header
     if not np.isfinite(affine).all():
@@ -236,8 +220,8 @@ def _check_header(image: Any) -> tuple[Affine, tuple[Issue, ...]]:
     elif s_code > 0 and q_code > 0 and not (apart := _apart(shape, affine, header.get_qform)[1]) <= near:
         how = f"{apart:.3g} mm apart" if np.isfinite(apart) else "the qform is not a rotation"
         found["forms_disagree"] = f"its qform and sform disagree ({how}): the sform is used. Check left and right."
-    issues = tuple(Issue(code, "error" if code in ERRORS else "warning", found[code]) for code in found)
-    return (theirs if monai_apart <= near else affine), issues
+    issues = [Issue(code, "error" if code in ERRORS else "warning", sentence) for code, sentence in found.items()]
+    return (theirs if monai_apart <= near else affine), tuple(issues)
 
 
 def _apart(shape: Sequence[int], affine: Affine, read: Callable[[], Affine]) -> tuple[Affine, float]:

@@ -91,8 +91,8 @@ def is_mask_of(mask: Path, scan: Scan) -> bool:
 def scan_header(scan: Scan) -> tuple[tuple[int, ...], Affine]:
     """Shape (X, Y, Z) or (X, Y, Z, C), and affine to RAS+ mm, of a scan's first file or its series, without voxels."""
     if scan.kind == "dicom":
-        headers, frames, affine = check_series(scan.files)
-        return (*headers[0].size[:2], len(frames)), affine
+        frames, affine = check_series(scan.files)
+        return (*frames[0].size[:2], len(frames)), affine
     return (read_header if scan.kind == "nifti" else read_itk_header)(scan.files[0])
 
 
@@ -100,8 +100,7 @@ def _usable(volume: Volume, file: Path) -> Volume:
     shape = volume.data.shape
     if 0 in shape or len(shape) not in (3, 4):
         raise DataError(f"{file}: expected a 3-D scan, or channels in a fourth axis: {shape}. 2-D images are not read.")
-    fatal = [issue for issue in volume.issues if issue.severity == "error" and issue.code not in WARNED_OF]
-    for issue in (affine_issue(volume.affine), *fatal):
-        if issue is not None:
+    for issue in (affine_issue(volume.affine), *volume.issues):
+        if issue is not None and issue.severity == "error" and issue.code not in WARNED_OF:
             raise DataError(f"{file}: {issue.sentence}")
     return replace(volume, data=as_float32(volume.data, file))

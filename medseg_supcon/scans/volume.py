@@ -93,8 +93,7 @@ def affine_issue(affine: Affine) -> Issue | None:
     axes = affine[:3, :3] / np.where(lengths > 0, lengths, 1)
     if not np.isfinite(affine).all() or abs(np.linalg.det(axes)) < 1e-3:
         found = f"its header gives no usable position in space (affine {np.round(affine[:3], 4).tolist()})"
-        cure = "axes must be finite, not zero and not parallel. Correct the header."
-        return Issue("bad_affine", "error", f"{found}: {cure}")
+        return Issue("bad_affine", "error", f"{found}: axes must be finite, of a length, and not parallel. Correct it.")
     degrees = math.degrees(math.asin(min(1.0, float(np.abs(axes.T @ axes - np.eye(3)).max()))))
     if degrees > MAX_SHEAR_DEGREES:
         found = f"two axes are {degrees:.1f} degrees off a right angle, at most {MAX_SHEAR_DEGREES:g} are accepted"
@@ -139,10 +138,9 @@ def check_real(data: npt.NDArray[Any], file: object) -> None:
 
 
 def outliers(data: npt.NDArray[Any]) -> tuple[float, int] | None:
-    """The most extreme value and the number of outliers, if a few of them make up the spread of a scan's finite voxels.
+    """The most extreme value and the number of outliers, if they double the standard deviation of finite voxels.
 
     An outlier is more than ten usual ranges (0.5 to 99.5 percentile) away, and 30 times as far as the next nearer voxel.
-    They are reported if they double the standard deviation: normalising by it leaves almost nothing of all else.
     """
     flat = data.ravel(order="K")
     low, high = (float(v) for v in np.percentile(flat[:: max(1, flat.size // SAMPLE)], [0.5, 99.5]))

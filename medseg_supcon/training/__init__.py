@@ -32,6 +32,7 @@ from medseg_supcon.training.loss import (
     with_unknown,
 )
 from medseg_supcon.training.prepare import Request, is_of_plan, prepare_dataset, prepare_run, refuse_errors
+from medseg_supcon.training.quality import fit_quality
 from medseg_supcon.training.ranks import (
     BlankFillerd,
     RankSampler,
@@ -57,6 +58,7 @@ from medseg_supcon.training.speed import (
     tune_gpu,
     usual_amp_dtype,
 )
+from medseg_supcon.training.tracking import check_tracker
 from medseg_supcon.training.train import (
     begin_training,
     check_planned,

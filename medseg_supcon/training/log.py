@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import write_csv
 from medseg_supcon.training.ranks import mean_over_ranks
+from medseg_supcon.training.tracking import Tracker
 
 MEAN = "val_mean_dice"
 
@@ -40,10 +41,15 @@ class TrainingLog:
 
     A resumed run drops rows and events after the epoch that it starts from. Rank 0 writes the means over all ranks.
     `loss.terms`: name -> detached tensor of the last call; `labels`: foreground class names; `validator`: has the metrics
-    ``val_mean_dice`` and ``val_dice_per_class``.
+    ``val_mean_dice`` and ``val_dice_per_class``; `track`: ``mlflow``: the scalars go there too.
     """
 
-    def __init__(self, folder: str | Path, loss: Any, optimizer: Any, labels: list[str], validator: Any = None) -> None:
+    def __init__(
+        self, folder: str | Path, loss: Any, optimizer: Any, labels: list[str], validator: Any = None,
+        track: str | None = None,
+    ) -> None:  # fmt: skip
+        self.track = track
+        self.tracker: Tracker | None = None
         self.folder, self.path = Path(folder), Path(folder) / "history.csv"
         self.loss, self.optimizer, self.labels, self.validator = loss, optimizer, labels, validator
         self.rows: list[dict[str, Any]] = []
@@ -76,6 +82,7 @@ class TrainingLog:
             except (KeyError, ValueError, TypeError, csv.Error):
                 text = f"{self.path} is damaged. Copy it again, or delete it: only its curves are lost."
                 raise RunError(text) from None
+        self.tracker = Tracker(self.folder, engine) if self.track else None
         self.writer = SummaryWriter(str(self.folder), purge_step=engine.state.iteration + 1 if done else None)
 
     def add(self, engine: Engine) -> None:
@@ -94,10 +101,14 @@ class TrainingLog:
             row |= self._validation()
         self.rows.append(row)
         write_csv(self.path, list(dict.fromkeys(c for r in self.rows for c in r)), self.rows)
+        scalars = {}
         for name, value in row.items():
             if value is not None and name not in ("epoch", "step", "seconds"):
                 group = "validation" if name.startswith("val_") else "train"
+                scalars[f"{group}/{name}"] = value
                 self.writer.add_scalar(f"{group}/{name}", value, row["step"])
+        if self.tracker is not None:
+            self.tracker.add(scalars, row["step"])
         if self._overlay is not None:
             self.writer.add_image("validation/reference_and_prediction", self._overlay, row["step"])
             self._overlay = None
@@ -122,6 +133,8 @@ class TrainingLog:
     def close(self, engine: Engine) -> None:
         if self.writer is not None:
             self.writer.close()
+        if self.tracker is not None:
+            self.tracker.close()
 
 
 def _bar(*columns: ProgressColumn, transient: bool = False) -> Progress:

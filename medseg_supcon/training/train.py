@@ -31,12 +31,13 @@ from medseg_supcon.networks import build_network, size_divisor
 from medseg_supcon.plan import literal, read_plan, validate_plan, write_plan
 from medseg_supcon.training.checkpoint import read_checkpoint
 from medseg_supcon.training.prepare import Request, refresh_documents, refuse_errors
+from medseg_supcon.training.quality import fit_quality
 from medseg_supcon.training.ranks import PATIENCE, meet
 from medseg_supcon.training.speed import check_device, free_memory
 
 HIGHEST_RATE = 1e3  # far above any that trains
 WRITTEN_LAST = ("eval/metrics.json", "docs/curves.png")
-OF_EARLIER_WEIGHTS = ("eval/metrics.csv", *WRITTEN_LAST)
+OF_EARLIER_WEIGHTS = ("eval/metrics.csv", "eval/review.html", "eval/example.png", "models/quality.npz", *WRITTEN_LAST)
 
 
 def check_planned(
@@ -92,8 +93,10 @@ def evaluate_and_document(run: str | Path, device: str | torch.device | None = N
     run, alone = Path(run).resolve(), idist.get_world_size() == 1
     free_memory()  # the training's
     if idist.get_rank() == 0:
+        name = None if device is None else str(device)
         try:
-            evaluate_validation(run, device=device if device is None else str(device), trust=True)
+            fit_quality(run, name)
+            evaluate_validation(run, device=name, trust=True)
         except MedsegError as error:
             if alone:
                 raise

@@ -85,7 +85,7 @@ def test_what_is_copied_exists_and_is_let_through() -> None:
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
 def test_requirements_are_pyprojects() -> None:
-    command = [sys.executable, str(DOCKER / "requirements.py"), str(ROOT / "pyproject.toml"), "export"]
+    command = [sys.executable, str(DOCKER / "requirements.py"), str(ROOT / "pyproject.toml"), "export", "dicom-seg"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     pinned = {
         re.split("[=<> ]", line)[0].lower().replace("_", "-")
@@ -93,7 +93,7 @@ def test_requirements_are_pyprojects() -> None:
         if line and not line.startswith("#")
     }
     names = {re.split("[=<>!~ ]", line)[0].lower().replace("_", "-") for line in lines}
-    assert {"torch", "monai", "onnx"} <= names
+    assert {"torch", "monai", "onnx", "highdicom"} <= names
     assert names <= pinned
 
 

@@ -1,0 +1,171 @@
+"""What one pass over a scan shows about its mask: probabilities, features of voxels, intensities and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import ndimage
+from torch import Tensor, nn
+
+Floats = npt.NDArray[np.float64]
+PER_WINDOW, PER_CLASS = 128, 512  # voxels of a class whose features are kept
+QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
+QUANTILE_VOXELS = 100_000
+BLOCK_VOXELS = 2**22  # of all classes at a time
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Of one scan and one model; K classes, the background first. NaN where a class has no voxel.
+
+    Attributes:
+        volume: (K,) ml of the final mask.
+        probability: (K, 4) mean probability of the predicted voxels, expected Dice, expected share of wrong voxels
+            (sum of p (1 - p) per predicted voxel), and log of the final mask's volume over that of the pass.
+        shape: (K, 4) share of the largest component, log10 of the number of components, surface / volume^(2/3),
+            and the area at the border of the scan / volume^(2/3).
+        intensity: (K, 2 C) mean and standard deviation of the C preprocessed channels inside the mask.
+        quantiles: (7 C,) of the preprocessed channels.
+        size: (3,) mm of the scan along the axes of the model's grid.
+        features: per class (n, F) what the network's classifier reads, for some voxels of the mask.
+    """
+
+    volume: Floats
+    probability: Floats
+    shape: Floats
+    intensity: Floats
+    quantiles: Floats
+    size: Floats
+    features: list[npt.NDArray[np.float32]]
+
+
+class PassEvidence:
+    """Gathers evidence while `windows` segments a scan.
+
+    Args:
+        classifier: the network's last layer, which reads the features; None: no features.
+        image: (C, X, Y, Z), preprocessed.
+        classes: K.
+        softmax: the network's outputs are logits.
+    """
+
+    def __init__(self, classifier: nn.Module | None, image: Tensor, classes: int, softmax: bool) -> None:
+        self.classifier, self.image, self.classes, self.softmax = classifier, image, classes, softmax
+        self.features: list[list[Tensor]] = [[] for _ in range(classes)]
+        self.sums = torch.zeros(4, classes, dtype=torch.float64)  # voxels, probability in them, p and p^2 everywhere
+        self.moments = torch.zeros(2 * len(image), classes, dtype=torch.float64)
+
+    def windows(self, outputs: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The same function of a batch of windows, (B, C, *patch) -> (B, K, *patch), watched."""
+
+        def watched(batch: Tensor) -> Tensor:
+            caught: list[Tensor] = []
+            if self.classifier is None:
+                return outputs(batch)
+            hook = self.classifier.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+            try:
+                result = outputs(batch)
+            finally:
+                hook.remove()
+            self._keep(result, caught[0])  # of mirrored passes, the first is not mirrored
+            return result
+
+        return watched
+
+    def _keep(self, outputs: Tensor, features: Tensor) -> None:
+        index = outputs.max(dim=1).indices.flatten()  # several times as fast as argmax on a CPU
+        features = features.movedim(1, -1).flatten(0, -2)
+        for c in index.bincount(minlength=self.classes).nonzero()[:, 0].tolist():
+            where = (index == c).nonzero()[:, 0]
+            self.features[c].append(features[_evenly(where, PER_WINDOW * len(outputs))].float().cpu())
+
+    def chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The probabilities of the parts (K, rows, Y, Z) that make up the scan; of logits, in place."""
+        start = 0
+        for chunk in chunks:
+            for part in torch.split(chunk, max(1, BLOCK_VOXELS // chunk[:, 0].numel()), dim=1):
+                if self.softmax:
+                    part.copy_(part.softmax(dim=0))
+                best, index = part.max(dim=0)
+                image = self.image[:, start : start + part.shape[1]]
+                values = [torch.ones_like(best), best, *image, *image.square()]
+                counted = [index.flatten().bincount(v.flatten().double(), self.classes).cpu() for v in values]
+                self.sums[:2] += torch.stack(counted[:2])
+                self.moments += torch.stack(counted[2:])
+                self.sums[2] += part.sum(dim=(1, 2, 3)).double().cpu()
+                self.sums[3] += part.square().sum(dim=(1, 2, 3)).double().cpu()
+                start += part.shape[1]
+            yield chunk
+
+    def of(self, mask: npt.NDArray[Any], spacing: Sequence[float] | Floats, model_spacing: Sequence[float]) -> Evidence:
+        """The evidence, once the mask is final.
+
+        Args:
+            mask: (X, Y, Z) class indices on the scan's own grid, with voxels of ``spacing`` mm.
+            model_spacing: mm per axis of the model's grid.
+        """
+        voxels, sure, total, squares = self.sums.numpy()
+        volume = np.bincount(mask.ravel(), minlength=self.classes) * np.prod(spacing) / 1000
+        with np.errstate(divide="ignore", invalid="ignore"):
+            final = np.log(volume / (voxels * np.prod(model_spacing) / 1000))
+            probability = np.stack(
+                [sure / voxels, 2 * sure / (voxels + total), (total - squares) / voxels, final], axis=1
+            )
+            first, second = (self.moments / self.sums[0]).chunk(2)
+            intensity = torch.cat([first, (second - first**2).clamp(min=0).sqrt()]).T.numpy()
+        probability[~np.isfinite(probability)] = np.nan
+        flat = self.image.flatten(1)
+        some = flat[:, :: max(1, flat.shape[1] // QUANTILE_VOXELS)].float().cpu().numpy()
+        features = []
+        for parts in self.features:
+            rows = torch.cat(parts) if parts else torch.zeros(0, 0)
+            features.append(rows[_evenly(torch.arange(len(rows)), PER_CLASS)].numpy())
+        return Evidence(
+            volume,
+            probability,
+            mask_shape(mask, self.classes, spacing),
+            intensity,
+            np.quantile(some, QUANTILES, axis=1).T.ravel(),
+            np.array(self.image.shape[1:]) * np.asarray(model_spacing),
+            features,
+        )
+
+
+def _evenly(indices: Tensor, most: int) -> Tensor:
+    return indices[:: max(1, -(-len(indices) // most))]
+
+
+def mask_shape(mask: npt.NDArray[Any], classes: int, spacing: Sequence[float] | Floats) -> Floats:
+    """(K, 4), see `Evidence`; of the background NaN.
+
+    Args:
+        mask: (X, Y, Z) class indices.
+        classes: K.
+        spacing: mm per axis.
+    """
+    rows = np.full((classes, 4), np.nan)
+    faces = np.prod(spacing) / np.asarray(spacing)  # mm2 of a voxel's face across each axis
+    for c, box in enumerate(ndimage.find_objects(mask, max_label=classes - 1), start=1):
+        if box is None:
+            continue
+        part = np.pad(mask[box] == c, 1)
+        components, count = ndimage.label(part, structure=np.ones((3, 3, 3)))
+        sizes = np.bincount(components.ravel())[1:]
+        surface = sum(
+            faces[a] * np.count_nonzero(part.take(range(1, part.shape[a]), a) != part.take(range(part.shape[a] - 1), a))
+            for a in range(3)
+        )
+        border = sum(
+            faces[a] * np.count_nonzero(part.take(place, a))
+            for a in range(3)
+            for place, there in ((1, box[a].start == 0), (-2, box[a].stop == mask.shape[a]))
+            if there
+        )
+        scale = (sizes.sum() * np.prod(spacing)) ** (2 / 3)
+        rows[c] = sizes.max() / sizes.sum(), np.log10(count), surface / scale, border / scale
+    return rows

@@ -1,0 +1,159 @@
+"""The quality model: its forest against scikit-learn's, its distances and intervals against loops, its file."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.ensemble import RandomForestRegressor
+
+from medseg_supcon.errors import RunError
+from medseg_supcon.quality import Evidence, QualityModel, Sample
+from medseg_supcon.quality.model import BANDWIDTH, Forest, Reference
+
+
+def evidence(rng: np.random.Generator, quality: float, classes: int = 3) -> Evidence:
+    """What a mask of some quality (0 to 1) could look like: worse, less sure and with other features."""
+    shift = (1 - quality) * 3
+    return Evidence(
+        volume=np.exp(rng.normal(shift, 0.1, classes)),
+        probability=np.column_stack(
+            [rng.normal(0.6 + 0.3 * quality, 0.02, (classes, 3)), rng.normal(0, 0.01, classes)]
+        ),
+        shape=np.abs(rng.normal(1, 0.1, (classes, 4))),
+        intensity=rng.normal(shift, 0.1, (classes, 2)),
+        quantiles=rng.normal(0, 0.1, 7),
+        size=np.full(3, 50.0),
+        features=[
+            (rng.normal(0, 0.1, (40, 6)) + np.eye(6)[c] + shift * np.eye(6)[5]).astype(np.float32)
+            for c in range(classes)
+        ],
+    )
+
+
+def samples(scans: int = 8, forms: int = 12) -> list[Sample]:
+    rng, made = np.random.default_rng(0), []
+    for scan in range(scans):
+        for form in range(forms):
+            quality = 0.9 if form == 0 else rng.random() * 0.9
+            dice = np.clip(quality + rng.normal(0, 0.03, 2), 0, 1)
+            made.append(Sample(f"scan {scan}", evidence(rng, quality), dice, form == 0, scan < 2))
+    return made
+
+
+@pytest.fixture(scope="module")
+def model() -> QualityModel:
+    return QualityModel.fit(samples())
+
+
+def test_the_forest_gives_what_scikit_learns_gives() -> None:
+    rng = np.random.default_rng(1)
+    table, target = rng.normal(size=(300, 7)), rng.random(300)
+    oracle = RandomForestRegressor(200, min_samples_leaf=3, max_features=0.5, random_state=0)
+    oracle.fit(table, target, sample_weight=np.ones(300))
+    new = rng.normal(size=(50, 7))
+    assert Forest.fit(table, target, np.ones(300)).predict(new) == pytest.approx(oracle.predict(new))
+
+
+def test_distances_are_those_of_a_loop() -> None:
+    rng = np.random.default_rng(2)
+    clean = [evidence(rng, 0.9) for _ in range(4)]
+    reference, new = Reference.of(clean), evidence(rng, 0.5)
+    unit = [[v / np.linalg.norm(v) for v in vectors.astype(float)] for vectors in new.features]
+    for without in (-1, 2):
+        result = reference.distances(new, without)
+        for c in (1, 2):
+            known = [
+                [r for r, k in zip(reference.features[o], reference.cases[o], strict=True) if k != without]
+                for o in range(3)
+            ]
+            near = [sorted(np.linalg.norm(v - r) for r in known[c])[4] for v in unit[c]]
+            far = [min(sorted(np.linalg.norm(v - r) for r in known[o])[4] for o in range(3) if o != c) for v in unit[c]]
+            share = np.mean([a / (a + b) for a, b in zip(near, far, strict=True)])
+            expected = [
+                np.mean(near),
+                np.quantile(near, 0.9),
+                share,
+                np.mean([a > b for a, b in zip(near, far, strict=True)]),
+            ]
+            assert result[c - 1] == pytest.approx(expected, abs=1e-5)
+
+
+def test_predicts_the_dice_of_new_masks_within_its_intervals(model: QualityModel) -> None:
+    rng = np.random.default_rng(3)
+    truth = rng.random(80) * 0.9
+    estimates = [model.estimate(evidence(rng, q)) for q in truth]
+    assert np.abs([e.mean - q for e, q in zip(estimates, truth, strict=True)]).mean() < 0.06
+    assert np.mean([e.low <= q <= e.high for e, q in zip(estimates, truth, strict=True)]) >= 0.8
+    assert model.scans == 8 and model.unseen == 2 and model.samples == 96
+    good, bad = ([model.estimate(evidence(rng, q)) for _ in range(40)] for q in (0.9, 0.1))
+    assert np.mean([e.low >= model.good_from for e in good]) >= 0.85
+    assert not any(e.low >= model.good_from for e in bad)
+    assert min(e.distance.min() for e in bad) > 1.5 > max(e.distance.max() for e in good)
+
+
+def test_the_interval_is_students_with_local_residuals(model: QualityModel) -> None:
+    at, residual, weight, _ = model.residuals
+    w = [k * np.exp(-((a - 0.7) ** 2) / (2 * BANDWIDTH**2)) for a, k in zip(at, weight, strict=True)]
+    spread = (sum(k * r * r for k, r in zip(w, residual, strict=True)) / sum(w)) ** 0.5
+    half = stats.t(df=7).ppf(0.95) * (1 + 1 / 8) ** 0.5 * spread
+    assert model.interval(0.7) == pytest.approx((0.7 - half, min(1.0, 0.7 + half)))
+
+
+def test_few_scans_give_wider_intervals() -> None:
+    widths = [np.subtract(*QualityModel.fit(samples(n)).interval(0.7)[::-1]) for n in (3, 12)]
+    assert widths[0] > 1.3 * widths[1]
+
+
+def test_a_class_that_a_mask_lacks_and_one_that_no_scan_has(model: QualityModel) -> None:
+    rng = np.random.default_rng(4)
+    full = evidence(rng, 0.9)
+    nothing = replace(
+        full,
+        volume=np.array([1.0, 0.0, 1.0]),
+        features=[full.features[0], np.zeros((0, 0), np.float32), full.features[2]],
+    )
+    nothing.probability[1] = nothing.shape[1] = nothing.intensity[1] = np.nan
+    assert np.isfinite(model.estimate(nothing).dice).all()
+    never = [replace(s, dice=np.array([s.dice[0], np.nan])) for s in samples()]
+    assert np.isfinite(QualityModel.fit(never).estimate(full).dice).all()
+
+
+def test_the_file_holds_the_same_model_without_any_pickle(model: QualityModel, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    assert QualityModel.load(tmp_path) is None
+    model.save(tmp_path)
+    loaded, new = QualityModel.load(tmp_path), evidence(np.random.default_rng(5), 0.6)
+    assert loaded is not None and loaded.good_from == model.good_from
+    one, two = model.estimate(new), loaded.estimate(new)
+    assert (one.mean, one.low, one.high) == (two.mean, two.low, two.high) and np.array_equal(one.dice, two.dice)
+    content = (tmp_path / "models" / "quality.npz").read_bytes()
+    assert len(content) < 2_000_000
+
+
+@pytest.mark.parametrize("fault", ["cut", "text", "pickle", "cycle", "version"])
+def test_a_damaged_or_hostile_file_is_refused_in_a_sentence(model: QualityModel, tmp_path: Path, fault: str) -> None:
+    (tmp_path / "models").mkdir()
+    path = tmp_path / "models" / "quality.npz"
+    model.save(tmp_path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    if fault == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif fault == "text":
+        path.write_text("no arrays")
+    elif fault == "pickle":
+        path.write_bytes(pickle.dumps({"facts": 1}))
+    elif fault == "cycle":
+        inner = int(np.flatnonzero(arrays["nodes"][2] >= 0)[0])
+        arrays["nodes"][2, inner] = inner
+    elif fault == "version":
+        arrays["facts"] = np.array(str(arrays["facts"]).replace('"format": 1', '"format": 99'))
+    if fault in ("cycle", "version"):
+        np.savez(path, **arrays)
+    with pytest.raises(RunError, match=r"quality\.npz is damaged, or of another version"):
+        QualityModel.load(tmp_path)
