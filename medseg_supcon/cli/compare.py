@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,10 +13,8 @@ from medseg_supcon.errors import ConfigError
 from medseg_supcon.text import counted
 
 RECIPES = "Names or .yaml files, separated by commas; the first is the baseline."
-SEEDS = "Training seeds, separated by commas; default: 0."
 BUDGETS = "Budgets of labelled scans, validation included, separated by commas; default: all."
 CONFIG = "A .yaml file that describes the comparison, or 'article' for the experiments of the source article."
-LENGTH = "Length of every run; default: the planned length."
 TEST_CASES = "File with the names of the cases to test on; default: cases that no run is trained on."
 NOT_DEGRADED = "Do not also test on degraded scans (noise, bias field, ...)."
 ALSO_DEGRADED = "Test on degraded scans even if the --config file says not to."
@@ -27,11 +25,11 @@ def compare(
     dataset: terminal.DatasetArg,
     out_dir: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder of the comparison.")],
     recipes: Annotated[str | None, typer.Option(metavar="A,B", help=RECIPES)] = None,
-    seeds: Annotated[str | None, typer.Option(metavar="N,N", help=SEEDS)] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="Training seeds, such as 0,1,2; default: 0.")] = None,
     labels: Annotated[str | None, typer.Option(metavar="N,N", help=BUDGETS)] = None,
     validation: terminal.ValidationOption = None,
     config: Annotated[str | None, typer.Option(metavar="FILE", help=CONFIG)] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, metavar="N", help=LENGTH)] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Default: the planned length.")] = None,
     cases: terminal.CasesOption = None,
     test_cases: Annotated[Path | None, typer.Option(metavar="FILE", help=TEST_CASES)] = None,
     split_seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the split, which all runs share.")] = 0,
@@ -53,64 +51,28 @@ def compare(
     Without --device, all GPUs are used.
     """
     from medseg_supcon.bundle import parse_setting
-    from medseg_supcon.comparison import ComparisonConfig, design_comparison, read_comparison
     from medseg_supcon.comparison import compare as run_comparison
-    from medseg_supcon.datasets import VALIDATION, read_case_names, read_dataset
+    from medseg_supcon.comparison import design_comparison, read_comparison
+    from medseg_supcon.datasets import read_case_names, read_dataset
     from medseg_supcon.training import check_device, refuse_errors
 
     check_device(device)
     if robustness and no_robustness:
         raise ConfigError("--robustness and --no-robustness contradict each other. Give one of them.")
-    file = ComparisonConfig() if config is None else read_comparison(config)
-    parsed = [*file.settings.items(), *map(parse_setting, settings or ())]
+    asked = read_comparison(
+        config, recipes=recipes, seeds=seeds, labels=labels, validation=validation, epochs=epochs,
+        robustness=robustness if robustness or no_robustness else None, settings=dict(map(parse_setting, settings or ())),
+    )  # fmt: skip
     data = read_dataset(dataset)
-    budgets = file.labels or ["all"] if labels is None else _numbers(labels, "--labels", ("all",))
-    design = design_comparison(
-        data,
-        file.named_recipes if recipes is None else _separated(recipes, "--recipes"),
-        file.seeds or [0] if seeds is None else _numbers(seeds, "--seeds"),
-        [None if budget == "all" else budget for budget in budgets],
-        cases=None if cases is None else read_case_names(cases),
-        test_cases=None if test_cases is None else read_case_names(test_cases),
-        split_seed=split_seed,
-        validation=next((v for v in (validation, file.validation) if v is not None), VALIDATION),
-        own={name: recipe.model_extra or {} for name, recipe in file.recipes.items()},
-        axes=file.variants,
-    )
+    named, tested = (None if file is None else read_case_names(file) for file in (cases, test_cases))
+    design = design_comparison(data, asked, cases=named, test_cases=tested, split_seed=split_seed)
     used = {c.name: c for s in design.splits.values() for c in (*s.unlabelled, *s.validation, *s.training)}
     trained = [case for split in design.splits.values() for case in split.training]
     refuse_errors(data, [*used.values(), *design.test], trained, dataset, print_report, mismatch)
     err.print(f"Testing on {counted(len(design.test), 'scan')}: {printable(design.tested_on)}.")
     comparison = run_comparison(
-        design,
-        out_dir,
-        epochs=epochs or file.epochs,
-        settings=parsed,
-        device=device,
-        workers=workers,
-        robustness=robustness or (file.robustness is not False and not no_robustness),
-        training_score=file.training_score,
-        trust_scan_affine=mismatch,
-        trust=trust,
-        say=err.print,
+        design, out_dir, device=device, workers=workers, trust_scan_affine=mismatch, trust=trust, say=err.print
     )
     for sentence in [*comparison["answers"], *(f"Note: {text}" for text in comparison["caveats"])]:
         out.print(printable(sentence))
-    report, summary = printable(out_dir / "report.html"), printable(out_dir / "summary.md")
-    out.print(f"\nThe report is {report}; its tables are in {summary}.")
-
-
-def _separated(text: str, option: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise ConfigError(f"{option} {text!r}: expected values separated by commas.")
-    return parts
-
-
-def _numbers(text: str, option: str, words: tuple[str, ...] = ()) -> list[Any]:
-    values = _separated(text, option)
-    for value in values:
-        if value not in words and not (value.isdecimal() and len(value) < 10):
-            nor = f", nor {words[0]}" if words else ""
-            raise ConfigError(f"{option}: {value!r} is not a whole number of at most 9 digits{nor}.")
-    return [value if value in words else int(value) for value in values]
+    out.print(f"\nThe report is {printable(out_dir / 'report.html')}; its tables are also in summary.md there.")

@@ -1,7 +1,7 @@
 """Recipes compared with one another on one data set at equal budget: ``medseg compare``."""
 
 from medseg_supcon.comparison.corruptions import CORRUPTIONS, corrupt_cases
-from medseg_supcon.comparison.design import Cell, ComparisonConfig, design_comparison, make_variants, read_comparison
+from medseg_supcon.comparison.design import ComparisonConfig, design_comparison, make_variants, read_comparison
 from medseg_supcon.comparison.jobs import WITHOUT_WORKING_FOLDER, devices, is_done, run_jobs
 from medseg_supcon.comparison.report import Results, answer, caveats, on_degraded_scans, write_comparison
 from medseg_supcon.comparison.runs import compare, unequal_recipes

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
 from medseg_supcon.bundle import read_recipe, read_yaml_file, shared_folder
 from medseg_supcon.datasets import VALIDATION, Case, Dataset, Split, split_cases
@@ -17,86 +17,92 @@ from medseg_supcon.errors import ConfigError, DataError
 from medseg_supcon.text import counted, suggestion
 
 Names = Iterable[str] | None
-Axes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # axis -> level -> settings
 
 PUT_ASIDE = 0.25  # share of the cases to test on if no case is left over
-AsList = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
+
+
+def _listed(value: Any) -> list[Any]:
+    """The values of a list, of a text with commas, or a single one; digits become numbers."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    parts = value if isinstance(value, list) else [value]
+    return [int(part) if isinstance(part, str) and part.isdecimal() else part for part in parts]
+
+
+def _recipes(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [{"name": str(name)} | of if isinstance(of, dict) else of for name, of in value.items()]
+    return [{"name": Path(part).stem, "recipe": part} if isinstance(part, str) else part for part in _listed(value)]
+
+
 # a level may be called 0.1
 NamedByText = BeforeValidator(lambda value: {str(k): v for k, v in value.items()} if isinstance(value, dict) else value)
 Level = Annotated[dict[str, Any], BeforeValidator(lambda settings: {} if settings is None else settings)]
 Levels = Annotated[dict[str, Level], NamedByText]
-Seeds = Annotated[list[NonNegativeInt], AsList, Field(min_length=1)]
-Budgets = Annotated[list[PositiveInt | Literal["all"]], AsList, Field(min_length=1)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=10**9)]], BeforeValidator(_listed), Field(min_length=1)]
+Budgets = Annotated[list[PositiveInt | Literal["all"]], BeforeValidator(_listed), Field(min_length=1)]
 RECIPES = "a list of names or .yaml files, or a mapping NAME: {recipe: NAME or file, KEY: VALUE, ...}"
 VARIANTS = "a mapping AXIS: {LEVEL: {KEY: VALUE, ...}, ...}"
 
 
 class Recipe(BaseModel):
-    """A recipe's name or file, and settings of it alone (``model_extra``)."""
+    """A recipe's name or file under its name in the comparison, and settings of it alone (``model_extra``)."""
 
     model_config = ConfigDict(extra="allow", strict=True)
-    recipe: str
-
-
-def _recipes_by_name(recipes: Any) -> Any:
-    if not (isinstance(recipes, list) and all(isinstance(recipe, str) for recipe in recipes)):
-        return {str(name): of for name, of in recipes.items()} if isinstance(recipes, dict) else recipes
-    by_name = {Path(recipe).stem: {"recipe": recipe} for recipe in recipes}
-    if len(by_name) < len(recipes):
-        raise ValueError("two recipes with the same name")
-    return by_name
+    name: str
+    recipe: Annotated[str, Field(min_length=1)]
 
 
 class ComparisonConfig(BaseModel):
-    """What a comparison's file says; None: the command line's default applies. Descriptions say what is expected."""
+    """What a comparison's file and options say. The description of a field says what is expected."""
 
     model_config = ConfigDict(strict=True, frozen=True)
-    recipes: Annotated[dict[str, Recipe], BeforeValidator(_recipes_by_name)] = Field(default={}, description=RECIPES)
+    recipes: Annotated[list[Recipe], BeforeValidator(_recipes)] = Field(default=[], description=RECIPES)
     variants: Annotated[dict[str, Levels], NamedByText] = Field(default={}, description=VARIANTS)
-    seeds: Seeds | None = Field(default=None, description="a list of whole numbers from 0")
-    labels: Budgets | None = Field(default=None, description="a list of whole numbers from 1, or 'all'")
-    validation: float | None = Field(default=None, ge=0, le=0.9, description="a share from 0 to 0.9")
+    seeds: Seeds = Field(default=[0], description="a list of whole numbers from 0, of at most 9 digits")
+    labels: Budgets = Field(default=["all"], description="a list of whole numbers from 1, or 'all'")
+    validation: float = Field(default=VALIDATION, ge=0, le=0.9, description="a share from 0 to 0.9")
     epochs: PositiveInt | None = Field(default=None, description="a whole number from 1")
     settings: dict[str, Any] = Field(default={}, description="a mapping KEY: VALUE")
-    robustness: bool | None = Field(default=None, description="true or false")
+    robustness: bool = Field(default=True, description="true or false")
     training_score: bool = Field(default=False, description="true or false")
 
-    @property
-    def named_recipes(self) -> list[tuple[str, str]]:
-        """(name, name or file), the baseline first."""
-        return [(name, recipe.recipe) for name, recipe in self.recipes.items()]
 
-
-def read_comparison(name: str | Path) -> ComparisonConfig:
-    """A comparison's YAML file, or a shipped one (``article``); recipe files in it are relative to its own folder."""
-    path, shipped = Path(name), shared_folder("configs") / "comparisons"
-    if path.suffix not in (".yaml", ".yml"):
-        path = shipped / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
-        raise ConfigError(f"--config {name}: the file does not exist. Known by name: {known}.")
-    given, fields = read_yaml_file(path, str(path)) or {}, ComparisonConfig.model_fields
-    if not isinstance(given, dict):
-        raise ConfigError(f"{path} must be a mapping of {', '.join(fields)}; found {given!r:.80}.")
-    if unknown := [key for key in given if key not in fields]:
-        raise ConfigError(f"{path} has an unknown key {unknown[0]!r}. {suggestion(unknown[0], fields)}")
+def read_comparison(name: str | Path | None = None, **options: Any) -> ComparisonConfig:
+    """A comparison's YAML file, or a shipped one, with options that are not None; ``settings`` are added to the file's."""
+    path, given, fields = Path(), dict[str, Any](), ComparisonConfig.model_fields
+    if name is not None:
+        shipped = shared_folder("configs") / "comparisons"
+        path = Path(name) if Path(name).suffix in (".yaml", ".yml") else shipped / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
+            raise ConfigError(f"--config {name}: the file does not exist. Known by name: {known}.")
+        given = read_yaml_file(path, str(path)) or {}
+        if not isinstance(given, dict):
+            raise ConfigError(f"{path} must be a mapping of {', '.join(fields)}; found {given!r:.80}.")
+        if unknown := [key for key in given if key not in fields]:
+            raise ConfigError(f"{path} has an unknown key {unknown[0]!r}. {suggestion(unknown[0], fields)}")
+    added = options.pop("settings", {})
+    options = {key: value for key, value in options.items() if value is not None}
     try:
-        config = ComparisonConfig.model_validate(given)
+        config = ComparisonConfig.model_validate({k: v for k, v in (given | options).items() if v is not None})
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
-        raise ConfigError(f"{path}: {key} must be {fields[key].description}; found {given[key]!r:.200}.") from None
-    for recipe in config.recipes.values():
+        where, value = (f"--{key}", options[key]) if key in options else (f"{path}: {key}", given[key])
+        raise ConfigError(f"{where} must be {fields[key].description}; found {value!r:.200}.") from None
+    for recipe in () if "recipes" in options else config.recipes:
         if recipe.recipe.endswith((".yaml", ".yml")):
-            recipe.recipe = str(path.parent / recipe.recipe)
-    return config
+            recipe.recipe = str(path.parent / recipe.recipe)  # it is relative to the comparison's own folder
+    kept = {key: value for key, value in config.settings.items() if key not in added}
+    return config.model_copy(update={"settings": kept | added})
 
 
 @dataclass(frozen=True)
 class Variant:
     """One point of a grid: axis -> level (empty without a grid), and the settings laid over the recipe."""
 
-    levels: Mapping[str, str] = field(default_factory=dict)
-    settings: tuple[tuple[str, Any], ...] = ()
+    levels: Mapping[str, str]
+    settings: tuple[tuple[str, Any], ...]
 
     @property
     def name(self) -> str:
@@ -107,7 +113,7 @@ class Variant:
         return "-".join(re.sub(r"[^\w.]+", "_", level) for level in self.levels.values())
 
 
-def make_variants(axes: Axes) -> tuple[Variant, ...]:
+def make_variants(axes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> tuple[Variant, ...]:
     """Every combination of one level from each axis, the last axis changing fastest; without axes one variant."""
     for axis, of_axis in axes.items():
         if not of_axis:
@@ -127,21 +133,26 @@ def make_variants(axes: Axes) -> tuple[Variant, ...]:
 class Cell:
     """One training run of a comparison."""
 
-    recipe: str
+    recipe: Recipe
     labels: int
     seed: int
-    variant: Variant = Variant()
+    variant: Variant
 
     @property
     def name(self) -> str:  # of the run's folder
         under = f"_{self.variant.folder}" if self.variant.folder else ""
-        return f"{self.recipe}{under}_labels{self.labels}_seed{self.seed}"
+        return f"{self.recipe.name}{under}_labels{self.labels}_seed{self.seed}"
 
     @property
     def key(self) -> dict[str, Any]:
         """What identifies its rows in tables; ``variant`` only if the comparison has variants."""
         under = {"variant": self.variant.name} if self.variant.levels else {}
-        return under | {"recipe": self.recipe, "labels": self.labels, "seed": self.seed}
+        return under | {"recipe": self.recipe.name, "labels": self.labels, "seed": self.seed}
+
+    @property
+    def own(self) -> list[tuple[str, Any]]:
+        """Its settings beyond those of all runs: its recipe's, and over them its variant's."""
+        return [*(self.recipe.model_extra or {}).items(), *self.variant.settings]
 
 
 @dataclass(frozen=True)
@@ -149,20 +160,17 @@ class Design:
     """A comparison before it is run."""
 
     dataset: Dataset
-    recipes: tuple[str, ...]  # the baseline first; it may be compared with itself
-    files: dict[str, str | Path]  # recipe name -> what `read_recipe` takes
-    seeds: tuple[int, ...]  # of training; the split has its own
+    config: ComparisonConfig
+    recipes: dict[str, Recipe]  # by name, the baseline first
     splits: dict[int, Split]  # by the number of labelled cases, the same for all recipes and seeds
     test: tuple[Case, ...]  # labelled cases that no run trains or validates on
     tested_on: str  # how they were chosen, in words
-    own: Mapping[str, Mapping[str, Any]]  # recipe name -> settings of that recipe alone, laid over it
-    axes: Axes  # empty without a grid
-    variants: tuple[Variant, ...]  # made of the axes; every recipe is trained under each
+    variants: tuple[Variant, ...]  # every recipe is trained under each
 
     @property
     def cells(self) -> list[Cell]:
         """Every run, small budgets first and the recipes side by side, so that early results can be compared."""
-        runs = product(self.splits, self.seeds, self.variants, dict.fromkeys(self.recipes))
+        runs = product(self.splits, self.config.seeds, self.variants, self.recipes.values())
         return [Cell(recipe, labels, seed, variant) for labels, seed, variant, recipe in runs]
 
 
@@ -172,56 +180,34 @@ def case_names(split: Split) -> dict[str, list[str]]:
 
 
 def design_comparison(
-    dataset: Dataset,
-    recipes: Sequence[str | Path | tuple[str, str | Path]],
-    seeds: Sequence[int] = (0,),
-    labels: Sequence[int | None] = (None,),
-    *,
-    cases: Names = None,
-    test_cases: Names = None,
-    split_seed: int = 0,
-    validation: float = VALIDATION,
-    own: Mapping[str, Mapping[str, Any]] | None = None,
-    axes: Axes | None = None,
+    dataset: Dataset, config: ComparisonConfig, *, cases: Names = None, test_cases: Names = None, split_seed: int = 0
 ) -> Design:
-    """Decide which cases train, validate and test; ``own`` and ``axes`` as in `Design`.
-
-    The runs draw from the pool: ``cases`` (default: all) without the test cases. Without ``test_cases`` the labelled
-    cases outside ``cases`` are tested on; if there are none, the labelled cases that no budget uses (the runs do not
-    get them as unlabelled scans either); if there are none of those, a quarter of the cases is put aside first.
-
-    ``recipes``, the baseline first, are names or files, or (name, name or file); ``labels`` are budgets, validation (a
-    share below 1) included, None for the whole pool. A `ConfigError` or `DataError` if they cannot be compared.
-    """
-    named = [r if isinstance(r, tuple) else (Path(r).stem, r) for r in recipes]
-    names = tuple(name for name, _ in named)
-    files: dict[str, str | Path] = {}
-    for name, recipe in named:
-        overlay = read_recipe(recipe)
-        if Path(name).name != name or "\\" in name:
-            raise ConfigError(f"recipes: {name!r} cannot be used in the name of a folder. Remove the slashes.")
-        if overlay != read_recipe(files.setdefault(name, recipe)):
-            both = f"{files[name]} and {recipe}"
+    """Decide which cases train, validate and test, by the rules in docs/compare.md; a `MedsegError` if that is impossible."""
+    recipes: dict[str, Recipe] = {}
+    for recipe in config.recipes:
+        if Path(recipe.name).name != recipe.name or "\\" in recipe.name:
+            raise ConfigError(f"recipes: {recipe.name!r} cannot be used in the name of a folder. Remove the slashes.")
+        earlier = recipes.setdefault(recipe.name, recipe)
+        if (read_recipe(recipe.recipe), recipe.model_extra) != (read_recipe(earlier.recipe), earlier.model_extra):
+            both = f"{earlier.recipe} and {recipe.recipe}"
             raise ConfigError(f"--recipes: {both} are different recipes with the same name. Rename a file.")
-    if len(named) < 2:
+    if len(config.recipes) < 2:
         raise ConfigError(
             "--recipes: a comparison needs at least two recipes, the baseline first, such as dice_ce,joint."
         )
-    if not seeds or min(seeds) < 0:
-        raise ConfigError("--seeds: expected whole numbers from 0, separated by commas, such as 0,1,2.")
-    budgets = ["all" if budget is None else budget for budget in labels]
-    for option, values in (("recipes", names[1:]), ("seeds", seeds), ("labels", budgets)):
+    names = [recipe.name for recipe in config.recipes[1:]]  # the baseline may be compared with itself
+    for option, values in (("recipes", names), ("seeds", config.seeds), ("labels", config.labels)):
         if repeated := [value for number, value in enumerate(values) if value in values[:number]]:
             raise ConfigError(f"--{option}: {repeated[0]} is given twice. Give each value once.")
+    labels = [None if budget == "all" else budget for budget in config.labels]
     pool, test, tested_on = _test_cases(dataset, cases, test_cases, labels, split_seed)
-    most = max((budget for budget in labels if budget is not None), default=0)
-    if test and most > len(pool.labelled):
+    if (most := max((budget for budget in labels if budget is not None), default=0)) > len(pool.labelled):
         labelled = f"{dataset.root} has {counted(len(pool.labelled), 'labelled case')}"
         cure = "Ask for at most that many, or name fewer cases to test on with --test-cases FILE."
         raise DataError(f"--labels {most}: in addition to {counted(len(test), 'test case')}, {labelled}. {cure}")
     splits: dict[int, Split] = {}
     for budget in labels:
-        split = split_cases(pool, labels=budget, seed=split_seed, validation_fraction=validation)
+        split = split_cases(pool, labels=budget, seed=split_seed, validation_fraction=config.validation)
         splits[len(_names((*split.training, *split.validation)))] = split
     if not test:
         used = [case for split in splits.values() for case in (*split.training, *split.validation)]
@@ -230,22 +216,21 @@ def design_comparison(
         tested = _names(test)
         for n, split in splits.items():
             splits[n] = replace(split, unlabelled=tuple(c for c in split.unlabelled if c.name not in tested))
-        none = "nor uses as unlabelled scans (choose others with --test-cases)"
-        tested_on = f"the labelled cases that no run trains or validates on, {none}"
+        tested_on = "the labelled cases that no run uses, not even as unlabelled scans (--test-cases chooses others)"
     if not test:
         cure = "Name some with --test-cases FILE, or choose smaller budgets with --labels."
         raise DataError(f"{dataset.root}: no labelled case is left to test on. {cure}")
     # A recipe that needs unlabelled scans would otherwise fail hours later.
     bare = next((n for n, split in splits.items() if not split.unlabelled), None)
-    needing = [name for name, file in files.items() if read_recipe(file).get("train::sampler::required")]
+    needing = [name for name, recipe in recipes.items() if read_recipe(recipe.recipe).get("train::sampler::required")]
     if bare is not None and needing:
         raise ConfigError(
             f"The recipe {needing[0]} also needs scans without labels, but with {counted(bare, 'labelled scan')} "
             "none are left for it. Choose smaller budgets with --labels, or name fewer scans to test on with --test-cases "
             "FILE."
         )
-    splits, axes = dict(sorted(splits.items())), axes or {}
-    return Design(dataset, names, files, tuple(seeds), splits, test, tested_on, own or {}, axes, make_variants(axes))
+    splits = dict(sorted(splits.items()))
+    return Design(dataset, config, recipes, splits, test, tested_on, make_variants(config.variants))
 
 
 def _names(cases: Iterable[Case]) -> set[str]:

@@ -13,6 +13,7 @@ from medseg_supcon.comparison.statistics import MEAN, excludes_zero
 from medseg_supcon.evaluation import INK, color_of, dress, legend_below, new_figure, save
 
 Row = Mapping[str, Any]
+Looks = Sequence[tuple[Row, Row]]  # keys of runs -> how their curve looks
 
 BASELINE_COLOR = "#555555"
 MARKERS = "osD^vP*X"
@@ -69,8 +70,7 @@ def efficiency_figure(means: Sequence[Row], recipes: Sequence[str], path: Path) 
         x = [budgets.index(row["labels"]) + width * shift for row in rows]
         for place, row in zip(x, rows, strict=True):
             axis.plot([place] * len(row["by_seed"]), row["by_seed"], ".", color=color, alpha=0.45, markersize=7)
-        dice = [row["dice"] for row in rows]
-        axis.plot(x, dice, label=recipe, marker=marker, markersize=7, color=color, linewidth=1.6)
+        axis.plot(x, [row["dice"] for row in rows], label=recipe, marker=marker, markersize=7, color=color)
     _finish(figure, path)
 
 
@@ -82,7 +82,7 @@ def differences_figure(differences: Sequence[Row], path: Path) -> None:
     below = "Dice points (right of 0: better than the baseline), 95 % interval"
     figure, axis = _axis(7.2, 0.9 + 0.34 * max(len(rows), 2), f"Difference from {baseline}", below)
     axis.axvline(0, color=INK, linewidth=1.0)
-    names, ends = [], [0.0]
+    names = []
     for place, row in enumerate(rows):
         color, mean = styles[row["recipe"]][0], row["class"] == MEAN
         low, middle, high = (100 * row[key] for key in ("low", "difference", "high"))
@@ -90,11 +90,9 @@ def differences_figure(differences: Sequence[Row], path: Path) -> None:
         filled = color if excludes_zero(row) else "white"
         axis.plot(middle, -place, marker="o", markersize=7, color=color, markerfacecolor=filled)
         names.append(f"{row['labels']} labels, {row['recipe']}" + ("" if mean else f": {row['class']}"))
-        ends += [low, high]
     axis.set_yticks([-i for i in range(len(rows))], names)
     axis.set_ylim(-len(rows) + 0.4, 0.6)
-    margin = 0.12 * (max(ends) - min(ends)) or 1.0
-    axis.set_xlim(min(ends) - margin, max(ends) + margin)
+    axis.margins(x=0.12)
     save(figure, path)
 
 
@@ -107,8 +105,7 @@ def robustness_figure(robustness: Sequence[Row], recipes: Sequence[str], path: P
     figure, axis = _axis(7.2, 3.6, f"Mean Dice on degraded test scans ({budget} labels)", names=conditions)
     for recipe, (color, _, shift) in _styles(recipes).items():
         heights = np.array([dice[condition, recipe] for condition in conditions], dtype=float)  # None becomes NaN
-        place = np.arange(len(conditions)) + 0.8 * shift
-        axis.bar(place, heights, 0.74 / len(set(recipes)), color=color, label=recipe)
+        axis.bar(np.arange(len(conditions)) + 0.8 * shift, heights, 0.74 / len(set(recipes)), color=color, label=recipe)
     axis.set_ylim(0, 1)
     _finish(figure, path)
 
@@ -122,10 +119,10 @@ def grid_figure(table: Sequence[Row], recipes: Sequence[str], path: Path) -> Non
     styles = _styles(recipes)
     for recipe, (color, marker, shift) in styles.items():
         look: Row = {"color": color, "marker": marker, "linestyle": ""}
-        axis.plot([], [], label=recipe, markersize=8, **look)
         for score, style in DICE_MARKS.items():
             dice = np.array([row["of"][recipe][f"{score}_dice"] for row in rows], dtype=float)  # None becomes NaN
-            axis.plot(np.arange(len(rows)) + 0.22 * len(styles) * shift, dice, **{**look, **style})
+            label = recipe if score == "test" else None
+            axis.plot(np.arange(len(rows)) + 0.22 * len(styles) * shift, dice, label=label, **{**look, **style})
     for score, style in DICE_MARKS.items():
         axis.plot([], [], label=score, **{"color": INK, "marker": "o", "linestyle": "", **style})
     axis.set_ylim(bottom=0)
@@ -155,16 +152,12 @@ def grid_curves_figure(histories: Sequence[Row], variants: Sequence[Row], recipe
     for (level_number, level), (row, (column, title)) in product(enumerate(columns), enumerate((CONTRAST, DICE))):
         shown = [v["name"] for v in variants if not others or v["levels"][first] == level]
         looks = [
-            (
-                {"variant": name, "recipe": recipe},
-                {"color": colors[group_of[name]], "linestyle": line, "linewidth": 1.6},
-            )
+            ({"variant": name, "recipe": recipe}, {"color": colors[group_of[name]], "linestyle": line})
             for name, (recipe, line) in product(shown, lines.items())
         ]
         heading = f"{level}: {title.lower()}" if others else title
         _draw_curves(axes[row, level_number], heading, column, runs, looks)
-    for axis in axes[0]:
-        axis.set_xlabel("")
+        axes[row, level_number].label_outer()
     for group, color in colors.items():
         axes[0, 0].plot([], [], color=color, linewidth=2, label=group)
     for recipe, line in lines.items():
@@ -172,9 +165,7 @@ def grid_curves_figure(histories: Sequence[Row], variants: Sequence[Row], recipe
     _finish(figure, path, most=4)
 
 
-def _draw_curves(
-    axis: Any, title: str, column: str, runs: Sequence[Row], looks: Sequence[tuple[Row, Row]], each: bool = False
-) -> None:
+def _draw_curves(axis: Any, title: str, column: str, runs: Sequence[Row], looks: Looks, each: bool = False) -> None:
     """By epoch, the mean of the runs that have a look's keys, over the epochs that all have; with ``each``, also each run."""
     for keys, look in looks:
         histories = [run["history"] for run in runs if keys.items() <= run.items()]

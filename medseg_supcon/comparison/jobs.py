@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from threading import Thread, local
+from threading import Thread
 from time import sleep
 from typing import Any
 
@@ -93,7 +93,6 @@ def is_done(job: Job) -> bool:
 
 
 def scores_folder(tests: Path, condition: str) -> Path:
-    """The folder of a run's scores under a condition."""
     return tests / condition.replace(" ", "_")
 
 
@@ -121,26 +120,24 @@ def read_cost(tests: Path) -> dict[str, Any]:
 
 def devices(device: str | None, workers: int | None = None) -> list[str]:
     """A device for each of the workers (None: one for each device); without ``device`` every GPU, or the CPU."""
-    every = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-    known = every if device is None else [device]
+    known = [device] if device else [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     return [known[i % len(known)] for i in range(workers or len(known))]
 
 
 def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Callable[[Path, str], None]) -> None:
-    """Run job files, each in its own process; a failed one does not stop the others.
+    """Run job files, each in its own process; ``done`` is called here after each, with what went wrong ("": nothing).
 
-    One worker shows its progress. Several are silent, write ``JOB.log``, and share CPU threads and memory for scans.
-    ``where`` has a device for each worker; ``done`` is called here after each job, with what went wrong ("": nothing).
+    Of several workers, each with a device in ``where``, all are silent, write ``JOB.log`` and share CPU threads and memory.
     """
-    processes, own, free = set[subprocess.Popen[bytes]](), local(), iter(where)
-
-    def take_device() -> None:
-        own.device = next(free)
+    processes, free = set[subprocess.Popen[bytes]](), list(where)
 
     def task(job: Path) -> str:
-        return run_process(job, own.device, where, processes)
+        device = free.pop(0)
+        problem = run_process(job, device, where, processes)
+        free.append(device)
+        return problem
 
-    with ThreadPoolExecutor(len(where), initializer=take_device) as threads:
+    with ThreadPoolExecutor(len(where)) as threads:
         running = {threads.submit(task, job): job for job in jobs}
         try:
             for future in as_completed(running):

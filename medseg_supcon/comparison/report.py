@@ -37,18 +37,19 @@ def write_comparison(out: Path, results: Results) -> Row:
     """Write the CSV tables, ``pictures/``, ``summary.md`` and ``report.html``; returns what they say, as JSON values."""
     about, clean, pictures = results.about, results.scores["clean"], out / "pictures"
     recipes, variants = list(about["recipes"]), about["variants"]
-    compared = [  # in a grid the recipes are compared within every variant
-        {"condition": condition} | ({"variant": variant["name"]} if about["axes"] else {}) | row
+    compared = {  # in a grid the recipes are compared within every variant
+        condition: [
+            ({"variant": variant["name"]} if about["axes"] else {}) | row
+            for variant in variants
+            for row in compare_recipes([r for r in rows if r.get("variant", "") == variant["name"]], recipes)
+        ]
         for condition, rows in results.scores.items()
-        for variant in variants
-        for row in compare_recipes([r for r in rows if r.get("variant", "") == variant["name"]], recipes)
-    ]
-    differences = [
-        {k: v for k, v in row.items() if k != "condition"} for row in compared if row["condition"] == "clean"
-    ]
+    }
+    differences = compared["clean"]
     headline = [row for row in differences if row["class"] == MEAN]
     degraded = [{"condition": c} | row for c, rows in results.scores.items() if c != "clean" for row in rows]
-    robustness = with_changes([row for row in compared if row["class"] == MEAN], recipes) if degraded else []
+    of_means = [{"condition": c} | row for c, rows in compared.items() for row in rows if row["class"] == MEAN]
+    robustness = with_changes(of_means, recipes) if degraded else []
     report: Row = {
         "about": about,
         "differences": differences,
@@ -61,10 +62,10 @@ def write_comparison(out: Path, results: Results) -> Row:
     tables = {"results": clean, "runs": results.runs, "differences": differences, "robustness": degraded}
     if about["axes"]:
         report["answers"] = _grid_answers(headline)
-        report["table"] = table = statistics.grid_table(variants, recipes, results.runs, clean, headline)
+        report["table"] = table = statistics.grid_table(variants, results.runs, clean, headline)
         cells = [(row, recipe, of) for row in table for recipe, of in row["of"].items()]
         tables["grid"] = [{"labels": row["labels"], **row["levels"], "recipe": r, **of} for row, r, of in cells]
-        figures.grid_figure(report["table"], recipes, pictures / "grid.png")
+        figures.grid_figure(table, recipes, pictures / "grid.png")
         figures.grid_curves_figure(results.histories, variants, recipes, pictures / "grid_curves.png")
     else:
         report["answers"] = [*map(answer, headline), *on_degraded_scans(robustness)]
@@ -79,8 +80,8 @@ def write_comparison(out: Path, results: Results) -> Row:
     for name, rows in tables.items():
         if rows:
             write_csv(out / f"{name}.csv", [column for column in rows[0] if column != "by_seed"], rows)
-    for name, template in (("report.html", "html.j2"), ("summary.md", "markdown.j2")):
-        write_text(out / name, _render(report | {"headline": headline, "format": template}, pictures))
+    for name in ("report.html", "summary.md"):
+        write_text(out / name, _render(report | {"headline": headline}, name.endswith(".html"), pictures))
     return report
 
 
@@ -91,20 +92,16 @@ def answer(row: Row) -> str:
         return start
     p = "" if row["p"] is None else f"p = {row['p']:.3g}, "
     number = f"{counted(row['cases'], 'test scan')}, {counted(row['seeds'], 'seed')}"
-    return (
-        f"{start} {row['recipe']} scores {row['dice']:.4f}, {row['baseline']} {row['baseline_dice']:.4f}: "
-        f"{points(row['difference'])} Dice points (95 % interval {interval(row)}, {p}{number})."
-    )
+    both = f"{row['recipe']} scores {row['dice']:.4f}, {row['baseline']} {row['baseline_dice']:.4f}"
+    return f"{start} {both}: {points(row['difference'])} Dice points (95 % interval {interval(row)}, {p}{number})."
 
 
 def on_degraded_scans(robustness: Sequence[Row]) -> list[str]:
     """Whether a recipe differs from the baseline on degraded scans, a sentence for each recipe and budget."""
-    groups: dict[tuple[Any, Any], list[Row]] = {}
-    for row in robustness:
-        if row["condition"] != "clean" and row["difference"] is not None:
-            groups.setdefault((row["labels"], row["recipe"]), []).append(row)
+    degraded = [row for row in robustness if row["condition"] != "clean" and row["difference"] is not None]
     sentences = []
-    for (labels, recipe), rows in groups.items():
+    for labels, recipe in dict.fromkeys((row["labels"], row["recipe"]) for row in degraded):
+        rows = [row for row in degraded if (row["labels"], row["recipe"]) == (labels, recipe)]
         clear = [f"{points(r['difference'])} ({interval(r)}) with {r['condition']}" for r in rows if excludes_zero(r)]
         rest = ", ".join(row["condition"] for row in rows if not excludes_zero(row))
         baseline, few = rows[0]["baseline"], too_few(rows[0])
@@ -168,19 +165,18 @@ def with_changes(robustness: Sequence[Row], recipes: Sequence[str]) -> list[Row]
 def _grid_answers(headline: Sequence[Row]) -> list[str]:
     answers = []
     for labels, recipe in dict.fromkeys((row["labels"], row["recipe"]) for row in headline):
-        mine = [row for row in headline if (row["labels"], row["recipe"]) == (labels, recipe)]
-        better, worse = (sum(excludes_zero(row) == sign for row in mine) for sign in (1, -1))
-        few = next((f" ({too_few(row)}: too few to be sure)" for row in mine if too_few(row)), "")
+        rows = [row for row in headline if (row["labels"], row["recipe"]) == (labels, recipe)]
+        better, worse = (sum(excludes_zero(row) == sign for row in rows) for sign in (1, -1))
+        few = next((f" ({too_few(row)}: too few to be sure)" for row in rows if too_few(row)), "")
         answers.append(
             f"With {counted(labels, 'labelled scan')}, under the same settings: {recipe} is better than "
-            f"{mine[0]['baseline']} in {better} of {counted(len(mine), 'variant')}, worse in {worse}; in "
-            f"{len(mine) - better - worse} the interval includes 0{few}."
+            f"{rows[0]['baseline']} in {better} of {counted(len(rows), 'variant')}, worse in {worse}; in "
+            f"{len(rows) - better - worse} the interval includes 0{few}."
         )
     return answers
 
 
 def interval(row: Row) -> str:
-    """The ends of a difference's interval in points."""
     return "-" if row["low"] is None else f"{points(row['low'])} to {points(row['high'])}"
 
 
@@ -196,9 +192,9 @@ def settings_and_wiring(overlay: Mapping[str, Any]) -> tuple[Row, Row]:
     return {key: value for key, value in overlay.items() if key not in wiring}, wiring
 
 
-def _render(report: Row, pictures: Path) -> str:
+def _render(report: Row, html: bool, pictures: Path) -> str:
     """The report in one format; names are shown as they are, whatever signs they have."""
-    about, html = report["about"], report["format"] == "html.j2"
+    about = report["about"]
     with_labels = len(about["splits"]) > 1 or not about["axes"]
     levels = {variant["name"]: list(variant["levels"].values()) for variant in about["variants"]}
 
@@ -212,8 +208,7 @@ def _render(report: Row, pictures: Path) -> str:
 
     options: Row = {"autoescape": True, "finalize": shown, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=PackageLoader(__package__), undefined=StrictUndefined, **options)
-    environment.filters |= {"points": points, "interval": interval, "counted": counted, "pairs": pairs}
-    environment.filters |= {
+    environment.filters |= {"points": points, "interval": interval, "counted": counted, "pairs": pairs} | {
         "number": lambda value, digits=4: "-" if value is None else f"{value:.{digits}f}",
         "marked": lambda text, row: (text, ("", "up", "down")[excludes_zero(row)]),
         "p": lambda p: "-" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}",
@@ -221,6 +216,7 @@ def _render(report: Row, pictures: Path) -> str:
     }
     text = environment.get_template("report.j2").render(
         report,
+        format="html.j2" if html else "markdown.j2",
         classes=list(dict.fromkeys(row["class"] for row in report["differences"])),
         # the cells that say of which budget and variant a row is
         place=lambda row: [str(row["labels"])] * with_labels + levels[row.get("variant", "")],

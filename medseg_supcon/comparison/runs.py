@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
@@ -25,31 +26,18 @@ from medseg_supcon.training import is_finished, is_of_plan, prepare_run
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
-Settings = Sequence[tuple[str, Any]]
 MARKER = "comparison.json"
 LENGTH = "epochs"  # the comparison's, whatever a recipe says
 EQUAL = ("steps_per_epoch", "batch_size")  # a recipe that sets one of these has another budget
 
 
 def compare(
-    design: Design,
-    out: Path,
-    *,
-    epochs: int | None = None,
-    settings: Settings = (),
-    device: str | None = None,
-    workers: int | None = None,
-    robustness: bool = True,
-    training_score: bool = False,
-    trust_scan_affine: bool = False,
-    trust: bool = False,
-    say: Say = print,
-) -> Row:
+    design: Design, out: Path, *, device: str | None = None, workers: int | None = None, trust_scan_affine: bool = False,
+    trust: bool = False, say: Say = print,
+) -> Row:  # fmt: skip
     """Train and test every run of a design, write tables, pictures and ``report.html``; returns ``comparison.json``.
 
-    The same call continues an interrupted comparison: finished runs are kept. ``epochs`` (default: the first plan's length)
-    and ``settings`` are those of all runs. A `RunError` if the folder holds something else, another call is at work in it,
-    an earlier run was made with other settings, a run failed, or one needs trust.
+    The same call continues an interrupted comparison: finished runs are kept, and what they were made with is checked.
     """
     if not (out / MARKER).exists():
         if out.exists() and any(out.iterdir()):
@@ -62,20 +50,19 @@ def compare(
             check_network_trusted(path, read_plan(path), trust)
         for run in filter(is_planned, sorted((out / "runs").glob("*"))):
             check_configs_trusted(run, trust)
-        plans = make_plans(design, out, settings, epochs, device, trust_scan_affine, say)
-        cells = prepare_cells(design, out, plans, settings, robustness, training_score)
+        plans = make_plans(design, out, device, trust_scan_affine, say)
+        cells = prepare_cells(design, out, plans)
         _train_and_test(cells, jobs.devices(device, workers), say)
-        report = write_comparison(out, _read_results(design, next(iter(plans.values())), cells, settings))
+        report = write_comparison(out, _read_results(design, next(iter(plans.values())), cells))
         write_text(out / MARKER, json.dumps(report, indent=1, allow_nan=False) + "\n")
         return report
 
 
-def make_plans(
-    design: Design, out: Path, settings: Settings, epochs: int | None, device: str | None, trust_affine: bool, say: Say
-) -> dict[int, Row]:
+def make_plans(design: Design, out: Path, device: str | None, trust_affine: bool, say: Say) -> dict[int, Row]:
     """The plan of each budget, kept in ``plans/``, all of one length; a `RunError` if a kept one was made otherwise."""
     plans: dict[int, Row] = {}
-    baseline = design.files[design.recipes[0]]
+    baseline, epochs = design.config.recipes[0].recipe, design.config.epochs
+    settings = list(design.config.settings.items())
     mine = [(_bare(key), value) for key, value in (*read_recipe(baseline).items(), *settings) if is_of_plan(key)]
     for labels, split in design.splits.items():
         path, record = (out / folder / f"labels{labels}.json" for folder in ("plans", "jobs/plans"))
@@ -88,41 +75,36 @@ def make_plans(
             _check_same(path, record, definition)
         else:
             say(f"Planning for {labels} labelled scans")
-            draft = out / ".planning"
-            shutil.rmtree(draft, ignore_errors=True)
-            options: Row = {"recipe": baseline, "settings": settings, "epochs": epochs, "device": device}
-            plan = prepare_run(design.dataset, split, draft, trust_scan_affine=trust_affine, **options)
+            options: Row = {"settings": settings, "device": device, "trust_scan_affine": trust_affine}
+            with TemporaryDirectory() as draft:
+                plan = prepare_run(design.dataset, split, Path(draft), recipe=baseline, epochs=epochs, **options)
             for warning in plan_warnings(plan):
                 say(f"Warning: {warning}")
-            shutil.rmtree(draft)
             write_text(record, json.dumps({"definition": definition}, indent=1, default=str) + "\n")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_plan(plan, path)
         plans[labels] = read_plan(path)
-        made = plans[labels]["epochs"]
-        epochs = epochs or made
-        if made != epochs:
+        epochs = epochs or plans[labels]["epochs"]
+        if (made := plans[labels]["epochs"]) != epochs:
             cure = "Use the same --epochs as before, or choose another --out."
             raise RunError(f"{path} was made for {made} epochs, not {epochs}. {cure}")
     return plans
 
 
-def prepare_cells(
-    design: Design, out: Path, plans: dict[int, Row], settings: Settings, robustness: bool, training_score: bool
-) -> dict[Path, Cell]:
+def prepare_cells(design: Design, out: Path, plans: dict[int, Row]) -> dict[Path, Cell]:
     """A planned run and a job file for every cell; a `RunError` if an existing run was prepared otherwise."""
-    root = design.dataset.root
+    root, config, settings = design.dataset.root, design.config, list(design.config.settings.items())
     tests = {jobs.CLEAN: items(design.test, root)}
-    for condition in CORRUPTIONS if robustness else ():
-        folder = jobs.scores_folder(out / "corrupted", condition)
-        tests[condition] = items(corrupt_cases(design.test, condition, folder), root)
+    for condition in CORRUPTIONS if config.robustness else ():
+        degraded = corrupt_cases(design.test, condition, jobs.scores_folder(out / "corrupted", condition))
+        tests[condition] = items(degraded, root)
     cells = {}
     for cell in design.cells:
         run, path = out / "runs" / cell.name, out / "jobs" / f"{cell.name}.json"
-        split, own, plan = design.splits[cell.labels], _own_settings(design, cell), plans[cell.labels]
-        definition = {"recipe": read_recipe(design.files[cell.recipe]), "settings": settings, "epochs": plan["epochs"]}
+        split, recipe, plan = design.splits[cell.labels], cell.recipe.recipe, plans[cell.labels]
+        definition = {"recipe": read_recipe(recipe), "settings": settings, "epochs": plan["epochs"]}
         definition |= {f"{part} cases": names for part, names in case_names(split).items()}
-        definition |= {"own settings": own} if own else {}
+        definition |= {"own settings": cell.own} if cell.own else {}
         if planned := is_planned(run):
             _check_same(run, path, definition)
         job = {
@@ -130,28 +112,22 @@ def prepare_cells(
             "tests": str((out / "tests" / cell.name).resolve()),
             "dataset_dir": str(root.resolve()),
             "classes": list(design.dataset.labels)[1:],
-            "conditions": tests | ({jobs.TRAINING: items(split.training, root)} if training_score else {}),
+            "conditions": tests | ({jobs.TRAINING: items(split.training, root)} if config.training_score else {}),
             "definition": definition,
         }
         write_text(path, json.dumps(job, indent=1, default=str) + "\n")
         if not planned:
-            options: Row = {"settings": [*settings, *own], "plan_settings": _own_plan(design, cell, settings)}
-            options |= {"recipe": design.files[cell.recipe], "seed": cell.seed, "plan": plan}
-            prepare_run(design.dataset, split, run, **options)
+            options: Row = {"settings": [*settings, *cell.own], "plan_settings": _own_plan(design, cell)}
+            prepare_run(design.dataset, split, run, recipe=recipe, seed=cell.seed, plan=plan, **options)
         cells[path] = cell
     return cells
 
 
-def _own_settings(design: Design, cell: Cell) -> list[tuple[str, Any]]:
-    """A cell's settings beyond those of all runs: its recipe's, and over them its variant's."""
-    return [*design.own.get(cell.recipe, {}).items(), *cell.variant.settings]
-
-
-def _own_plan(design: Design, cell: Cell, settings: Settings) -> list[tuple[str, Any]]:
+def _own_plan(design: Design, cell: Cell) -> list[tuple[str, Any]]:
     """What a cell changes in its budget's plan, which was made under the baseline's recipe."""
-    for_all = {_bare(key) for key, _ in settings}
-    overlay = {} if cell.recipe == design.recipes[0] else read_recipe(design.files[cell.recipe])
-    mine = [(k, v) for k, v in overlay.items() if _bare(k) not in for_all] + _own_settings(design, cell)
+    for_all = set(map(_bare, design.config.settings))
+    overlay = {} if cell.recipe == design.config.recipes[0] else read_recipe(cell.recipe.recipe)
+    mine = [(k, v) for k, v in overlay.items() if _bare(k) not in for_all] + cell.own
     return [(_bare(key), value) for key, value in mine if is_of_plan(key) and _bare(key) != LENGTH]
 
 
@@ -163,8 +139,8 @@ def unequal_recipes(design: Design) -> list[str]:
     """Sentences about recipes and variants that set their own batch or steps, or their own network."""
     sentences = []
     for cell in design.cells:
-        mine = dict(_own_plan(design, cell, ()))
-        who = f"{cell.recipe} ({cell.variant.name})" if cell.variant.levels else cell.recipe
+        mine = dict(_own_plan(design, cell))
+        who = cell.recipe.name + (f" ({cell.variant.name})" if cell.variant.levels else "")
         if own := ", ".join(key for key in EQUAL if key in mine):
             sentences.append(f"{who} sets its own {own}, so its budget differs from the baseline's.")
         if "network_def" in mine:
@@ -180,7 +156,7 @@ def _check_same(made: Path, record: Path, definition: Row) -> None:
         changed = [key for key in {**earlier, **now} if now.get(key) != earlier.get(key)]
     except (RunError, KeyError, TypeError, AttributeError):
         cure = f"Delete {made} to create it again, or choose another --out."
-        raise RunError(f"{record} , which records how {made} was made, is missing or damaged. {cure}") from None
+        raise RunError(f"{record}, which records how {made} was made, is missing or damaged. {cure}") from None
     if changed:
         cases = any(key.endswith("cases") for key in changed)
         options = " (--cases, --test-cases, --labels, --validation, --split-seed)" if cases else ""
@@ -192,58 +168,51 @@ def _train_and_test(cells: Mapping[Path, Cell], where: Sequence[str], say: Say) 
     todo = [job for job in cells if not jobs.is_done(read_json(job))]
     if len(todo) < len(cells):
         say(f"{len(cells) - len(todo)} of {len(cells)} runs are finished already.")
-    start, failed, count = monotonic(), list[str](), 0
+    start, problems = monotonic(), dict[str, str]()
 
     def done(job: Path, problem: str) -> None:
-        nonlocal count
-        count += 1
-        failed.extend([f"{cells[job].name}: {problem}"] if problem else [])
-        left = (monotonic() - start) / count * (len(todo) - count) / 60
-        rest = f"; about {max(left, 1):.0f} min left" if count < len(todo) else ""
-        say(f"{count}/{len(todo)}  {cells[job].name} {f'failed: {problem}' if problem else 'done'}{rest}")
+        problems[cells[job].name] = problem
+        left = len(todo) - len(problems)
+        minutes = (monotonic() - start) / len(problems) * left / 60
+        rest = f"; about {max(minutes, 1):.0f} min left" if left else ""
+        say(f"{len(problems)}/{len(todo)}  {cells[job].name} {f'failed: {problem}' if problem else 'done'}{rest}")
 
     if todo:
         together = f", {len(where)} at the same time" if len(where) > 1 else ""
         say(f"{counted(len(todo), 'run')} to do on {', '.join(dict.fromkeys(where))}{together}.")
     jobs.run_jobs(todo, where, done)
-    if failed:
+    if failed := [f"{name}: {problem}" for name, problem in problems.items() if problem]:
         cure = "The others are kept. Run the same command again to continue."
         raise RunError(f"{len(failed)} of {len(cells)} runs failed; {failed[0]}. {cure}")
 
 
-def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell], settings: Settings) -> Results:
+def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell]) -> Results:
     """The results of finished and tested runs; ``plan`` is the smallest budget's."""
-    scores: dict[str, list[Row]] = {}
+    scores = defaultdict[str, list[Row]](list)
     runs, histories = [], []
     for path, cell in cells.items():
         job = read_json(path)
         run, tests = Path(job["run"]), Path(job["tests"])
-        rows = {}
-        for condition in job["conditions"]:
-            if (scored := jobs.read_scores(job, condition)) is None:
+        rows = {condition: jobs.read_scores(job, condition) for condition in job["conditions"]}
+        for condition, scored in rows.items():
+            if scored is None:
                 raise RunError(f"{jobs.scores_folder(tests, condition)} was changed. Run the command again.")
-            rows[condition] = [cell.key | row for row in scored]
-        saved = read_history(run / "logs" / "history.csv")
-        history = [{key: value for key, value in row.items() if math.isfinite(value)} for row in saved]
+            if condition != jobs.TRAINING:
+                scores[condition] += [cell.key | row for row in scored]
+        history = [{k: v for k, v in row.items() if math.isfinite(v)} for row in read_history(run / "logs/history.csv")]
         histories.append(cell.key | {"history": history})
-        runs.append(
-            cell.key | _run_row(history, rows[jobs.CLEAN]) | jobs.read_cost(tests) | {"finished": is_finished(run)}
-        )
-        if jobs.TRAINING in rows:
-            runs[-1]["training_dice"] = summarise(rows.pop(jobs.TRAINING))["mean"]["dice"]
-        for condition, mine in rows.items():
-            scores.setdefault(condition, []).extend(mine)
+        runs.append(cell.key | _run_row(history, rows) | jobs.read_cost(tests) | {"finished": is_finished(run)})
     about = {
         "dataset": design.dataset.name,
         "classes": list(design.dataset.labels)[1:],
-        "recipes": list(design.recipes),
-        "overlays": {name: {**read_recipe(f), **design.own.get(name, {})} for name, f in design.files.items()},
-        "descriptions": {name: describe_recipe(file) for name, file in design.files.items()},
+        "recipes": [recipe.name for recipe in design.config.recipes],
+        "overlays": {name: {**read_recipe(r.recipe), **(r.model_extra or {})} for name, r in design.recipes.items()},
+        "descriptions": {name: describe_recipe(r.recipe) for name, r in design.recipes.items()},
         "variants": [{"name": v.name, "levels": dict(v.levels), "settings": dict(v.settings)} for v in design.variants],
-        "axes": design.axes,
-        "settings": [f"{key}={value}" for key, value in settings],
+        "axes": design.config.variants,
+        "settings": [f"{key}={value}" for key, value in design.config.settings.items()],
         "patch_size": plan["patch_size"],
-        "seeds": list(design.seeds),
+        "seeds": design.config.seeds,
         "splits": {labels: case_names(split) for labels, split in design.splits.items()},
         "test": [case.name for case in design.test],
         "tested_on": design.tested_on,
@@ -255,9 +224,10 @@ def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell], setting
     return Results(about, scores, runs, histories)
 
 
-def _run_row(history: Sequence[Row], clean: Sequence[Row]) -> Row:
-    """``test_*``: mean over classes; validation Dice and losses: of the last epoch that has one."""
-    test, last = summarise(clean)["mean"], {key: value for row in history for key, value in row.items()}
+def _run_row(history: Sequence[Row], rows: Mapping[str, Any]) -> Row:
+    """``test_*``, ``training_dice``: means over classes; validation Dice and losses: of the last epoch that has one."""
+    test, last = summarise(rows[jobs.CLEAN])["mean"], {key: value for row in history for key, value in row.items()}
+    trained = {"training_dice": summarise(rows[jobs.TRAINING])["mean"]["dice"]} if jobs.TRAINING in rows else {}
     return {
         "test_dice": test["dice"],
         "test_hd95_mm": test["hd95_mm"],
@@ -267,4 +237,4 @@ def _run_row(history: Sequence[Row], clean: Sequence[Row]) -> Row:
         "epochs": len(history),
         "steps": int(history[-1]["step"]),
         "minutes": round(sum(row["seconds"] for row in history) / 60, 2),
-    }
+    } | trained

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from statistics import fmean
@@ -60,8 +59,8 @@ def paired_difference(
     """Scores minus baseline, with a 95 % bootstrap interval over seeds and cases and Wilcoxon's test over cases.
 
     The test takes one difference per case, the mean over seeds, because runs on one case are not independent cases.
-    The interval is the percentile interval of a bootstrap over seeds and cases (`seed` is that of its draws); with one
-    training seed it does not cover the chance of training, and with two or three it is somewhat too narrow.
+    The interval is a percentile interval. With one training seed it does not cover the chance of training, and with two or
+    three it is somewhat too narrow. ``seed`` is that of the bootstrap's draws.
 
     Args:
         scores, baseline: (S, K), a row per training seed, a column per case, the same on both sides.
@@ -75,8 +74,7 @@ def paired_difference(
     """
     a, b = (np.asarray(table, dtype=np.float64) for table in (scores, baseline))
     if a.shape != b.shape or a.ndim != 2 or a.size == 0 or not np.isfinite([a, b]).all():
-        shapes = f"{a.shape} and {b.shape}"
-        raise ValueError(f"scores and baseline must be finite and share one shape (seeds, cases); got shapes {shapes}")
+        raise ValueError(f"scores and baseline must be finite (seeds, cases) of one shape, got {a.shape}, {b.shape}")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
     d = a - b
@@ -87,10 +85,7 @@ def paired_difference(
 def compare_recipes(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
     """Every recipe against the first (which may be compared with itself), for each label budget, class and their mean.
 
-    Takes a row per run, case and class: ``recipe``, ``labels``, ``seed``, ``case``, ``class``, ``dice`` (or None). Gives
-    rows ``recipe``, ``baseline``, ``labels``, ``class`` (``mean``: over classes, per case), ``dice``, ``baseline_dice``,
-    ``difference``, ``low``, ``high`` (95 %), ``p`` (None with few seeds or cases, or if the interval contradicts it),
-    ``cases``, ``seeds``, ``left_out`` (cases without a score). A ValueError if a run or one of its cases is missing.
+    Takes a row per run, case and class. ``p`` is None with few seeds or cases, or if the interval contradicts it.
     """
     if len(recipes) < 2:
         raise ValueError(f"recipes must name at least two, the baseline first; got {list(recipes)}")
@@ -111,21 +106,18 @@ def compare_recipes(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
 
 def _by_budget(rows: Iterable[Row], recipes: Iterable[str]) -> Iterator[tuple[int, dict[str, dict[str, Array]]]]:
     """Each budget and its Dice: class (``mean`` first) -> recipe -> (S, K); NaN in all runs if one has no score."""
-    names, of_budget = list(dict.fromkeys(recipes)), defaultdict(list)
-    for row in rows:
-        of_budget[row["labels"]].append(row)
-    for labels, mine in sorted(of_budget.items()):
+    rows, names = list(rows), list(dict.fromkeys(recipes))
+    for labels in sorted({row["labels"] for row in rows}):
+        mine = [row for row in rows if row["labels"] == labels]
         seeds, cases = (sorted({row[key] for row in mine}) for key in ("seed", "case"))
         classes = list(dict.fromkeys(row["class"] for row in mine))
         dice = {(r["recipe"], r["seed"], r["case"], r["class"]): r["dice"] for r in mine}
         try:
             values = [dice[key] for key in product(names, seeds, cases, classes)]
         except KeyError as error:
-            raise ValueError(
-                "no result of {!r}, seed {}, for case {!r} and class {!r}".format(*error.args[0])
-            ) from None
-        table = np.array(values, dtype=np.float64)  # None becomes NaN
-        table = table.reshape(len(names), len(seeds), len(cases), len(classes))
+            raise ValueError("no result of {!r}, seed {}, case {!r}, class {!r}".format(*error.args[0])) from None
+        # None becomes NaN
+        table = np.array(values, dtype=np.float64).reshape(len(names), len(seeds), len(cases), len(classes))
         table[:, :, ~np.isfinite(table).all(axis=(0, 1))] = np.nan
         mean = np.ma.masked_invalid(table).mean(axis=3).filled(np.nan)
         by_class = {MEAN: mean} | {name: table[..., c] for c, name in enumerate(classes)}
@@ -147,29 +139,24 @@ def recipe_means(rows: Iterable[Row], recipes: Sequence[str]) -> list[Row]:
 
 
 def grid_table(
-    variants: Sequence[Row],
-    recipes: Sequence[str],
-    runs: Sequence[Row],
-    results: Iterable[Row],
-    headline: Iterable[Row],
+    variants: Sequence[Row], runs: Sequence[Row], results: Iterable[Row], headline: Iterable[Row]
 ) -> list[Row]:
-    """A row per label budget and variant; its ``of`` has recipe -> mean over seeds of each of `RUN_SCORES`, or None.
-
-    The test Dice is over the same classes and cases for all variants and recipes (``results`` as in `compare_recipes`).
-    Also in ``of`` is the difference from the baseline, of ``headline``.
-    """
+    """A row per budget and variant; ``of`` maps a recipe to its means of `RUN_SCORES` over seeds, and its difference."""
+    # the test Dice is over the same classes and cases for all variants and recipes
     rows = [row | {"recipe": (row["variant"], row["recipe"])} for row in results]
-    means = recipe_means(rows, list(dict.fromkeys(row["recipe"] for row in rows)))
+    means = recipe_means(rows, [row["recipe"] for row in rows])
     tested = {(*row["recipe"], row["labels"]): row["dice"] for row in means if row["class"] == MEAN}
     paired = {(row["variant"], row["recipe"], row["labels"]): row for row in headline}
+    recipes = dict.fromkeys(run["recipe"] for run in runs)
     table = []
     for labels, variant in product(sorted({run["labels"] for run in runs}), variants):
         of: dict[str, Row] = {}
-        for key in product([variant["name"]], dict.fromkeys(recipes), [labels]):
+        for recipe in recipes:
+            key = variant["name"], recipe, labels
             mine = [run for run in runs if (run["variant"], run["recipe"], run["labels"]) == key]
             known = {score: [run[score] for run in mine if run.get(score) is not None] for score in RUN_SCORES}
-            of[key[1]] = {score: fmean(values) if values else None for score, values in known.items()}
-            of[key[1]] |= {"test_dice": tested[key]} | {name: paired.get(key, {}).get(name) for name in COMPARED}
+            of[recipe] = {score: fmean(values) if values else None for score, values in known.items()}
+            of[recipe] |= {"test_dice": tested[key]} | {name: paired.get(key, {}).get(name) for name in COMPARED}
         table.append({"labels": labels, "variant": variant["name"], "levels": variant["levels"], "of": of})
     return table
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -16,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from medseg_supcon.datasets import snap_labels
+from medseg_supcon.datasets import reorient, snap_labels
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation.metrics import Array, Labels
 from medseg_supcon.scans import Volume, read_nifti
@@ -64,12 +63,11 @@ def legend_below(figure: Any, handles: Sequence[Any], most: int = 6, **style: An
     def inches(columns: int) -> float:  # roughly; a column is as wide as its longest name and the mark before it
         return float(sum(0.075 * part.max() + 0.6 for part in np.array_split(letters, columns)))
 
-    columns = max(min(most, len(handles)), 1)  # matplotlib has no handle for a name that begins with _
-    while columns > 1 and inches(columns) > figure.get_figwidth():
-        columns -= 1
+    # matplotlib has no handle for a name that begins with _
+    columns = next((n for n in range(min(most, len(handles)), 1, -1) if inches(n) <= figure.get_figwidth()), 1)
     figure.set_figheight(figure.get_figheight() + 0.2 * (-(-len(handles) // columns) - 1))
-    style = {"ncols": columns, "fontsize": 9, "frameon": False} | style
-    figure.legend(handles=handles, loc="outside lower center", **style)
+    style = {"loc": "outside lower center", "ncols": columns, "fontsize": 9, "frameon": False} | style
+    figure.legend(handles=handles, **style)
 
 
 def save(figure: Any, path: Path) -> None:
@@ -108,27 +106,22 @@ def curves_figure(history: Path, path: Path) -> None:
     """Draws the training loss and its terms (left) and validation Dice per class (right) of a ``history.csv``, as a PNG."""
     rows = read_history(history)
     epochs, columns = np.array([row["epoch"] for row in rows]), list(rows[0])
-
-    def draw(axis: Any, column: str, **style: Any) -> None:
-        values = np.array([row[column] for row in rows])
-        finite = np.isfinite(values)
-        style = {"marker": "." if finite.sum() < 3 else "", "linewidth": 1.5} | style
-        axis.plot(epochs[finite], values[finite], **style)
-
+    losses = [c for c in columns if c not in NO_LOSS and not c.startswith("val_") and "weight" not in c]
+    losses.sort(key=lambda name: name != "loss")
+    classes = [c for c in columns if c.startswith(PER_CLASS)]
+    hidden = "_" if len(classes) > MOST_NAMED else ""  # matplotlib leaves such names out of legends
     figure = new_figure(10.5, 3.9)
     left, right = figure.subplots(1, 2)
-    losses = [c for c in columns if c not in NO_LOSS and not c.startswith("val_") and "weight" not in c]
-    for number, name in enumerate(sorted(losses, key=lambda name: name != "loss")):
-        style = {"color": INK, "linewidth": 2.0} if name == "loss" else {"color": color_of(number)}
-        draw(left, name, label=name.replace("_", " "), **style)
-    classes = [c for c in columns if c.startswith(PER_CLASS)]
-    for number, name in enumerate(classes):
-        label = name.removeprefix(PER_CLASS) if len(classes) <= MOST_NAMED else None
-        draw(right, name, label=label, color=color_of(number), marker=".", linewidth=1.2)
-    if "val_mean_dice" in columns:
-        draw(right, "val_mean_dice", label="mean", color=INK, marker=".", linewidth=2.0)
+    curves = [(left, c, c.replace("_", " "), INK if c == "loss" else color_of(i)) for i, c in enumerate(losses)]
+    curves += [(right, c, hidden + c.removeprefix(PER_CLASS), color_of(i)) for i, c in enumerate(classes)]
+    curves += [(right, "val_mean_dice", "mean", INK)] if "val_mean_dice" in columns else []
+    for axis, name, label, color in curves:
+        values = np.array([row[name] for row in rows])
+        finite = np.isfinite(values)
+        style = {"marker": "." if axis is right or finite.sum() < 3 else "", "linewidth": 2.0 if color == INK else 1.4}
+        axis.plot(epochs[finite], values[finite], label=label, color=color, **style)
     right.set_ylim(0, 1)
-    many = f", mean and {len(classes)} classes" if len(classes) > MOST_NAMED else ""
+    many = f", mean and {len(classes)} classes" if hidden else ""
     for axis, title in ((left, "Training loss"), (right, f"Validation Dice{many}")):
         dress(axis, title, epochs=epochs)
         if axis.get_legend_handles_labels()[0]:
@@ -149,11 +142,7 @@ ON_DARK: Any = {"frameon": True, "facecolor": "#555555", "edgecolor": "none", "l
 def overlay_figure(
     scan: Path | Volume, reference: Path | Volume | None, prediction: Path | Volume, path: Path, labels: Labels
 ) -> None:
-    """Draws the axial, coronal and sagittal plane with most foreground, with masks, as a PNG; axes are in mm.
-
-    The reference (if any) is above, the prediction with the reference's outline below. All are NIfTI files or volumes on
-    one grid (of a scan with channels last, the first is shown). A DataError if a file cannot be read, or shapes differ.
-    """
+    """Draws the plane with most foreground along each axis, axes in mm: the reference above, the prediction below."""
     image, spacing = _canonical(scan)
     masks: dict[str, Array] = {}
     for title, file in (("reference", reference), ("prediction", prediction)):
@@ -166,8 +155,7 @@ def overlay_figure(
     foreground = list(labels.items())[1:]
     slices = [_best_slice(next(iter(masks.values())), foreground, cut) for cut in range(3)]
 
-    def plane(volume: Array, cut: int) -> Array:
-        """(vertical, horizontal), first row at the bottom."""
+    def plane(volume: Array, cut: int) -> Array:  # (vertical, horizontal), first row at the bottom
         return np.asarray(volume.take(slices[cut], axis=cut)).T
 
     low, high = np.percentile(np.concatenate([plane(image, cut).ravel() for cut in range(3)]), (0.5, 99.8))
@@ -204,9 +192,9 @@ def _canonical(file: Path | Volume) -> tuple[Array, Array]:
     volume = file if isinstance(file, Volume) else read_nifti(file)
     if volume.data.ndim < 3:
         raise DataError(f"{file}: expected a 3-D scan, found shape {volume.data.shape}.")
-    order = nibabel.io_orientation(volume.affine)
-    data = nibabel.apply_orientation(volume.data.reshape(*volume.data.shape[:3], -1)[..., 0], order)
-    return data, np.linalg.norm(volume.affine[:3, :3], axis=0)[np.argsort(order[:, 0])]
+    data = volume.data.reshape(*volume.data.shape[:3], -1)[..., 0]
+    data, affine = reorient(data, volume.affine, np.eye(4))
+    return data, np.linalg.norm(affine[:3, :3], axis=0)
 
 
 def _best_slice(mask: Array, foreground: Sequence[tuple[str, float]], axis: int) -> int:

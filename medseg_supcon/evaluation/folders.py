@@ -13,7 +13,7 @@ import numpy.typing as npt
 from medseg_supcon.datasets import reorient, value_text
 from medseg_supcon.errors import DataError
 from medseg_supcon.evaluation.metrics import Array, Row, check_grids, score_mask, write_metrics
-from medseg_supcon.scans import NIFTI_ENDINGS, read_nifti
+from medseg_supcon.scans import NIFTI_ENDINGS, read_nifti, stem
 
 MOST_VALUES = 2000  # more than any atlas has
 ROUNDING = 1e-3  # of whole values that a header scales
@@ -21,21 +21,13 @@ SUFFIX = "_0000"  # nnU-Net gives it to scans of a single channel, and a mask ha
 
 
 def evaluate_folders(
-    predictions: str | Path,
-    references: str | Path,
-    labels: Mapping[str, float] | None = None,
-    out: str | Path | None = None,
-    tolerance_mm: float = 1.0,
-    ignore_label: float | None = None,
-) -> dict[str, Any]:
+    predictions: str | Path, references: str | Path, labels: Mapping[str, float] | None = None,
+    out: str | Path | None = None, tolerance_mm: float = 1.0, ignore_label: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Scores the masks of one folder against the label maps of equal name in another; returns ``metrics.json``'s content.
 
-    A mask may have nnU-Net's suffix of a single channel, and its axes may run in another order or direction than those of
-    the label map, if both are at the same place. What is wrong with one case is one of the ``problems``, and the others are
-    scored; ``warnings`` are about values that only one side has. Lengths are mm whatever unit a header names.
-
-    ``labels``: class name -> value, background first; None: the values in the files. ``ignore_label`` is the value of the
-    label maps that means "not annotated". A DataError if a folder is missing or empty, or no case could be scored.
+    What is wrong with one case is one of its ``problems``. ``labels``: class name -> value, background first; None: the
+    values in the files. A DataError if a folder is missing or empty, or no case can be scored.
     """
     masks, maps = _files(Path(predictions)), _files(Path(references))
     # one called x_0000 is x if that alone is a label map's name and no other mask's
@@ -46,8 +38,7 @@ def evaluate_folders(
     if labels is None:
         values = sorted((in_masks | in_maps) - {0, ignore_label})
         labels = {"background": 0, **{value_text(value): value for value in values}}
-    rows: list[Row] = []
-    problems: dict[str, str] = {}
+    rows, problems = list[Row](), dict[str, str]()
     for name, reference in maps.items():
         try:
             if name not in masks:
@@ -57,8 +48,7 @@ def evaluate_folders(
             check_grids(f"{masks[name]}:", str(reference), (mask, mask_affine), (label, affine))
             if unknown := sorted(set(np.unique(mask).tolist()) - set(labels.values())):
                 holds, expected = (", ".join(map(value_text, v)) for v in (unknown[:5], labels.values()))
-                cure = "Save the class values of the label maps."
-                raise DataError(f"{masks[name]}: contains {holds}, expected {expected}. {cure}")
+                raise DataError(f"{masks[name]}: contains {holds}, expected {expected}. Save the label maps' values.")
             rows += score_mask(name, mask, affine, (label, affine), labels, ignore_label, tolerance_mm)
         except DataError as error:
             problems[name] = str(error)
@@ -79,12 +69,9 @@ def _files(folder: Path) -> dict[str, Path]:
         raise DataError(f"{folder} is not a folder. Give the folder with the NIfTI files.")
     files: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
-        ending = next((e for e in NIFTI_ENDINGS if file.name.lower().endswith(e)), None)
-        if ending and not file.name.startswith("."):
-            name = file.name[: -len(ending)]
-            if name in files:
-                raise DataError(f"{folder}: {files[name].name} and {file.name} have the same name. Keep one of them.")
-            files[name] = file
+        is_nifti = file.name.lower().endswith(NIFTI_ENDINGS) and not file.name.startswith(".")
+        if is_nifti and (other := files.setdefault(stem(file), file)) is not file:
+            raise DataError(f"{folder}: {other.name} and {file.name} have the same name. Keep one of them.")
     if not files:
         raise DataError(f"{folder} contains no NIfTI file (.nii, .nii.gz).")
     return files

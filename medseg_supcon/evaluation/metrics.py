@@ -35,32 +35,19 @@ COLUMNS = ("case", "class", *METRICS, "tolerance_mm", "volume_ml", "reference_vo
 
 
 def case_metrics(
-    prediction: Array,
-    reference: Array,
-    spacing_mm: Sequence[float],
-    labels: Labels,
-    ignore_mask: Array | None = None,
+    prediction: Array, reference: Array, spacing_mm: Sequence[float], labels: Labels, ignore_mask: Array | None = None,
     tolerance_mm: float = 1.0,
-) -> list[Row]:
+) -> list[Row]:  # fmt: skip
     """Dice, HD95, surface Dice and volumes (ml) of each foreground class of one case, as `METRICS` and ``*_ml``.
 
-    HD95 is in mm, as in `monai.metrics`: the larger of the two directed 95th percentiles of the distances between the
-    surfaces (voxels of a class with a face neighbour outside it). Surface Dice is the share of both surfaces within the
-    tolerance of the other (normalised surface Dice, Nikolov et al. 2021, arXiv:1809.04430). An absent structure that is
-    found absent has no score, because a score of 1 would dominate a mean; a missed one never improves a mean (`EMPTY_RULE`).
+    HD95 (mm) as in `monai.metrics`: the larger of the two directed 95th percentiles of the distances between the surfaces
+    (voxels of a class with a face neighbour outside it). Surface Dice: the share of both surfaces within the tolerance of
+    the other (Nikolov et al. 2021, arXiv:1809.04430). Empty masks: `EMPTY_RULE`. ``ignore_mask``: voxels that do not count.
 
-    Args:
-        prediction, reference: label maps (X, Y, Z) in the values of ``labels``, background first.
-        ignore_mask: (X, Y, Z), True at voxels that count for no class of either map.
-
-    Raises:
-        ValueError: shapes differ, or a spacing or tolerance is not positive.
-
-    Example:
-        >>> reference = np.zeros((8, 8, 8), int); reference[2:6, 2:6, 2:6] = 1
-        >>> rows = case_metrics(reference, reference, (1, 1, 2), {"background": 0, "organ": 1})
-        >>> rows[0]["dice"], rows[0]["hd95_mm"], rows[0]["volume_ml"]
-        (1.0, 0.0, 0.128)
+    >>> reference = np.zeros((8, 8, 8), int); reference[2:6, 2:6, 2:6] = 1
+    >>> rows = case_metrics(reference, reference, (1, 1, 2), {"background": 0, "organ": 1})
+    >>> rows[0]["dice"], rows[0]["hd95_mm"], rows[0]["volume_ml"]
+    (1.0, 0.0, 0.128)
     """
     spacing = tuple(float(s) for s in spacing_mm)
     if prediction.shape != reference.shape or prediction.ndim != 3:
@@ -71,7 +58,7 @@ def case_metrics(
     worst = (0.0, float(np.linalg.norm(np.multiply(prediction.shape, spacing))), 0.0)
     scores_of = {"both": (None, None, None), "prediction": worst, "reference": worst}
     voxel_ml, counted = float(np.prod(spacing)) / 1000, True if ignore_mask is None else ~ignore_mask
-    rows: list[Row] = []
+    rows = []
     for name, value in list(labels.items())[1:]:
         p, r = (prediction == value) & counted, (reference == value) & counted
         empty = EMPTY[not p.any(), not r.any()]
@@ -95,19 +82,10 @@ def _scores(p: Array, r: Array, spacing: tuple[float, ...], tolerance_mm: float)
 
 
 def score_mask(
-    name: str,
-    mask: Array,
-    affine: Array,
-    label: Path | Placed,
-    labels: Labels,
-    ignore_label: float | None,
-    tolerance_mm: float,
-    trust_scan_affine: bool = False,
-) -> list[Row]:
-    """`case_metrics` with the case's name, of a mask and a label map (a NIfTI file, or voxels and affine) on one grid.
-
-    Values within 1e-3 of a declared one are that one, as in training.
-    """
+    name: str, mask: Array, affine: Array, label: Path | Placed, labels: Labels, ignore_label: float | None,
+    tolerance_mm: float, trust_scan_affine: bool = False,
+) -> list[Row]:  # fmt: skip
+    """`case_metrics` with the case's name; values within 1e-3 of a declared one are that one, as in training."""
     if isinstance(label, Path):
         volume = read_nifti(label)
         label = volume.data, volume.affine
@@ -129,8 +107,7 @@ def check_grids(what: str, other: str, volume: Placed, reference: Placed, trust_
     """A DataError if two volumes are of different shapes or in different places."""
     (data, affine), (expected, its_affine) = volume, reference
     if data.shape != expected.shape:
-        shapes = f"has shape {data.shape} and {other} {expected.shape}"
-        raise DataError(f"{what} {shapes}. They must share one grid; check that they belong together.")
+        raise DataError(f"{what} has shape {data.shape} and {other} {expected.shape}. They must share one grid.")
     if not (trust_affine or same_grid(data.shape, its_affine, affine)):
         farthest = farthest_corner(data.shape, its_affine, affine)
         cure = "Correct the wrong header, or resample one onto the other's grid."
@@ -140,9 +117,7 @@ def check_grids(what: str, other: str, volume: Placed, reference: Placed, trust_
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Statistics per class over cases, and the mean over classes of the classes' means.
 
-    ``classes`` maps a class to its mean ``dice``, ``hd95_mm`` and ``surface_dice``, each also with ``_std`` (population)
-    and ``_median``, ``n`` (cases with a score) and ``empty`` (cases with empty masks, by kind). ``mean`` holds the three
-    scores over ``n`` classes. None: no score.
+    ``n`` counts cases (of ``mean``: classes) with a score, ``empty`` cases with empty masks, by kind. None: no score.
     """
     classes: dict[str, Any] = {}
     for name in dict.fromkeys(row["class"] for row in rows):
@@ -165,11 +140,7 @@ def _statistics(rows: Sequence[Row]) -> dict[str, Any]:
 def write_metrics(
     rows: Sequence[Row], folder: str | Path | None, problems: Mapping[str, str] | None = None, **more: Any
 ) -> dict[str, Any]:
-    """Writes `score_case`'s rows and their summary into a folder, and returns the content of ``metrics.json``.
-
-    ``problems`` are cases that have no scores, name -> why; ``more`` is added to the content. A score that does not
-    exist is an empty field or null, never NaN. Without a folder nothing is written.
-    """
+    """Writes rows and their summary into a folder, if any; returns the content of ``metrics.json``, with ``more`` in it."""
     listed = [{"case": case, "problem": problem} for case, problem in (problems or {}).items()]
     report = {
         "summary": summarise(rows) | {"failed": len(listed)},
@@ -183,8 +154,8 @@ def write_metrics(
             write_csv(Path(folder) / "metrics.csv", columns, rows)
             write_text(Path(folder) / "metrics.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
         except OSError as error:
-            reason = f"metrics could not be written ({error.strerror})"
-            raise RunError(f"{folder}: {reason}. Choose another --out.") from error
+            reason = f"{folder}: metrics could not be written ({error.strerror})"
+            raise RunError(f"{reason}. Choose another --out.") from error
     return report
 
 
@@ -207,13 +178,9 @@ class MetricsReport(Metric):  # type: ignore[misc]  # ignite's stubs are not fol
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        labels: Labels,
-        ignore_label: float | None = None,
-        tolerance_mm: float = 1.0,
+        self, folder: str | Path, labels: Labels, ignore_label: float | None = None, tolerance_mm: float = 1.0,
         trust_scan_affine: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.folder = Path(folder)
         self.options: tuple[Any, ...] = (labels, ignore_label, tolerance_mm, trust_scan_affine)
         super().__init__()

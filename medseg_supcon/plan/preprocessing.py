@@ -95,8 +95,7 @@ def intensity_transforms(channels: Sequence[str], foreground: Sequence[Mapping[s
     """Transform configs for key ``image`` that normalise a scan by nnU-Net's rules.
 
     CT is clipped to the 0.5 and 99.5 percentiles of the structures' intensities (`foreground`, per channel), then shifted
-    and scaled by their mean and standard deviation. Channels called "noNorm", "rescale_to_0_1" or "rgb_to_0_1" have their
-    own rules; any other is normalised per scan. Channels of several kinds are split and stacked again.
+    and scaled by their mean and standard deviation. Channels of several kinds are split and stacked again.
     """
     kinds = [normalisation(name) for name in channels]
     if len(set(kinds)) == 1 and (kinds[0] != "ct" or len(kinds) == 1):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import permutations, product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from medseg_supcon.datasets import Dataset, Fingerprint, readable
 from medseg_supcon.errors import ConfigError, DataError, RunError, nearest
@@ -30,7 +32,7 @@ SIDED = re.compile(  # kidney_left, Left Kidney, leftKidney, KidneyLeft, LKidney
     r"(?<![a-z])(left|right)|(?<![a-z])(lh|rh|l|r|lt|rt|sin|dext?)(?![a-z])"
     r"|(?<=[a-z])(Left|Right|LH|RH)\b|(?<![A-Za-z])[LR](?=[A-Z][a-z])"
 )
-ANISOTROPIC, SMALLEST_EDGE, MOST_PATCHES_ON_CPU = 3.0, 4, 64
+ANISOTROPIC, SMALLEST_EDGE, MOST_PATCHES_ON_CPU, MOST_CHANNELS = 3.0, 4, 64, 320
 Floats = npt.NDArray[np.float64]
 
 
@@ -101,10 +103,7 @@ def make_plan(
 
 
 def target_spacing(spacings: Floats) -> Floats:
-    """nnU-Net's rule (Isensee et al., Nature Methods 2021): the median (3,) of spacings (n, 3), or less on a coarse axis.
-
-    Interpolating a little along a coarse axis costs less than dropping slices of the better scans.
-    """
+    """nnU-Net's rule (Isensee et al., Nature Methods 2021): the median (3,) of spacings (n, 3), or less on a coarse axis."""
     target = np.median(spacings, axis=0)
     coarse = int(np.argmax(target))
     if target[coarse] > ANISOTROPIC * target.min():
@@ -113,10 +112,7 @@ def target_spacing(spacings: Floats) -> Floats:
 
 
 def coarsened(spacing: Floats, extent: Floats, budget: int) -> Floats:
-    """Spacing at which a scan of `extent` mm has at most 64 patches of `budget` voxels; the finest axes change first.
-
-    Otherwise a patch would see too little of a very large scan, and a CPU would take too long.
-    """
+    """Spacing at which a scan of `extent` mm has at most 64 patches of `budget` voxels; the finest axes change first."""
     finest, voxel = np.sort(spacing), np.prod(extent) / (MOST_PATCHES_ON_CPU * budget)
     floor = 0.0
     for axes in (1, 2, 3):  # how many of them get one spacing
@@ -127,10 +123,7 @@ def coarsened(spacing: Floats, extent: Floats, budget: int) -> Floats:
 
 
 def strides(spacing: Floats, shape: Floats, levels: int) -> list[tuple[int, int, int]]:
-    """Stride per level (at least one) and axis of the encoder.
-
-    Axes are halved that are at most twice as coarse as the finest one and keep four voxels in the median `shape`.
-    """
+    """Strides of the encoder's levels: axes are halved that are at most twice as coarse as the finest and keep 4 voxels."""
     spacing, shape = spacing.copy(), shape.copy()
     steps: list[tuple[int, int, int]] = []
     for _ in range(levels):
@@ -144,10 +137,7 @@ def strides(spacing: Floats, shape: Floats, levels: int) -> list[tuple[int, int,
 
 
 def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[int]) -> list[int]:
-    """Voxels per axis, from the smallest patch that the network takes.
-
-    The axis that is shortest in mm is lengthened by a divisor, until each covers the median `shape` or the budget is spent.
-    """
+    """The axis that is shortest in mm grows by its divisor, until each covers `shape` or the budget of voxels is spent."""
     step = np.asarray(divisor, dtype=np.int64)
     size = step.copy()
     open_axes = size < np.ceil(shape)
@@ -161,16 +151,14 @@ def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[in
     return [int(n) for n in size]
 
 
-def network_definition(
-    in_channels: int, classes: int, steps: Sequence[tuple[int, int, int]], width: int, most: int = 320
-) -> dict[str, Any]:
+def network_definition(in_channels: int, classes: int, steps: Sequence[Sequence[int]], width: int) -> dict[str, Any]:
     """A plan's ``network_def``: a residual MONAI UNet of `width` channels, doubled per level, and a 1x1x1 convolution."""
     unet = {
         "_target_": "monai.networks.nets.UNet",
         "spatial_dims": 3,
         "in_channels": in_channels,
         "out_channels": width,
-        "channels": [min(width * 2**level, most) for level in range(len(steps) + 1)],
+        "channels": [min(width * 2**level, MOST_CHANNELS) for level in range(len(steps) + 1)],
         "strides": [step[0] if len(set(step)) == 1 else list(step) for step in steps],
         "num_res_units": 2,
     }
@@ -178,72 +166,58 @@ def network_definition(
     return chain(unet, last)
 
 
-def _is_number(value: object, kind: type = float, least: float = -LARGEST, most: float = LARGEST) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return least <= value <= most and (kind is float or isinstance(value, int))  # NaN compares as False
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Size = Annotated[int, Field(ge=1, le=1024)]
+Steps = Annotated[int, Field(ge=1, le=10**6)]
+Millimetres = Annotated[float, Field(ge=1e-4, le=100, allow_inf_nan=False)]
+THREE = Field(min_length=3, max_length=3)
 
 
-def _are_numbers(value: object, length: int | None = None, **limits: Any) -> bool:
-    if not isinstance(value, list | tuple) or length not in (None, len(value)):
-        return False
-    return all(_is_number(part, **limits) for part in value)
+class Definition(TypedDict):
+    """Of a MONAI object; it may have more keys."""
+
+    _target_: str
 
 
-def _are_texts(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)
-
-
-def _are_labels(value: object) -> bool:
-    values = list(value.values()) if isinstance(value, Mapping) else []
-    return len(values) >= 2 and all(map(_is_number, values)) and len(set(values)) == len(values)
-
-
-def _are_definitions(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(part, Mapping) and "_target_" in part for part in value)
-
-
-def _is_window(value: object) -> bool:
-    window: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
-    overlap, batch = window.get("overlap"), window.get("sw_batch_size")
-    return _is_number(overlap, least=0) and overlap < 1 and _is_number(batch, int, 1, 1024)  # type: ignore[operator]
+class Window(TypedDict):
+    overlap: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+    sw_batch_size: Size
 
 
 ORIENTATIONS = ["".join(codes) for axes in permutations(("LR", "PA", "IS")) for codes in product(*axes)]
-Rule = tuple[str, Callable[[Any], bool]]  # what the value must be, and whether it is
-NUMBERS: Rule = ("a list of numbers", _are_numbers)
-STEPS: Rule = ("a whole number from 1 to 1,000,000", lambda v: _is_number(v, int, 1, 10**6))
-RULES: dict[str, Rule] = {
-    "name": ("a string", lambda v: isinstance(v, str)),
-    "channels": ("a list of channel names", lambda v: _are_texts(v) and len(v) > 0),
-    "labels": ("a mapping of at least two class names to different values, background first", _are_labels),
-    "ignore_label": ("null or a value that no class has", lambda v: v is None or _is_number(v)),
-    "orientation": ('three axis codes such as "RAS"', lambda v: v in ORIENTATIONS),
-    "spacing": ("three lengths in mm from 0.0001 to 100", lambda v: _are_numbers(v, 3, least=1e-4, most=100)),
-    "intensity": ('a list of transform configs, each with a "_target_"', _are_definitions),
-    "patch_size": ("three whole numbers from 1 to 1024", lambda v: _are_numbers(v, 3, kind=int, least=1, most=1024)),
-    "flip_axes": ("a list of axes among 0, 1 and 2", lambda v: _are_numbers(v, kind=int, least=0, most=2)),
-    "batch_size": ("a whole number from 1 to 1024", lambda v: _is_number(v, int, 1, 1024)),
+STEPS = ("a whole number from 1 to 1,000,000", Steps)
+NUMBERS = ("a list of numbers", Sequence[Number])
+RULES: dict[str, tuple[str, Any]] = {  # what the value must be, in words and as a type
+    "name": ("a string", str),
+    "channels": ("a list of channel names", Annotated[Sequence[str], Field(min_length=1)]),
+    "labels": ("a mapping of at least two class names to different values, background first", dict[str, Number]),
+    "ignore_label": ("null or a value that no class has", Number | None),
+    "orientation": ('three axis codes such as "RAS"', str),
+    "spacing": ("three lengths in mm from 0.0001 to 100", Annotated[Sequence[Millimetres], THREE]),
+    "intensity": ('a list of transform configs, each with a "_target_"', Sequence[Definition]),
+    "patch_size": ("three whole numbers from 1 to 1024", Annotated[Sequence[Size], THREE]),
+    "flip_axes": ("a list of axes among 0, 1 and 2", Sequence[Annotated[int, Field(ge=0, le=2)]]),
+    "batch_size": ("a whole number from 1 to 1024", Size),
     "steps_per_epoch": STEPS,
     "epochs": STEPS,
     "class_frequencies": NUMBERS,
     "class_weights": NUMBERS,
     "network_def": (
         'a mapping with a "_target_", or a "$" expression',
-        lambda v: _are_definitions([v]) or str(v)[:1] == "$",
+        Definition | Annotated[str, Field(pattern=r"^\$")],
     ),
-    "inference": ('an "overlap" from 0 to below 1 and a "sw_batch_size" from 1 to 1024', _is_window),
-    "keep_largest": ("a list of class names", _are_texts),
-    "fingerprint": ("a mapping", lambda v: isinstance(v, Mapping)),
+    "inference": ('an "overlap" from 0 to below 1 and a "sw_batch_size" from 1 to 1024', Window),
+    "keep_largest": ("a list of class names", Sequence[str]),
+    "fingerprint": ("a mapping", dict[str, Any]),
 }
 SEGMENTS = (
     'a mapping of foreground classes to a "category", a "type" and, if there is one, a "laterality" and a "region", each a '
     'code such as "SCT:10200004 Liver"'
 )
-OPTIONAL: dict[str, Rule] = {
-    "segments": (SEGMENTS, are_segments),
-    "minutes": ("a number above 0", lambda v: _is_number(v) and v > 0),
-    "trust_scan_affine": ("true or false", lambda v: isinstance(v, bool)),
+OPTIONAL: dict[str, tuple[str, Any]] = {
+    "segments": (SEGMENTS, dict[str, dict[str, str]]),
+    "minutes": ("a number above 0", Annotated[Number, Field(gt=0)]),
+    "trust_scan_affine": ("true or false", bool),
 }
 
 
@@ -267,9 +241,8 @@ def _pretty(value: Any, depth: int) -> str:
     if not value or not isinstance(value, Mapping | list | tuple) or (depth > 0 and len(line) + 2 * depth <= 100):
         return line
     if isinstance(value, Mapping):
-        rows = [
-            f"{json.dumps(str(key), ensure_ascii=False)}: {_pretty(part, depth + 1)}" for key, part in value.items()
-        ]
+        names = (json.dumps(str(key), ensure_ascii=False) for key in value)
+        rows = [f"{name}: {_pretty(part, depth + 1)}" for name, part in zip(names, value.values(), strict=True)]
     else:
         rows = [_pretty(part, depth + 1) for part in value]
     start, end = "{}" if isinstance(value, Mapping) else "[]"
@@ -283,8 +256,7 @@ def validate_plan(plan: object, *, divisor: Sequence[int] | None = None, source:
     rules = RULES | OPTIONAL
     for key in plan:
         if key not in rules:
-            near = nearest(key, rules)
-            hint = f"Did you mean {near!r}?" if near else "Remove it."
+            hint = f"Did you mean {near!r}?" if (near := nearest(key, rules)) else "Remove it."
             raise ConfigError(f"{source}: the key {key!r} is not known. {hint}")
     if missing := [key for key in RULES if key not in plan]:
         raise ConfigError(f"{source}: the key {missing[0]!r} is missing. Add it, or make a new plan.")
@@ -295,14 +267,20 @@ def validate_plan(plan: object, *, divisor: Sequence[int] | None = None, source:
             raise ConfigError(f'{source}: "{key}" must be {what}, found {found}.')
 
     for key in plan:
-        need(key, rules[key][1](plan[key]), rules[key][0])
+        try:
+            TypeAdapter(rules[key][1]).validate_python(plan[key], strict=True)
+        except ValidationError:
+            need(key, False, rules[key][0])
     labels, patch = plan["labels"], plan["patch_size"]
+    need("labels", 2 <= len(labels) == len(set(labels.values())), RULES["labels"][0])
+    need("orientation", plan["orientation"] in ORIENTATIONS, RULES["orientation"][0])
     need("ignore_label", plan["ignore_label"] not in labels.values(), RULES["ignore_label"][0])
     for key in ("class_frequencies", "class_weights"):
         fits_classes = len(plan[key]) == len(labels) and min(plan[key]) >= 0
         need(key, fits_classes, f"{len(labels)} numbers of at least 0, one for each class")
     need("keep_largest", set(plan["keep_largest"]) <= set(labels), f"a list of classes among {list(labels)}")
-    need("segments", set(plan.get("segments", {})) <= set(list(labels)[1:]), SEGMENTS)
+    segments = plan.get("segments", {})
+    need("segments", are_segments(segments) and set(segments) <= set(list(labels)[1:]), SEGMENTS)
     if divisor is not None:
         rounded = [math.ceil(n / d) * d for n, d in zip(patch, divisor, strict=True)]
         need("patch_size", rounded == list(patch), f"divisible by {list(divisor)} for this network (such as {rounded})")

@@ -31,13 +31,7 @@ from medseg_supcon.training.loss import (
     shipped_network,
     with_unknown,
 )
-from medseg_supcon.training.prepare import (
-    Request,
-    is_of_plan,
-    prepare_dataset,
-    prepare_run,
-    refuse_errors,
-)
+from medseg_supcon.training.prepare import Request, is_of_plan, prepare_dataset, prepare_run, refuse_errors
 from medseg_supcon.training.quality import fit_quality
 from medseg_supcon.training.ranks import (
     BlankFillerd,
@@ -75,11 +69,4 @@ from medseg_supcon.training.train import (
     run_config,
     train_run,
 )
-from medseg_supcon.training.two_stage import (
-    StagedLoss,
-    StagedNetwork,
-    Stages,
-    stage_at,
-    stage_epochs,
-    staged_schedule,
-)
+from medseg_supcon.training.two_stage import StagedLoss, StagedNetwork, Stages, stage_at, stage_epochs, staged_schedule

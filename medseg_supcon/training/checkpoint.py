@@ -54,8 +54,7 @@ def load_initial(network: nn.Module, path: str | Path | None, channels_last: boo
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a ``checkpoint.pt``, on the CPU; `RunError` if it is not one that `Checkpoint` wrote."""
     saved = load_tensors(path)
-    whole = isinstance(saved, dict) and saved.keys() >= TYPES.keys()
-    whole = whole and all(isinstance(saved[key], kind) for key, kind in TYPES.items())
+    whole = isinstance(saved, dict) and all(key in saved and isinstance(saved[key], TYPES[key]) for key in TYPES)
     if whole and 0 <= saved["epoch"] <= saved["max_epochs"] and saved["iteration"] >= saved["epoch"]:
         return dict(saved)
     raise RunError(f"{path} is not a checkpoint that medseg wrote. Copy it again, or delete it to start over.")
@@ -75,17 +74,10 @@ def _alike(own: Any, saved: Any) -> bool:
 class Checkpoint:
     """Saves after every epoch, and resumes.
 
-    ``checkpoint.pt`` holds network, loss (projection head, memory bank, warm-up), optimiser, schedule, loss scale,
-    epoch and best metric; random states are not needed, because draws depend on (seed, epoch). ``best.pt`` and
-    ``model.pt`` are bare state dicts of the stock network: the best validation's, and what inference uses. Rank 0
-    writes; any number of ranks can resume.
-
-    Args:
-        folder: ``RUN/models``, on a drive that all ranks see.
-        state: name -> object with ``state_dict`` and ``load_state_dict``.
-        sampler: the training sampler, whose ``epoch`` is set.
-        keep: which weights become ``model.pt``: ``"last"``, or the ``"best"`` by ``validator``'s key metric.
-        config: plain values that must be the checkpoint's to resume (patch size, seed, ...).
+    ``checkpoint.pt`` holds what ``state`` names (objects with ``state_dict``), loss scale, epoch and best metric; random
+    states are not needed, because draws depend on (seed, epoch). ``best.pt`` and ``model.pt`` are bare state dicts of the
+    stock network: the best validation's, and what inference uses (``keep``: ``"last"`` or ``"best"``). Rank 0 writes; any
+    number of ranks can resume, if their ``config`` (patch size, seed, ...) is the checkpoint's.
     """
 
     def __init__(
@@ -119,7 +111,7 @@ class Checkpoint:
         for key, value in self.config.items():
             if (was := saved["config"].get(key)) != value:
                 raise RunError(
-                    f"{self.path} was trained with {key} = {was}, not {value}. Set it back, or start a new run."
+                    f"{self.path} was trained with {key} = {was}, not {value}. Set it back or start a new run."
                 )
         for name, thing in self.state.items():
             try:
@@ -164,11 +156,8 @@ class Checkpoint:
 
     def _write(self, engine: Any, finished: bool) -> None:
         content = {name: getattr(engine.state, name) for name in ("max_epochs", "epoch", "iteration")}
-        content |= {"finished": finished, "best": self.best, "best_epoch": self.best_epoch}
-        content |= {
-            "config": self.config,
-            "scaler": None if engine.scaler is None else engine.scaler.state_dict(),
-            "model": self.network.state_dict(),  # where MONAI's tools look for weights
-            "state": {name: thing.state_dict() for name, thing in self.state.items()},
-        }
+        content |= {"finished": finished, "best": self.best, "best_epoch": self.best_epoch, "config": self.config}
+        content["scaler"] = None if engine.scaler is None else engine.scaler.state_dict()
+        content["model"] = self.network.state_dict()  # where MONAI's tools look for weights
+        content["state"] = {name: thing.state_dict() for name, thing in self.state.items()}
         self._save(content, self.path.name)

@@ -29,18 +29,14 @@ from medseg_supcon.training.ranks import ranks_here
 MOST_THREADS = 16
 BYTES_PER_VOXEL = 60  # of a stored scan while it and its label map are prepared; 54 were measured
 Key = tuple[int, int, int]  # epoch, slot in the epoch, case
+Items = Sequence[Mapping[str, Any]]
 
 
 class CachedDataset(Dataset[Any]):
-    """Cases after ``transform``; the first ones, up to ``budget`` bytes, are held, the others prepared at every use.
+    """Cases after ``transform``; the first ones, up to ``budget`` bytes, are held, the others prepared at every use."""
 
-    Not MONAI's ``CacheDataset``: when a scan cannot be read, its threads still run while the program ends, which
-    aborts it.
-    """
-
-    def __init__(
-        self, data: Sequence[Mapping[str, Any]], transform: Any, budget: float, threads: int = 1, quiet: bool = True
-    ) -> None:
+    # not MONAI's CacheDataset: when a scan cannot be read, its threads still run while the program ends, and abort it
+    def __init__(self, data: Items, transform: Any, budget: float, threads: int = 1, quiet: bool = True) -> None:
         self.data, self.transform = list(data), transform
         self.held: list[Any] = []
         own = local()
@@ -84,9 +80,7 @@ def _in_order(work: Callable[[Any], Any], items: Sequence[Any], threads: int) ->
         pool.shutdown(cancel_futures=True)
 
 
-def cached_dataset(
-    data: Sequence[Mapping[str, Any]], transform: Any, memory_share: float = 0.4, quiet: bool = False
-) -> CachedDataset:
+def cached_dataset(data: Items, transform: Any, memory_share: float = 0.4, quiet: bool = False) -> CachedDataset:
     """Cases after the preprocessing ``transform``, as many held as fit into ``memory_share`` (0..1) of the free memory."""
     if not 0 <= memory_share <= 1:
         raise ConfigError(f"memory_share must be between 0 and 1, got {memory_share}.")
@@ -114,7 +108,7 @@ def prepare_case(transform: Any, item: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def _threads(data: Sequence[Mapping[str, Any]], room: float) -> int:
+def _threads(data: Items, room: float) -> int:
     """How many of the cases may be prepared at once in ``room`` bytes."""
     # torchrun gives each process one torch thread
     usable = (os.cpu_count() or 1) // ranks_here() if ranks_here() > 1 else torch.get_num_threads()
@@ -143,12 +137,8 @@ class EpochSampler(Sampler[Key]):
     An epoch is ``steps_per_epoch`` global batches, whatever the number of cases. Each rank takes its share of every
     global batch, so K ranks with ``batch_size`` scans each see what one process with K times as many sees.
 
-    Args:
-        cases, unlabelled: number of labelled scans, the first of the data set, and of unlabelled ones, which follow.
-        batch_size: scans per step on this rank.
-        share: share of every batch that is unlabelled, at least one scan of each kind; ``None``: every scan counts alike.
-        first_epoch, last_epoch: only labelled scans are drawn before and after these; ``None``: no last one.
-        required: unlabelled scans must exist.
+    ``cases`` labelled scans are the first of the data set, and ``unlabelled`` ones follow. ``share`` of every batch, at
+    least one scan of each kind, is unlabelled (``None``: every scan counts alike) from ``first_epoch`` to ``last_epoch``.
     """
 
     def __init__(
@@ -221,8 +211,7 @@ class SeededDataset(Dataset[Any]):
 
 
 def two_view_dataset(
-    data: Sequence[Mapping[str, Any]], transform: Any, two_views: Any, seed: int = 0, memory_share: float = 0.4,
-    quiet: bool = False,
-) -> SeededDataset:  # fmt: skip
+    data: Items, transform: Any, two_views: Any, seed: int = 0, memory_share: float = 0.4, quiet: bool = False
+) -> SeededDataset:
     """The training set: `cached_dataset` of ``transform``, then ``two_views`` for every (epoch, slot)."""
     return SeededDataset(cached_dataset(data, transform, memory_share, quiet), two_views, seed)

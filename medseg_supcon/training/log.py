@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections import deque
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
@@ -16,7 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.visualize import blend_images
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -42,27 +40,18 @@ class TrainingLog:
     """Writes every epoch's means to ``history.csv`` and TensorBoard, and an overlay image at validation.
 
     A resumed run drops rows and events after the epoch that it starts from. Rank 0 writes the means over all ranks.
-
-    Args:
-        loss: module with ``terms``: name -> detached tensor of the last call.
-        labels: foreground class names.
-        validator: evaluator with metrics ``val_mean_dice`` and ``val_dice_per_class``; ``None`` without one.
-        track: ``mlflow``: the scalars go there too.
+    `loss.terms`: name -> detached tensor of the last call; `labels`: foreground class names; `validator`: has the metrics
+    ``val_mean_dice`` and ``val_dice_per_class``; `track`: ``mlflow``: the scalars go there too.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        loss: Any,
-        optimizer: Any,
-        labels: Sequence[str],
-        validator: Any = None,
+        self, folder: str | Path, loss: Any, optimizer: Any, labels: list[str], validator: Any = None,
         track: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.track = track
         self.tracker: Tracker | None = None
         self.folder, self.path = Path(folder), Path(folder) / "history.csv"
-        self.loss, self.optimizer, self.labels, self.validator = loss, optimizer, list(labels), validator
+        self.loss, self.optimizer, self.labels, self.validator = loss, optimizer, labels, validator
         self.rows: list[dict[str, Any]] = []
         self.writer: SummaryWriter | None = None
         self._sums: dict[str, Tensor] = {}
@@ -148,18 +137,23 @@ class TrainingLog:
             self.tracker.close()
 
 
+def _bar(*columns: ProgressColumn, transient: bool = False) -> Progress:
+    """A bar on stderr, shown only on a terminal."""
+    console = Console(file=sys.stderr, markup=False, highlight=False)  # names may contain [brackets]
+    name = TextColumn("{task.description}", markup=False)
+    return Progress(name, BarColumn(), *columns, console=console, transient=transient, disable=not console.is_terminal)
+
+
 class ProgressDisplay:
     """Epoch, loss, Dice and time left of a training: a bar on a terminal, elsewhere a line per validated epoch.
 
-    The time left follows from the last five epochs, validation included. Only rank 0 shows it.
+    The time left follows from this process's time so far, validation included. Only rank 0 shows it.
     """
 
     def __init__(self, name: str = "training", validator: Any = None, quiet: bool = False) -> None:
         self.name, self.validator, self.quiet = name, validator, quiet
-        self.console = Console(file=sys.stderr, markup=False, highlight=False)  # names may contain [brackets]
-        self.bar: Progress | None = None
-        self._ends: deque[float] = deque(maxlen=6)
-        self._dice = ""
+        self.bar = _bar(TimeElapsedColumn(), TextColumn("{task.fields[text]}", markup=False))
+        self._first, self._dice = 0, ""
 
     def attach(self, engine: Engine) -> None:
         if not self.quiet and idist.get_rank() == 0:
@@ -169,41 +163,32 @@ class ProgressDisplay:
             engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED, self.close)
 
     def start(self, engine: Engine) -> None:
-        if not self._ends:
-            self._ends.append(monotonic())
-        if self.console.is_terminal and self.bar is None:
-            name, text = (TextColumn(f"{{task.{key}}}", markup=False) for key in ("description", "fields[text]"))
-            self.bar = Progress(name, BarColumn(), TimeElapsedColumn(), text, console=self.console)
-            self.bar.add_task(self.name, total=engine.state.max_epochs * engine.state.epoch_length, text="")
+        if not self.bar.tasks:
+            self._first, total = engine.state.iteration, engine.state.max_epochs * engine.state.epoch_length
+            self.bar.add_task(self.name, total=total, completed=self._first, text="")
             self.bar.start()
 
     def step(self, engine: Engine) -> None:
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=engine.state.iteration, text=self._text(engine))
+        state, (task,) = engine.state, self.bar.tasks
+        pace = (task.elapsed or 0.0) / (state.iteration - self._first)
+        left = timedelta(seconds=int(pace * (state.max_epochs * state.epoch_length - state.iteration)))
+        loss = float(state.output["loss"].detach())
+        text = f"epoch {state.epoch}/{state.max_epochs}  loss {loss:.3f}{self._dice}  {left} left"
+        self.bar.update(task.id, completed=state.iteration, text=text)
 
     def epoch(self, engine: Engine) -> None:
-        self._ends.append(monotonic())
         validated = self.validator is not None and self.validator.state.epoch == engine.state.epoch
         if validated:
             state = self.validator.state
             self._dice = f"  Dice {float(state.metrics[state.key_metric_name]):.3f}"
-        last = engine.state.epoch == engine.state.max_epochs
-        if not self.console.is_terminal and (validated or last):
-            self.console.print(f"{self.name}: {self._text(engine)}", soft_wrap=True)
-
-    def _text(self, engine: Engine) -> str:
-        state, left = engine.state, "measuring the speed"
-        if len(self._ends) > 1:
-            pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
-            seconds = pace * (state.max_epochs - state.iteration / state.epoch_length)
-            left = f"{timedelta(seconds=int(seconds))} left"
-        loss = float(state.output["loss"].detach())
-        return f"epoch {state.epoch}/{state.max_epochs}  loss {loss:.3f}{self._dice}  {left}"
+        self.step(engine)
+        if self.bar.disable and (validated or engine.state.epoch == engine.state.max_epochs):
+            self.bar.console.print(f"{self.name}: {self.bar.tasks[0].fields['text']}", soft_wrap=True)
 
     def close(self, engine: Engine, error: BaseException | None = None) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+        self.bar.stop()
+        for task in self.bar.task_ids:  # none is left for a federated client's next round
+            self.bar.remove_task(task)
         if error is not None:
             raise error
 
@@ -215,27 +200,21 @@ class CountDisplay:
 
     def __init__(self, name: str, total: int, quiet: bool = False) -> None:
         self.name, self.total, self.silent = name, total, quiet or idist.get_rank() > 0
-        self.console = Console(file=sys.stderr, markup=False, highlight=False)  # names may contain [brackets]
-        self.bar: Progress | None = None
+        self.bar = _bar(MofNCompleteColumn(), TimeElapsedColumn(), transient=True)
 
     def __enter__(self) -> CountDisplay:
         self.due = monotonic() + self.PATIENCE
+        self.task = self.bar.add_task(self.name, total=self.total)
         return self
 
     def show(self, done: int) -> None:
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=done)
-        elif self.silent or monotonic() < self.due:
+        self.bar.update(self.task, completed=done)
+        if self.silent or monotonic() < self.due:
             return
-        elif self.console.is_terminal:
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-            self.bar = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
-            self.bar.add_task(self.name, total=self.total, completed=done)
-            self.bar.start()
-        else:
-            self.console.print(f"{self.name}: {done}/{self.total}", soft_wrap=True)
+        self.bar.start()
+        if self.bar.disable:
+            self.bar.console.print(f"{self.name}: {done}/{self.total}", soft_wrap=True)
             self.due = monotonic() + self.PAUSE
 
     def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        self.bar.stop()

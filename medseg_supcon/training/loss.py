@@ -163,8 +163,8 @@ class PseudoLabels:
     of the voxel in view 1 and of the same physical voxel in view 2, which is augmented more strongly. Unlabelled voxels
     of labelled scans get theirs only beside a scan without any label: otherwise they would be too few for a Dice.
 
-    The target also gets ``pseudo_label`` (2B, 1, *patch), class indices, -1 for voxels with a label, outside the scan,
-    without a partner, or below ``confidence``; and ``asked``, the number of voxels that could have had one.
+    The target also gets ``pseudo_label`` (2B, 1, *patch), -1 for all other voxels, and ``asked``, the number of voxels
+    that could have had one.
     """
 
     def __init__(
@@ -219,17 +219,9 @@ class SemiSupervisedLoss(nn.Module):
     u(t) = pseudo_weight * exp(-5 (1 - min(1, t / pseudo_warmup))^2) (Laine and Aila 2017, Temporal ensembling), and
     w(t) = contrast_weight * min(1, t / contrast_warmup). The target is that of `PseudoLabels`.
 
-    Args:
-        segmentation_loss: called with (logits, labels); leaves voxels of label -1 out.
-        contrastive_loss: a ``VoxelSupConLoss``, projection head included.
-        contrast_weight, pseudo_weight: final w and u; at 0 the term has no effect.
-        contrast_warmup, pseudo_warmup: steps over which w and u rise; 0: none.
-        pseudo_contrast: the contrast uses pseudo-labelled voxels too.
-        unknown: class index, in the contrast, of voxels without label or pseudo-label (`with_unknown`).
-
-    Attributes:
-        terms: the last call's detached scalars, the columns of ``history.csv``; ``confident`` is the share of the
-            voxels without a label that have a pseudo-label.
+    `pseudo_contrast`: the contrast uses pseudo-labelled voxels too; `unknown`: its class index for voxels without label or
+    pseudo-label (`with_unknown`). ``terms``: the last call's scalars, the columns of ``history.csv``; ``confident`` is the
+    share of the voxels without a label that have a pseudo-label.
     """
 
     step: Tensor

@@ -141,11 +141,10 @@ def prepare_run(
     `ConfigError` if a setting, recipe or plan is invalid; `RunError` if the folder is in use or contains a run or files
     that a run would replace, or ``init`` needs trust.
 
-    `settings`: (key, value) overrides of ``train.yaml``, or of the plan: ``plan::key`` and ``network_def``. The length is
-    ``epochs``, what fits into ``minutes`` on this machine, or `default_epochs`. `plan`: one that this function returned
-    for the same cases, taken as it is but for ``plan_settings``; nothing is measured again. `init`: a run to fine-tune:
-    its weights, and what they depend on in its plan; with code only if ``trust``. `report`: of `check_dataset` on these
-    cases: what it has read is not read again.
+    `settings`: (key, value) overrides of ``train.yaml``, or of the plan: ``plan::key`` and ``network_def``. `minutes`: fit
+    the length to them on this machine. `plan`: one that this function returned for the same cases, taken as it is but for
+    ``plan_settings``; nothing is measured again. `init`: a run to fine-tune: its weights, and what they depend on in its
+    plan; with code only if ``trust``. `report`: of `check_dataset` on these cases, which are then not read again.
     """
     refuse_others(run)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -227,9 +226,7 @@ def inherit(plan: dict[str, Any], init: Path, trust: bool = False) -> None:
     for key, what in (("channels", "channels"), ("labels", "classes")):
         if len(earlier[key]) != len(plan[key]):
             had, has = ", ".join(earlier[key]), ", ".join(plan[key])
-            raise ConfigError(
-                f"--init {init} has the {what} {had}; this data set has {has}. Choose a run with the same number."
-            )
+            raise ConfigError(f"--init {init} has the {what} {had}; this data set has {has}. Choose one with as many.")
     load_tensors(init / "models" / "model.pt")  # damaged weights are refused before there is a run
     plan.update({key: earlier[key] for key in FROM_INIT})
 

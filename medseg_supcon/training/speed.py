@@ -25,7 +25,7 @@ from medseg_supcon.plan import literal, write_plan
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_WORKERS = 16
 AHEAD = 2  # batches that a worker of torch's DataLoader has ready
-SHARED = "/dev/shm"  # where workers pass batches to the trainer
+SHARED = "/dev/shm"  # where workers pass batches to the trainer; 64 MB in a container, and a worker dies without room
 TIMED_STEPS = 4
 OTHERS_MAY_HOLD = 2.0  # GiB of a GPU: a screen, and what CUDA itself takes
 
@@ -53,9 +53,8 @@ def amp_dtype(name: str) -> torch.dtype:
 
 def usual_amp_dtype(device: str | torch.device) -> str:
     """``"bfloat16"``, which needs no scaled loss; ``"float16"`` on GPUs before Ampere, which have no fast bfloat16."""
-    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
-        return "bfloat16"
-    return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    return "float16" if on_gpu and torch.cuda.get_device_capability(device)[0] < 8 else "bfloat16"
 
 
 def tune_gpu(device: str | torch.device, *, tf32: bool = True, benchmark: bool = True) -> None:
@@ -78,10 +77,7 @@ def compiled(network: nn.Module, backend: str | None) -> nn.Module:
 
 
 def loader_workers(device: str | torch.device, batch_size: int, plan: Mapping[str, Any]) -> int:
-    """Processes that load batches: on a GPU one for each core that this process may use, at most 16; 0 on a CPU.
-
-    Their batches take at most half of the free shared memory (64 MB in a container), without which a worker dies.
-    """
+    """Processes that load batches: 0 on a CPU, else one per usable core, at most 16, within half the free shared memory."""
     if torch.device(device).type == "cpu":
         return 0
     affinity = getattr(os, "sched_getaffinity", None)  # not every system has it
@@ -150,15 +146,11 @@ def time_within_memory(run: Path, device: str | None, plan: dict[str, Any], fixe
 def _measure(run: Path, device: str | None, threads: int) -> dict[str, Any]:
     parser = ConfigParser()
     parser.read_config(str(run / "configs" / "train.yaml"))
-    parser["bundle_root"] = literal(str(run))
-    parser["init_weights"] = None
+    parser.update({"bundle_root": literal(str(run)), "init_weights": None, "quiet": True})
     if device is not None:
         parser["device"] = f"$torch.device('{device}')"
-    lists = parser.get_parsed_content("case_lists")
-    workers = int(parser.get_parsed_content("num_workers"))
-    parser["case_lists"] = literal({key: items[:2] for key, items in lists.items()})
-    parser["num_workers"] = 0
-    parser["quiet"] = True
+    lists, workers = parser.get_parsed_content("case_lists"), int(parser.get_parsed_content("num_workers"))
+    parser.update({"case_lists": literal({key: items[:2] for key, items in lists.items()}), "num_workers": 0})
     parser.parse(reset=True)
     trainer, where = parser.get_parsed_content("train::trainer"), parser.get_parsed_content("device")
     tune_gpu(where, tf32=parser.get_parsed_content("tf32"), benchmark=parser.get_parsed_content("cudnn_benchmark"))

@@ -19,6 +19,7 @@ from medseg_supcon.training.loss import with_unknown
 
 STAGES = ("contrast", "classifier", "fine_tune")
 Loss = Callable[..., Tensor]
+Epochs = Mapping[str, int]  # of each stage
 
 
 def stage_epochs(shares: Mapping[str, float], epochs: int) -> dict[str, int]:
@@ -42,7 +43,7 @@ def stage_epochs(shares: Mapping[str, float], epochs: int) -> dict[str, int]:
     return {name: given.get(name, 0) for name in STAGES}
 
 
-def stage_at(epochs: Mapping[str, int], epoch: int) -> tuple[str, int]:
+def stage_at(epochs: Epochs, epoch: int) -> tuple[str, int]:
     """The stage of an epoch (1, 2, ...) and the stage's first epoch; past the end, those of the last stage."""
     order = [name for name in STAGES for _ in range(epochs.get(name, 0))]
     stage = order[min(epoch, len(order)) - 1]
@@ -50,13 +51,13 @@ def stage_at(epochs: Mapping[str, int], epoch: int) -> tuple[str, int]:
 
 
 def staged_schedule(
-    optimizer: Optimizer, epochs: Mapping[str, int], steps_per_epoch: int, factors: Mapping[str, float] | None = None,
+    optimizer: Optimizer, epochs: Epochs, steps_per_epoch: int, factors: Mapping[str, float] | None = None,
     decay: bool = True,
 ) -> LambdaLR:  # fmt: skip
     """A learning rate that restarts in every stage: linear warm-up from a tenth, then cosine decay to 0.
 
     The warm-up is a tenth of the stage, at most 100 steps; without ``decay`` the rate stays constant after it.
-    `epochs`: of each stage (`stage_epochs`); `factors`: stage -> factor of the learning rate (default 1).
+    `factors`: stage -> factor of the learning rate (default 1).
     """
 
     def rate(step: int) -> float:
@@ -91,10 +92,8 @@ class StagedNetwork(ContrastiveNetwork):
 class StagedLoss(nn.Module):
     """The loss of the stage that training is in; has the interface of ``DiceSupConLoss``.
 
-    Args:
-        contrastive_loss: of stage ``contrast``, called without logits, because the classifier is not trained yet.
-        classifier_loss, fine_tune_loss: of the other stages, called with (logits, labels).
-        unknown: class index that stage ``contrast`` gives unlabelled voxels (`with_unknown`).
+    ``contrastive_loss`` is called without logits, because the classifier is not trained yet, the others with (logits,
+    labels). `unknown`: class index that stage ``contrast`` gives unlabelled voxels (`with_unknown`).
     """
 
     def __init__(
@@ -133,9 +132,7 @@ class Stages(Handler):
 
     event = Events.EPOCH_STARTED
 
-    def __init__(
-        self, epochs: Mapping[str, int], network: StagedNetwork, loss: StagedLoss, optimizer: Optimizer
-    ) -> None:
+    def __init__(self, epochs: Epochs, network: StagedNetwork, loss: StagedLoss, optimizer: Optimizer) -> None:
         self.epochs, self.network, self.loss, self.optimizer = dict(epochs), network, loss, optimizer
 
     def __call__(self, engine: Engine) -> None:

@@ -1,6 +1,5 @@
 """Two differently augmented views of one patch, and which voxel of one is which voxel of the other."""
 
-from medseg_supcon.views.correspondence import has_untracked, leaves, moves_voxels
 from medseg_supcon.views.policies import (
     crop_resize_view,
     identity_view,
@@ -9,4 +8,4 @@ from medseg_supcon.views.policies import (
     standard_view,
     usual_bias_field,
 )
-from medseg_supcon.views.two_views import ForegroundIndexd, TwoViewsd
+from medseg_supcon.views.two_views import ForegroundIndexd, TwoViewsd, has_untracked, leaves, moves_voxels

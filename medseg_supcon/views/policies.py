@@ -1,7 +1,8 @@
-"""View policies: MONAI transforms on the keys image and label that make one view of a patch.
+"""View policies: MONAI transforms on the keys image and label that turn a box of a scan into the patch at its centre.
 
 All take ``patch_size`` (voxels per axis of the view), ``flip_axes``, ``spacing`` and ``bias_field``, so that a config
-replaces one by another by its name. Some ignore the last three; their docstrings say so.
+replaces one by another by its name. Some ignore the last three; their docstrings say so. An argument that is out of its
+range is a ValueError.
 """
 
 from __future__ import annotations
@@ -31,26 +32,16 @@ def usual_bias_field(channels: Sequence[str]) -> float:
 
 
 def standard_view(
-    patch_size: Sequence[int],
-    *,
-    flip_axes: Sequence[int] = (),
-    rotation_degrees: float = 30.0,
-    scale: tuple[float, float] = (0.7, 1.4),
-    affine_probability: float = 0.9,
-    strength: float = 1.0,
-    spacing: Spacing = None,
-    elastic: float = 0.0,
-    low_resolution: float = 0.25,
-    bias_field: float = 0.0,
-) -> mt.Compose:
+    patch_size: Sequence[int], *, flip_axes: Sequence[int] = (), rotation_degrees: float = 30.0,
+    scale: tuple[float, float] = (0.7, 1.4), affine_probability: float = 0.9, strength: float = 1.0,
+    spacing: Spacing = None, elastic: float = 0.0, low_resolution: float = 0.25, bias_field: float = 0.0,
+) -> mt.Compose:  # fmt: skip
     """Affine, noise, blur, brightness, contrast, low resolution and gamma at about nnU-Net's strength.
 
-    Rotation, zoom and crop are one resampling (linear for the image, nearest for the label map); mirroring
-    follows and is exact. Meant for z-scored intensities. Blur, noise, brightness and contrast are drawn
-    for all channels together; gamma takes its range over all channels.
+    Rotation, zoom and crop are one resampling (linear for the image, nearest for the label map); mirroring follows and is
+    exact. Meant for z-scored intensities. Intensity changes are drawn for all channels together.
 
     Args:
-        patch_size: voxels per axis of the view.
         flip_axes: spatial axes mirrored, each with probability 0.5; leave out those that tell left from right.
         rotation_degrees: largest angle, both ways, about each axis.
         scale: smallest and largest field of view, as a factor per axis: 1.4 shows 1.4 times as much.
@@ -63,12 +54,6 @@ def standard_view(
             standard deviation of 0.2 to 1.2 voxels. Above 0, views have no correspondence (see ``TwoViewsd``).
         low_resolution: probability of a simulated low resolution, 0.5 to 1 of the voxels per axis.
         bias_field: probability of a smooth multiplicative field, as the coils of an MR scanner cause it.
-
-    Returns:
-        A Compose that takes a box at least as large as the patch and returns the patch at its centre.
-
-    Raises:
-        ValueError: an argument is out of its range.
 
     Source:
         Isensee et al. 2021, nnU-Net, Nature Methods 18, supplementary note 4.
@@ -95,16 +80,9 @@ def standard_view(
         spatial = mt.OneOf([bent, spatial], weights=[elastic, 1 - elastic])
     # downsampling to the mean over an area: MONAI's default, nearest, moves the content by half a voxel
     coarse = mt.RandSimulateLowResolutiond(IMAGE, low_resolution, zoom_range=(0.5, 1.0), downsample_mode="area")
-    return mt.Compose(
-        [
-            spatial,
-            *_flips(flip_axes),
-            *([BiasFieldd(bias_field)] if bias_field > 0 else []),
-            *_intensity(strength, (0.1, 0.2, 0.15, 0.15)),
-            *([coarse] if low_resolution > 0 else []),
-            *_gamma(strength, 0.3),
-        ]
-    )
+    intensity = [BiasFieldd(bias_field)] if bias_field > 0 else []
+    intensity += _intensity(strength, (0.1, 0.2, 0.15, 0.15)) + ([coarse] if low_resolution > 0 else [])
+    return mt.Compose([spatial, *_flips(flip_axes), *intensity, *_gamma(strength, 0.3)])
 
 
 def identity_view(
@@ -115,13 +93,9 @@ def identity_view(
 
 
 def crop_resize_view(
-    patch_size: Sequence[int],
-    *,
-    scale: tuple[float, float] = (0.5, 1.0),
-    flip_axes: Sequence[int] = (),
-    spacing: Spacing = None,
-    bias_field: float = 0.0,
-) -> mt.Compose:
+    patch_size: Sequence[int], *, scale: tuple[float, float] = (0.5, 1.0), flip_axes: Sequence[int] = (),
+    spacing: Spacing = None, bias_field: float = 0.0,
+) -> mt.Compose:  # fmt: skip
     """A random part of the patch, resized to the patch: the source article's first view (after SimCLR).
 
     The part's extent is drawn per axis; its centre moves so far that the smallest part stays in the patch.
@@ -141,13 +115,9 @@ def crop_resize_view(
 
 
 def simclr_view(
-    patch_size: Sequence[int],
-    *,
-    strength: float = 1.0,
-    flip_axes: Sequence[int] = (),
-    spacing: Spacing = None,
+    patch_size: Sequence[int], *, strength: float = 1.0, flip_axes: Sequence[int] = (), spacing: Spacing = None,
     bias_field: float = 0.0,
-) -> mt.Compose:
+) -> mt.Compose:  # fmt: skip
     """Strong intensity changes and no geometry: SimCLR's colour jitter and blur, for scans.
 
     ``flip_axes``, ``spacing`` and ``bias_field`` are ignored; bias fields are among the changes.
@@ -159,25 +129,15 @@ def simclr_view(
         Chen et al. 2020, SimCLR: jitter with probability 0.8 and strength 0.8, blur with probability 0.5.
     """
     _check(patch_size, strength=2 * strength)
-    return mt.Compose(
-        [
-            *identity_view(patch_size).transforms,
-            *_intensity(2 * strength, (0.5, 0.5, 0.8, 0.8)),
-            mt.RandBiasFieldd(IMAGE, prob=0.5 if strength > 0 else 0.0, coeff_range=(0.0, 0.2 * strength)),
-            *_gamma(strength, 0.8),
-        ]
-    )
+    field = mt.RandBiasFieldd(IMAGE, prob=0.5 if strength > 0 else 0.0, coeff_range=(0.0, 0.2 * strength))
+    intensity = [*_intensity(2 * strength, (0.5, 0.5, 0.8, 0.8)), field, *_gamma(strength, 0.8)]
+    return mt.Compose([*identity_view(patch_size).transforms, *intensity])
 
 
 def randaugment_view(
-    patch_size: Sequence[int],
-    *,
-    num_ops: int = 2,
-    magnitude: float = 0.5,
-    flip_axes: Sequence[int] = (),
-    spacing: Spacing = None,
-    bias_field: float = 0.0,
-) -> mt.Compose:
+    patch_size: Sequence[int], *, num_ops: int = 2, magnitude: float = 0.5, flip_axes: Sequence[int] = (),
+    spacing: Spacing = None, bias_field: float = 0.0,
+) -> mt.Compose:  # fmt: skip
     """``num_ops`` intensity operations, drawn for each view out of nine: RandAugment for scans.
 
     ``flip_axes``, ``spacing`` and ``bias_field`` are ignored; bias fields are among the operations.
@@ -185,9 +145,6 @@ def randaugment_view(
     Args:
         num_ops: operations per view, 1 to 9.
         magnitude: 0 (nothing) to 1 (strongest), shared by all operations, as in the article.
-
-    Raises:
-        ValueError: ``num_ops`` or ``magnitude`` is out of range.
 
     Source:
         Cubuk et al. 2020, RandAugment, with its colour operations replaced by those of MR and CT.
@@ -212,14 +169,9 @@ def randaugment_view(
 
 
 class BiasFieldd(mt.RandomizableTransform):  # type: ignore[misc]
-    """A smooth multiplicative field, as the coils of an MR scanner cause it; each channel's mean and deviation stay.
+    """MONAI's bias field with each channel's mean and deviation kept; all channels of a patch get the same field.
 
-    The field multiplies intensities above the patch's lowest, as in a scan: z-scored intensities can be negative,
-    and would change in the wrong direction. All channels of a patch get the same field.
-
-    Source:
-        Sudre et al. 2017, Longitudinal segmentation of age-related white matter hyperintensities (the model of
-        MONAI's ``RandBiasField``).
+    It multiplies intensities above the patch's lowest: negative ones (z-scored) would change in the wrong direction.
     """
 
     keys = (IMAGE,)

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Randomizable, ResizeWithPadOrCropd, Transform
+from monai.transforms import Compose, InvertibleTransform, RandAffined, Randomizable, ResizeWithPadOrCropd, Transform
 from torch.nn.functional import pad
 
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.losses import IGNORE_INDEX
-from medseg_supcon.views.correspondence import affine_of, has_untracked, pair_ids, voxel_grid, within
 from medseg_supcon.views.policies import IMAGE, KEYS, LABEL
 
 MAX_SEED = 2**32 - 1
 FOREGROUND = "foreground_index"
+NO_PAIR = -1
+# MONAI's packages of transforms that move voxels; its other transforms leave them where they are
+SPATIAL_PACKAGES = ("monai.transforms.spatial", "monai.transforms.croppad", "monai.transforms.smooth_field")
 
 
 class ForegroundIndexd(Transform):  # type: ignore[misc]
-    """Store, for each foreground class of a case, up to ``max_voxels`` of its voxels.
+    """Store, for each foreground class of a case, up to ``max_voxels`` of its voxels, drawn with a fixed seed.
 
-    Deterministic: the voxels kept are drawn with a fixed seed. Put it last in preprocessing, so that the search is
-    done once for a cached case and not for every patch. :class:`TwoViewsd` reads what it stores.
-
-    Args:
-        max_voxels: voxels kept per class, at least 1.
+    Put it last in preprocessing, so that the search is done once for a cached case and not for every patch.
 
     Returns:
         (on call) the case with ``"foreground_index"``: class index -> int16 or int32 tensor (n, 3) of voxel
@@ -68,20 +66,16 @@ class ForegroundIndexd(Transform):  # type: ignore[misc]
 class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
     """Two differently augmented views of a patch of a preprocessed case.
 
-    A patch centre is drawn (with probability ``foreground`` at a voxel of a foreground class, the class drawn
-    first so that rare ones are seen; otherwise anywhere), then each view is made by its policy from a box
-    around it. Voxels outside the scan are 0 in the image, as in MONAI's sliding window, so that the network
-    sees the same border in training and inference; their label is -1.
-
-    Inside a policy, label values are the class index plus 1: 0, with which MONAI's transforms fill, then
-    means "outside the scan", and becomes -1 in the result.
+    A patch centre is drawn, then each view is made by its policy from a box around it. Voxels outside the scan are 0 in
+    the image, as in MONAI's sliding window, and -1 in the label map. Inside a policy, label values are the class index
+    plus 1, because MONAI's transforms fill with 0.
 
     Args:
         patch_size: voxels per axis of a view.
         view_1: policy of the first view, any MONAI transform (Compose) of dictionaries on both keys. A result
             of another size is cropped or padded about its centre to ``patch_size``.
         view_2: policy of the second view; ``None``: as ``view_1``, with its own draws.
-        foreground: probability that the patch is drawn around a foreground voxel, 0 to 1.
+        foreground: probability that the centre is a foreground voxel, of a class drawn first; otherwise it is anywhere.
         jitter: how far the views' centres may be from the patch centre, as a fraction of the patch per axis.
         context: how far around the patch a policy sees the scan, in half diagonals of the patch: 1.45 covers
             any rotation together with the widest zoom of ``standard_view``. 0 gives a policy the bare patch.
@@ -95,7 +89,6 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
         not record it in the affine (elastic deformation).
 
     Raises:
-        ValueError: an argument is out of its range.
         ConfigError: a policy moves image and label differently.
 
     Example:
@@ -107,15 +100,9 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        patch_size: Sequence[int],
-        view_1: Any,
-        view_2: Any = None,
-        *,
-        foreground: float = 0.5,
-        jitter: float = 0.1,
+        self, patch_size: Sequence[int], view_1: Any, view_2: Any = None, *, foreground: float = 0.5, jitter: float = 0.1,
         context: float = 1.45,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if any(length < 1 for length in patch_size):
             raise ValueError(f"patch_size must be positive voxel counts, got {tuple(patch_size)}.")
         if not 0 <= foreground <= 1:
@@ -214,12 +201,86 @@ def _crop(volume: torch.Tensor, start: Sequence[int], size: Sequence[int], fill:
         padding.append((max(low, 0) - first, first + length - max(high, low)))
     # a copy, because a policy may write in place; an unsigned label map could not hold a fill of -1
     box = volume[tuple(slices)].to(torch.float32, copy=True)
-    return (
-        pad(box, [amount for pair in reversed(padding) for amount in pair], value=fill)
-        if any(map(any, padding))
-        else box
-    )
+    amounts = [amount for pair in reversed(padding) for amount in pair]
+    return pad(box, amounts, value=fill) if any(amounts) else box
 
 
 def _plain(tensor: Any) -> torch.Tensor:
     return torch.as_tensor(tensor).as_subclass(torch.Tensor)
+
+
+def leaves(policy: Any) -> Iterator[Any]:
+    """The transforms of a policy, including those in nested Compose, OneOf, SomeOf and RandomOrder."""
+    if isinstance(policy, Compose):
+        for transform in policy.transforms:
+            yield from leaves(transform)
+    else:
+        yield policy
+
+
+def moves_voxels(transform: Any) -> bool:
+    """Whether a transform may change where voxels are.
+
+    A transform that leaves the label map alone cannot, or image and label would no longer match. Of the others,
+    MONAI's spatial and cropping transforms do, and so may every transform that is not MONAI's.
+    """
+    module = type(transform).__module__
+    may_move = not module.startswith("monai.") or module.startswith(SPATIAL_PACKAGES)
+    return may_move and LABEL in getattr(transform, "keys", (LABEL,))
+
+
+def has_untracked(policy: Any) -> bool:
+    """Whether the affine does not say where a view's voxels come from (elastic, grid distortion)."""
+    return any(moves_voxels(leaf) and not _is_tracked(leaf) for leaf in leaves(policy))
+
+
+def _is_tracked(transform: Any) -> bool:
+    """Whether the transform writes what it does into the MetaTensor's affine."""
+    if isinstance(transform, RandAffined) and transform.prob < 1:
+        # if chance leaves only the crop to spatial_size, MONAI 1.6 records an earlier draw's affine
+        return transform.rand_affine.spatial_size is None
+    return type(transform).__module__.startswith("monai.") and isinstance(transform, InvertibleTransform)
+
+
+def affine_of(volume: torch.Tensor) -> torch.Tensor:
+    """Voxel to world of a (C, *spatial) volume, float64; the identity for a plain tensor."""
+    rank = volume.ndim - 1
+    if isinstance(volume, MetaTensor):
+        return torch.as_tensor(volume.affine).to(torch.float64)[: rank + 1, : rank + 1]
+    return torch.eye(rank + 1, dtype=torch.float64)
+
+
+def voxel_grid(shape: Sequence[int], matrix: torch.Tensor) -> torch.Tensor:
+    """``matrix`` applied to every voxel index of ``shape``: (rank, *shape) float64."""
+    rank = len(shape)
+    columns = matrix[:rank].reshape(rank, rank + 1, *[1] * rank)
+    out = columns[:, rank]
+    for axis, length in enumerate(shape):
+        line = torch.arange(length, dtype=torch.float64).reshape([-1 if a == axis else 1 for a in range(rank)])
+        out = out + columns[:, axis] * line
+    return out
+
+
+def within(positions: torch.Tensor, low: Sequence[float], high: Sequence[float]) -> torch.Tensor:
+    """Which of the (rank, *shape) positions are in the voxels ``low .. high`` (first and last, inclusive)."""
+    keep = torch.ones(positions.shape[1:], dtype=torch.bool)
+    for position, first, last in zip(positions, low, high, strict=True):
+        keep &= (position >= first - 0.5) & (position < last + 0.5)
+    return keep
+
+
+def pair_ids(to_scan: Sequence[torch.Tensor], inside: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Ids of one physical voxel in both views, (2, *patch) int64; ``TwoViewsd`` says what they are.
+
+    Args:
+        to_scan: of each view, (4, 4) float64: view voxel -> scan voxel.
+        inside: of each view, (*patch) bool: the voxel shows the scan and not padding.
+    """
+    shape = inside[0].shape
+    ids_1 = torch.arange(inside[0].numel()).reshape(shape).masked_fill(~inside[0], NO_PAIR)
+    place = voxel_grid(shape, torch.linalg.inv(to_scan[0]) @ to_scan[1])
+    index = torch.zeros(shape, dtype=torch.int64)
+    for axis, length in enumerate(shape):
+        index = index * length + (place[axis] + 0.5).floor().long().clamp(0, length - 1)
+    paired = inside[1] & within(place, [0.0] * len(shape), [length - 1.0 for length in shape])
+    return torch.stack((ids_1, torch.where(paired, ids_1.reshape(-1)[index], NO_PAIR)))

@@ -19,7 +19,7 @@ import torch
 from tiny_run import TINY
 
 from medseg_supcon.cli import commands as cli
-from medseg_supcon.comparison import Cell, compare, design_comparison, devices, run_jobs
+from medseg_supcon.comparison import compare, design_comparison, devices, read_comparison, run_jobs
 from medseg_supcon.comparison import corruptions as _corruptions
 from medseg_supcon.comparison import jobs as _jobs
 from medseg_supcon.comparison import runs as _runs
@@ -29,7 +29,7 @@ from medseg_supcon.files import folder_lock
 from medseg_supcon.training import checkpoint as _checkpoint
 from medseg_supcon.training import is_finished
 
-FIRST, SECOND = Cell("dice_ce", 2, 0).name, Cell("joint", 2, 0).name
+FIRST, SECOND = "dice_ce_labels2_seed0", "joint_labels2_seed0"
 NOISE_ONLY = {"noise": _corruptions.CORRUPTIONS["noise"]}
 
 
@@ -44,9 +44,18 @@ def here(jobs, where, done):
         done(job, "")
 
 
+def asked(*recipes, **more):
+    options = {"seeds": [0], "labels": [2], "epochs": 2, "settings": dict(TINY)} | more
+    return read_comparison(recipes=list(recipes), **options)
+
+
+def changed(design, **more):
+    return replace(design, config=design.config.model_copy(update=more))
+
+
 def again(design, out, run_jobs=here, **more):
     """The comparison of these tests."""
-    options = {"epochs": 2, "settings": TINY, "device": "cpu", "say": quiet} | more
+    options = {"device": "cpu", "say": quiet} | more
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_runs, "CORRUPTIONS", NOISE_ONLY)
         patch.setattr(_jobs, "run_jobs", run_jobs)
@@ -64,7 +73,7 @@ def arguments(dataset, out):
 
 @pytest.fixture(scope="module")
 def design(phantoms):
-    return design_comparison(read_dataset(phantoms), ["dice_ce", "joint"], [0], [2])
+    return design_comparison(read_dataset(phantoms), asked("dice_ce", "joint"))
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +187,7 @@ def test_an_interrupted_run_goes_on(compared, design, copied, monkeypatch):
 
 
 def test_a_recipe_against_itself(phantoms, copied):
-    design = design_comparison(read_dataset(phantoms), ["joint", "joint"], [0], [2])
+    design = design_comparison(read_dataset(phantoms), asked("joint", "joint"))
     found = again(design, copied)
     for row in found["differences"]:
         assert (row["difference"], row["low"], row["high"], row["p"]) == (0, 0, 0, None)
@@ -187,9 +196,9 @@ def test_a_recipe_against_itself(phantoms, copied):
 
 def test_other_settings_are_refused(design, copied):
     with pytest.raises(RunError, match="other settings"):
-        again(design, copied, settings=[*TINY, ("learning_rate", 0.1)])
+        again(changed(design, settings=dict(TINY) | {"learning_rate": 0.1}), copied)
     with pytest.raises(RunError, match="2 epochs, not 3"):
-        again(design, copied, epochs=3)
+        again(changed(design, epochs=3), copied)
 
 
 def test_other_cases_are_refused_with_the_options_that_choose_them(design, copied):
@@ -199,16 +208,16 @@ def test_other_cases_are_refused_with_the_options_that_choose_them(design, copie
 
 
 def test_another_share_of_validation_is_refused(phantoms, copied):
-    changed = design_comparison(read_dataset(phantoms), ["dice_ce", "joint"], [0], [2], validation=0)
+    other = design_comparison(read_dataset(phantoms), asked("dice_ce", "joint", validation=0))
     with pytest.raises(RunError, match=r"prepared with other .*cases.*--validation.*or choose another --out"):
-        again(changed, copied)
+        again(other, copied)
 
 
 def test_a_plan_of_other_settings_is_not_taken(design, copied):
     shutil.rmtree(copied / "runs")  # a comparison that was stopped once it was planned
-    other = [*TINY[:1], ("plan::patch_size", [24, 24, 24]), *TINY[2:]]
+    other = dict(TINY) | {"plan::patch_size": [24, 24, 24]}
     with pytest.raises(RunError, match=r"labels2\.json was prepared with other settings"):
-        again(design, copied, settings=other)
+        again(changed(design, settings=other), copied)
     with pytest.raises(RunError, match="other --allow-affine-mismatch"):
         again(design, copied, trust_scan_affine=True)
     assert not (copied / "runs").exists()
@@ -318,7 +327,7 @@ def test_unlabelled_scans_are_looked_at_too(medseg, phantoms, tmp_path):
     test, *others = [file.name.removesuffix(".nii.gz") for file in files]
     (tmp_path / "test.txt").write_text(test)
     options = ("--recipes", "dice_ce,semi", "--labels", 2, "--test-cases", tmp_path / "test.txt")
-    split = design_comparison(read_dataset(data), ["dice_ce", "semi"], [0], [2], test_cases=[test]).splits[2]
+    split = design_comparison(read_dataset(data), asked("dice_ce", "semi"), test_cases=[test]).splits[2]
     broken = split.unlabelled[0].name
     assert broken in others
     (data / "imagesTr" / f"{broken}.nii.gz").write_bytes(b"no scan")

@@ -51,27 +51,17 @@ def write(folder, content):
     return path
 
 
-def own(said):
-    return {name: recipe.model_extra for name, recipe in said.recipes.items()}
-
-
-def run(design, said, out):
-    return compare(
-        design, out, epochs=said.epochs, settings=TINY, device="cpu", robustness=False,
-        training_score=said.training_score, say=lambda _: None,
-    )  # fmt: skip
+def run(design, out):
+    return compare(design, out, device="cpu", say=lambda _: None)
 
 
 @pytest.fixture(scope="module")
 def grid(phantoms, tmp_path_factory):
     """(design, file's content, folder, what compare returned)."""
     folder = tmp_path_factory.mktemp("grid")
-    said = read_comparison(write(folder, GRID))
-    design = design_comparison(
-        read_dataset(phantoms), said.named_recipes, [0], said.labels, test_cases=TESTED, own=own(said),
-        axes=said.variants,
-    )  # fmt: skip
-    return design, said, folder / "out", run(design, said, folder / "out")
+    said = read_comparison(write(folder, GRID), settings=dict(TINY))
+    design = design_comparison(read_dataset(phantoms), said, test_cases=TESTED)
+    return design, said, folder / "out", run(design, folder / "out")
 
 
 def table(path):
@@ -96,7 +86,7 @@ def test_every_cell_has_its_settings(grid):
         assert config["learning_rate"] == (0.01 if cell.variant.name == "SGD" else 0.003)
         assert plan["batch_size"] == (2 if cell.variant.name == "SGD" else 1)
         assert (plan["epochs"], plan["steps_per_epoch"]) == (2, 3)
-        if cell.recipe == "plain":
+        if cell.recipe.name == "plain":
             assert config["segmentation_loss"]["dice_weight"] == 0
         else:
             assert config["stage_shares"]["fine_tune"] == 0
@@ -153,37 +143,33 @@ def test_a_level_more_adds_to_what_is_there(grid, phantoms, tmp_path):
     _, said, out, _ = grid
     copy = shutil.copytree(out, tmp_path / "out", copy_function=shutil.copy2)
     weights = {p: p.stat().st_mtime_ns for p in copy.glob("runs/*/models/model.pt")}
-    axes = {"optimiser": {**said.variants["optimiser"], "none": {}}}
-    more = design_comparison(
-        read_dataset(phantoms), said.named_recipes, [0], said.labels, test_cases=TESTED, own=own(said),
-        axes=axes,
-    )  # fmt: skip
-    plans = _runs.make_plans(more, copy, TINY, 2, "cpu", False, say=lambda _: None)
-    jobs = _runs.prepare_cells(more, copy, plans, TINY, robustness=False, training_score=True)
+
+    def designed(**levels):
+        asked = said.model_copy(update={"variants": {"optimiser": levels}})
+        return design_comparison(read_dataset(phantoms), asked, test_cases=TESTED)
+
+    more = designed(**said.variants["optimiser"], none={})
+    plans = _runs.make_plans(more, copy, "cpu", False, say=lambda _: None)
+    jobs = _runs.prepare_cells(more, copy, plans)
     done = {cell.name: is_done(json.loads(job.read_text())) for job, cell in jobs.items()}
     assert done == {cell.name: "none" not in cell.name for cell in more.cells} and len(done) == 6
     assert all(is_planned(copy / "runs" / name) for name in done)
-    other = {"optimiser": {"SGD": {"learning_rate": 0.5}}}
-    changed = design_comparison(
-        read_dataset(phantoms), said.named_recipes, [0], said.labels, test_cases=TESTED, own=own(said),
-        axes=other,
-    )  # fmt: skip
     with pytest.raises(RunError, match="own settings"):
-        run(changed, said, copy)
+        run(designed(SGD={"learning_rate": 0.5}), copy)
     assert {p: p.stat().st_mtime_ns for p in weights} == weights
 
 
 def test_the_article_s_grid(phantoms, trained_run):
     said = read_comparison("article")
-    design = design_comparison(read_dataset(phantoms), said.named_recipes, own=own(said), axes=said.variants)
+    design = design_comparison(read_dataset(phantoms), said)
     assert len(design.cells) == len({cell.name for cell in design.cells}) == 36
     assert [list(levels) for levels in said.variants.values()] == [
         ["SGD", "RMSprop", "Adam"], ["fixed", "decayed"], ["with", "without"],
     ]  # fmt: skip
     for cell in [*design.cells[:4], *design.cells[-6:]]:
         tree = load_commented(trained_run / "configs" / "train.yaml")
-        merge(tree, read_recipe(design.files[cell.recipe]), "train.yaml")
-        for key, value in [*own(said)[cell.recipe].items(), *cell.variant.settings]:
+        merge(tree, read_recipe(cell.recipe.recipe), "train.yaml")
+        for key, value in cell.own:
             assert not is_of_plan(key)  # equal budgets
             set_key(tree, key, value, "train.yaml")
         parser = ConfigParser()
@@ -198,8 +184,8 @@ def test_the_article_s_grid(phantoms, trained_run):
         assert parser.get("lr_decay") == (cell.variant.levels["learning rate"] == "decayed")
         loss = parser.get_parsed_content("contrastive_loss").loss
         of_article = ("same_voxel", "same_class", "other_view")
-        assert ((loss.positives, loss.denominator, loss.keys) == of_article) == (cell.recipe == "two_stage")
-        assert loss.class_weights == (None if cell.recipe == "two_stage" else "balanced")
+        assert ((loss.positives, loss.denominator, loss.keys) == of_article) == (cell.recipe.name == "two_stage")
+        assert loss.class_weights == (None if cell.recipe.name == "two_stage" else "balanced")
 
 
 def test_the_command_line_s_options_go_before_the_file_s(phantoms, tmp_path, monkeypatch, capsys):
@@ -221,11 +207,11 @@ def test_the_command_line_s_options_go_before_the_file_s(phantoms, tmp_path, mon
         return stop.value.code
 
     assert run_cli() == 0 and "so it is" in capsys.readouterr().out
-    design = asked["design"]
-    assert (design.seeds, list(design.splits), asked["epochs"]) == ((0, 1), [2], 2)
+    design, config = asked["design"], asked["design"].config
+    assert (config.seeds, list(design.splits), config.epochs) == ([0, 1], [2], 2)
     assert [len(split.training) for split in design.splits.values()] == [2]
-    assert (asked["robustness"], asked["training_score"], asked["workers"]) == (False, True, None)
-    assert asked["settings"] == [("temperature", 0.07)] and len(design.cells) == 8
+    assert (config.robustness, config.training_score, asked["workers"]) == (False, True, None)
+    assert config.settings == {"temperature": 0.07} and len(design.cells) == 8
     more = [
         "--seeds",
         "5",
@@ -240,11 +226,19 @@ def test_the_command_line_s_options_go_before_the_file_s(phantoms, tmp_path, mon
         "2",
     ]
     assert run_cli(*more, "--set", "temperature=0.2", "--recipes", "joint,two_stage") == 0
-    design = asked["design"]
-    assert (design.seeds, list(design.splits), asked["epochs"]) == ((5,), [3], 9)
+    design, config = asked["design"], asked["design"].config
+    assert (config.seeds, list(design.splits), config.epochs) == ([5], [3], 9)
     assert [len(split.training) for split in design.splits.values()] == [2]
-    assert (asked["robustness"], asked["workers"], design.recipes) == (True, 2, ("joint", "two_stage"))
-    assert asked["settings"][-1] == ("temperature", 0.2)
+    assert (config.robustness, asked["workers"], list(design.recipes)) == (True, 2, ["joint", "two_stage"])
+    assert config.settings == {"temperature": 0.2}
+    for option, value in (
+        ("--seeds", "0,x"),
+        ("--seeds", "-1"),
+        ("--seeds", "9" * 10),
+        ("--labels", "0"),
+        ("--recipes", "a,,b"),
+    ):
+        assert run_cli(option, value) == 2 and f"{option} must be a list of" in capsys.readouterr().err
     file.write_text("seeds: [0]\n")
     assert run_cli() == 2 and "at least two" in capsys.readouterr().err
 
@@ -252,8 +246,8 @@ def test_the_command_line_s_options_go_before_the_file_s(phantoms, tmp_path, mon
 def test_a_plain_list_and_defaults(tmp_path):
     (tmp_path / "mine.yaml").write_text("contrast_weight: 0.5\n")
     said = read_comparison(write(tmp_path, {"recipes": ["joint", "mine.yaml"], "labels": "all"}))
-    assert said.named_recipes == [("joint", "joint"), ("mine", str(tmp_path / "mine.yaml"))]
-    assert said.labels == ["all"] and said.seeds is None and said.variants == {}
+    assert [(r.name, r.recipe) for r in said.recipes] == [("joint", "joint"), ("mine", str(tmp_path / "mine.yaml"))]
+    assert said.labels == ["all"] and said.seeds == [0] and said.variants == {}
     assert len(make_variants({})) == 1 and make_variants({})[0].name == ""
 
 
@@ -274,7 +268,6 @@ def test_a_plain_list_and_defaults(tmp_path):
         ({"robustness": "maybe"}, "robustness must be"),
         ({"variants": {"a": ["x", "y"]}}, "variants must be"),
         ({"variants": ["a"]}, "variants must be"),
-        ({"recipes": ["joint", "joint"]}, "recipes must be"),
         ({"labels": [0]}, "labels must be a list of whole numbers from 1, or 'all'; found \\[0\\]"),
         ({"seeds": [True]}, "seeds must be"),
         ({"settings": ["a"]}, "settings must be a mapping KEY: VALUE"),

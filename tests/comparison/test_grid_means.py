@@ -24,7 +24,7 @@ def test_a_class_that_one_run_has_no_score_for_is_in_no_mean():
         results += rows_of(variant, recipe, None)
     scores = {"labels": 5, "validation_dice": None, "training_dice": 0.5, "test_dice": 0.1}
     runs = [{"variant": v, "recipe": r} | scores for v in ("slow", "fast") for r in RECIPES]
-    table = grid_table(VARIANTS, RECIPES, runs, results, [])
+    table = grid_table(VARIANTS, runs, results, [])
     assert [row["variant"] for row in table] == ["slow", "fast"]
     means = [row["of"][recipe].pop("test_dice") for row in table for recipe in RECIPES]
     assert means == pytest.approx([((0.8 + 0.4) / 2 + 0.9) / 2] * 4)
