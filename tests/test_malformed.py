@@ -68,6 +68,7 @@ def test_predict(medseg: Command, trained_run: Path, spoilt: tuple[Path, dict[st
             assert "the prediction failed" not in sentence, "that is what unforeseen exceptions say"
     assert {p.name for p in (tmp_path / "masks").iterdir()} == {
         "manifest.json",
+        "quality.csv",
         "good_0.nii.gz",
         "good_1.nii.gz",
     }
