@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy.spatial.distance import cdist
+from scipy.stats import median_abs_deviation
 from scipy.stats import t as student
 
 from medseg_supcon.errors import RunError
@@ -188,13 +189,14 @@ class QualityModel:
     A random forest from the scores of a class to its Dice, fitted on the training and validation scans as they are and
     degraded. The interval of the mean Dice is that of Student's t for the residuals of masks with about the same
     predicted Dice, each predicted by a forest that was fitted without its scan; its degrees of freedom are the number
-    of scans minus one, so that few scans give a wide interval.
+    of scans minus one, those that the network was trained on counted half, so that few scans give a wide interval.
 
     Attributes:
         scans, unseen, samples: numbers of scans, of those among them that the network was not trained on, and of
             their clean and degraded forms, that the model rests on.
         good_from: a mask is good if the lower end of its interval is at least this (Dice): the 5th percentile of the
-            validation scans' Dice, or, where that is lower, of the lower ends that the clean scans get.
+            validation scans' Dice or, if that is lower, two robust standard deviations below the usual lower end of the scans
+            as they are.
     """
 
     def __init__(self, reference: Reference, forest: Forest, residuals: Floats, facts: dict[str, Any]) -> None:
@@ -215,9 +217,9 @@ class QualityModel:
         samples = [s for s in samples if s.case in names]
         case = np.array([names.index(s.case) for s in samples])
         truth, unseen = np.array([np.nanmean(s.dice) for s in samples]), np.array([s.unseen for s in samples])
-        # Of the scans that the network was trained on, the Dice is too high: those that it was not count as much in all.
+        # The Dice of scans that the network was trained on is too high: the others count more, up to three times.
         seen_scans, unseen_scans = (len({s.case for s in samples if s.unseen is flag}) for flag in (False, True))
-        weight = np.where(unseen, max(1.0, seen_scans / max(1, unseen_scans)), 1.0)
+        weight = np.where(unseen, np.clip(seen_scans / max(1, unseen_scans), 1.0, 3.0), 1.0)
 
         def fitted(chosen: npt.NDArray[np.bool_], reference: Reference, tables: list[Floats]) -> Forest:
             rows = [(table, s.dice, w) for s, table, w, c in zip(samples, tables, weight, chosen, strict=True) if c]
@@ -241,9 +243,10 @@ class QualityModel:
         facts["usual_distance"] = np.nan_to_num(np.nanpercentile(own, 95, axis=0), nan=1.0).tolist()
         model = cls(reference, fitted(np.ones(len(samples), dtype=bool), reference, tables), residuals, facts)
         is_clean = np.array([s.clean for s in samples])
-        lows = [model.interval(p + model.correction(p))[0] for p in predicted[is_clean]]
+        lows = np.array([model.interval(p + model.correction(p))[0] for p in predicted[is_clean]])
+        usual = np.median(lows) - 2 * median_abs_deviation(lows, scale="normal")  # one odd scan counts little
         validation = truth[is_clean & unseen]
-        model.good_from = float(min([np.percentile(x, 5) for x in (lows, validation) if len(x)]))
+        model.good_from = float(min([usual, *([np.percentile(validation, 5)] if len(validation) else [])]))
         return model
 
     def interval(self, predicted: float) -> tuple[float, float]:
@@ -251,14 +254,16 @@ class QualityModel:
         at, residual, weight, _ = self.residuals
         weight = weight * np.exp(-((at - predicted) ** 2) / (2 * BANDWIDTH**2)) + 1e-12
         spread = np.sqrt(np.average(residual**2, weights=weight))
-        half = student.ppf((1 + COVERAGE) / 2, max(1, self.scans - 1)) * np.sqrt(1 + 1 / self.scans) * spread
+        scans = max(2.0, (self.scans + self.unseen) / 2)
+        half = student.ppf((1 + COVERAGE) / 2, scans - 1) * np.sqrt(1 + 1 / scans) * spread
         return float(max(0.0, predicted - half)), float(min(1.0, predicted + half))
 
     def correction(self, predicted: float) -> float:
-        """The mean residual of scans that the network was not trained on, shrunk towards 0 if they are few."""
+        """The mean residual of scans that the network was not trained on, if it is negative; shrunk if they are few."""
         at, residual, _, unseen = self.residuals
         weight = unseen * np.exp(-((at - predicted) ** 2) / (2 * (2.5 * BANDWIDTH) ** 2)) + 1e-12 * unseen
-        return float(weight @ residual / max(weight.sum(), 1e-300) * self.unseen / (self.unseen + 2))
+        mean = weight @ residual / max(weight.sum(), 1e-300)
+        return float(min(0.0, mean) * self.unseen / (self.unseen + 2))
 
     def estimate(self, evidence: Evidence) -> Estimate:
         """The probable Dice of a mask."""
