@@ -25,6 +25,7 @@ NEIGHBOURS = 5
 TREES, SMALLEST_LEAF = 200, 3
 COVERAGE = 0.9
 BANDWIDTH = 0.04  # of Dice: residuals of masks with about the same predicted Dice give the interval
+LOWEST_GOOD = 0.5  # Dice
 EMPTY = -9.0  # the value of a score that a class without voxels does not have: below all others
 
 
@@ -244,9 +245,12 @@ class QualityModel:
         model = cls(reference, fitted(np.ones(len(samples), dtype=bool), reference, tables), residuals, facts)
         is_clean = np.array([s.clean for s in samples])
         lows = np.array([model.interval(p + model.correction(p))[0] for p in predicted[is_clean]])
-        usual = np.median(lows) - 2 * median_abs_deviation(lows, scale="normal")  # one odd scan counts little
-        validation = truth[is_clean & unseen]
-        model.good_from = float(min([usual, *([np.percentile(validation, 5)] if len(validation) else [])]))
+        new = unseen[is_clean]  # the masks of the others are better than those of new scans
+        enough = new.sum() >= 3
+        usual = min(np.median(lows), np.median(lows[new])) if enough else np.median(lows)
+        usual -= (2 if enough else 3) * median_abs_deviation(lows, scale="normal")  # one odd scan counts little
+        usual = min(usual, np.percentile(truth[is_clean & unseen], 5)) if new.any() else usual
+        model.good_from = float(max(usual, LOWEST_GOOD))
         return model
 
     def interval(self, predicted: float) -> tuple[float, float]:
