@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,9 +240,10 @@ class QualityModel:
             for i in np.flatnonzero(out):
                 predicted[i] = forest.predict(tables[i]).mean()
         residuals = np.stack([predicted, truth - predicted, weight, unseen])
-        facts = {"scans": len(names), "unseen": unseen_scans, "samples": len(samples), "good_from": 0.0}
+        facts: dict[str, Any] = {"scans": len(names), "unseen": unseen_scans, "samples": len(samples), "good_from": 0.0}
         own = [reference.distances(s.evidence, without=i)[:, 0] for i, s in enumerate(clean)]
-        facts["usual_distance"] = np.nan_to_num(np.nanpercentile(own, 95, axis=0), nan=1.0).tolist()
+        far = [[d for d in distances if not np.isnan(d)] for distances in zip(*own, strict=True)]
+        facts["usual_distance"] = [float(np.percentile(d, 95)) if d else 1.0 for d in far]
         model = cls(reference, fitted(np.ones(len(samples), dtype=bool), reference, tables), residuals, facts)
         is_clean = np.array([s.clean for s in samples])
         lows = np.array([model.interval(p + model.correction(p))[0] for p in predicted[is_clean]])
@@ -325,8 +327,10 @@ def _unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _spread(values: Sequence[Floats], least: float) -> Floats:
-    """Median and standard deviation over the scans, (2, ...)."""
-    return np.stack([np.nanmedian(values, axis=0), np.fmax(np.nanstd(values, axis=0), least)])
+    """Median and standard deviation over the scans, (2, ...); NaN and ``least`` where no scan has a value."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of empty slices
+        return np.stack([np.nanmedian(values, axis=0), np.fmax(np.nanstd(values, axis=0), least)])
 
 
 def _kth(known: npt.NDArray[np.float32], vectors: npt.NDArray[np.float32]) -> Floats:

@@ -83,6 +83,8 @@ def fit_quality(run: Path, device: str | None = None) -> QualityModel | None:
                 else _dice(mask, degraded.label, len(plan["labels"]))
             )
             samples.append(Sample(scan.name, prediction.evidence[0], dice, clean, scan.name not in seen))
+    if sum(sample.clean and not np.isnan(sample.dice).all() for sample in samples) < 2:
+        return None
     model = QualityModel.fit(samples)
     model.save(run)
     seconds = perf_counter() - started

@@ -119,6 +119,8 @@ def test_a_class_that_a_mask_lacks_and_one_that_no_scan_has(model: QualityModel)
     )
     nothing.probability[1] = nothing.shape[1] = nothing.intensity[1] = np.nan
     assert np.isfinite(model.estimate(nothing).dice).all()
+    lost = [replace(s, evidence=replace(nothing, volume=s.evidence.volume)) for s in samples()]  # a class in no mask
+    assert np.isfinite(QualityModel.fit(lost).estimate(nothing).dice).all()
     never = [replace(s, dice=np.array([s.dice[0], np.nan])) for s in samples()]
     assert np.isfinite(QualityModel.fit(never).estimate(full).dice).all()
 
