@@ -105,9 +105,8 @@ def predict_into(
     if doubtful:
         names = ", ".join(doubtful[:5]) + (f" and {len(doubtful) - 5} more" if len(doubtful) > 5 else "")
         needs = "needs" if len(doubtful) == 1 else "need"
-        out.print(
-            f"{len(doubtful)} of {counted(len(rated), 'mask')} {needs} a look: {printable(names)} (quality.csv says why)."
-        )
+        share = f"{len(doubtful)} of {counted(len(rated), 'mask')} {needs} a look"
+        out.print(f"{printable(folder)}: {share}: {printable(names)} (quality.csv says why).")
     if pictures:
         out.print(f"Open {printable(folder / 'review.html')} in a browser.")
     return counts

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from medseg_supcon.errors import DataError, MedsegError, RunError
-from medseg_supcon.files import read_json, remove_leftovers, temporary_name
+from medseg_supcon.files import remove_leftovers, temporary_name
 from medseg_supcon.inference.dicom_seg import SEG_ENDING, DicomSegWriter
 from medseg_supcon.inference.find_scans import keep_names
 from medseg_supcon.inference.manifest import Manifest, entry_of
@@ -129,8 +129,8 @@ def predict_folder(
         segment_each(todo, prepare, lambda prepared: segment(prepared, probabilities), write, report)
     finally:
         manifest.write()
-    every = read_json(manifest.path)["scans"]
-    if rated := [entry for entry in every if entry.get("quality")]:
+    made = {entry["name"]: entry for entry in manifest.entries if entry["status"] != "failed"}
+    if rated := [entry for entry in (manifest.earlier | made).values() if entry.get("quality")]:
         write_table(out / "quality.csv", rated, list(head["labels"])[1:])
     if pictures and any(entry["status"] != "failed" for entry in manifest.entries):
         entries, labels, notes = folder_entries(out, scans)

@@ -62,7 +62,7 @@ def test_whose_a_temporary_file_is(
     with half_way() as writing:
         (busy,) = set(out.iterdir()) - {*users, left}
         predictor.run([scan], out)
-        names = ["manifest.json", "s.nii.gz", busy.name, *(file.name for file in users)]
+        names = ["manifest.json", "quality.csv", "s.nii.gz", busy.name, *(file.name for file in users)]
         assert sorted(file.name for file in out.iterdir()) == sorted(names)
         writing.communicate("\n", timeout=30)
     assert writing.returncode == 0

@@ -147,7 +147,7 @@ def test_a_failing_scan_is_reported_and_the_rest_go_on(threshold_run: Path, scan
     (scans / "s1.nii.gz").write_bytes(b"broken")
     out = tmp_path / "out"
     manifest = Predictor(threshold_run, device="cpu").run([scans, tmp_path / "missing.nii"], out)
-    assert files(out) == {"manifest.json", "s0.nii.gz", "s2.nii.gz"}
+    assert files(out) == {"manifest.json", "quality.csv", "s0.nii.gz", "s2.nii.gz"}
     assert manifest["summary"] == {"done": 2, "skipped": 0, "failed": 2}
     errors = {entry["name"]: entry["error"] for entry in manifest["scans"] if entry["status"] == "failed"}
     assert set(errors) == {"s1", "missing"}
@@ -181,7 +181,7 @@ def test_a_mask_that_cannot_be_written_leaves_nothing(
     manifest = Predictor(threshold_run, device="cpu").run([scans], out)
     assert [entry["status"] for entry in manifest["scans"]] == ["done", "failed", "done"]
     assert os.strerror(fault.errno or 0) in manifest["scans"][1]["error"]
-    assert files(out) == {"manifest.json", "s0.nii.gz", "s2.nii.gz"}
+    assert files(out) == {"manifest.json", "quality.csv", "s0.nii.gz", "s2.nii.gz"}
 
 
 def test_a_full_disk_halfway_through_a_file(
@@ -209,7 +209,7 @@ def test_ctrl_c_keeps_what_is_finished_and_no_partial_file(
     monkeypatch.setattr(predictor, "segment", interrupted)
     with pytest.raises(KeyboardInterrupt):
         predictor.run([scans], out)
-    assert files(out) == {"manifest.json", "s0.nii.gz", "s1.nii.gz"}
+    assert files(out) == {"manifest.json", "quality.csv", "s0.nii.gz", "s1.nii.gz"}
     statuses = [entry["status"] for entry in json.loads((out / "manifest.json").read_text())["scans"]]
     assert statuses == ["done", "done"]
     monkeypatch.undo()

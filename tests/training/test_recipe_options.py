@@ -69,7 +69,7 @@ def test_without_augmentation_both_views_are_the_patch(trained_run):
 
 def test_the_recipe_in_the_documentation_is_one(trained_run, tmp_path):
     recipe = tmp_path / "my_recipe.yaml"
-    recipe.write_text(re.search(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)[1])
+    recipe.write_text(re.search(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1])
     parser = parser_of(trained_run, read_recipe(recipe))
     optimizer = parser.get_parsed_content("optimizer")
     group = optimizer.param_groups[0]
@@ -200,7 +200,7 @@ TARGETS = {  # what the page sets a component to, before it sets an argument of 
 
 
 def test_every_key_that_the_documentation_sets_exists(trained_run):
-    shown = re.findall(r"--set ((?!KEY)[\w:]+)=", PAGE.read_text())
+    shown = re.findall(r"--set ((?!KEY)[\w:]+)=", PAGE.read_text(encoding="utf-8"))
     assert len(shown) > 8
     everything = {}
     for name in ("joint", "two_stage", "semi"):

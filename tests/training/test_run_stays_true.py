@@ -63,7 +63,7 @@ def test_a_run_that_monai_trained_over_says_what_it_is_now(run: Path) -> None:
     dice = json.loads(metrics.read_text())["summary"]["mean"]["dice"]
     assert dice != 0.791
     assert json.loads(metadata.read_text())["eval_metrics"]["mean_dice"] == pytest.approx(dice, abs=5e-5)
-    assert "0.791" not in (run / "docs" / "README.md").read_text()
+    assert "0.791" not in (run / "docs" / "README.md").read_text(encoding="utf-8")
 
 
 def test_scores_of_earlier_weights_go_before_a_new_training_begins(run: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_finished_run_is_trained_longer(run: Path, phantoms: Path, medseg: Any
     # of 9 steps, 0 of warm-up: half a cosine over 9 ends at 0, which a restored schedule of 6 would not
     assert float(rows[2]["learning_rate"]) == pytest.approx(0, abs=1e-9)
     assert read_checkpoint(run / "models" / "checkpoint.pt")["state"]["lr_scheduler"]["t_total"] == 9
-    assert "3 epochs, 9 steps" in (run / "docs" / "README.md").read_text()
+    assert "3 epochs, 9 steps" in (run / "docs" / "README.md").read_text(encoding="utf-8")
     with pytest.raises(RunError, match="planned for 3 epochs"):
         extend_training(run, 2)
 
