@@ -3,7 +3,7 @@
     MEDSEG_DATA=/data python -m benchmarks.quality --out DIR [--set hippocampus] [--recipes joint,dice_ce] [--seeds 0,1,2]
 
 MEDSEG_DATA holds `Task04_Hippocampus` (trained on 20 scans of folds 2-4, tested on fold 1) and `LeftAtrium_1p5mm` (8
-scans of `pool`, tested on `development_test`). Each test scan is segmented as it is, in some of the kinds of
+scans of `pool`, tested on `development_test`); 1800 steps each. Each test scan is segmented as it is, in some of the kinds of
 degradation that the quality model was fitted on, and in some that it has never seen (`UNKNOWN`, below); and scans of
 the other set are, whose Dice is 0. Finished runs and measurements in DIR are kept. `--development` tests on the scans
 of the training folds that the runs do not use instead: what was chosen, was chosen on these.
@@ -321,8 +321,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     recipes, seeds = given.recipes.split(","), [int(seed) for seed in given.seeds.split(",")]
     words = " ".join(word for word in sys.argv[1:] if word not in ("--out", str(given.out)))
-    lines = [f"Written by `python -m benchmarks.quality --out DIR {words}`. Mean over the seeds (each seed)."]
     for name in given.set or SETS:
+        lines = [f"Written by `python -m benchmarks.quality --out DIR {words}`. Mean over the seeds (each seed)."]
         results = {}
         for recipe in recipes:
             for seed in seeds:
@@ -332,9 +332,9 @@ def main() -> None:
                     file.write_text(json.dumps(measure(run, Path(root), name, given.development)))
                 results[recipe, seed] = summary(json.loads(file.read_text()))
         lines += table(name, results, recipes)
-    print("\n".join(lines))
-    if not given.development:
-        (RESULTS / "quality.md").write_text("\n".join(lines) + "\n")
+        print("\n".join(lines))
+        if not given.development:
+            (RESULTS / f"quality_{name}.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
