@@ -209,7 +209,7 @@ def test_ctrl_c_keeps_what_is_finished_and_no_partial_file(
     monkeypatch.setattr(predictor, "segment", interrupted)
     with pytest.raises(KeyboardInterrupt):
         predictor.run([scans], out)
-    assert files(out) == {"manifest.json", "quality.csv", "s0.nii.gz", "s1.nii.gz"}
+    assert files(out) == {"manifest.json", "s0.nii.gz", "s1.nii.gz"}
     statuses = [entry["status"] for entry in json.loads((out / "manifest.json").read_text())["scans"]]
     assert statuses == ["done", "done"]
     monkeypatch.undo()

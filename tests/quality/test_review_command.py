@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import locale
 import re
 import shutil
 from pathlib import Path
@@ -283,7 +284,9 @@ def write_dicom(folder: Path, scan: np.ndarray) -> None:
         writer = SimpleITK.ImageFileWriter()
         writer.KeepOriginalImageUIDOn()
         writer.SetFileName(str(folder / f"{z:03d}.dcm"))
+        before = locale.setlocale(locale.LC_ALL)
         writer.Execute(image)
+        locale.setlocale(locale.LC_ALL, before)  # GDCM's writer leaves the process in the locale C
 
 
 def test_dicom_series_and_channels(medseg, tmp_path):
