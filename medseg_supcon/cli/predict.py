@@ -77,6 +77,8 @@ def predict_into(
 
     Returns how many scans are ``done``, ``skipped`` and ``failed``.
     """
+    from medseg_supcon.quality import urgency
+
     for warning in predictor.warnings:
         say(warning)
     chosen = predictor.find_scans(scans)
@@ -97,11 +99,9 @@ def predict_into(
     parts += [f"{counts['skipped']} already exist (replace them with --overwrite)"] if counts["skipped"] else []
     parts += [f"{counts['failed']} failed"] if counts["failed"] else []
     out.print(f"{printable(folder)}: {', '.join(parts)}; manifest.json lists every scan.")
-    rated = {e["name"]: e["quality"] for e in manifest["scans"] if e["status"] != "failed" and e.get("quality")}
-    doubtful = sorted(
-        (name for name, q in rated.items() if q["verdict"] in ("review", "reject")),
-        key=lambda name: (rated[name]["verdict"] == "review", rated[name].get("dice", {}).get("mean", 0)),
-    )
+    rated = [entry for entry in manifest["scans"] if entry["status"] != "failed" and entry.get("quality")]
+    worst_first = sorted(rated, key=lambda entry: urgency(entry, entry["name"]))
+    doubtful = [e["name"] for e in worst_first if e["quality"]["verdict"] in ("reject", "review")]
     if doubtful:
         names = ", ".join(doubtful[:5]) + (f" and {len(doubtful) - 5} more" if len(doubtful) > 5 else "")
         needs = "needs" if len(doubtful) == 1 else "need"

@@ -169,3 +169,10 @@ def mask_shape(mask: npt.NDArray[Any], classes: int, spacing: Sequence[float] | 
         scale = (sizes.sum() * np.prod(spacing)) ** (2 / 3)
         rows[c] = sizes.max() / sizes.sum(), np.log10(count), surface / scale, border / scale
     return rows
+
+
+def dice_per_class(one: npt.NDArray[Any], other: npt.NDArray[Any], classes: int) -> Floats:
+    """(K - 1,) Dice per foreground class of two arrays of class indices; NaN: in neither. Indices from K on are no class."""
+    both, a, b = (np.bincount(m.ravel(), minlength=classes)[1:classes] for m in (one[one == other], one, other))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(2 * both / (a + b))

@@ -21,6 +21,7 @@ from medseg_supcon.datasets import reorient, value_text
 from medseg_supcon.errors import DataError
 from medseg_supcon.evaluation import color_of
 from medseg_supcon.files import remove_leftovers, write_whole
+from medseg_supcon.quality.evidence import dice_per_class
 from medseg_supcon.quality.review import Entry, quality_of, read_first_channel, read_labels, texts, urgency
 from medseg_supcon.scans import Volume, count_values, in_parallel, same_grid
 
@@ -131,7 +132,11 @@ def _pack(entry: Entry, labels: Labels, most: int) -> dict[str, Any]:
     indices = [_indices(mask.data, labels, "The mask", notes)]
     indices += [] if reference is None else [_indices(reference, labels, "The label map", notes)]
     voxels = _counts(indices[0], labels)
-    dice = [None] * len(voxels) if reference is None else _dice(indices[0], indices[1], labels)
+    dice: list[float | None] = [None] * len(voxels)
+    if reference is not None:
+        known = indices[1] != UNKNOWN
+        found = dice_per_class(indices[0][known], indices[1][known], len(labels)).tolist()
+        dice = [None if math.isnan(score) else score for score in found]
     scores = [score for score in dice if score is not None]
     quality = quality_of(entry.facts)
 
@@ -197,13 +202,6 @@ def _counts(indices: Array, labels: Labels) -> list[int]:
     """Voxels of each class, without background."""
     counts = count_values(indices)
     return [counts.get(float(number), 0) for number in range(1, len(labels))]
-
-
-def _dice(one: Array, other: Array, labels: Labels) -> list[float | None]:
-    """2 |A n B| / (|A| + |B|) of each class, None where both are empty; without voxels of unknown label."""
-    one, other = one[other != UNKNOWN], other[other != UNKNOWN]
-    numbers = zip(*(_counts(part, labels) for part in (one, other, one[one == other])), strict=True)
-    return [2 * both / (a + b) if a + b else None for a, b, both in numbers]
 
 
 def _part_shown(

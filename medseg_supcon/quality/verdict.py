@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from nibabel.orientations import io_orientation
 
-from medseg_supcon.quality.evidence import Evidence, Floats
+from medseg_supcon.quality.evidence import Evidence, Floats, dice_per_class
 from medseg_supcon.quality.model import Estimate, QualityModel
 from medseg_supcon.scans import Grid
 
 REJECT_BELOW = 0.5  # predicted Dice
 TOLERATED, SEVERE = 1.5, 4.0  # factors beyond the training scans' range: worth a look, and certainly wrong
 UNLIKE = 1.5  # times the usual distance of feature vectors
-ORDER = ("reject", "review", None, "good")
 
 
 def rate(
@@ -117,9 +116,5 @@ def facts(plan: Mapping[str, Any], grid: Grid, evidence: Evidence, names: Sequen
 
 def agreement(masks: Sequence[npt.NDArray[Any]], classes: int) -> Floats:
     """(K - 1,) mean Dice per foreground class over all pairs of masks of class indices; 1 where no mask has the class."""
-    rows = []
-    for one, other in combinations(masks, 2):
-        both = np.bincount(one[one == other].ravel(), minlength=classes)[1:]
-        total = sum(np.bincount(mask.ravel(), minlength=classes)[1:] for mask in (one, other))
-        rows.append(np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0))
-    return np.asarray(np.mean(rows, axis=0))
+    pairs = [dice_per_class(one, other, classes) for one, other in combinations(masks, 2)]
+    return np.asarray(np.mean(np.nan_to_num(pairs, nan=1.0), axis=0))

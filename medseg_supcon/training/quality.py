@@ -19,7 +19,7 @@ from medseg_supcon.datasets import class_indices, load_items
 from medseg_supcon.errors import MedsegError
 from medseg_supcon.inference import Predictor, prepare_volume
 from medseg_supcon.plan import read_plan
-from medseg_supcon.quality import Degraded, QualityModel, Sample, degradations
+from medseg_supcon.quality import Degraded, QualityModel, Sample, degradations, dice_per_class
 from medseg_supcon.scans import Grid, Scan, Volume, read_nifti, read_scan
 
 FEWEST, ENOUGH, MOST = 24, 200, 900  # samples: with fewer no model is fitted, and more add nothing
@@ -39,10 +39,8 @@ def fit_quality(run: Path, device: str | None = None) -> QualityModel | None:
     (scan, number) alone. The number of windows is limited to what takes about a tenth of the training's time.
     """
     (run / "models" / "quality.npz").unlink(missing_ok=True)
-    plan, folder = (
-        read_plan(run / "configs" / "plan.json"),
-        plain_text(read_config(run / "configs" / "train.yaml").get("dataset_dir", "")),
-    )
+    plan = read_plan(run / "configs" / "plan.json")
+    folder = plain_text(read_config(run / "configs" / "train.yaml").get("dataset_dir", ""))
     lists = cases_of(run)
     seen = {item.get("name") for item in lists.get("training", ())}
     entries = [item for key in ("validation", "training") for item in lists.get(key, ()) if item.get("label")]
@@ -76,12 +74,9 @@ def fit_quality(run: Path, device: str | None = None) -> QualityModel | None:
             except MedsegError as error:
                 logger.debug("%s: %s", scan.name, error)
                 continue
-            mask = class_indices(prediction.mask, plan | {"ignore_label": None})
-            dice = (
-                np.zeros(len(plan["labels"]) - 1)
-                if degraded.foreign
-                else _dice(mask, degraded.label, len(plan["labels"]))
-            )
+            mask, known = class_indices(prediction.mask, plan | {"ignore_label": None}), degraded.label >= 0
+            dice = dice_per_class(mask[known], degraded.label[known], len(plan["labels"]))
+            dice = np.zeros_like(dice) if degraded.foreign else dice
             samples.append(Sample(scan.name, prediction.evidence[0], dice, clean, scan.name not in seen))
     if sum(sample.clean and not np.isnan(sample.dice).all() for sample in samples) < 2:
         return None
@@ -127,11 +122,3 @@ def _forms(
     for number, kind in enumerate(islice(cycle(kinds), offset, offset + count - 1)):
         rng = np.random.default_rng(zlib.crc32(f"{name}/{number}".encode()))
         yield kind(original, 1 - rng.random(), rng), False
-
-
-def _dice(mask: npt.NDArray[np.int16], label: npt.NDArray[np.int16], classes: int) -> npt.NDArray[np.float64]:
-    """(K - 1,) Dice per foreground class on annotated voxels; NaN: in neither."""
-    mask = np.where(label < 0, 0, mask)
-    both, one, other = (np.bincount(m[m > 0], minlength=classes)[1:] for m in (mask[mask == label], mask, label))
-    with np.errstate(invalid="ignore"):
-        return np.asarray(2 * both / (one + other))

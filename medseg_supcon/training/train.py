@@ -95,7 +95,10 @@ def evaluate_and_document(run: str | Path, device: str | torch.device | None = N
     if idist.get_rank() == 0:
         name = None if device is None else str(device)
         try:
-            fit_quality(run, name)
+            try:
+                fit_quality(run, name)
+            except MedsegError as error:  # the run is as good without
+                logging.getLogger(__name__).warning("The run has no quality model: %s", error)
             evaluate_validation(run, device=name, trust=True)
         except MedsegError as error:
             if alone:
