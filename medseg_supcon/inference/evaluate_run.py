@@ -50,7 +50,7 @@ def evaluate_dataset(
     if not good:
         raise DataError(f"No case of {dataset.root} can be evaluated. {next(iter(problems.values()))}")
     entries = load_items(items(good, dataset.root), dataset.root)
-    predictor, seen = Predictor(run, device=device, trust=trust), trained_on(run, dataset)
+    predictor, seen = Predictor(run, device=device, trust=trust, quality=pictures), trained_on(run, dataset)
     return evaluate_items(predictor, entries, out, problems=problems, seen=seen, pictures=pictures)
 
 
