@@ -87,10 +87,8 @@ class VoxelSupConLoss(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             wide = torch.promote_types(features.dtype, torch.float32)
             dtype = next((p.dtype for p in self.projection.parameters() if p.is_floating_point()), wide)
-            rows = features[
-                (where[0], slice(None), *where[1:])
-            ]  # of the map as it is: its gradient needs no copy into that order
-            z = self.projection(rows.to(dtype))
+            index: tuple[Tensor | slice, ...] = (where[0], slice(None), *where[1:])  # movedim would copy the gradient
+            z = self.projection(features[index].to(dtype))
         view = element if view_ids is None else view_ids[element]
         pair = element if pair_ids is None else pair_ids[where]
         if pair_ids is not None:  # voxels without a partner, which `all` takes, too, must not find each other
