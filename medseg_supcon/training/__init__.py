@@ -1,5 +1,6 @@
 """Training a planned run, and everything that its ``train.yaml`` names."""
 
+from medseg_supcon.training.average import WeightAverage
 from medseg_supcon.training.checkpoint import Checkpoint, load_initial, read_checkpoint, save_atomically
 from medseg_supcon.training.data import (
     CachedDataset,

@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ignite.engine import Engine
-from monai.engines import IterationEvents
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.losses import IGNORE_INDEX, DiceSupConLoss
 from medseg_supcon.networks import ContrastiveNetwork
+from medseg_supcon.training.average import WeightAverage
 from medseg_supcon.training.ranks import sum_over_ranks
 
 Target = dict[str, Tensor]
@@ -104,49 +102,20 @@ def label_pairs(output: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Te
     return predictions, [torch.as_tensor(o["label"]) for o in output]
 
 
-class Teacher:
-    """The running average of a network's weights and norm statistics; a handler that moves it after every step.
-
-    After step t: teacher = d * teacher + (1 - d) * student, with d = min(decay, (1 + t) / (10 + t)), so that the
-    first, random weights are soon forgotten (Tarvainen and Valpola 2017, Mean teachers are better role models).
-    ``network`` is given the student, and as an attribute is the teacher, in evaluation mode.
-    """
+class Teacher(WeightAverage):
+    """The running average of a network's weights, which labels scans for it."""
 
     def __init__(self, network: nn.Module, decay: float = 0.99) -> None:
-        if not 0 <= decay < 1:
-            raise ConfigError(f"teacher_decay must be at least 0 and below 1, got {decay}.")
-        self.student, self.decay, self._d = network, decay, 0.0
-        self.average = AveragedModel(network, multi_avg_fn=self._average, use_buffers=True)
-        self.network: nn.Module = self.average.module.eval().requires_grad_(False)
+        super().__init__(network, decay)
+        if decay == 0:
+            raise ConfigError("weight_average must be above 0 for a teacher, which is the average of the network.")
         self._logits = ContrastiveNetwork(self.network).eval()
-
-    def _average(self, teachers: Sequence[Tensor], students: Sequence[Tensor], _: Tensor | int) -> None:
-        # all tensors in one call: for one at a time torch would copy its count to the GPU each time, and wait
-        for teacher, student in zip(teachers, students, strict=True):
-            if teacher.is_floating_point():
-                teacher.copy_(self._d * teacher + (1 - self._d) * student)
-            else:  # counters
-                teacher.copy_(student)
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self.update)
-
-    def update(self) -> None:
-        t = int(self.average.n_averaged)
-        self._d = min(self.decay, (1 + t) / (10 + t))
-        self.average.update_parameters(self.student)
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
         """Probabilities (B, C, *spatial), float32."""
         probabilities: Tensor = self._logits(image).float().softmax(1)
         return probabilities
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self.average.state_dict())
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.average.load_state_dict(dict(state))
 
 
 def shipped_network(ship: str, teacher: Teacher) -> nn.Module:
