@@ -36,6 +36,7 @@ def recipe(run: Path, weight: float, device: str) -> tuple[Any, Any]:
     trainer = parser.get_parsed_content("train::trainer")
     # as at the start of a training: without a scaler MONAI's trainer does not use mixed precision
     trainer.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=False)
+    parser.get_parsed_content("precision").choose()
     return trainer, iter(parser.get_parsed_content("train::dataloader"))
 
 

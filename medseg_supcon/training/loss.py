@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from medseg_supcon.errors import ConfigError
 from medseg_supcon.losses import IGNORE_INDEX, DiceSupConLoss
 from medseg_supcon.networks import ContrastiveNetwork
 from medseg_supcon.training.average import WeightAverage
+from medseg_supcon.training.precision import Precision
 from medseg_supcon.training.ranks import sum_over_ranks
 
 Target = dict[str, Tensor]
@@ -136,12 +138,10 @@ class PseudoLabels:
     that could have had one.
     """
 
-    def __init__(
-        self, teacher: Teacher, confidence: float = 0.9, amp: bool = False, dtype: torch.dtype = torch.bfloat16
-    ) -> None:
+    def __init__(self, teacher: Teacher, confidence: float = 0.9, precision: Precision | None = None) -> None:
         if not 0 <= confidence <= 1:
             raise ConfigError(f"confidence must be between 0 and 1, got {confidence}.")
-        self.teacher, self.confidence, self.amp, self.dtype = teacher, confidence, amp, dtype
+        self.teacher, self.confidence, self.precision = teacher, confidence, precision
 
     def __call__(
         self, batchdata: Mapping[str, Any], device: str | torch.device | None = None, non_blocking: bool = False,
@@ -162,7 +162,7 @@ class PseudoLabels:
         scans = wanted.flatten(1).any(1).view(-1, 2).any(1).nonzero()[:, 0]
         if len(scans) == 0 or not bool(unlabelled.any()):
             return image, target
-        with torch.autocast(image.device.type, dtype=self.dtype, enabled=self.amp):
+        with self.precision.autocast() if self.precision is not None else nullcontext():
             probability, winner = self.teacher(image[2 * scans]).max(1, keepdim=True)
         winner = winner.masked_fill(probability < self.confidence, IGNORE_INDEX)
         for rows in (2 * scans, 2 * scans + 1):

@@ -214,6 +214,7 @@ def _fit_length(plan: dict[str, Any], timing: Mapping[str, Any], cases: int, min
         "seconds_per_step": round(timing["seconds_per_step"], 3),
         "memory_gib": timing["memory_gib"],
         "machine": timing["machine"],
+        "precision": timing["precision"],
     }
 
 

@@ -154,6 +154,8 @@ def _measure(run: Path, device: str | None, threads: int) -> dict[str, Any]:
     parser.parse(reset=True)
     trainer, where = parser.get_parsed_content("train::trainer"), parser.get_parsed_content("device")
     tune_gpu(where, tf32=parser.get_parsed_content("tf32"), benchmark=parser.get_parsed_content("cudnn_benchmark"))
+    precision = parser.get_parsed_content("precision")
+    precision.choose()
     batches = iter(parser.get_parsed_content("train::dataloader"))
     wait = torch.cuda.synchronize if where.type == "cuda" else lambda _: None
     loading, computing = [], []
@@ -184,6 +186,7 @@ def _measure(run: Path, device: str | None, threads: int) -> dict[str, Any]:
         "seconds_per_validation_case": perf_counter() - start,
         "memory_gib": round(peak_memory_gib(where), 2),
         "machine": machine_name(where),
+        "precision": precision.name,
     }
 
 
