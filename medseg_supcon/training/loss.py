@@ -82,14 +82,15 @@ class DiceCrossEntropy(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         logits, labels = logits.float(), labels.long()
         known, target = (labels != IGNORE_INDEX).to(logits.dtype), labels.clamp_min(0)
-        weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights
-        total = F.cross_entropy(logits, labels[:, 0], weights, ignore_index=IGNORE_INDEX, reduction="sum")
+        log_p, weights = logits.log_softmax(1), self.class_weights
+        total = F.nll_loss(log_p, labels[:, 0], weights, ignore_index=IGNORE_INDEX, reduction="sum")
         # the mean by hand: if every voxel is ignored, torch's is 0 / 0
-        sums = sum_over_ranks(torch.stack((total, (weights[target] * known).sum())))
+        count = known.sum() if weights is None else (weights[target] * known).sum()
+        sums = sum_over_ranks(torch.stack((total, count)))
         ce = sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
         if self.dice_weight == 0:
             return self.ce_weight * ce
-        p = logits.softmax(1)[:, 1:] * known
+        p = log_p[:, 1:].exp() * known
         y = torch.zeros_like(logits).scatter_(1, target, 1.0)[:, 1:] * known
         axes = [0, *range(2, p.ndim)]
         tp, p_sum, y_sum = sum_over_ranks(torch.stack([x.sum(axes) for x in (p * y, p, y)]))

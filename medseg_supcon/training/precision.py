@@ -111,7 +111,9 @@ class Precision(SimpleInferer):  # type: ignore[misc]
     def _report(self, engine: Engine, seconds: Sequence[float]) -> None:
         if len(seconds) == 1:
             return
-        text = f"Training in {self.name}: a pass takes {seconds[1]:.2f} s in bfloat16 and {seconds[0]:.2f} s in float32."
+        text = (
+            f"Training in {self.name}: a pass takes {seconds[1]:.2f} s in bfloat16 and {seconds[0]:.2f} s in float32."
+        )
         engine.logger.info(text)
         if not self.quiet and idist.get_rank() == 0:
             Console(stderr=True, markup=False, highlight=False).print(text, soft_wrap=True)
