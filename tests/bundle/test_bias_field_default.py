@@ -31,7 +31,10 @@ def test_the_teachers_view_has_none() -> None:
 def share(channels: list[str], view: str, overlay: dict[str, object] | None = None) -> float:
     plan = {"channels": channels, "patch_size": [8, 8, 8], "flip_axes": [0], "spacing": [1, 1, 1]}
     parser = ConfigParser(
-        {"plan": plan, **{key: TEMPLATE[key] for key in ("imports", "bias_field", "view_1", "view_2")}},
+        {
+            "plan": plan,
+            **{key: TEMPLATE[key] for key in ("imports", "bias_field", "scanner_shifts", "view_1", "view_2")},
+        },
     )
     for key, value in (overlay or {}).items():
         if key.startswith("view_"):
