@@ -79,9 +79,18 @@ def ghosting(image: Tensor, strength: float, random: Random) -> Tensor:
     if not axes:
         return image
     axis, every = int(random.choice(axes)), int(random.randint(2, 6))
-    line = np.abs(_lines(image.shape[axis]))
-    weight = np.where((line % every == 0) & (line > 0), 1 - 0.9 * strength, 1.0)
+    weight = ghost_weights(image.shape[axis], every, 0.9 * strength)
     return same_statistics(image, _along(image, axis, _line_filter(weight)))
+
+
+def ghost_weights(size: int, every: int, loss: float) -> npt.NDArray[np.float64]:
+    """Factors on the ``size`` lines of k-space, in the order of the FFT: each ``every``-th but line 0 loses ``loss``.
+
+    >>> ghost_weights(8, 2, 0.5).tolist()
+    [1.0, 1.0, 0.5, 1.0, 0.5, 1.0, 0.5, 1.0]
+    """
+    line = np.abs(_lines(size))
+    return np.where((line % every == 0) & (line > 0), 1 - loss, 1.0)
 
 
 def motion(image: Tensor, strength: float, random: Random) -> Tensor:
@@ -129,7 +138,7 @@ def mr_noise(image: Tensor, strength: float, random: Random) -> Tensor:
     return same_statistics(image, torch.hypot(real, sigma * _normal(image, random)))
 
 
-KINDS: dict[str, Callable[[Tensor, float, Random], Tensor]] = {
+SCANNER_SHIFTS: dict[str, Callable[[Tensor, float, Random], Tensor]] = {
     kind.__name__: kind
     for kind in (inversion, remap, gamma, thick_slices, ghosting, motion, spikes, noise, mr_noise)
 }  # fmt: skip
@@ -170,8 +179,10 @@ class ScannerShiftd(mt.Randomizable, mt.Transform):  # type: ignore[misc]
     keys = (IMAGE,)
 
     def __init__(self, shares: Shares) -> None:
-        if unknown := sorted(set(shares) - set(KINDS)):
-            raise ValueError(f"scanner_shifts has the unknown kind {unknown[0]!r}; the kinds are {', '.join(KINDS)}.")
+        if unknown := sorted(set(shares) - set(SCANNER_SHIFTS)):
+            raise ValueError(
+                f"scanner_shifts has the unknown kind {unknown[0]!r}; the kinds are {', '.join(SCANNER_SHIFTS)}."
+            )
         if any(share < 0 for share in shares.values()) or sum(shares.values()) > 1 + 1e-9:
             raise ValueError(f"scanner_shifts needs shares from 0 to 1, together at most 1, got {dict(shares)}.")
         self.kinds, self.edges = list(shares), np.cumsum(list(shares.values()))
@@ -181,7 +192,7 @@ class ScannerShiftd(mt.Randomizable, mt.Transform):  # type: ignore[misc]
         if drawn == len(self.kinds):
             return dict(data)
         image = torch.as_tensor(data[IMAGE]).as_subclass(Tensor).float()
-        after = KINDS[self.kinds[drawn]](image, self.R.uniform(*STRENGTH), self.R)
+        after = SCANNER_SHIFTS[self.kinds[drawn]](image, self.R.uniform(*STRENGTH), self.R)
         return {**data, IMAGE: convert_to_dst_type(after.contiguous(), data[IMAGE])[0]}
 
 
