@@ -185,14 +185,15 @@ class ScannerShiftd(mt.Randomizable, mt.Transform):  # type: ignore[misc]
             )
         if any(share < 0 for share in shares.values()) or sum(shares.values()) > 1 + 1e-9:
             raise ValueError(f"scanner_shifts needs shares from 0 to 1, together at most 1, got {dict(shares)}.")
-        self.kinds, self.edges = list(shares), np.cumsum(list(shares.values()))
+        self.shares = dict(shares)
+        self.edges = np.cumsum(list(shares.values()))
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         drawn = int(np.searchsorted(self.edges, self.R.random_sample(), side="right"))
-        if drawn == len(self.kinds):
+        if drawn == len(self.shares):
             return dict(data)
         image = torch.as_tensor(data[IMAGE]).as_subclass(Tensor).float()
-        after = SCANNER_SHIFTS[self.kinds[drawn]](image, self.R.uniform(*STRENGTH), self.R)
+        after = SCANNER_SHIFTS[list(self.shares)[drawn]](image, self.R.uniform(*STRENGTH), self.R)
         return {**data, IMAGE: convert_to_dst_type(after.contiguous(), data[IMAGE])[0]}
 
 
