@@ -69,6 +69,7 @@ def test_remap_is_a_curve_of_three_lines() -> None:
 
 def test_gamma_is_a_power_between_its_percentiles() -> None:
     image = ramp()
+    image[0, 0, 0, 0] = 1000.0
     low, high = np.percentile(image, (0.5, 99.5))
     unit = np.clip((image - low) / (high - low), 0, 1)
     powers = []
@@ -290,6 +291,21 @@ def test_kinds_have_their_shares() -> None:
         unchanged += torch.equal(after, image)
     assert inverted / 2000 == pytest.approx(0.2, abs=0.03)
     assert unchanged / 2000 == pytest.approx(0.3, abs=0.03)
+
+
+def test_the_strength_is_drawn_between_a_fifth_and_one() -> None:
+    image = ramp()
+    transform = ScannerShiftd({"gamma": 1.0}).set_random_state(0)
+    cube = torch.from_numpy(image)
+    low, high = np.percentile(image, (0.5, 99.5))
+    unit = np.clip((image - low) / (high - low), 0, 1).ravel()
+    strengths = np.linspace(-1.2, 1.2, 49)
+    curves = np.stack([unit ** (2.5**strength) for strength in strengths])
+    drawn = []
+    for _ in range(60):
+        after = transform({"image": cube})["image"].numpy().ravel()
+        drawn.append(abs(strengths[np.argmax([np.corrcoef(curve, after)[0, 1] for curve in curves])]))
+    assert 0.19 < min(drawn) < 0.31 and 0.89 < max(drawn) < 1.01
 
 
 @pytest.mark.parametrize(
