@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import sys
@@ -84,13 +85,27 @@ def train(minutes: float, seed: int) -> dict[str, Any]:
 
 
 def predict(scans: Path, out: Path) -> dict[str, Any]:
-    """Masks of all scans of a folder, with nnU-Net's defaults: half-overlapping windows, mirrored along all axes."""
+    """Masks of all scans of a folder, with nnU-Net's defaults: half-overlapping windows, mirrored along all axes.
+
+    A process with one thread per core, which is faster for small scans than one process with several threads.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    files = sorted(scans.glob("*.nii.gz"))
+    with multiprocessing.get_context("spawn").Pool(THREADS) as pool:
+        mirrored = pool.starmap(predict_part, [(files[part::THREADS], out) for part in range(THREADS)], chunksize=1)
+        pool.close()
+        pool.join()
+    return {"scans": len(files), "mirrored_axes": mirrored[0]}
+
+
+def predict_part(files: list[Path], out: Path) -> list[int]:
+    """Masks of some scans, with one thread; returns the axes along which nnU-Net mirrors."""
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)
     dataset, manager = preprocessed("dataset.json"), PlansManager(plans())
     configuration = manager.get_configuration(CONFIGURATION)
     classes = manager.get_label_manager(dataset).num_segmentation_heads
@@ -98,18 +113,14 @@ def predict(scans: Path, out: Path) -> dict[str, Any]:
         manager, configuration, len(dataset["channel_names"]), classes, enable_deep_supervision=False
     )
     checkpoint = torch.load(trained_weights(), map_location="cpu", weights_only=False)
-    mirrored = checkpoint["inference_allowed_mirroring_axes"]
-    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
-    weights = [checkpoint["network_weights"]]
-    network.load_state_dict(weights[0])
-    predictor.manual_initialization(network, manager, configuration, weights, dataset, "nnUNetTrainer", mirrored)
-    out.mkdir(parents=True, exist_ok=True)
-    files = sorted(scans.glob("*.nii.gz"))
-    # without worker processes, which cost more than they gain for scans as small as these
-    predictor.predict_from_files_sequential(
-        [[str(file)] for file in files], [str(out / file.name.removesuffix(".nii.gz")) for file in files]
-    )
-    return {"scans": len(files), "mirrored_axes": mirrored}
+    weights, mirrored = checkpoint["network_weights"], list(checkpoint["inference_allowed_mirroring_axes"])
+    network.load_state_dict(weights)
+    names = [str(out / file.name.removesuffix(".nii.gz")) for file in files]
+    with contextlib.redirect_stdout(sys.stderr):
+        predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+        predictor.manual_initialization(network, manager, configuration, [weights], dataset, "nnUNetTrainer", mirrored)
+        predictor.predict_from_files_sequential([[str(file)] for file in files], names)
+    return mirrored
 
 
 if __name__ == "__main__":

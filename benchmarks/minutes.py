@@ -242,7 +242,7 @@ def report(done: Sequence[Work], cases: Sequence[Case], labels: Mapping[str, flo
     text = [
         f"Written by `python -m benchmarks.minutes --minutes {given.minutes:g} --seeds {given.seeds}`.",
         "",
-        f"{LABELLED} labelled scans of folds 2-4, the {len(cases)} scans of fold 1 in {len(CONDITIONS)} conditions, "
+        f"{LABELLED} labelled scans of folds 2-4, {len(cases)} scans of fold 1 in {len(CONDITIONS)} conditions, "
         f"{given.minutes:g} minutes of training, seeds {given.seeds}. {machine(given.cores)}.",
         f"Ours: about {steps} steps of {2 * plan['batch_size']} patches of {patch}. nnU-Net: about {their_steps} steps of "
         f"{prepared['batch_size']} patches of {their_patch}, {given.nnunet_workers} worker processes for augmentation "
@@ -272,6 +272,9 @@ def main() -> None:
         "--nnunet-workers", type=int, default=1, help="its processes for augmentation (nnUNet_n_proc_DA)"
     )
     options.add_argument("--cores", type=int, default=2)
+    options.add_argument(
+        "--scans", type=int, help="only the first N test scans, for a trial (with an --out of its own)"
+    )
     options.add_argument("--result", type=Path, help="file to write; default: benchmarks/results/minutes_MINUTES.md")
     given = options.parse_args()
     root = os.environ.get("MEDSEG_DATA")
@@ -289,7 +292,7 @@ def main() -> None:
     pool = replace(dataset, cases=tuple(case for case in dataset.cases if case.name in training_names))
     split = split_cases(pool, labels=LABELLED, seed=0)
     training = sorted((*split.training, *split.validation), key=lambda case: case.name)
-    test = [case for case in dataset.cases if case.name in test_names]
+    test = [case for case in dataset.cases if case.name in test_names][: given.scans]
     out.mkdir(parents=True, exist_ok=True)
     (out / "training.txt").write_text("\n".join(case.name for case in training) + "\n")
     write_scans(test, out / "scans")
