@@ -19,6 +19,7 @@ import os
 import random
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def prepare() -> dict[str, Any]:
     plan_experiments([1])
     preprocess([1], configurations=[CONFIGURATION], num_processes=[THREADS])
     found = plans()["configurations"][CONFIGURATION]
-    return {"batch_size": found["batch_size"], "patch_size": found["patch_size"]}
+    versions = f"nnunetv2 {version('nnunetv2')} on torch {version('torch')}"
+    return {"versions": versions, "batch_size": found["batch_size"], "patch_size": found["patch_size"]}
 
 
 def preprocessed(name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ can be repeated. Run nothing else at the same time.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -41,7 +42,7 @@ from medseg_supcon.quality import Degraded, degradations
 from medseg_supcon.scans import read_nifti
 
 LABELLED = 20
-OURS, NNUNET = "medseg", "nnunet"
+OURS, NNUNET = "ours", "nnunet"
 STAGES = ("prepare", "train", "predict")
 Change = Callable[[npt.NDArray[np.float32], int], npt.NDArray[np.float32]]
 Array = npt.NDArray[np.float64]
@@ -111,11 +112,12 @@ class Work:
             (self.folder / "costs.json").write_text(json.dumps(self.costs | {stage: done}, indent=2))
 
 
-def ours(out: Path, data: Path, minutes: float, seed: int) -> Work:
+def ours(out: Path, data: Path, minutes: float, seed: int, settings: Sequence[str]) -> Work:
     folder = out / f"{OURS}_{minutes:g}_{seed}"
     medseg = [sys.executable, "-m", "medseg_supcon.cli"]
     common = [data, "--out", folder / "run", "--device", "cpu"]
     planned = [*common, "--cases", out / "training.txt", "--minutes", minutes, "--seed", seed]
+    planned += [word for setting in settings for word in ("--set", setting)]
     commands: dict[str, list[object]] = {
         "prepare": [*medseg, "plan", *planned],
         "train": [*medseg, "train", *common],
@@ -228,25 +230,33 @@ def cost_table(costs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     return lines
 
 
+def minutes_of_epochs(run_folder: Path) -> float:
+    """Wall-clock minutes of the epochs of one of our runs."""
+    with (run_folder / "logs" / "history.csv").open() as stream:
+        return sum(float(row["seconds"]) for row in csv.DictReader(stream)) / 60
+
+
 def report(done: Sequence[Work], cases: Sequence[Case], labels: Mapping[str, float], given: argparse.Namespace) -> str:
     """The page, from finished work of both tools."""
     of = {tool: [work for work in done if work.tool == tool] for tool in (OURS, NNUNET)}
     measured = {tool: [scores(work.folder / "masks", cases, labels) for work in works] for tool, works in of.items()}
     costs = {tool: [work.costs for work in works] for tool, works in of.items()}
-    plan = json.loads((of[OURS][0].folder / "run" / "configs" / "plan.json").read_text())
-    steps = plan["epochs"] * plan["steps_per_epoch"]
+    plans = [json.loads((work.folder / "run" / "configs" / "plan.json").read_text()) for work in of[OURS]]
+    plan, steps = plans[0], round(np.mean([one["epochs"] * one["steps_per_epoch"] for one in plans]))
     their_steps = round(np.mean([cost["train"]["steps"] for cost in costs[NNUNET]]))
+    epochs = np.mean([minutes_of_epochs(work.folder / "run") for work in of[OURS]])
     patch = " x ".join(map(str, plan["patch_size"]))
     prepared = costs[NNUNET][0]["prepare"]
     their_patch = " x ".join(map(str, prepared["patch_size"]))
+    settings = "".join(f" --set {setting}" for setting in given.set)
     text = [
-        f"Written by `python -m benchmarks.minutes --minutes {given.minutes:g} --seeds {given.seeds}`.",
+        f"Written by `python -m benchmarks.minutes --minutes {given.minutes:g} --seeds {given.seeds}{settings}`.",
         "",
         f"{LABELLED} labelled scans of folds 2-4, {len(cases)} scans of fold 1 in {len(CONDITIONS)} conditions, "
-        f"{given.minutes:g} minutes of training, seeds {given.seeds}. {machine(given.cores)}.",
+        f"{given.minutes:g} min of training, seeds {given.seeds}. {machine(given.cores)}.",
         f"Ours: about {steps} steps of {2 * plan['batch_size']} patches of {patch}. nnU-Net: about {their_steps} steps of "
-        f"{prepared['batch_size']} patches of {their_patch}, {given.nnunet_workers} worker processes for augmentation "
-        "(nnUNet_n_proc_DA), mirrored prediction.",
+        f"{prepared['batch_size']} patches of {their_patch}, mirrored prediction, "
+        f"nnUNet_n_proc_DA={given.nnunet_workers}, {prepared['versions']}.",
         "",
         *dice_table(measured[OURS], measured[NNUNET]),
         "",
@@ -254,8 +264,9 @@ def report(done: Sequence[Work], cases: Sequence[Case], labels: Mapping[str, flo
         "",
         *cost_table(costs),
         "",
-        f"Means over the seeds, of each command from start to end. Training contains more than {given.minutes:g} minutes: "
-        "start and, in ours, the evaluation of the validation cases and the fit of the quality model. Prediction is of "
+        f"Means over the seeds, of each command from start to end. The training commands also start and save, which is not "
+        f"part of the {given.minutes:g} min; ours also evaluates the run and fits the quality model. Our epochs took "
+        f"{epochs:.1f} min, validation included; nnU-Net's steps {given.minutes:g} min. Prediction is of "
         f"{len(cases) * len(CONDITIONS)} scans; ours includes the predicted Dice of each mask.",
     ]
     return "\n".join(text) + "\n"
@@ -268,8 +279,12 @@ def main() -> None:
     options.add_argument("--seeds", default="0", help="for example 0,1,2")
     options.add_argument("--part", choices=(NNUNET, OURS, "score"), action="append", help="default: all")
     options.add_argument("--nnunet-python", type=Path, help="interpreter of an environment with nnunetv2")
+    # one is enough: nnU-Net's augmentation takes 2 % of the processor time of its step
     options.add_argument(
         "--nnunet-workers", type=int, default=1, help="its processes for augmentation (nnUNet_n_proc_DA)"
+    )
+    options.add_argument(
+        "--set", action="append", default=[], help="KEY=VALUE for `medseg plan`; use another --out for each"
     )
     options.add_argument("--cores", type=int, default=2)
     options.add_argument(
@@ -300,7 +315,7 @@ def main() -> None:
     for seed in map(int, given.seeds.split(",")):
         python = given.nnunet_python or Path("python")  # not used where nnU-Net's part is done
         theirs = nnunet(out, python.absolute(), given.minutes, seed, given.nnunet_workers)
-        mine = ours(out, data, given.minutes, seed)
+        mine = ours(out, data, given.minutes, seed, given.set)
         if NNUNET in parts:
             theirs.do(lambda folder: write_raw(dataset, training, folder), given.cores)
         if OURS in parts:
