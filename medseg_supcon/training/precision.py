@@ -26,7 +26,8 @@ ROUNDS, PATIENCE = 5, 5.0  # passes in each precision, and the seconds after whi
 
 def has_bfloat16() -> bool:
     """Whether this CPU computes in bfloat16 (AVX512_BF16 or AMX), and ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA allow it."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
+    onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    if not (onednn and torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
         return False
     instructions = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
     return any(instructions) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,4 +1,4 @@
-"""The precision of a training: when a CPU computes in bfloat16, that float32 is as before, and that a resumed run keeps it."""
+"""The precision of a training: when a CPU computes in bfloat16, and that a resumed run keeps it."""
 
 from __future__ import annotations
 
