@@ -113,6 +113,7 @@ def test_every_page_starts_with_a_command(page: Path) -> None:
     assert first == "```python" or re.match(r"    (medseg|python -m|make|pip install|docker build) ", first), first
 
 
+@pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")  # MONAI's, of every bundle that it loads
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
 def test_python_runs(
     page: Path, rated_run: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
