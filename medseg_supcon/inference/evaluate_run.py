@@ -25,13 +25,20 @@ TOLERANCE_MM = 1.0
 
 
 def evaluate_dataset(
-    run: Path, dataset: Dataset, out: Path, *, device: str | None = None, trust: bool = False, pictures: bool = False
+    run: str | Path,
+    dataset: Dataset,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    trust: bool = False,
+    pictures: bool = False,
 ) -> dict[str, Any]:
     """Score a run on the labelled cases of a data set, as `evaluate_items`; cases with errors become ``problems``.
 
     Each row says in ``trained_on`` whether the run was trained on the case. DataError if no case can be scored, or
     the channels are not the run's; RunError if the run is not trained, or needs trust.
     """
+    run, out = Path(run), Path(out)
     files = run / "configs" / "plan.json", run / "models" / "model.pt"
     if not all(file.is_file() for file in files):
         raise RunError(f"{run} is not a trained run: configs/plan.json and models/model.pt are needed. Train it first.")

@@ -296,9 +296,9 @@ class QualityModel:
         write_whole(run / FILE, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
     @classmethod
-    def load(cls, run: Path) -> QualityModel | None:
+    def load(cls, run: str | Path) -> QualityModel | None:
         """That of a run, or None if it has none; `RunError` if the file is damaged."""
-        path = run / FILE
+        path = Path(run) / FILE
         if not path.is_file():
             return None
         try:

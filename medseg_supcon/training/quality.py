@@ -32,12 +32,13 @@ LARGE = 2**21  # voxels
 logger = logging.getLogger(__name__)
 
 
-def fit_quality(run: Path, device: str | None = None) -> QualityModel | None:
+def fit_quality(run: str | Path, device: str | None = None) -> QualityModel | None:
     """Fit and save the quality model of a trained run; None if the training was too short for one to pay.
 
     The labelled scans are segmented as they are and degraded in the ways of `degradations`; the random draws belong to
     (scan, number) alone. The number of windows is limited to what takes about a tenth of the training's time.
     """
+    run = Path(run)
     (run / "models" / "quality.npz").unlink(missing_ok=True)
     plan = read_plan(run / "configs" / "plan.json")
     folder = plain_text(read_config(run / "configs" / "train.yaml").get("dataset_dir", ""))

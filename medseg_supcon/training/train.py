@@ -187,13 +187,15 @@ def run_config(run: Path, trust: bool = False, **overrides: Any) -> ConfigWorkfl
 
 
 def train_run(
-    run: Path, device: str | None = None, resume: bool = False, quiet: bool = False, trust: bool = False, **overrides: Any,
+    run: str | Path, device: str | None = None, resume: bool = False, quiet: bool = False, trust: bool = False,
+    **overrides: Any,
 ) -> None:  # fmt: skip
     """Train a planned run to its end, evaluate it on its validation cases and write its documents.
 
     `resume`: continue from ``models/checkpoint.pt``, or start if there is none. `trust`: run code in its configs that
     medseg did not write on this computer. `overrides`: of train.yaml's keys, for this call alone.
     """
+    run = Path(run)
     with at_work_in(run):
         check_configs_trusted(run, trust)
         if resume and is_finished(run):

@@ -22,19 +22,6 @@ Medseg = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def rated_run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small run with a quality model, for which its training is really too short."""
-    run = tmp_path_factory.mktemp("rated") / "run"
-    shutil.copytree(trained_run, run)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "WINDOWS_PER_STEP", 10_000)
-        patch.setattr(fitting, "MOST", 36)
-        patch.setattr(model, "TREES", 20)
-        assert fit_quality(run, "cpu") is not None
-    return run
-
-
-@pytest.fixture(scope="module")
 def scans(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two unseen phantoms and a scan of pure noise."""
     folder = tmp_path_factory.mktemp("scans")
