@@ -32,7 +32,7 @@ from medseg_supcon.training.loss import (
     with_unknown,
 )
 from medseg_supcon.training.prepare import Request, is_of_plan, prepare_dataset, prepare_run, refuse_errors
-from medseg_supcon.training.quality import fit_quality
+from medseg_supcon.training.quality import fit_quality, quality_samples
 from medseg_supcon.training.ranks import (
     BlankFillerd,
     RankSampler,
