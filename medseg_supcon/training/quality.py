@@ -19,7 +19,7 @@ from medseg_supcon.datasets import class_indices, load_items
 from medseg_supcon.errors import MedsegError
 from medseg_supcon.inference import Predictor, prepare_volume
 from medseg_supcon.plan import read_plan
-from medseg_supcon.quality import Degraded, QualityModel, Sample, degradations, dice_per_class
+from medseg_supcon.quality import INTENSITY, Degraded, QualityModel, Sample, degradations, dice_per_class
 from medseg_supcon.scans import Scan, Volume, read_nifti, read_scan
 
 FEWEST, ENOUGH, MOST = 24, 200, 900  # samples: with fewer no model is fitted, and more add nothing
@@ -28,6 +28,7 @@ WINDOWS_PER_STEP = 1 / 9  # of a training step's patches: about a tenth of the t
 MOST_VOXELS = 1.5e9  # degraded in all
 MARGIN_MM = 30.0  # of a large scan, the structures and this around them are used
 LARGE = 2**21  # voxels
+PAIRED = 0.7  # strength of each of two degradations, as a share of that of one
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +118,18 @@ def _windows(volume: Volume, plan: dict[str, Any]) -> float:
 def _forms(
     name: str, volume: Volume, label: npt.NDArray[np.int16], count: int, offset: int
 ) -> Iterator[tuple[Degraded, bool]]:
-    """The scan as it is, and ``count - 1`` degraded forms, whose kinds go on from those of the scan before."""
+    """The scan as it is, and ``count - 1`` degraded forms, whose kinds go on from those of the scan before.
+
+    Every other one has a second, weaker fault on top: with such pairs, faults of unknown kinds are predicted better.
+    """
     original = Degraded(volume.channels_first.astype(np.float32, copy=False), label)
     yield original, True
     kinds = list(degradations(len(original.image)).values())
     for number, kind in enumerate(islice(cycle(kinds), offset, offset + count - 1)):
         rng = np.random.default_rng(zlib.crc32(f"{name}/{number}".encode()))
-        yield kind(original, 1 - rng.random(), rng), False
+        pair = number % 2 == 1
+        form = kind(original, (1 - rng.random()) * (PAIRED if pair else 1), rng)
+        if pair:
+            second = INTENSITY[int(rng.integers(len(INTENSITY)))]
+            form = replace(form, image=second(form.image, (1 - rng.random()) * PAIRED, rng))
+        yield form, False
