@@ -15,9 +15,8 @@ import pytest
 from medseg_supcon.errors import RunError
 from medseg_supcon.inference import Predictor
 from medseg_supcon.quality import QualityModel, model
-from medseg_supcon.training import fit_quality
+from medseg_supcon.training import fit_quality, train
 from medseg_supcon.training import quality as fitting
-from medseg_supcon.training import train
 
 Medseg = Callable[..., tuple[int, str, str]]
 
