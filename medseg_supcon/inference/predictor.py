@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from medseg_supcon.bundle import Model, load_model
 from medseg_supcon.datasets import label_type
 from medseg_supcon.errors import ConfigError, DataError, RunError
+from medseg_supcon.inference.components import postprocess
 from medseg_supcon.inference.dicom_seg import DicomSegWriter
 from medseg_supcon.inference.find_scans import find_scans, refuse_equal_names
 from medseg_supcon.inference.folder import Progress, predict_folder
@@ -163,7 +163,7 @@ class Predictor:
         infer = partial(self._infer, prepared, probabilities)
         batch = self.plan["inference"]["sw_batch_size"]
         classes, scores, passes, masks = with_less_memory(infer, self.device, batch, warnings)
-        keep_largest(classes, [i for i, name in enumerate(self.labels) if name in self.plan["keep_largest"]])
+        postprocess(classes, self.plan, 1000 * prepared.grid.voxel_ml)
         if not classes.any():
             warnings.append("no structure was found: the mask is empty")
         evidence = [
@@ -218,17 +218,6 @@ def _classifier(model: Model) -> torch.nn.Module | None:
         return model.network.get_submodule(classifier_name(model.network))
     except ConfigError:
         return None
-
-
-def keep_largest(classes: npt.NDArray[Any], which: Sequence[int]) -> None:
-    """Turn all but the largest component (26 neighbours) of some classes into background, in place."""
-    for index in which:
-        for box in ndimage.find_objects((classes == index).astype(np.uint8)):
-            part = classes[box]
-            components, count = ndimage.label(part == index, structure=np.ones((3, 3, 3)))
-            if count > 1:
-                largest = np.bincount(components[components > 0]).argmax()
-                part[(components > 0) & (components != largest)] = 0
 
 
 def _finite(chunks: Iterable[Tensor], what: str) -> Iterator[Tensor]:
