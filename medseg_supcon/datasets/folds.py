@@ -60,8 +60,8 @@ def split_folds(dataset: Dataset, number: int, *, labels: int | None = None, see
             warnings.append(f"{dataset.folds.source} has {what}: no score is made of them.")
     splits = []
     for training, validation in parts:
-        sides = [tuple(case for case in chosen if case.name in names) for names in (training, validation)]
-        splits.append(Split(*sides, all_others(dataset, *sides), tuple(warnings)))
+        trained, held = (tuple(case for case in chosen if case.name in names) for names in (training, validation))
+        splits.append(Split(trained, held, all_others(dataset, trained, held), tuple(warnings)))
     return tuple(splits)
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from medseg_supcon.bundle import Model, load_model
+from medseg_supcon.bundle import Model, load_model, member_runs
 from medseg_supcon.datasets import label_type
 from medseg_supcon.errors import ConfigError, DataError, RunError
 from medseg_supcon.inference.components import postprocess
@@ -37,7 +37,7 @@ class Predictor:
     patch's depth at a time.
 
     Args:
-        run: a run's folder, or several.
+        run: a run's folder, or several; a folder of ``medseg train --folds`` stands for its folds.
         device: "cpu", "cuda", "cuda:1", ...; None: the first GPU, or the CPU.
         tta: average over mirrorings along the plan's ``flip_axes`` (probabilities, per window).
         trust: accept a run whose config or network is not what medseg writes; it may run any code.
@@ -69,7 +69,9 @@ class Predictor:
         quality: bool = True,
         review_below: float | None = None,
     ) -> None:
-        runs = [run] if isinstance(run, str | Path) else list(run)
+        runs = [
+            member for path in ([run] if isinstance(run, str | Path) else run) for member in member_runs(Path(path))
+        ]
         if not runs:
             raise ValueError("run must name at least one run folder, got an empty list")
         self.device = _device(device)
@@ -78,7 +80,7 @@ class Predictor:
         self.amp = self.device.type == "cuda" if amp is None else amp
         self.plan = self.models[0].plan
         self.rates, self.review_below = quality, review_below
-        self.quality_models = [QualityModel.load(Path(path)) if quality else None for path in runs]
+        self.quality_models = [QualityModel.load(path) if quality else None for path in runs]
         self.warnings = [warning for model in self.models for warning in model.warnings]
         for path, model in zip(runs[1:], self.models[1:], strict=True):
             for key in ("labels", "channels"):
