@@ -47,6 +47,7 @@ from medseg_supcon.datasets import Report, Split, group_of, split_folds
 from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.files import folder_lock, read_json, write_text
 from medseg_supcon.plan import read_plan, write_plan
+from medseg_supcon.quality import QualityModel
 from medseg_supcon.training import (
     Request,
     check_planned,
@@ -217,6 +218,7 @@ def _train_and_score(folds: FoldSet, where: Sequence[str], say: Say) -> None:
     if not all(map(is_complete, folds.runs)):
         say("The folds are scored again, with the post-processing that helps on the out-of-fold masks.")
         _work(folds, parts, where, say)
+    _pool_quality(folds.runs)
     score(folds.folder, parts, tried, sentences(tried))
 
 
@@ -244,6 +246,15 @@ def _use(folds: FoldSet, keys: dict[str, Any]) -> None:
             with at_work_in(run):
                 (run / "eval" / "metrics.json").unlink(missing_ok=True)  # before the plan: a kill between is seen
                 write_plan({key: wanted[key] for key in (*plan, *wanted) if key in wanted}, path)
+
+
+def _pool_quality(runs: Sequence[Path]) -> None:
+    """The quality models, if the training was long enough for them, are calibrated on the out-of-fold masks of all folds."""
+    models = [model for run in runs if (model := QualityModel.load(run)) is not None]
+    if len(models) == len(runs):
+        QualityModel.pool(models)
+        for run, model in zip(runs, models, strict=True):
+            model.save(run)
 
 
 def _out_of_fold(run: Path) -> OutOfFold:

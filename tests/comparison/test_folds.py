@@ -254,7 +254,6 @@ def test_killed_again_and_again(folds: Path, data: Path, threshold: Path, tmp_pa
         process.start()
         process.join(300)
         codes.append(process.exitcode)
-        print(attempt, moment, ticks.value, process.exitcode)
     assert codes[-1] == 0 and codes.count(-signal.SIGKILL) >= 3
     assert content(out) == content(folds)
     assert not list(out.rglob("*.tmp")) and not (out / ".planning").exists()
