@@ -59,6 +59,7 @@ from medseg_supcon.training import (
     requested_cases,
 )
 
+IN_THE_WAY = ("configs", "models", "eval", "jobs", "fold_*")
 POSTPROCESSING = ("keep_largest", "smallest_mm3")  # keys of a plan
 ORPHANS = 20.0  # seconds in which the processes of a killed call end
 Show = Callable[[Report], None]
@@ -142,8 +143,10 @@ def _plan(
     path: Path, out: Path, number: int, request: Request, device: str | None, trust: bool, show: Show
 ) -> tuple[dict[str, Any], tuple[Split, ...]]:
     """Write all folds as planned runs; after a kill there are all of them, or there is nothing but a draft."""
-    if there := [name for name in ("configs", "models", "eval", "jobs", "fold_0") if (out / name).exists()]:
-        raise RunError(f"{out} already contains {there[0]}, which is not a fold's. Choose another --out.")
+    if there := sorted(path.name for name in IN_THE_WAY for path in out.glob(name)):
+        raise RunError(
+            f"{out} contains {there[0]}, but no folds.json, so --folds did not write it. Choose another --out."
+        )
     if request.validation is not None:
         raise ConfigError(
             "--validation and --folds contradict each other: each fold is validated on the cases held out."

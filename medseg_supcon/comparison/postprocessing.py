@@ -51,15 +51,16 @@ class Components:
     @classmethod
     def of(cls, mask: Mask, index: int) -> Components:
         """Those of a class."""
-        components, count = ndimage.label(mask.classes == index, structure=np.ones((3, 3, 3)))
-
-        def counts(chosen: Array) -> Array:
-            return np.bincount(components[chosen], minlength=count + 1)[1:]
-
-        label = mask.label == index
-        every, reference = np.ones(label.shape, dtype=bool), int(label.sum())
-        volume = counts(every) * mask.voxel_mm3
-        return cls(mask.patient, volume, counts(mask.label >= 0), counts(label), reference, reference * mask.voxel_mm3)
+        own, label = mask.classes == index, mask.label == index
+        reference = int(label.sum())
+        box = next(iter(ndimage.find_objects(own.astype(np.uint8))), (slice(0, 0),) * own.ndim)
+        components, count = ndimage.label(own[box], structure=np.ones((3, 3, 3)))
+        volume, voxels, hits = (
+            np.bincount(components[chosen], minlength=count + 1)[1:]
+            for chosen in (own[box], mask.label[box] >= 0, label[box])
+        )
+        volume = volume * mask.voxel_mm3
+        return cls(mask.patient, volume, voxels, hits, reference, reference * mask.voxel_mm3)
 
     def dice(self, largest: bool, smallest_mm3: float) -> float:
         """Dice of the class after this post-processing; 1 if it is in neither."""

@@ -245,11 +245,12 @@ def killed_at(data: Path, threshold: Path, out: Path, moment: int | None, ticks:
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes are forked")
 def test_killed_again_and_again(folds: Path, data: Path, threshold: Path, tmp_path: Path) -> None:
     """At five moments from planning to the pooled scores; the end is that of an uninterrupted training."""
-    context, out, rng = multiprocessing.get_context("fork"), tmp_path / folds.name, random.Random(7)
+    rng = random.Random(7)
+    context, out = multiprocessing.get_context("fork"), tmp_path / folds.name
     codes = []
     for attempt in range(6):
         ticks = context.Value("i", 0)
-        moment = rng.randint(40, 140) if attempt < 5 else None
+        moment = (12, *rng.sample(range(40, 140), 4), None)[attempt]
         process = context.Process(target=killed_at, args=(data, threshold, out, moment, ticks, attempt > 0))
         process.start()
         process.join(300)
