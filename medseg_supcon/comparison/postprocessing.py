@@ -55,12 +55,11 @@ class Components:
         reference = int(label.sum())
         box = next(iter(ndimage.find_objects(own.astype(np.uint8))), (slice(0, 0),) * own.ndim)
         components, count = ndimage.label(own[box], structure=np.ones((3, 3, 3)))
-        volume, voxels, hits = (
+        sizes, voxels, hits = (
             np.bincount(components[chosen], minlength=count + 1)[1:]
             for chosen in (own[box], mask.label[box] >= 0, label[box])
         )
-        volume = volume * mask.voxel_mm3
-        return cls(mask.patient, volume, voxels, hits, reference, reference * mask.voxel_mm3)
+        return cls(mask.patient, sizes * mask.voxel_mm3, voxels, hits, reference, reference * mask.voxel_mm3)
 
     def dice(self, largest: bool, smallest_mm3: float) -> float:
         """Dice of the class after this post-processing; 1 if it is in neither."""

@@ -51,6 +51,12 @@ def test_dice_of_a_setting(largest: bool, smallest: float) -> None:
     assert dice == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(("labelled", "dice"), [(0, 1.0), (1, 0.0)])
+def test_a_mask_without_the_class(labelled: int, dice: float) -> None:
+    label = np.full((4, 5, 6), labelled)
+    assert Components.of(Mask("p", np.zeros_like(label), label, 1.0), 1).dice(True, 3.0) == dice
+
+
 def masks(specks: list[int], patients: list[str] | None = None, big: int = 6, piece: int = 0) -> list[Mask]:
     """Organs of big^3 voxels of 2 mm3 that are found whole, and per mask a false component of so many voxels in a row.
 
