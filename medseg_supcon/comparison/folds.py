@@ -131,7 +131,7 @@ def train_folds(
             complete, folds = False, FoldSet.read(out)
             planned(plan, splits[0], folds.runs[0])
             sizes = ", ".join(str(len(split.validation)) for split in splits)
-            say(f"{len(splits)} folds of this plan, with {sizes} cases held out ({out / FOLDS} lists them).")
+            say(f"{len(splits)} folds of this plan and this expected time each; {sizes} cases held out ({out / FOLDS}).")
         if complete:
             say(f"{out} is finished. There is nothing to resume.")
         else:
