@@ -33,7 +33,15 @@ from medseg_supcon.training.loss import (
     with_unknown,
 )
 from medseg_supcon.training.precision import Precision, has_bfloat16, pass_seconds
-from medseg_supcon.training.prepare import Request, is_of_plan, prepare_dataset, prepare_run, refuse_errors
+from medseg_supcon.training.prepare import (
+    Request,
+    is_of_plan,
+    prepare_dataset,
+    prepare_run,
+    refresh_documents,
+    refuse_errors,
+    requested_cases,
+)
 from medseg_supcon.training.quality import fit_quality, quality_samples
 from medseg_supcon.training.ranks import (
     BlankFillerd,
