@@ -154,7 +154,7 @@ def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[in
 def network_definition(in_channels: int, classes: int, steps: Sequence[Sequence[int]], width: int) -> dict[str, Any]:
     """A plan's ``network_def``: a residual MONAI UNet of `width` channels, doubled per level, and a 1x1x1 convolution.
 
-    The activation is nnU-Net's, LeakyReLU of slope 0.01: the gradient of PReLU, MONAI's default, takes a sixth of a step.
+    The activation is nnU-Net's, LeakyReLU of slope 0.01: the gradient of PReLU, MONAI's default, is slow.
     """
     unet = {
         "_target_": "monai.networks.nets.UNet",
