@@ -35,8 +35,11 @@ WITHOUT_WORKING_FOLDER = """
 import sys; sys.path = [p for p in sys.path if p]
 from medseg_supcon.comparison import jobs; sys.exit(jobs.main(*sys.argv[1:]))
 """
+# Slurm sends these to all processes of a job before it preempts the job, or its time is up: the first one decides what to do.
+SHIELD = ("sh", "-c", 'trap "" TERM USR2; exec "$@"', "sh")
 # ``run`` (a planned run), ``tests`` (a folder), ``dataset_dir``, ``classes`` and ``conditions``: name -> items
 Job = Mapping[str, Any]
+Done = Callable[[Path, str], None]  # a job file, and what went wrong
 
 
 def main(job: str, device: str, sharing: str, parent: str) -> int:
@@ -124,7 +127,7 @@ def devices(device: str | None, workers: int | None = None) -> list[str]:
     return [known[i % len(known)] for i in range(workers or len(known))]
 
 
-def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Callable[[Path, str], None]) -> None:
+def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Done) -> None:
     """Run job files, each in its own process; ``done`` is called here after each, with what went wrong ("": nothing).
 
     Of several workers, each with a device in ``where``, all are silent, write ``JOB.log`` and share CPU threads and memory.
@@ -149,13 +152,37 @@ def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Callable[[Path, s
             raise
 
 
-def run_process(job: Path, device: str, where: Sequence[str], processes: set[subprocess.Popen[bytes]]) -> str:
-    """One job to its end, its process among ``processes`` until then: what went wrong, or an empty string."""
+def run_job(job: Path, device: str | None) -> str:
+    """One job file in a process of its own, as a job of a cluster: what went wrong, or an empty string."""
+    where, processes = devices(device)[:1], set[subprocess.Popen[bytes]]()
+    try:
+        return run_process(job, where[0], where, processes, on_cluster=True)
+    finally:  # the job's time is up
+        for process in list(processes):
+            process.kill()
+            process.wait()
+
+
+def run_process(
+    job: Path, device: str, where: Sequence[str], processes: set[subprocess.Popen[bytes]], on_cluster: bool = False
+) -> str:
+    """One job to its end, its process among ``processes`` until then: what went wrong, or an empty string.
+
+    Its output goes to ``JOB.log`` if there are several workers, or on a cluster.
+    """
     environment, name = process_environment(device, where)
     arguments = [str(job), name, str(len(where)), str(os.getpid())]
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_WORKING_FOLDER, *arguments]
-    log = job.with_suffix(".log") if len(where) > 1 else None
-    with log.open("wb") if log else nullcontext() as stream:
+    command = [
+        *(SHIELD if on_cluster else ()),
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        WITHOUT_WORKING_FOLDER,
+        *arguments,
+    ]
+    file = job.with_suffix(".log") if on_cluster or len(where) > 1 else None
+    with file.open("wb") if file else nullcontext() as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
         processes.add(process)
         code = process.wait()
@@ -166,8 +193,8 @@ def run_process(job: Path, device: str, where: Sequence[str], processes: set[sub
         return f"it was stopped by {signal.Signals(-code).name}; perhaps memory ran out"
     if code == 0:
         return ""
-    lines = log.read_text(errors="replace").strip().splitlines() if log else ["see above"]
-    return lines[-1].removeprefix("medseg: ") if lines else f"see {log}"
+    lines = file.read_text(errors="replace").strip().splitlines() if file else ["see above"]
+    return lines[-1].removeprefix("medseg: ") if lines else f"see {file}"
 
 
 def process_environment(device: str, where: Sequence[str]) -> tuple[dict[str, str], str]:

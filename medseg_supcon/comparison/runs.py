@@ -6,6 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
@@ -16,28 +17,31 @@ from medseg_supcon.comparison import jobs
 from medseg_supcon.comparison.corruptions import CORRUPTIONS, corrupt_cases
 from medseg_supcon.comparison.design import Cell, Design, case_names
 from medseg_supcon.comparison.report import Results, write_comparison
-from medseg_supcon.datasets import items
+from medseg_supcon.datasets import Dataset, Split, items
 from medseg_supcon.errors import RunError
 from medseg_supcon.evaluation import read_history, summarise
 from medseg_supcon.files import folder_lock, read_json, write_text
 from medseg_supcon.plan import plan_warnings, read_plan, write_plan
+from medseg_supcon.slurm import Cluster, run_on_cluster
 from medseg_supcon.text import counted
 from medseg_supcon.training import is_finished, is_of_plan, prepare_run
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
 MARKER = "comparison.json"
+CLUSTER_FILES = "slurm"  # folder
 LENGTH = "epochs"  # the comparison's, whatever a recipe says
 EQUAL = ("steps_per_epoch", "batch_size")  # a recipe that sets one of these has another budget
 
 
 def compare(
-    design: Design, out: Path, *, device: str | None = None, workers: int | None = None, trust_scan_affine: bool = False,
-    trust: bool = False, say: Say = print,
+    design: Design, out: Path, *, device: str | None = None, workers: int | None = None, cluster: Cluster | None = None,
+    trust_scan_affine: bool = False, trust: bool = False, say: Say = print,
 ) -> Row:  # fmt: skip
     """Train and test every run of a design, write tables, pictures and ``report.html``; returns ``comparison.json``.
 
     The same call continues an interrupted comparison: finished runs are kept, and what they were made with is checked.
+    With a ``cluster`` every run is a job there, and so is planning, which measures time and memory.
     """
     if not (out / MARKER).exists():
         if out.exists() and any(out.iterdir()):
@@ -50,15 +54,40 @@ def compare(
             check_network_trusted(path, read_plan(path), trust)
         for run in filter(is_planned, sorted((out / "runs").glob("*"))):
             check_configs_trusted(run, trust)
-        plans = make_plans(design, out, device, trust_scan_affine, say)
+        plans = make_plans(design, out, device, trust_scan_affine, say, cluster)
         cells = prepare_cells(design, out, plans)
-        _train_and_test(cells, jobs.devices(device, workers), say)
+        if cluster is None:
+            where = jobs.devices(device, workers)
+            together = f", {len(where)} at the same time" if len(where) > 1 else ""
+            run_all = partial(jobs.run_jobs, where=where)
+            _train_and_test(cells, run_all, f"on {', '.join(dict.fromkeys(where))}{together}", say)
+        else:
+            run_all = partial(_run_on_cluster, cluster=cluster, out=out, device=device, say=say, at_once=workers)
+            _train_and_test(cells, run_all, "as jobs", say)
         report = write_comparison(out, _read_results(design, next(iter(plans.values())), cells))
         write_text(out / MARKER, json.dumps(report, indent=1, allow_nan=False) + "\n")
         return report
 
 
-def make_plans(design: Design, out: Path, device: str | None, trust_affine: bool, say: Say) -> dict[int, Row]:
+def _run_on_cluster(
+    todo: Sequence[Path],
+    done: jobs.Done,
+    *,
+    cluster: Cluster,
+    out: Path,
+    device: str | None,
+    say: Say,
+    at_once: int | None,
+) -> None:
+    """`jobs.run_jobs` on a cluster."""
+    tasks = {job.stem: partial(jobs.run_job, job.resolve(), device) for job in todo}
+    named = {job.stem: job for job in todo}
+    run_on_cluster(tasks, cluster, out / CLUSTER_FILES, lambda name, problem: done(named[name], problem), say, at_once)
+
+
+def make_plans(
+    design: Design, out: Path, device: str | None, trust_affine: bool, say: Say, cluster: Cluster | None = None
+) -> dict[int, Row]:
     """The plan of each budget, kept in ``plans/``, all of one length; a `RunError` if a kept one was made otherwise."""
     plans: dict[int, Row] = {}
     baseline, epochs = design.config.recipes[0].recipe, design.config.epochs
@@ -76,19 +105,33 @@ def make_plans(design: Design, out: Path, device: str | None, trust_affine: bool
         else:
             say(f"Planning for {labels} labelled scans")
             options: Row = {"settings": settings, "device": device, "trust_scan_affine": trust_affine}
-            with TemporaryDirectory() as draft:
-                plan = prepare_run(design.dataset, split, Path(draft), recipe=baseline, epochs=epochs, **options)
-            for warning in plan_warnings(plan):
-                say(f"Warning: {warning}")
+            options |= {"recipe": baseline, "epochs": epochs}
             write_text(record, json.dumps({"definition": definition}, indent=1, default=str) + "\n")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_plan(plan, path)
+            task = partial(make_plan_file, design.dataset, split, path.resolve(), options)
+            if cluster is None:
+                task()
+            else:
+                problems: dict[str, str] = {}
+                run_on_cluster({f"plan_{path.stem}": task}, cluster, out / CLUSTER_FILES, problems.__setitem__, say)
+                if problem := next(filter(None, problems.values()), ""):
+                    raise RunError(f"Planning for {labels} labelled scans failed: {problem}")
+            for warning in plan_warnings(read_plan(path)):
+                say(f"Warning: {warning}")
         plans[labels] = read_plan(path)
         epochs = epochs or plans[labels]["epochs"]
         if (made := plans[labels]["epochs"]) != epochs:
             cure = "Use the same --epochs as before, or choose another --out."
             raise RunError(f"{path} was made for {made} epochs, not {epochs}. {cure}")
     return plans
+
+
+def make_plan_file(dataset: Dataset, split: Split, path: Path, options: Row) -> str:
+    """Plan, on the machine that will train, and write the plan. Returns an empty string, as the task of a cluster."""
+    with TemporaryDirectory() as draft:
+        plan = prepare_run(dataset, split, Path(draft), **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_plan(plan, path)
+    return ""
 
 
 def prepare_cells(design: Design, out: Path, plans: dict[int, Row]) -> dict[Path, Cell]:
@@ -164,7 +207,7 @@ def _check_same(made: Path, record: Path, definition: Row) -> None:
         raise RunError(f"{made} was prepared with other {' and '.join(changed)}. {cure}")
 
 
-def _train_and_test(cells: Mapping[Path, Cell], where: Sequence[str], say: Say) -> None:
+def _train_and_test(cells: Mapping[Path, Cell], run_all: Callable[..., None], how: str, say: Say) -> None:
     todo = [job for job in cells if not jobs.is_done(read_json(job))]
     if len(todo) < len(cells):
         say(f"{len(cells) - len(todo)} of {len(cells)} runs are finished already.")
@@ -178,9 +221,8 @@ def _train_and_test(cells: Mapping[Path, Cell], where: Sequence[str], say: Say) 
         say(f"{len(problems)}/{len(todo)}  {cells[job].name} {f'failed: {problem}' if problem else 'done'}{rest}")
 
     if todo:
-        together = f", {len(where)} at the same time" if len(where) > 1 else ""
-        say(f"{counted(len(todo), 'run')} to do on {', '.join(dict.fromkeys(where))}{together}.")
-    jobs.run_jobs(todo, where, done)
+        say(f"{counted(len(todo), 'run')} to do {how}.")
+    run_all(todo, done=done)
     if failed := [f"{name}: {problem}" for name, problem in problems.items() if problem]:
         cure = "The others are kept. Run the same command again to continue."
         raise RunError(f"{len(failed)} of {len(cells)} runs failed; {failed[0]}. {cure}")
