@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ import psutil
 
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
 from medseg_supcon.files import read_json, write_text
-from medseg_supcon.text import counted
+from medseg_supcon.text import counted, exit_problem
 
 Task = Callable[[], str]  # picklable; returns what went wrong, or an empty string
 Say = Callable[[str], None]
@@ -35,6 +35,8 @@ REQUEUES = 20  # how often a job whose time is up goes on from its checkpoint
 LATE = 15.0  # seconds after which a file that another machine wrote is seen here
 FIRST_LOOK, LONGEST_PAUSE = 1.0, 20.0  # seconds between two questions to Slurm
 QUEUED = ("None", "Priority", "Resources", "BeginTime", "Licenses", "JobArrayTaskLimit", "Dependency", "Cleaning")
+# Slurm sends these to all processes of a job before it preempts the job, or its time is up: the first one decides what to do.
+SHIELD = ("sh", "-c", 'trap "" TERM USR2; exec "$@"', "sh")
 # submitit's own start is ``python -m``, which imports modules from the working folder before Python's own.
 START = """
 import sys; sys.path = [p for p in sys.path if p]
@@ -109,6 +111,23 @@ def _minutes(time: str) -> int:
     return minutes
 
 
+@dataclass(frozen=True)
+class Command:
+    """A task that is a command of ours in a process of its own, which writes all that it prints to ``log``."""
+
+    arguments: Sequence[str]
+    log: Path
+
+    def __call__(self) -> str:
+        with self.log.open("wb") as stream:
+            process = subprocess.Popen([*SHIELD, *self.arguments], stdout=stream, stderr=stream)
+            try:
+                return exit_problem(process.wait(), self.log)
+            finally:  # also if the job's time is up
+                process.kill()
+                process.wait()
+
+
 def run_on_cluster(
     tasks: Mapping[str, Task], cluster: Cluster, folder: Path, done: Callable[[str, str], None], say: Say,
     at_once: int | None = None,
@@ -157,6 +176,7 @@ def run_on_cluster(
                 if problem is None and name in ended and monotonic() - ended[name] >= job.patience:
                     problem = job.end()
                 if problem is not None:
+                    job.leave()
                     del jobs[name]
                     done(name, problem)
             if monotonic() >= next_look:
@@ -187,6 +207,7 @@ class _Job:
     name: str
     number: str  # Slurm's id, or that of the process
     executor: str
+    handle: Any = None  # submitit's, if this process submitted it
 
     @classmethod
     def read(cls, folder: Path, name: str) -> _Job | None:
@@ -210,6 +231,11 @@ class _Job:
             saved = read_json(self.folder / f"{self.name}.outcome.json")
             return str(saved["problem"]) if saved["job"] == self.number else None
         return None
+
+    def leave(self) -> None:
+        """Wait for the process of a job on this machine, which ends soon after the outcome is written."""
+        while self.executor == "local" and self.handle is not None and not self.handle.done():
+            sleep(0.01)
 
     def end(self) -> str:
         """Why a job ended without an outcome, as far as Slurm knows."""
@@ -280,7 +306,7 @@ def _submit(name: str, task: Task, cluster: Cluster, folder: Path) -> _Job:
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         said = " ".join(str(error).split()).removeprefix("sbatch: error: ")
         raise RunError(f"sbatch refused {name}: {said}. Check --slurm.") from None
-    job = _Job(folder, name, str(submitted.job_id), kind)
+    job = _Job(folder, name, str(submitted.job_id), kind, submitted)
     write_text(folder / f"{name}.json", json.dumps({"job": job.number, "executor": kind}) + "\n")
     return job
 

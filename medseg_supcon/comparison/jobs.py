@@ -25,6 +25,7 @@ from medseg_supcon.datasets import load_items
 from medseg_supcon.errors import MedsegError, RunError
 from medseg_supcon.files import read_json, write_text
 from medseg_supcon.inference import Predictor, evaluate_items
+from medseg_supcon.text import exit_problem
 from medseg_supcon.training import is_complete, machine_name, peak_memory_gib, train_run
 
 CLEAN, TRAINING = "clean", "training scans"
@@ -35,20 +36,21 @@ WITHOUT_WORKING_FOLDER = """
 import sys; sys.path = [p for p in sys.path if p]
 from medseg_supcon.comparison import jobs; sys.exit(jobs.main(*sys.argv[1:]))
 """
-# Slurm sends these to all processes of a job before it preempts the job, or its time is up: the first one decides what to do.
-SHIELD = ("sh", "-c", 'trap "" TERM USR2; exec "$@"', "sh")
 # ``run`` (a planned run), ``tests`` (a folder), ``dataset_dir``, ``classes`` and ``conditions``: name -> items
 Job = Mapping[str, Any]
 Done = Callable[[Path, str], None]  # a job file, and what went wrong
 
 
 def main(job: str, device: str, sharing: str, parent: str) -> int:
-    """The process of a job file, one of ``sharing`` on this machine: exit code 0, or 2 with a sentence on stderr."""
-    Thread(target=_end_with, args=(int(parent),), daemon=True).start()
+    """The process of a job file, one of ``sharing`` on this machine: exit code 0, or 2 with a sentence on stderr.
+
+    ``device``: its name, or an empty string: the first GPU, or the CPU.
+    """
+    Thread(target=_end_with, args=(int(parent) or os.getppid(),), daemon=True).start()
     logging.captureWarnings(True)
     logging.disable(logging.WARNING)  # those of third parties are not for a person at a terminal
     try:
-        run_cell(read_json(Path(job)), device, int(sharing) > 1, int(sharing))
+        run_cell(read_json(Path(job)), devices(device or None)[0], int(sharing) > 1, int(sharing))
     except MedsegError as error:
         sys.stderr.write(f"medseg: {error}\n")
         return 2
@@ -152,49 +154,24 @@ def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Done) -> None:
             raise
 
 
-def run_job(job: Path, device: str | None) -> str:
-    """One job file in a process of its own, as a job of a cluster: what went wrong, or an empty string."""
-    where, processes = devices(device)[:1], set[subprocess.Popen[bytes]]()
-    try:
-        return run_process(job, where[0], where, processes, on_cluster=True)
-    finally:  # the job's time is up
-        for process in list(processes):
-            process.kill()
-            process.wait()
+def job_command(job: Path, device: str, sharing: int, parent: int) -> list[str]:
+    """The command of a job file's process; it ends with the process ``parent`` (0: the one that starts it)."""
+    return [sys.executable, "-W", "ignore", "-c", WITHOUT_WORKING_FOLDER, str(job), device, str(sharing), str(parent)]
 
 
-def run_process(
-    job: Path, device: str, where: Sequence[str], processes: set[subprocess.Popen[bytes]], on_cluster: bool = False
-) -> str:
-    """One job to its end, its process among ``processes`` until then: what went wrong, or an empty string.
-
-    Its output goes to ``JOB.log`` if there are several workers, or on a cluster.
-    """
+def run_process(job: Path, device: str, where: Sequence[str], processes: set[subprocess.Popen[bytes]]) -> str:
+    """One job to its end, its process among ``processes`` until then: what went wrong, or an empty string."""
     environment, name = process_environment(device, where)
-    arguments = [str(job), name, str(len(where)), str(os.getpid())]
-    command = [
-        *(SHIELD if on_cluster else ()),
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        WITHOUT_WORKING_FOLDER,
-        *arguments,
-    ]
-    file = job.with_suffix(".log") if on_cluster or len(where) > 1 else None
-    with file.open("wb") if file else nullcontext() as stream:
+    log = job.with_suffix(".log") if len(where) > 1 else None
+    with log.open("wb") if log else nullcontext() as stream:
+        command = job_command(job, name, len(where), os.getpid())
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
         processes.add(process)
         code = process.wait()
         processes.discard(process)
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
-    if code < 0:  # the process itself says nothing
-        return f"it was stopped by {signal.Signals(-code).name}; perhaps memory ran out"
-    if code == 0:
-        return ""
-    lines = file.read_text(errors="replace").strip().splitlines() if file else ["see above"]
-    return lines[-1].removeprefix("medseg: ") if lines else f"see {file}"
+    return exit_problem(code, log)
 
 
 def process_environment(device: str, where: Sequence[str]) -> tuple[dict[str, str], str]:

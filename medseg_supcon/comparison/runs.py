@@ -22,7 +22,7 @@ from medseg_supcon.errors import RunError
 from medseg_supcon.evaluation import read_history, summarise
 from medseg_supcon.files import folder_lock, read_json, write_text
 from medseg_supcon.plan import plan_warnings, read_plan, write_plan
-from medseg_supcon.slurm import Cluster, run_on_cluster
+from medseg_supcon.slurm import Cluster, Command, run_on_cluster
 from medseg_supcon.text import counted
 from medseg_supcon.training import is_finished, is_of_plan, prepare_run
 
@@ -80,7 +80,9 @@ def _run_on_cluster(
     at_once: int | None,
 ) -> None:
     """`jobs.run_jobs` on a cluster."""
-    tasks = {job.stem: partial(jobs.run_job, job.resolve(), device) for job in todo}
+    tasks = {}
+    for job in map(Path.resolve, todo):
+        tasks[job.stem] = Command(jobs.job_command(job, device or "", 1, 0), job.with_suffix(".log"))
     named = {job.stem: job for job in todo}
     run_on_cluster(tasks, cluster, out / CLUSTER_FILES, lambda name, problem: done(named[name], problem), say, at_once)
 
