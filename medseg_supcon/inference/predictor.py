@@ -165,8 +165,8 @@ class Predictor:
         )
 
     def _run_each(self, probabilities: bool, files: dict[str, Any], scans: Iterable[Scan], report: Report) -> None:
-        segment = partial(self.segment, probabilities=probabilities)
-        segment_each(scans, self.prepare, segment, partial(write_result, **files), report)
+        write = partial(write_result, **files)
+        segment_each(scans, self.prepare, lambda prepared: self.segment(prepared, probabilities), write, report)
 
     def prepare(self, scan: Scan) -> Prepared:
         """Read and preprocess a scan; needs no GPU, so that it can run beside `segment`. DataError as for `predict`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +16,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from toy_runs import blobs, save_nifti
 
 from medseg_supcon.errors import RunError
 from medseg_supcon.inference import devices
@@ -123,35 +123,33 @@ def without(entry: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def test_two_devices_give_what_one_gives(
-    threshold_run: Path, tmp_path: Path, medseg: Callable[..., tuple[int, str, str]]
+    trained_run: Path, phantoms: Path, tmp_path: Path, medseg: Callable[..., tuple[int, str, str]]
 ) -> None:
-    for number in range(5):
-        save_nifti(tmp_path / "scans" / f"s{number}.nii.gz", blobs((12, 10, 9), number), np.diag([0.5, 2, 3, 1.0]))
-    (tmp_path / "scans" / "s2.nii.gz").write_bytes(b"no scan")
+    for number, file in enumerate(sorted((phantoms / "imagesTr").glob("*.nii.gz"))[:4]):
+        (tmp_path / "scans").mkdir(exist_ok=True)
+        shutil.copy(file, tmp_path / "scans" / f"s{number}.nii.gz")
+    (tmp_path / "scans" / "s1.nii.gz").write_bytes(b"no scan")
     outcomes, manifests = [], []
     for name, device in (("one", "cpu"), ("two", "cpu,cpu")):
         out = tmp_path / name
-        options = ("--out", out, "--device", device, "--probabilities", "--pictures")
-        code, shown, error = medseg("predict", threshold_run, tmp_path / "scans", *options)
-        outcomes.append((code, shown.replace(str(out), "OUT"), error, (out / "quality.csv").read_text()))
+        options = ("--out", out, "--device", device, "--probabilities")
+        code, shown, error = medseg("predict", trained_run, tmp_path / "scans", *options)
+        assert code == 3 and "s1.nii.gz" in error
+        outcomes.append((shown.replace(str(out), "OUT"), error, (out / "quality.csv").read_text()))
         manifests.append(json.loads((out / "manifest.json").read_text()))
         assert manifests[-1]["device"] == device
-    assert outcomes[0] == outcomes[1] and outcomes[0][0] == 3 and "s2.nii.gz" in outcomes[0][2]
+    assert outcomes[0] == outcomes[1] and "3 scans predicted, 1 failed" in outcomes[0][0]
     first, second = manifests
     assert without(first, "device", "scans") == without(second, "device", "scans")
     assert [without(entry, "seconds") for entry in first["scans"]] == [without(e, "seconds") for e in second["scans"]]
-    for file in sorted((tmp_path / "one").rglob("*.nii.gz")):
+    files = sorted((tmp_path / "one").rglob("*.nii.gz"))
+    assert len(files) == 6
+    for file in files:
         same = (nib.load(folder) for folder in (file, tmp_path / "two" / file.relative_to(tmp_path / "one")))
         assert np.array_equal(*(np.asarray(image.dataobj) for image in same))
-    code, shown, _ = medseg(
-        "predict", threshold_run, tmp_path / "scans", "--out", tmp_path / "two", "--device", "cpu,cpu"
-    )
-    assert code == 3 and "0 scans predicted, 4 already exist" in shown
 
 
-def test_an_unknown_device_in_the_list_is_refused(
-    threshold_run: Path, tmp_path: Path, medseg: Callable[..., tuple[int, str, str]]
-) -> None:
-    for device in ("cpu,", "cpu,cuda:99", "gpu,cpu"):
-        code, _, error = medseg("predict", threshold_run, tmp_path, "--out", tmp_path / "out", "--device", device)
-        assert code == 2 and device.partition(",")[2] in error and not (tmp_path / "out").exists()
+def test_an_unknown_device_in_the_list_is_refused(tmp_path: Path, medseg: Callable[..., tuple[int, str, str]]) -> None:
+    for device, named in (("cpu,", "''"), ("cpu,cuda:99", "cuda:99"), ("gpu,cpu", "'gpu'")):
+        code, _, error = medseg("predict", tmp_path, tmp_path, "--out", tmp_path / "out", "--device", device)
+        assert code == 2 and named in error and not (tmp_path / "out").exists()
