@@ -19,10 +19,6 @@ TEST_CASES = "File with the names of the cases to test on; default: cases that n
 NOT_DEGRADED = "Do not also test on degraded scans (noise, bias field, ...)."
 ALSO_DEGRADED = "Test on degraded scans even if the --config file says not to."
 WORKERS = "Number of runs at the same time (default: one per GPU, or one on a CPU). They share the CPU's threads."
-SLURM = (
-    "Run each as a job of a Slurm cluster: sbatch's options, such as partition=gpu,gres=gpu:1,time=02:00:00. "
-    "With --workers N, at most N jobs are in the queue."
-)
 
 
 def compare(
@@ -41,7 +37,7 @@ def compare(
     robustness: Annotated[bool, typer.Option("--robustness", help=ALSO_DEGRADED)] = False,
     device: terminal.DeviceOption = None,
     workers: Annotated[int | None, typer.Option(min=1, metavar="N", help=WORKERS)] = None,
-    slurm: Annotated[str | None, typer.Option(metavar="KEY=VALUE,...", help=SLURM)] = None,
+    slurm: terminal.SlurmOption = None,
     settings: terminal.SettingsOption = None,
     mismatch: terminal.MismatchOption = False,
     trust: terminal.TrustOption = False,

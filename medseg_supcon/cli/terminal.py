@@ -66,6 +66,11 @@ CASES = "File with the names of the cases to use, one per line."
 CasesOption = Annotated[Path | None, typer.Option(metavar="FILE", help=CASES)]
 DEVICE = "cpu, cuda or cuda:1; default: the first GPU, or the CPU."
 DeviceOption = Annotated[str | None, typer.Option(callback=warn_of_unused_gpu, metavar="NAME", help=DEVICE)]
+SLURM = (
+    "Run each as a job of a Slurm cluster: sbatch's options, such as partition=gpu,gres=gpu:1,time=02:00:00. "
+    "With --workers N, at most N jobs are in the queue."
+)
+SlurmOption = Annotated[str | None, typer.Option(metavar="KEY=VALUE,...", help=SLURM)]
 MISMATCH = "If the affine of a label map differs from its scan's, use the scan's."
 MismatchOption = Annotated[bool, typer.Option("--allow-affine-mismatch", help=MISMATCH)]
 SETTINGS = "Set a key of train.yaml, or plan::KEY. Can be repeated."

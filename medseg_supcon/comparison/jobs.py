@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from time import sleep
@@ -25,6 +26,7 @@ from medseg_supcon.datasets import load_items
 from medseg_supcon.errors import MedsegError, RunError
 from medseg_supcon.files import read_json, write_text
 from medseg_supcon.inference import Predictor, evaluate_items
+from medseg_supcon.slurm import Cluster, Command, Task, run_on_cluster
 from medseg_supcon.text import exit_problem
 from medseg_supcon.training import is_complete, machine_name, peak_memory_gib, train_run
 
@@ -38,6 +40,8 @@ from medseg_supcon.comparison import jobs; sys.exit(jobs.main(*sys.argv[1:]))
 """
 # ``run`` (a planned run), ``tests`` (a folder), ``dataset_dir``, ``classes`` and ``conditions``: name -> items
 Job = Mapping[str, Any]
+CLUSTER_FILES = "slurm"  # folder
+Say = Callable[[str], None]
 Done = Callable[[Path, str], None]  # a job file, and what went wrong
 
 
@@ -127,6 +131,53 @@ def devices(device: str | None, workers: int | None = None) -> list[str]:
     """A device for each of the workers (None: one for each device); without ``device`` every GPU, or the CPU."""
     known = [device] if device else [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     return [known[i % len(known)] for i in range(workers or len(known))]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where job files are run: on this machine by processes that share its devices, or as jobs of a cluster.
+
+    Attributes:
+        device: None: on this machine every GPU, or the CPU; on a cluster, what each job finds there.
+        number: of jobs at the same time; None: one per device, or all jobs of a cluster.
+        folder: for the cluster's files.
+    """
+
+    device: str | None = None
+    number: int | None = None
+    cluster: Cluster | None = None
+    folder: Path = Path(CLUSTER_FILES)
+
+    @property
+    def devices(self) -> list[str]:
+        return devices(self.device, self.number)
+
+    def __str__(self) -> str:
+        if self.cluster is not None:
+            return "as jobs"
+        together = f", {len(self.devices)} at the same time" if len(self.devices) > 1 else ""
+        return f"on {', '.join(dict.fromkeys(self.devices))}{together}"
+
+    def run(self, jobs: Sequence[Path], done: Done, say: Say) -> None:
+        """Run job files; ``done`` is called here after each."""
+        if self.cluster is None:
+            run_jobs(jobs, self.devices, done)
+            return
+        files = {job.stem: job for job in jobs}
+        tasks = {}
+        for job in map(Path.resolve, jobs):
+            tasks[job.stem] = Command(job_command(job, self.device or "", 1, 0), job.with_suffix(".log"))
+        run_on_cluster(tasks, self.cluster, self.folder, lambda name, why: done(files[name], why), say, self.number)
+
+    def call(self, name: str, task: Task, say: Say) -> None:
+        """Call a task here, or on the cluster; `RunError` if it fails there."""
+        if self.cluster is None:
+            task()
+            return
+        problems: dict[str, str] = {}
+        run_on_cluster({name: task}, self.cluster, self.folder, problems.__setitem__, say)
+        if problems[name]:
+            raise RunError(f"{name} failed: {problems[name]}")
 
 
 def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Done) -> None:

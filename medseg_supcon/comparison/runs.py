@@ -16,20 +16,20 @@ from medseg_supcon.bundle import check_configs_trusted, check_network_trusted, d
 from medseg_supcon.comparison import jobs
 from medseg_supcon.comparison.corruptions import CORRUPTIONS, corrupt_cases
 from medseg_supcon.comparison.design import Cell, Design, case_names
+from medseg_supcon.comparison.jobs import CLUSTER_FILES, Workers
 from medseg_supcon.comparison.report import Results, write_comparison
 from medseg_supcon.datasets import Dataset, Split, items
 from medseg_supcon.errors import RunError
 from medseg_supcon.evaluation import read_history, summarise
 from medseg_supcon.files import folder_lock, read_json, write_text
 from medseg_supcon.plan import plan_warnings, read_plan, write_plan
-from medseg_supcon.slurm import Cluster, Command, run_on_cluster
+from medseg_supcon.slurm import Cluster
 from medseg_supcon.text import counted
 from medseg_supcon.training import is_finished, is_of_plan, prepare_run
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
 MARKER = "comparison.json"
-CLUSTER_FILES = "slurm"  # folder
 LENGTH = "epochs"  # the comparison's, whatever a recipe says
 EQUAL = ("steps_per_epoch", "batch_size")  # a recipe that sets one of these has another budget
 
@@ -47,6 +47,7 @@ def compare(
         if out.exists() and any(out.iterdir()):
             raise RunError(f"{out} is not empty and contains no comparison. Choose another --out.")
         write_text(out / MARKER, "{}\n")
+    where = Workers(device, workers, cluster, out / CLUSTER_FILES)
     with folder_lock(out, wait=False) as free:
         if not free:
             raise RunError(f"Another medseg compare is working in {out}. Wait for it, or choose another --out.")
@@ -54,42 +55,15 @@ def compare(
             check_network_trusted(path, read_plan(path), trust)
         for run in filter(is_planned, sorted((out / "runs").glob("*"))):
             check_configs_trusted(run, trust)
-        plans = make_plans(design, out, device, trust_scan_affine, say, cluster)
+        plans = make_plans(design, out, where, trust_scan_affine, say)
         cells = prepare_cells(design, out, plans)
-        if cluster is None:
-            where = jobs.devices(device, workers)
-            together = f", {len(where)} at the same time" if len(where) > 1 else ""
-            run_all = partial(jobs.run_jobs, where=where)
-            _train_and_test(cells, run_all, f"on {', '.join(dict.fromkeys(where))}{together}", say)
-        else:
-            run_all = partial(_run_on_cluster, cluster=cluster, out=out, device=device, say=say, at_once=workers)
-            _train_and_test(cells, run_all, "as jobs", say)
+        do_jobs({job: cell.name for job, cell in cells.items()}, where, say)
         report = write_comparison(out, _read_results(design, next(iter(plans.values())), cells))
         write_text(out / MARKER, json.dumps(report, indent=1, allow_nan=False) + "\n")
         return report
 
 
-def _run_on_cluster(
-    todo: Sequence[Path],
-    done: jobs.Done,
-    *,
-    cluster: Cluster,
-    out: Path,
-    device: str | None,
-    say: Say,
-    at_once: int | None,
-) -> None:
-    """`jobs.run_jobs` on a cluster."""
-    tasks = {}
-    for job in map(Path.resolve, todo):
-        tasks[job.stem] = Command(jobs.job_command(job, device or "", 1, 0), job.with_suffix(".log"))
-    named = {job.stem: job for job in todo}
-    run_on_cluster(tasks, cluster, out / CLUSTER_FILES, lambda name, problem: done(named[name], problem), say, at_once)
-
-
-def make_plans(
-    design: Design, out: Path, device: str | None, trust_affine: bool, say: Say, cluster: Cluster | None = None
-) -> dict[int, Row]:
+def make_plans(design: Design, out: Path, workers: Workers, trust_affine: bool, say: Say) -> dict[int, Row]:
     """The plan of each budget, kept in ``plans/``, all of one length; a `RunError` if a kept one was made otherwise."""
     plans: dict[int, Row] = {}
     baseline, epochs = design.config.recipes[0].recipe, design.config.epochs
@@ -106,17 +80,11 @@ def make_plans(
             _check_same(path, record, definition)
         else:
             say(f"Planning for {labels} labelled scans")
-            options: Row = {"settings": settings, "device": device, "trust_scan_affine": trust_affine}
+            options: Row = {"settings": settings, "device": workers.device, "trust_scan_affine": trust_affine}
             options |= {"recipe": baseline, "epochs": epochs}
             write_text(record, json.dumps({"definition": definition}, indent=1, default=str) + "\n")
             task = partial(make_plan_file, design.dataset, split, path.resolve(), options)
-            if cluster is None:
-                task()
-            else:
-                problems: dict[str, str] = {}
-                run_on_cluster({f"plan_{path.stem}": task}, cluster, out / CLUSTER_FILES, problems.__setitem__, say)
-                if problem := next(filter(None, problems.values()), ""):
-                    raise RunError(f"Planning for {labels} labelled scans failed: {problem}")
+            workers.call(f"plan_{path.stem}", task, say)
             for warning in plan_warnings(read_plan(path)):
                 say(f"Warning: {warning}")
         plans[labels] = read_plan(path)
@@ -209,25 +177,26 @@ def _check_same(made: Path, record: Path, definition: Row) -> None:
         raise RunError(f"{made} was prepared with other {' and '.join(changed)}. {cure}")
 
 
-def _train_and_test(cells: Mapping[Path, Cell], run_all: Callable[..., None], how: str, say: Say) -> None:
-    todo = [job for job in cells if not jobs.is_done(read_json(job))]
-    if len(todo) < len(cells):
-        say(f"{len(cells) - len(todo)} of {len(cells)} runs are finished already.")
+def do_jobs(names: Mapping[Path, str], workers: Workers, say: Say, again: str = "Run the same command again") -> None:
+    """Do what is left of job files, and say so; ``names`` are those of their runs. `RunError` if one of them fails."""
+    todo = [job for job in names if not jobs.is_done(read_json(job))]
+    if len(todo) < len(names):
+        say(f"{len(names) - len(todo)} of {len(names)} runs are finished already.")
     start, problems = monotonic(), dict[str, str]()
 
     def done(job: Path, problem: str) -> None:
-        problems[cells[job].name] = problem
+        problems[names[job]] = problem
         left = len(todo) - len(problems)
         minutes = (monotonic() - start) / len(problems) * left / 60
         rest = f"; about {max(minutes, 1):.0f} min left" if left else ""
-        say(f"{len(problems)}/{len(todo)}  {cells[job].name} {f'failed: {problem}' if problem else 'done'}{rest}")
+        say(f"{len(problems)}/{len(todo)}  {names[job]} {f'failed: {problem}' if problem else 'done'}{rest}")
 
     if todo:
-        say(f"{counted(len(todo), 'run')} to do {how}.")
-    run_all(todo, done=done)
+        say(f"{counted(len(todo), 'run')} to do {workers}.")
+    workers.run(todo, done, say)
     if failed := [f"{name}: {problem}" for name, problem in problems.items() if problem]:
-        cure = "The others are kept. Run the same command again to continue."
-        raise RunError(f"{len(failed)} of {len(cells)} runs failed; {failed[0]}. {cure}")
+        cure = f"The others are kept. {again} to continue."
+        raise RunError(f"{len(failed)} of {len(names)} runs failed; {failed[0]}. {cure}")
 
 
 def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell]) -> Results:

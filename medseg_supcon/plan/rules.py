@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from medseg_supcon.datasets import Dataset, Fingerprint, readable
 from medseg_supcon.errors import ConfigError, DataError, RunError, nearest
-from medseg_supcon.files import LARGEST, read_json
+from medseg_supcon.files import LARGEST, read_json, write_text
 from medseg_supcon.losses import balanced_class_weights
 from medseg_supcon.networks import chain
 from medseg_supcon.plan.preprocessing import intensity_transforms
@@ -215,6 +215,10 @@ SEGMENTS = (
     'code such as "SCT:10200004 Liver"'
 )
 OPTIONAL: dict[str, tuple[str, Any]] = {
+    "smallest_mm3": (
+        "a mapping of foreground classes to volumes above 0 (mm3)",
+        dict[str, Annotated[Number, Field(gt=0)]],
+    ),
     "segments": (SEGMENTS, dict[str, dict[str, str]]),
     "minutes": ("a number above 0", Annotated[Number, Field(gt=0)]),
     "trust_scan_affine": ("true or false", bool),
@@ -233,7 +237,7 @@ def read_plan(path: str | Path) -> dict[str, Any]:
 
 def write_plan(plan: Mapping[str, Any], path: str | Path) -> None:
     """Write a plan as JSON that a person can read: a list of numbers or a short mapping takes one line."""
-    Path(path).write_text(_pretty(plan, 0) + "\n", encoding="utf-8")
+    write_text(Path(path), _pretty(plan, 0) + "\n")
 
 
 def _pretty(value: Any, depth: int) -> str:
@@ -279,6 +283,7 @@ def validate_plan(plan: object, *, divisor: Sequence[int] | None = None, source:
         fits_classes = len(plan[key]) == len(labels) and min(plan[key]) >= 0
         need(key, fits_classes, f"{len(labels)} numbers of at least 0, one for each class")
     need("keep_largest", set(plan["keep_largest"]) <= set(labels), f"a list of classes among {list(labels)}")
+    need("smallest_mm3", set(plan.get("smallest_mm3", ())) <= set(list(labels)[1:]), OPTIONAL["smallest_mm3"][0])
     segments = plan.get("segments", {})
     need("segments", are_segments(segments) and set(segments) <= set(list(labels)[1:]), SEGMENTS)
     if divisor is not None:

@@ -202,12 +202,10 @@ class QualityModel:
     """
 
     def __init__(self, reference: Reference, forest: Forest, residuals: Floats, facts: dict[str, Any]) -> None:
-        self.reference, self.forest, self.residuals = (
-            reference,
-            forest,
-            residuals,
-        )  # (4, n): predicted, residual, weight, unseen
+        self.reference, self.forest = reference, forest
+        self.residuals = residuals  # (5, n): predicted, residual, weight, unseen, clean
         self.scans, self.unseen, self.samples = (int(facts[key]) for key in ("scans", "unseen", "samples"))
+        self.own = tuple(int(number) for number in facts["own"])  # columns, scans and unseen scans without other folds'
         self.good_from, self.usual_distance = float(facts["good_from"]), np.array(facts["usual_distance"], dtype=float)
 
     @classmethod
@@ -239,25 +237,45 @@ class QualityModel:
             forest = fitted(~out, reference, tables)
             for i in np.flatnonzero(out):
                 predicted[i] = forest.predict(tables[i]).mean()
-        residuals = np.stack([predicted, truth - predicted, weight, unseen])
+        is_clean = np.array([s.clean for s in samples])
+        residuals = np.stack([predicted, truth - predicted, weight, unseen, is_clean])
         facts: dict[str, Any] = {"scans": len(names), "unseen": unseen_scans, "samples": len(samples), "good_from": 0.0}
+        facts["own"] = len(samples), len(names), unseen_scans
         own = [reference.distances(s.evidence, without=i)[:, 0] for i, s in enumerate(clean)]
         far = [[d for d in distances if not np.isnan(d)] for distances in zip(*own, strict=True)]
         facts["usual_distance"] = [float(np.percentile(d, 95)) if d else 1.0 for d in far]
         model = cls(reference, fitted(np.ones(len(samples), dtype=bool), reference, tables), residuals, facts)
-        is_clean = np.array([s.clean for s in samples])
-        lows = np.array([model.interval(p + model.correction(p))[0] for p in predicted[is_clean]])
-        new = unseen[is_clean]  # the masks of the others are better than those of new scans
+        model.good_from = model.usual_low()
+        return model
+
+    @classmethod
+    def pool(cls, models: Sequence[QualityModel]) -> None:
+        """Give the models of a data set's folds each other's residuals of scans that their networks were not trained on.
+
+        So the interval, the correction and the threshold of each rest on all scans. Pooling twice changes nothing.
+        """
+        own = [model.residuals[:, : model.own[0]] for model in models]
+        for number, model in enumerate(models):
+            others = [part[:, part[3] == 1] for index, part in enumerate(own) if index != number]
+            model.residuals = np.concatenate([own[number], *others], axis=1)
+            model.unseen = sum(one.own[2] for one in models)
+            model.scans = max(model.own[1], model.unseen)
+            model.good_from = model.usual_low()
+
+    def usual_low(self) -> float:
+        """The lower end of the interval from which on a mask is good (`good_from`)."""
+        predicted, residual, _, unseen, _ = self.residuals[:, self.residuals[4] == 1]
+        lows = np.array([self.interval(p + self.correction(p))[0] for p in predicted])
+        new = unseen == 1  # the masks of the others are better than those of new scans
         enough = new.sum() >= 3
         usual = min(np.median(lows), np.median(lows[new])) if enough else np.median(lows)
         usual -= (2 if enough else 3) * median_abs_deviation(lows, scale="normal")  # one odd scan counts little
-        usual = min(usual, np.percentile(truth[is_clean & unseen], 5)) if new.any() else usual
-        model.good_from = float(max(usual, LOWEST_GOOD))
-        return model
+        usual = min(usual, np.percentile((predicted + residual)[new], 5)) if new.any() else usual
+        return float(max(usual, LOWEST_GOOD))
 
     def interval(self, predicted: float) -> tuple[float, float]:
         """Where the mean Dice is with 90 % probability."""
-        at, residual, weight, _ = self.residuals
+        at, residual, weight, *_ = self.residuals
         weight = weight * np.exp(-((at - predicted) ** 2) / (2 * BANDWIDTH**2)) + 1e-12
         spread = np.sqrt(np.average(residual**2, weights=weight))
         scans = max(2.0, (self.scans + self.unseen) / 2)
@@ -266,7 +284,7 @@ class QualityModel:
 
     def correction(self, predicted: float) -> float:
         """The mean residual of scans that the network was not trained on, if it is negative; shrunk if they are few."""
-        at, residual, _, unseen = self.residuals
+        at, residual, _, unseen, _ = self.residuals
         weight = unseen * np.exp(-((at - predicted) ** 2) / (2 * (2.5 * BANDWIDTH) ** 2)) + 1e-12 * unseen
         mean = weight @ residual / max(weight.sum(), 1e-300)
         return float(min(0.0, mean) * self.unseen / (self.unseen + 2))
@@ -282,7 +300,7 @@ class QualityModel:
     def save(self, run: Path) -> None:
         """Write ``models/quality.npz``: arrays and numbers alone."""
         reference, facts = self.reference, {"format": FORMAT}
-        facts |= {key: getattr(self, key) for key in ("scans", "unseen", "samples", "good_from")}
+        facts |= {key: getattr(self, key) for key in ("scans", "unseen", "samples", "good_from", "own")}
         facts["usual_distance"] = self.usual_distance.tolist()
         arrays: dict[str, npt.NDArray[Any]] = {
             "facts": np.array(json.dumps(facts)),

@@ -31,7 +31,15 @@ from medseg_supcon.training.loss import (
     shipped_network,
     with_unknown,
 )
-from medseg_supcon.training.prepare import Request, is_of_plan, prepare_dataset, prepare_run, refuse_errors
+from medseg_supcon.training.prepare import (
+    Request,
+    is_of_plan,
+    prepare_dataset,
+    prepare_run,
+    refresh_documents,
+    refuse_errors,
+    requested_cases,
+)
 from medseg_supcon.training.quality import fit_quality
 from medseg_supcon.training.ranks import (
     BlankFillerd,

@@ -97,17 +97,14 @@ def prepare_dataset(
     read_recipe(recipe)
     refuse_others(run)
     settings = [parse_setting(text) for text in request.settings or ()]
-    dataset = read_dataset(path)
-    if request.cases is not None:
-        dataset = dataset.select(read_case_names(request.cases))
+    dataset, more = requested_cases(path, request)
     share = VALIDATION if request.validation is None else request.validation
     split = split_cases(dataset, labels=request.labels, seed=seed, validation_fraction=share)
-    if request.unlabelled is not None:
-        more = read_unlabelled(request.unlabelled, dataset)
-        split = replace(split, unlabelled=(*split.unlabelled, *more))
+    split = replace(split, unlabelled=(*split.unlabelled, *more))
     cases = (*split.training, *split.validation, *split.unlabelled)
-    also = "" if request.unlabelled is None else f" (it does not read {request.unlabelled}; this command does)"
-    report = refuse_errors(dataset, cases, split.training, path, show, request.allow_affine_mismatch, also)
+    report = refuse_errors(
+        dataset, cases, split.training, path, show, request.allow_affine_mismatch, request.unlabelled
+    )
     plan = prepare_run(
         dataset, split, run, recipe=recipe, settings=settings, epochs=request.epochs, minutes=request.minutes, seed=seed,
         init=request.init, device=device, trust_scan_affine=request.allow_affine_mismatch, trust=trust, report=report
@@ -115,9 +112,17 @@ def prepare_dataset(
     return plan, split
 
 
+def requested_cases(path: Path, request: Request) -> tuple[Dataset, tuple[Case, ...]]:
+    """The data set at ``path``, of ``--cases`` only these, and the scans of ``--unlabelled``."""
+    dataset = read_dataset(path)
+    if request.cases is not None:
+        dataset = dataset.select(read_case_names(request.cases))
+    return dataset, () if request.unlabelled is None else read_unlabelled(request.unlabelled, dataset)
+
+
 def refuse_errors(
     dataset: Dataset, cases: Sequence[Case], trained: Sequence[Case], path: Path, show: Callable[[Report], None],
-    allow_affine_mismatch: bool = False, also: str = "",
+    allow_affine_mismatch: bool = False, unlabelled: Path | None = None,
 ) -> Report:  # fmt: skip
     """Check the cases that are used (``trained``: by a training), each once; `DataError` after `show` if some have errors."""
     held_out = {case.name for case in cases} - {case.name for case in trained}
@@ -126,6 +131,7 @@ def refuse_errors(
     if report.findings:
         show(report)
     if report.has_errors:
+        also = "" if unlabelled is None else f" (it does not read {unlabelled}; this command does)"
         raise DataError(f"The data set has errors (see above). Fix them, then run 'medseg check {path}' again{also}.")
     return report
 

@@ -265,6 +265,7 @@ BROKEN = {
         {"overlap": None, "sw_batch_size": 4},
     ],
     "keep_largest": [["liver"], "tumour"],
+    "smallest_mm3": [{"liver": 5}, {"background": 5}, {"tumour": 0}, {"tumour": "5"}, ["tumour"]],
     "name": [7],
 }
 
