@@ -130,7 +130,9 @@ def prepare_cells(design: Design, out: Path, plans: dict[int, Row]) -> dict[Path
         }
         write_text(path, json.dumps(job, indent=1, default=str) + "\n")
         if not planned:
-            options: Row = {"settings": [*settings, *cell.own], "plan_settings": _own_plan(design, cell)}
+            # the quality model of a cell is not used: only --set quality=true fits one
+            own = [("quality", False), *settings, *cell.own]
+            options: Row = {"settings": own, "plan_settings": _own_plan(design, cell)}
             prepare_run(design.dataset, split, run, recipe=recipe, seed=cell.seed, plan=plan, **options)
         cells[path] = cell
     return cells

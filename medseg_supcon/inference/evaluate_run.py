@@ -25,7 +25,13 @@ TOLERANCE_MM = 1.0
 
 
 def evaluate_dataset(
-    run: Path, dataset: Dataset, out: Path, *, device: str | None = None, trust: bool = False, pictures: bool = False
+    run: str | Path,
+    dataset: Dataset,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    trust: bool = False,
+    pictures: bool = False,
 ) -> dict[str, Any]:
     """Score a run on the labelled cases of a data set, as `evaluate_items`; cases with errors become ``problems``.
 
@@ -33,7 +39,7 @@ def evaluate_dataset(
     of the folds) was trained on the case. DataError if no case can be scored, or
     the channels are not the run's; RunError if the run is not trained, or needs trust.
     """
-    runs = member_runs(run)
+    out, runs = Path(out), member_runs(Path(run))
     for one in runs:
         if not all((one / name).is_file() for name in ("configs/plan.json", "models/model.pt")):
             needed = "configs/plan.json and models/model.pt are needed"
