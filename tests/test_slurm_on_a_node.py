@@ -1,4 +1,7 @@
-"""Tasks as jobs of a real Slurm, which these tests start on this machine: one node, its own ports and folder."""
+"""Tasks as jobs of a real Slurm, which these tests start on this machine: one node, its own ports and folder.
+
+Requeued jobs are in test_slurm.py, by submitit's local executor: Slurm itself waits two minutes before it starts one again.
+"""
 
 from __future__ import annotations
 
@@ -95,28 +98,6 @@ def jobs(text="partition=cpu,cpus-per-task=1,time=10"):
     return read_cluster(text)
 
 
-def act(tasks, folder, command):
-    """Run tasks; with the number of the first job, ``command`` is carried out as soon as its task is called."""
-    found, said, hurry = {}, [], []
-
-    def say(text):
-        said.append(text)
-        if number := re.match("a: submitted as Slurm job (.*)", text):
-            wait_for((folder / "a").exists)
-            subprocess.run([*command, number[1]], check=True)
-            # Slurm would start a requeued job after two minutes.
-            update = f"while sleep 0.3; do scontrol update JobId={number[1]} StartTime=now; done"
-            hurry.append(subprocess.Popen(["sh", "-c", update], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-
-    try:
-        run_on_cluster(tasks, jobs(), folder / "slurm", found.__setitem__, say)
-    finally:
-        for process in hurry:
-            process.kill()
-            process.wait()
-    return found, said
-
-
 def test_jobs_run_and_one_fails(tmp_path):
     calls = tmp_path / "calls"
     tasks = {"good": writes(calls), "bad": writes(calls, "it is bad")}
@@ -125,29 +106,17 @@ def test_jobs_run_and_one_fails(tmp_path):
     assert all(re.search(r"submitted as Slurm job \d+$", text) for text in said)
 
 
-def test_a_job_that_is_cancelled_is_named(tmp_path):
-    tasks = {"a": waits(tmp_path / "a", tmp_path / "never"), "b": writes(tmp_path / "b")}
-    found, _ = act(tasks, tmp_path, ["scancel", "--signal=KILL", "--full"])
-    assert found.pop("b") == ""
+def test_a_job_that_is_killed_is_named(tmp_path):
+    tasks, found, signals = {"a": waits(tmp_path / "a", tmp_path / "never"), "b": writes(tmp_path / "b")}, {}, []
+
+    def kill(text):
+        if number := re.match("a: submitted as Slurm job (.*)", text):
+            wait_for((tmp_path / "a").exists)
+            signals.append(subprocess.run(["scancel", "--signal=KILL", "--full", number[1]], check=True))
+
+    run_on_cluster(tasks, jobs(), tmp_path / "slurm", found.__setitem__, kill)
+    assert len(signals) == 1 and found.pop("b") == ""
     assert re.match(r"Slurm job \d+ ended as (FAILED|CANCELLED); see .*_0_log\.out", found["a"])
-
-
-@pytest.mark.parametrize("how", ["time is up", "requeued"])
-def test_a_job_is_requeued_and_goes_on(tmp_path, how):
-    """The signal before the end of its time, or a requeue, as after a preemption or the loss of a node."""
-    calls = tmp_path / "a"
-
-    def task():
-        from time import sleep
-
-        with calls.open("a") as stream:
-            stream.write("called\n")
-        sleep(0 if calls.read_text().count("called") > 1 else 120)
-        return ""
-
-    command = ["scancel", "--signal=USR2"] if how == "time is up" else ["scontrol", "requeue"]
-    found, said = act({"a": task}, tmp_path, command)
-    assert found == {"a": ""} and calls.read_text() == "called\n" * 2 and len(said) == 1
 
 
 def test_a_job_of_an_earlier_call_is_waited_for(tmp_path):
