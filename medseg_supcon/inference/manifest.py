@@ -106,6 +106,11 @@ class Manifest:
         if time.monotonic() >= self.due:
             self.write()
 
+    def arrange(self, names: Sequence[str]) -> None:
+        """Put the entries of some scans into this order, after all others."""
+        place = {name: number for number, name in enumerate(names, 1)}
+        self.entries.sort(key=lambda entry: place.get(entry["name"], 0))
+
     def write(self) -> None:
         """Write the file, with what other processes have added to it; RunError if that is not possible."""
         started = time.monotonic()

@@ -18,9 +18,10 @@ from medseg_supcon.bundle import Model, load_model, member_runs
 from medseg_supcon.datasets import label_type
 from medseg_supcon.errors import ConfigError, DataError, RunError
 from medseg_supcon.inference.components import postprocess
+from medseg_supcon.inference.devices import Predict, share_out
 from medseg_supcon.inference.dicom_seg import DicomSegWriter
 from medseg_supcon.inference.find_scans import find_scans, refuse_equal_names
-from medseg_supcon.inference.folder import Progress, predict_folder
+from medseg_supcon.inference.folder import Progress, Report, predict_folder, segment_each, sentence, write_result
 from medseg_supcon.inference.manifest import describe
 from medseg_supcon.inference.prepare import Prediction, Prepared, adding, label, prepare
 from medseg_supcon.inference.sliding_window import batch_on, network_outputs, windows, with_less_memory
@@ -38,7 +39,8 @@ class Predictor:
 
     Args:
         run: a run's folder, or several; a folder of ``medseg train --folds`` stands for its folds.
-        device: "cpu", "cuda", "cuda:1", ...; None: the first GPU, or the CPU.
+        device: "cpu", "cuda", "cuda:1", ...; None: the first GPU, or the CPU. With several, "cuda:0,cuda:1", `run` shares
+            the scans out to one process per device, and all else uses the first.
         tta: average over mirrorings along the plan's ``flip_axes`` (probabilities, per window).
         trust: accept a run whose config or network is not what medseg writes; it may run any code.
         amp: half precision; None: on GPUs.
@@ -74,7 +76,10 @@ class Predictor:
         ]
         if not runs:
             raise ValueError("run must name at least one run folder, got an empty list")
-        self.device = _device(device)
+        self.devices = [_device(name) for name in (device.split(",") if isinstance(device, str) else [device])]
+        self.device = self.devices[0]
+        self.arguments = {"run": [str(Path(path).resolve()) for path in runs], "tta": tta, "trust": trust, "amp": amp}
+        self.arguments |= {"quality": quality, "review_below": review_below}
         self.models: list[Model] = [load_model(path, trust) for path in runs]
         self.tta = tta
         self.amp = self.device.type == "cuda" if amp is None else amp
@@ -147,9 +152,23 @@ class Predictor:
         ready += self.find_scans(scan for scan in given if not isinstance(scan, Scan))
         ready = refuse_equal_names(list(dict.fromkeys(ready)))  # a scan given twice is one scan
         head = describe(self.models, self.tta, self.device, self.amp)
-        writer = DicomSegWriter(self.models) if dicom_seg else None
-        how = probabilities, overwrite, progress, writer, pictures
-        return predict_folder(self.prepare, self.segment, head, ready, Path(out), *how)
+        files = {
+            "out": Path(out),
+            "labels": head["labels"],
+            "dicom_seg": DicomSegWriter(self.models) if dicom_seg else None,
+        }
+        each = partial(self._run_each, probabilities, files)
+        if len(self.devices) > 1:
+            head["device"] = ",".join(map(str, self.devices))
+            start = partial(_start, self.arguments, probabilities, files | {"dicom_seg": dicom_seg})
+            each = partial(share_out, list(map(str, self.devices)), start)
+        return predict_folder(
+            each, head, ready, Path(out), probabilities, overwrite, progress, files["dicom_seg"], pictures
+        )
+
+    def _run_each(self, probabilities: bool, files: dict[str, Any], scans: Iterable[Scan], report: Report) -> None:
+        write = partial(write_result, **files)
+        segment_each(scans, self.prepare, lambda prepared: self.segment(prepared, probabilities), write, report)
 
     def prepare(self, scan: Scan) -> Prepared:
         """Read and preprocess a scan; needs no GPU, so that it can run beside `segment`. DataError as for `predict`."""
@@ -212,6 +231,20 @@ class Predictor:
         if scores is not None and members > 1:
             classes = scores.argmax(axis=0).astype(classes.dtype)
         return classes, scores if probabilities else None, passes, masks
+
+
+def _start(arguments: dict[str, Any], probabilities: bool, files: dict[str, Any], device: str) -> Predict:
+    """In the process of a device: what predicts the scans there."""
+    predictor = Predictor(device=device, **arguments)
+    writer = DicomSegWriter(predictor.models) if files["dicom_seg"] else None
+
+    def predict(scans: Iterable[Scan], report: Report) -> None:
+        def tell(scan: Scan, outcome: dict[str, Any] | BaseException) -> None:
+            report(scan, DataError(sentence(scan, outcome)) if isinstance(outcome, BaseException) else outcome)
+
+        predictor._run_each(probabilities, files | {"dicom_seg": writer}, scans, tell)
+
+    return predict
 
 
 def _classifier(model: Model) -> torch.nn.Module | None:
