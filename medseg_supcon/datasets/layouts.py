@@ -12,6 +12,7 @@ from typing import Any
 
 from medseg_supcon.datasets.dataset import SECTIONS, Case, Dataset, inside, texts
 from medseg_supcon.datasets.labels import as_number, check_name, labels_in_files, parse_labels
+from medseg_supcon.datasets.regions import parse_regions
 from medseg_supcon.errors import DataError, nearest
 from medseg_supcon.files import read_json
 from medseg_supcon.scans import NIFTI_ENDINGS, read_header, stem
@@ -21,9 +22,10 @@ LISTS = (*SECTIONS, "unlabeled", "test")
 CHANNEL_KEYS = ("channel_names", "modality")
 DESCRIPTIONS = (  # of the decathlon, nnU-Net v1 and v2, and MONAI: nothing in a training depends on them
     "name", "description", "reference", "licence", "license", "release", "relase", "citation", "converted_by",
-    "dataset_name", "tensorImageSize", "numTest", "numValidation", "overwrite_image_reader_writer", "regions_class_order",
+    "dataset_name", "tensorImageSize", "numTest", "numValidation", "overwrite_image_reader_writer",
 )  # fmt: skip
-KEYS = (*LISTS, *CHANNEL_KEYS, *DESCRIPTIONS, "labels", "ignore_label", "numTraining", "file_ending", "dataset")
+LABEL_KEYS = ("labels", "ignore_label", "regions_class_order")
+KEYS = (*LISTS, *CHANNEL_KEYS, *DESCRIPTIONS, *LABEL_KEYS, "numTraining", "file_ending", "dataset")
 PATIENT_KEYS = ("patient", "subject", "group")
 NAME_KEYS = ("name", "case")
 ITEM_KEYS = ("image", "label", "fold", *PATIENT_KEYS, *NAME_KEYS)
@@ -66,11 +68,12 @@ def read_dataset(path: str | Path) -> Dataset:
     if expected is not None and as_number(expected) not in (number, len(label_files)):
         warnings.append(f'{source}: "numTraining" is {expected!r}, but there are {number} training cases.')
     declared = content.get("labels") or labels_in_files(label_files, source)
-    labels, ignore_label = parse_labels(declared, source, content.get("ignore_label"))
+    classes, regions, order = parse_regions(declared, source, content.get("regions_class_order"))
+    labels, ignore_label = parse_labels(classes, source, content.get("ignore_label"))
     name = check_name(content.get("name") or root.resolve().name or "data", source, "name")
     held_out = frozenset(case.name for case in cases if case.name in validation and case.label)
     channels, whole = _channels(content, cases[0], source), _without_twins(cases, source)
-    return Dataset(root, name, whole, channels, labels, ignore_label, held_out, tuple(warnings))
+    return Dataset(root, name, whole, channels, labels, ignore_label, held_out, tuple(warnings), regions, tuple(order))
 
 
 def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:

@@ -12,6 +12,7 @@ from monai.engines import IterationEvents
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from medseg_supcon.datasets import THRESHOLD, Regions
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.losses import IGNORE_INDEX, DiceSupConLoss
 from medseg_supcon.networks import ContrastiveNetwork
@@ -67,21 +68,34 @@ class DiceCrossEntropy(nn.Module):
     MONAI's ``DiceCELoss`` cannot leave out the voxels of label -1. Dice is taken over the whole batch, which is
     steadier when a patch lacks a class. ``class_weights`` (C,) are those of the cross-entropy.
 
+    With ``regions``, which may overlap, it is Dice of the R regions plus their mean binary cross-entropy.
+
     Shape:
-        logits (B, C, *spatial) and labels (B, 1, *spatial) of class indices give a scalar; 0, attached to the
-        graph, if every voxel is ignored.
+        logits (B, C, *spatial), or (B, R, *spatial) of regions, and labels (B, 1, *spatial) of class indices give a
+        scalar; 0, attached to the graph, if every voxel is ignored.
     """
 
     class_weights: Tensor | None
 
-    def __init__(self, dice_weight: float = 1.0, ce_weight: float = 1.0, class_weights: Tensor | None = None) -> None:
+    def __init__(
+        self, dice_weight: float = 1.0, ce_weight: float = 1.0, class_weights: Tensor | None = None,
+        regions: Regions | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.dice_weight, self.ce_weight = dice_weight, ce_weight
+        if regions is not None and class_weights is not None:
+            raise ConfigError("class_weights of the cross-entropy cannot be used with regions. Set them to null.")
+        self.dice_weight, self.ce_weight, self.regions = dice_weight, ce_weight, regions
         self.register_buffer("class_weights", class_weights)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         logits, labels = logits.float(), labels.long()
         known, target = (labels != IGNORE_INDEX).to(logits.dtype), labels.clamp_min(0)
+        if self.regions is not None:
+            y = region_masks(self.regions, labels).to(logits.dtype)
+            each = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
+            sums = sum_over_ranks(torch.stack(((each * known).sum(), known.sum() * len(self.regions.names))))
+            bce = self.ce_weight * sums[0] / sums[1].clamp_min(1)
+            return bce if self.dice_weight == 0 else bce + self.dice_weight * _dice_loss(logits.sigmoid() * known, y)
         weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights
         total = F.cross_entropy(logits, labels[:, 0], weights, ignore_index=IGNORE_INDEX, reduction="sum")
         # the mean by hand: if every voxel is ignored, torch's is 0 / 0
@@ -91,11 +105,47 @@ class DiceCrossEntropy(nn.Module):
             return self.ce_weight * ce
         p = logits.softmax(1)[:, 1:] * known
         y = torch.zeros_like(logits).scatter_(1, target, 1.0)[:, 1:] * known
-        axes = [0, *range(2, p.ndim)]
-        tp, p_sum, y_sum = sum_over_ranks(torch.stack([x.sum(axes) for x in (p * y, p, y)]))
-        fp, fn = p_sum - tp, y_sum - tp
-        dice: Tensor = (1 - (2 * tp + SMOOTH) / (2 * (tp + 0.5 * fp + 0.5 * fn) + SMOOTH)).mean()
-        return self.dice_weight * dice + self.ce_weight * ce
+        return self.dice_weight * _dice_loss(p, y) + self.ce_weight * ce
+
+
+def _dice_loss(p: Tensor, y: Tensor) -> Tensor:
+    """Mean Dice loss over the channels of probabilities and targets (B, C, *spatial), which are 0 where ignored."""
+    axes = [0, *range(2, p.ndim)]
+    tp, p_sum, y_sum = sum_over_ranks(torch.stack([x.sum(axes) for x in (p * y, p, y)]))
+    fp, fn = p_sum - tp, y_sum - tp
+    dice: Tensor = (1 - (2 * tp + SMOOTH) / (2 * (tp + 0.5 * fp + 0.5 * fn) + SMOOTH)).mean()
+    return dice
+
+
+def region_masks(regions: Regions, labels: Tensor) -> Tensor:
+    """(B, R, *spatial) masks of class indices (B, 1, *spatial); voxels of label -1 are in no region."""
+    index = labels[:, 0].long()
+    table = torch.as_tensor(regions.membership, device=labels.device)
+    outside = table.new_zeros(len(table), 1)
+    return torch.stack([row[index] for row in torch.cat((table, outside), 1)], 1)  # -1 is the last column
+
+
+def class_probabilities(logits: Tensor, regions: Regions | None = None) -> Tensor:
+    """Probabilities (B, C, *spatial) of the classes; of regions' logits (B, R, *spatial), as if they were independent.
+
+    The probability of a class is then the product over the regions of p, or of 1 - p where the class is outside. If it is
+    above 0.5, the class has exactly the regions whose p is above 0.5.
+    """
+    if regions is None:
+        return logits.float().softmax(1)
+    inside, outside = F.logsigmoid(logits.float()), F.logsigmoid(-logits.float())
+    columns = [
+        sum(inside[:, r] if holds else outside[:, r] for r, holds in enumerate(column))
+        for column in regions.membership.T
+    ]
+    return torch.stack([torch.as_tensor(column) for column in columns], 1).exp()
+
+
+def predicted_classes(logits: Tensor, regions: Regions | None = None) -> Tensor:
+    """Class indices (1, *spatial) of one scan's logits, (C, *spatial) or of regions (R, *spatial), as in its mask."""
+    if regions is None:
+        return logits.argmax(0, keepdim=True)
+    return torch.from_numpy(regions.paint(logits.float().sigmoid().cpu().numpy()))[None].to(logits.device)
 
 
 def label_pairs(output: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
@@ -104,18 +154,32 @@ def label_pairs(output: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Te
     return predictions, [torch.as_tensor(o["label"]) for o in output]
 
 
+def output_pairs(regions: Regions | None) -> Callable[[Sequence[dict[str, Any]]], tuple[list[Tensor], list[Tensor]]]:
+    """`label_pairs`; with regions, predicted and reference masks (R, X, Y, Z), both False where the label is -1."""
+
+    def region_pairs(output: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
+        labels = [torch.as_tensor(o["label"]) for o in output]
+        predictions = [torch.as_tensor(o["pred"]).sigmoid() > THRESHOLD for o in output]
+        known = [label != IGNORE_INDEX for label in labels]
+        references = [region_masks(regions, label[None])[0] for label in labels] if regions else labels
+        return [p & k for p, k in zip(predictions, known, strict=True)], references
+
+    return label_pairs if regions is None else region_pairs
+
+
 class Teacher:
     """The running average of a network's weights and norm statistics; a handler that moves it after every step.
 
     After step t: teacher = d * teacher + (1 - d) * student, with d = min(decay, (1 + t) / (10 + t)), so that the
     first, random weights are soon forgotten (Tarvainen and Valpola 2017, Mean teachers are better role models).
-    ``network`` is given the student, and as an attribute is the teacher, in evaluation mode.
+    ``network`` is given the student, and as an attribute is the teacher, in evaluation mode. ``regions``: what its
+    outputs are, if not classes.
     """
 
-    def __init__(self, network: nn.Module, decay: float = 0.99) -> None:
+    def __init__(self, network: nn.Module, decay: float = 0.99, regions: Regions | None = None) -> None:
         if not 0 <= decay < 1:
             raise ConfigError(f"teacher_decay must be at least 0 and below 1, got {decay}.")
-        self.student, self.decay, self._d = network, decay, 0.0
+        self.student, self.decay, self.regions, self._d = network, decay, regions, 0.0
         self.average = AveragedModel(network, multi_avg_fn=self._average, use_buffers=True)
         self.network: nn.Module = self.average.module.eval().requires_grad_(False)
         self._logits = ContrastiveNetwork(self.network).eval()
@@ -138,9 +202,8 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
-        """Probabilities (B, C, *spatial), float32."""
-        probabilities: Tensor = self._logits(image).float().softmax(1)
-        return probabilities
+        """Probabilities of the classes (B, C, *spatial), float32."""
+        return class_probabilities(self._logits(image), self.regions)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.average.state_dict())

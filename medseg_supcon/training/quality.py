@@ -51,7 +51,7 @@ def fit_quality(run: Path, device: str | None = None) -> QualityModel | None:
         return None
     started = perf_counter()
     predictor = Predictor(run, device=device, trust=True)
-    predictor.quality_models = [None]
+    predictor.quality_models, regions = [None], predictor.regions
     items = load_items(entries, folder)
     first = [_read(item, plan) for item in items[:3]]
     windows = float(np.median([_windows(volume, plan) for _, volume, _ in first]))
@@ -75,7 +75,7 @@ def fit_quality(run: Path, device: str | None = None) -> QualityModel | None:
                 logger.debug("%s: %s", scan.name, error)
                 continue
             mask, known = class_indices(prediction.mask, plan | {"ignore_label": None}), degraded.label >= 0
-            dice = dice_per_class(mask[known], degraded.label[known], len(plan["labels"]))
+            dice = dice_per_class(mask[known], degraded.label[known], len(plan["labels"]), regions)
             dice = np.zeros_like(dice) if degraded.foreign else dice
             samples.append(Sample(scan.name, prediction.evidence[0], dice, clean, scan.name not in seen))
     if sum(sample.clean and not np.isnan(sample.dice).all() for sample in samples) < 2:

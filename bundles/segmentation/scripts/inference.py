@@ -10,6 +10,8 @@ from typing import Any
 import monai.data
 import nibabel
 import numpy as np
+import torch
+from monai.transforms import get_largest_connected_component_mask
 
 NIFTI = r"\.nii(\.gz)?$"
 
@@ -61,6 +63,32 @@ def mask_type(values: Sequence[float]) -> Any:
         return np.float32
     lowest, highest = int(min(values)), int(max(values))
     return np.min_scalar_type(highest if lowest >= 0 else min(lowest, -highest - 1))
+
+
+def region_painter(plan: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Probabilities of regions (R, X, Y, Z) -> class indices (1, X, Y, Z), for a plan whose regions may overlap.
+
+    As nnU-Net does, the voxels of each region above 0.5 get the class of regions_class_order, a later region over an
+    earlier one. Then only the largest component is kept of the regions in keep_largest, one after the other. What leaves
+    a region leaves the regions inside it, too, and keeps the class that is written for the others.
+    """
+    values, regions = list(plan["labels"].values()), [set(region) for region in plan["regions"].values()]
+    written = [values.index(value) for value in plan["regions_class_order"]]
+    names = list(plan["regions"])
+
+    def paint(pred: torch.Tensor) -> torch.Tensor:
+        mask = pred[:1] * 0
+        for probability, index in zip(pred, written, strict=True):
+            mask[0][probability > 0.5] = index
+        for region in (regions[names.index(name)] for name in names if name in plan["keep_largest"]):
+            inside = sum(mask == c for c, value in enumerate(values) if value in region) > 0
+            lost, before = inside & ~get_largest_connected_component_mask(inside).bool(), mask.clone()
+            for c, value in enumerate(values):
+                left = [written[i] for i, other in enumerate(regions) if value in other and not other <= region]
+                mask[lost & (before == c)] = left[-1] if left and values[left[-1]] not in region else 0
+        return mask
+
+    return paint
 
 
 class VolumeWriter(monai.data.NibabelWriter):  # type: ignore[misc]
