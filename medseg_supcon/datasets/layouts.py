@@ -68,12 +68,28 @@ def read_dataset(path: str | Path) -> Dataset:
     if expected is not None and as_number(expected) not in (number, len(label_files)):
         warnings.append(f'{source}: "numTraining" is {expected!r}, but there are {number} training cases.')
     declared = content.get("labels") or labels_in_files(label_files, source)
-    classes, regions, order = parse_regions(declared, source, content.get("regions_class_order"))
-    labels, ignore_label = parse_labels(classes, source, content.get("ignore_label"))
+    meaning = _meaning(content, declared, source)
     name = check_name(content.get("name") or root.resolve().name or "data", source, "name")
     held_out = frozenset(case.name for case in cases if case.name in validation and case.label)
     channels, whole = _channels(content, cases[0], source), _without_twins(cases, source)
-    return Dataset(root, name, whole, channels, labels, ignore_label, held_out, tuple(warnings), regions, tuple(order))
+    return Dataset(root, name, whole, channels, **meaning, validation=held_out, warnings=tuple(warnings))
+
+
+def read_label_plan(path: str | Path) -> dict[str, Any]:
+    """What the labels of a ``dataset.json`` mean, or of that in a folder: `Dataset.label_plan`, without the cases."""
+    source = Path(path) / "dataset.json" if Path(path).is_dir() else Path(path)
+    content = read_json(source, DataError)
+    if "labels" not in content:
+        raise DataError(f'{source}: has no "labels". Give a dataset.json that declares the classes.')
+    return replace(Dataset(source.parent, "", (), (), {}), **_meaning(content, content["labels"], source)).label_plan
+
+
+def _meaning(content: Mapping[str, Any], declared: object, source: Path) -> dict[str, Any]:
+    """The fields of a `Dataset` that say what the values of label maps mean."""
+    classes, regions, order = parse_regions(declared, source, content.get("regions_class_order"))
+    labels, ignore_label = parse_labels(classes, source, content.get("ignore_label"))
+    meaning = {"labels": labels, "ignore_label": ignore_label, "regions": regions}
+    return meaning | {"regions_class_order": tuple(order)}
 
 
 def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:

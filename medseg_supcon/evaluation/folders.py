@@ -27,7 +27,8 @@ def evaluate_folders(
     """Scores the masks of one folder against the label maps of equal name in another; returns ``metrics.json``'s content.
 
     What is wrong with one case is one of its ``problems``. ``labels``: class name -> value (or list of a region's
-    values), background first; None: the values in the files. A DataError if a folder is missing or empty, or no case can be scored.
+    values), background first; None: the values in the files. A DataError if a folder is missing or empty, or no case can
+    be scored.
     """
     masks, maps = _files(Path(predictions)), _files(Path(references))
     # one called x_0000 is x if that alone is a label map's name and no other mask's
