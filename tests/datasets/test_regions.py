@@ -57,7 +57,9 @@ def test_which_regions_a_written_mask_loses(plan):
     def within(value):
         return {name for name, held in plan["regions"].items() if value in held}
 
-    expected = {values.index(v): values.index(written(v, plan)) for v in values if within(v) != within(written(v, plan))}
+    expected = {
+        values.index(v): values.index(written(v, plan)) for v in values if within(v) != within(written(v, plan))
+    }
     assert Regions.of(plan).lost() == expected
 
 
@@ -137,7 +139,15 @@ def test_the_plan_has_an_output_and_a_volume_per_region(tmp_path, disk):
     volume = plan["fingerprint"]["volume_ml"]["kidney"]
     assert [volume["min"], volume["max"]] == pytest.approx([ml.min(), ml.max()], rel=1e-3)
     wrong = {
-        "regions": [{}, {"a": [1, 9], "b": [2]}, {"a": [1]}, {"a": [1, 2], "b": [2, 1]}, {"a": [0, 1, 2]}, {"a": []}, 3],
+        "regions": [
+            {},
+            {"a": [1, 9], "b": [2]},
+            {"a": [1]},
+            {"a": [1, 2], "b": [2, 1]},
+            {"a": [0, 1, 2]},
+            {"a": []},
+            3,
+        ],
         "regions_class_order": [[1], [1, 9], [0, 1], "12"],
         "keep_largest": [["background"], ["label 1"]],
         "segments": [{"label 1": {}}],
