@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,26 @@ class Cost:
 
     Attributes:
         seconds: wall-clock time from start to end.
+        cpu: processor seconds, user and system, of the command and of all processes that it started and waited for.
         peak: largest resident set in MiB (the system's ``ru_maxrss``).
         output: what it printed.
     """
 
     seconds: float
+    cpu: float
     peak: float
     output: str
 
 
-def run(command: Sequence[object], threads: int) -> Cost:
-    """Run a command from the checkout with a number of threads; its stderr is shown only if it fails."""
-    environment = dict(os.environ)
+def run(
+    command: Sequence[object], threads: int, log: Path | None = None, variables: Mapping[str, object] | None = None
+) -> Cost:
+    """Run a command from the checkout with a number of threads; its stderr goes to ``log``, and is shown if it fails."""
+    environment = dict(os.environ) | {name: str(value) for name, value in (variables or {}).items()}
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "nnUNet_def_n_proc"):
         environment[variable] = str(threads)
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as printed, log.open("wb+") if log else tempfile.TemporaryFile() as said:
         start = time.perf_counter()
         process = subprocess.Popen(
             [str(word) for word in command], env=environment, cwd=ROOT, stdout=printed, stderr=said
@@ -49,7 +53,8 @@ def run(command: Sequence[object], threads: int) -> Cost:
         said.seek(0)
         if process.returncode != 0:
             raise SystemExit(f"{command} ended with {process.returncode}:\n{said.read().decode()[-3000:]}")
-        return Cost(seconds, usage.ru_maxrss / 1024, printed.read().decode())
+        cpu = usage.ru_utime + usage.ru_stime
+        return Cost(seconds, cpu, usage.ru_maxrss / 1024, printed.read().decode())
 
 
 def make(
