@@ -10,6 +10,8 @@ import numpy.typing as npt
 from monai.transforms import RandBiasField
 from scipy import ndimage
 
+from medseg_supcon.views import ghost_weights
+
 Image = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int16]
 Rng = np.random.Generator
@@ -80,8 +82,7 @@ def _remap(image: Image, curve: Callable[[npt.NDArray[np.float64]], npt.NDArray[
 def ghosting(image: Image, strength: float, rng: Rng) -> Image:
     """Copies of the anatomy along one axis: some lines of k-space lose up to 90 %."""
     axis, every = int(rng.integers(1, 4)), int(rng.integers(2, 6))
-    line = np.abs(np.fft.fftfreq(image.shape[axis]) * image.shape[axis]).round().astype(int)
-    return _filtered(image, axis, np.where((line % every == 0) & (line > 0), 1 - 0.9 * strength, 1.0))
+    return _filtered(image, axis, ghost_weights(image.shape[axis], every, 0.9 * strength))
 
 
 def motion(image: Image, strength: float, rng: Rng) -> Image:
