@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import ndimage
 from torch import Tensor
 
-from medseg_supcon.bundle import Model, load_model
+from medseg_supcon.bundle import Model, load_model, member_runs
 from medseg_supcon.datasets import Regions, label_type, mask_labels, output_channels, target_names
 from medseg_supcon.errors import ConfigError, DataError, RunError
+from medseg_supcon.inference.components import postprocess
 from medseg_supcon.inference.dicom_seg import DicomSegWriter
 from medseg_supcon.inference.find_scans import find_scans, refuse_equal_names
 from medseg_supcon.inference.folder import Progress, predict_folder
@@ -37,7 +37,7 @@ class Predictor:
     patch's depth at a time.
 
     Args:
-        run: a run's folder, or several.
+        run: a run's folder, or several; a folder of ``medseg train --folds`` stands for its folds.
         device: "cpu", "cuda", "cuda:1", ...; None: the first GPU, or the CPU.
         tta: average over mirrorings along the plan's ``flip_axes`` (probabilities, per window).
         trust: accept a run whose config or network is not what medseg writes; it may run any code.
@@ -69,7 +69,9 @@ class Predictor:
         quality: bool = True,
         review_below: float | None = None,
     ) -> None:
-        runs = [run] if isinstance(run, str | Path) else list(run)
+        runs = [
+            member for path in ([run] if isinstance(run, str | Path) else run) for member in member_runs(Path(path))
+        ]
         if not runs:
             raise ValueError("run must name at least one run folder, got an empty list")
         self.device = _device(device)
@@ -79,7 +81,7 @@ class Predictor:
         self.plan = self.models[0].plan
         self.regions = Regions.of(self.plan)
         self.rates, self.review_below = quality, review_below
-        self.quality_models = [QualityModel.load(Path(path)) if quality else None for path in runs]
+        self.quality_models = [QualityModel.load(path) if quality else None for path in runs]
         self.warnings = [warning for model in self.models for warning in model.warnings]
         for path, model in zip(runs[1:], self.models[1:], strict=True):
             for key in ("labels", "channels", "regions", "regions_class_order"):
@@ -164,8 +166,7 @@ class Predictor:
         infer = partial(self._infer, prepared, probabilities)
         batch = self.plan["inference"]["sw_batch_size"]
         classes, scores, passes, masks = with_less_memory(infer, self.device, batch, warnings)
-        kept = [name in self.plan["keep_largest"] for name in (self.regions.names if self.regions else self.labels)]
-        keep_largest(classes, np.flatnonzero(kept).tolist(), self.regions)
+        postprocess(classes, self.plan, 1000 * prepared.grid.voxel_ml)
         if not classes.any():
             warnings.append("no structure was found: the mask is empty")
         evidence = [
@@ -227,22 +228,6 @@ def _classifier(model: Model) -> torch.nn.Module | None:
         return model.network.get_submodule(classifier_name(model.network))
     except ConfigError:
         return None
-
-
-def keep_largest(classes: npt.NDArray[Any], which: Sequence[int], regions: Regions | None = None) -> None:
-    """Turn all but the largest component (26 neighbours) of some classes into background, in place.
-
-    With ``regions``, of some of those: what leaves a region gets the class of `Regions.without`.
-    """
-    for index in which:
-        inside = classes == index if regions is None else regions.membership[index][classes]
-        for box in ndimage.find_objects(inside.astype(np.uint8)):
-            part = classes[box]
-            components, count = ndimage.label(inside[box], structure=np.ones((3, 3, 3)))
-            if count > 1:
-                largest = np.bincount(components[components > 0]).argmax()
-                lost = (components > 0) & (components != largest)
-                part[lost] = 0 if regions is None else regions.without(index)[part[lost]]
 
 
 def _finite(chunks: Iterable[Tensor], what: str) -> Iterator[Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from monai.transforms import RandBiasField
 from scipy import ndimage
 
+from medseg_supcon.scans import Grid, Volume
 from medseg_supcon.views import ghost_weights
 
 Image = npt.NDArray[np.float32]
@@ -32,6 +33,14 @@ class Degraded:
     label: Labels
     zoom: float = 1.0
     foreign: bool = False
+
+    def as_volume(self, original: Volume) -> Volume:
+        """The degraded scan, as if it had been read from a file like the original's."""
+        affine = original.monai_affine.copy()
+        affine[:3, :3] *= self.zoom
+        data = np.moveaxis(self.image, 0, -1) if original.data.ndim == 4 else self.image[0]
+        grid = Grid.at(self.label.shape, affine)
+        return replace(original, data=np.ascontiguousarray(data), grid=grid, monai_affine=affine)
 
 
 def _range(image: Image) -> tuple[Image, Image]:

@@ -11,7 +11,6 @@ import monai.data
 import nibabel
 import numpy as np
 import torch
-from monai.transforms import get_largest_connected_component_mask
 
 NIFTI = r"\.nii(\.gz)?$"
 
@@ -57,6 +56,24 @@ def name_formatter(names: dict[str, str]) -> Callable[..., dict[str, Any]]:
     return lambda meta, saver: {"subject": names[meta["filename_or_obj"]], "idx": None}
 
 
+def small_components_removed(plan: dict[str, Any]) -> Callable[[Any], Any]:
+    """A function of class indices (1, X, Y, Z): components below the plan's ``smallest_mm3`` become background."""
+    from scipy import ndimage  # only a plan with this key needs it
+
+    order = list(plan["labels"])
+
+    def remove(mask: Any) -> Any:
+        mask, voxel_mm3 = mask.clone(), abs(float(np.linalg.det(np.asarray(mask.affine)[:3, :3])))
+        for name, smallest in plan["smallest_mm3"].items():
+            components, _ = ndimage.label(np.asarray(mask[0].cpu()) == order.index(name), structure=np.ones((3, 3, 3)))
+            small = np.bincount(components.ravel()) * voxel_mm3 < smallest * (1 - 1e-6)
+            small[0] = False  # everything else
+            mask[0][torch.from_numpy(small[components])] = 0
+        return mask
+
+    return remove
+
+
 def mask_type(values: Sequence[float]) -> Any:
     """The smallest integer type for a mask's values; float32 if one of them is a fraction."""
     if any(value != int(value) for value in values):
@@ -69,24 +86,39 @@ def region_painter(plan: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tenso
     """Probabilities of regions (R, X, Y, Z) -> class indices (1, X, Y, Z), for a plan whose regions may overlap.
 
     As nnU-Net does, the voxels of each region above 0.5 get the class of regions_class_order, a later region over an
-    earlier one. Then only the largest component is kept of the regions in keep_largest, one after the other. What leaves
-    a region leaves the regions inside it, too, and keeps the class that is written for the others.
+    earlier one. Then only the largest component is kept of the regions in keep_largest, one after the other, and those of
+    smallest_mm3 lose the components below their volume. What leaves a region leaves the regions inside it, too, and keeps
+    the class that is written for the others.
     """
     values, regions = list(plan["labels"].values()), [set(region) for region in plan["regions"].values()]
     written = [values.index(value) for value in plan["regions_class_order"]]
-    names = list(plan["regions"])
+    names, smallest = list(plan["regions"]), plan.get("smallest_mm3", {})
 
-    def paint(pred: torch.Tensor) -> torch.Tensor:
-        mask = pred[:1] * 0
+    def leave(mask: np.ndarray, region: set[float], stays: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Take the components of a region out of it, unless ``stays`` of their sizes in voxels says otherwise."""
+        from scipy import ndimage  # only a plan with keep_largest or smallest_mm3 needs it
+
+        components, _ = ndimage.label(np.isin(mask, [values.index(v) for v in region]), structure=np.ones((3, 3, 3)))
+        sizes = np.bincount(components.ravel())
+        sizes[0] = 0  # everything else
+        lost, before = (components > 0) & ~stays(sizes)[components], mask.copy()
+        for c, value in enumerate(values):
+            left = [written[i] for i, other in enumerate(regions) if value in other and not other <= region]
+            mask[lost & (before == c)] = left[-1] if left and values[left[-1]] not in region else 0
+
+    def paint(pred: Any) -> Any:
+        mask = np.zeros(pred.shape[1:], np.int64)
         for probability, index in zip(pred, written, strict=True):
-            mask[0][probability > 0.5] = index
-        for region in (regions[names.index(name)] for name in names if name in plan["keep_largest"]):
-            inside = sum(mask == c for c, value in enumerate(values) if value in region) > 0
-            lost, before = inside & ~get_largest_connected_component_mask(inside).bool(), mask.clone()
-            for c, value in enumerate(values):
-                left = [written[i] for i, other in enumerate(regions) if value in other and not other <= region]
-                mask[lost & (before == c)] = left[-1] if left and values[left[-1]] not in region else 0
-        return mask
+            mask[np.asarray(probability.cpu()) > 0.5] = index
+        for name, region in zip(names, regions, strict=True):
+            if name in plan["keep_largest"]:
+                leave(mask, region, lambda sizes: np.arange(len(sizes)) == sizes.argmax())
+        for name, volume in smallest.items():
+            voxel_mm3 = abs(float(np.linalg.det(np.asarray(pred.affine)[:3, :3])))
+            leave(mask, regions[names.index(name)], lambda s, v=volume, mm3=voxel_mm3: s * mm3 >= v * (1 - 1e-6))
+        result = pred[:1] * 0
+        result[0] = torch.from_numpy(mask)
+        return result
 
     return paint
 
