@@ -116,6 +116,7 @@ def print_plan(plan: dict[str, Any], split: Any, run: Path) -> None:
         "cases": f"{len(split.training)} for training, {len(split.validation)} for validation, "
         f"{len(split.unlabelled)} unlabelled",
         "classes": ", ".join(plan["labels"]),
+        **({"regions": ", ".join(plan["regions"])} if "regions" in plan else {}),
         "spacing": " x ".join(f"{s:g}" for s in plan["spacing"]) + f" mm ({plan['orientation']})",
         "patch": " x ".join(map(str, plan["patch_size"])) + f" voxels, {2 * plan['batch_size']} per step",
         "length": f"{counted(plan['epochs'], 'epoch')} of {counted(plan['steps_per_epoch'], 'step')}{fitted}",

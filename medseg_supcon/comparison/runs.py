@@ -18,7 +18,7 @@ from medseg_supcon.comparison.corruptions import CORRUPTIONS, corrupt_cases
 from medseg_supcon.comparison.design import Cell, Design, case_names
 from medseg_supcon.comparison.jobs import CLUSTER_FILES, Workers
 from medseg_supcon.comparison.report import Results, write_comparison
-from medseg_supcon.datasets import Dataset, Split, items
+from medseg_supcon.datasets import Dataset, Split, items, target_names
 from medseg_supcon.errors import RunError
 from medseg_supcon.evaluation import read_history, summarise
 from medseg_supcon.files import folder_lock, read_json, write_text
@@ -124,7 +124,7 @@ def prepare_cells(design: Design, out: Path, plans: dict[int, Row]) -> dict[Path
             "run": str(run.resolve()),
             "tests": str((out / "tests" / cell.name).resolve()),
             "dataset_dir": str(root.resolve()),
-            "classes": list(design.dataset.labels)[1:],
+            "classes": target_names(design.dataset.label_plan),
             "conditions": tests | ({jobs.TRAINING: items(split.training, root)} if config.training_score else {}),
             "definition": definition,
         }
@@ -219,7 +219,7 @@ def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell]) -> Resu
         runs.append(cell.key | _run_row(history, rows) | jobs.read_cost(tests) | {"finished": is_finished(run)})
     about = {
         "dataset": design.dataset.name,
-        "classes": list(design.dataset.labels)[1:],
+        "classes": target_names(design.dataset.label_plan),
         "recipes": [recipe.name for recipe in design.config.recipes],
         "overlays": {name: {**read_recipe(r.recipe), **(r.model_extra or {})} for name, r in design.recipes.items()},
         "descriptions": {name: describe_recipe(r.recipe) for name, r in design.recipes.items()},

@@ -13,6 +13,7 @@ from typing import Any
 from medseg_supcon.datasets.dataset import SECTIONS, Case, Dataset, Folds, inside, texts
 from medseg_supcon.datasets.folds import folds_of_key, read_splits, splits_file
 from medseg_supcon.datasets.labels import as_number, check_name, labels_in_files, parse_labels
+from medseg_supcon.datasets.regions import parse_regions
 from medseg_supcon.errors import DataError, nearest
 from medseg_supcon.files import read_json
 from medseg_supcon.scans import NIFTI_ENDINGS, read_header, stem
@@ -23,9 +24,10 @@ LISTS = (*SECTIONS, "unlabeled", "test")
 CHANNEL_KEYS = ("channel_names", "modality")
 DESCRIPTIONS = (  # of the decathlon, nnU-Net v1 and v2, and MONAI: nothing in a training depends on them
     "name", "description", "reference", "licence", "license", "release", "relase", "citation", "converted_by",
-    "dataset_name", "tensorImageSize", "numTest", "numValidation", "overwrite_image_reader_writer", "regions_class_order",
+    "dataset_name", "tensorImageSize", "numTest", "numValidation", "overwrite_image_reader_writer",
 )  # fmt: skip
-KEYS = (*LISTS, *CHANNEL_KEYS, *DESCRIPTIONS, "labels", "ignore_label", "numTraining", "file_ending", "dataset")
+LABEL_KEYS = ("labels", "ignore_label", "regions_class_order")
+KEYS = (*LISTS, *CHANNEL_KEYS, *DESCRIPTIONS, *LABEL_KEYS, "numTraining", "file_ending", "dataset")
 # nnU-Net's readers. Each gives NIfTI scans the same place and voxels, but for axes, which are reoriented here in any case.
 READERS = ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient")
 OTHER_READERS = {"Tiff3DIO": "TIFF files", "NaturalImage2DIO": "2-D pictures"}
@@ -70,7 +72,7 @@ def read_dataset(path: str | Path) -> Dataset:
     if expected is not None and as_number(expected) not in (number, len(label_files)):
         warnings.append(f'{source}: "numTraining" is {expected!r}, but there are {number} training cases.')
     declared = content.get("labels") or labels_in_files(label_files, source)
-    labels, ignore_label = parse_labels(declared, source, content.get("ignore_label"))
+    meaning = _meaning(content, declared, source)
     name = check_name(content.get("name") or root.resolve().name or "data", source, "name")
     channels, whole = _channels(content, cases[0], source), _without_twins(cases, source)
     if (splits := splits_file(root)) is not None:
@@ -80,7 +82,25 @@ def read_dataset(path: str | Path) -> Dataset:
             folds = read_splits(splits, {case.name for case in cases})
             validation = set(folds.parts[0][1])
     held_out = frozenset(case.name for case in cases if case.name in validation and case.label)
-    return Dataset(root, name, whole, channels, labels, ignore_label, held_out, tuple(warnings), folds)
+    dataset = Dataset(root, name, whole, channels, **meaning, warnings=tuple(warnings))
+    return replace(dataset, validation=held_out, folds=folds)
+
+
+def read_label_plan(path: str | Path) -> dict[str, Any]:
+    """What the labels of a ``dataset.json`` mean, or of that in a folder: `Dataset.label_plan`, without the cases."""
+    source = Path(path) / "dataset.json" if Path(path).is_dir() else Path(path)
+    content = read_json(source, DataError)
+    if "labels" not in content:
+        raise DataError(f'{source}: has no "labels". Give a dataset.json that declares the classes.')
+    return replace(Dataset(source.parent, "", (), (), {}), **_meaning(content, content["labels"], source)).label_plan
+
+
+def _meaning(content: Mapping[str, Any], declared: object, source: Path) -> dict[str, Any]:
+    """The fields of a `Dataset` that say what the values of label maps mean."""
+    classes, regions, order = parse_regions(declared, source, content.get("regions_class_order"))
+    labels, ignore_label = parse_labels(classes, source, content.get("ignore_label"))
+    meaning = {"labels": labels, "ignore_label": ignore_label, "regions": regions}
+    return meaning | {"regions_class_order": tuple(order)}
 
 
 def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:
