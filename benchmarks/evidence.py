@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SEEDS = "0,1,2,3,4"
 STEPS_PER_EPOCH = 50  # each of 4 patches: 2 views of 2 scans
-# bias_field=0 below: these comparisons were made before bias fields became a default, and led to it
+# bias_field=0 and no scanner_shifts below: these comparisons were made before bias fields became a default, and led to it
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,12 @@ def command(name: str, part: Part, root: Path, out: Path, workers: int) -> list[
         path = out / f"{name}{option.replace('--', '_').replace('-', '_')}.txt"
         path.write_text("\n".join(names) + "\n")
         lists += [option, str(path)]
-    settings = [f"steps_per_epoch={STEPS_PER_EPOCH}", f"val_interval={part.epochs}", "bias_field=0"]
+    settings = [
+        f"steps_per_epoch={STEPS_PER_EPOCH}",
+        f"val_interval={part.epochs}",
+        "bias_field=0",
+        "scanner_shifts={}",
+    ]
     labels = {"deciding": task.deciding, "budgets": task.budgets}.get(part.labels, part.labels)
     return [
         *("compare", str(root / task.folder), "--out", str(out / f"{name}_{part.folder}"), *lists),

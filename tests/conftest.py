@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -43,6 +44,23 @@ def trained_run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     dataset, run = read_dataset(phantoms), tmp_path_factory.mktemp("runs") / "run"
     prepare_run(dataset, split_cases(dataset), run, epochs=2, settings=TINY, device="cpu")
     train_run(run, device="cpu", quiet=True)
+    return run
+
+
+@pytest.fixture(scope="session")
+def rated_run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small run with a quality model, for which its training is really too short. Do not change it."""
+    from medseg_supcon.quality import model
+    from medseg_supcon.training import fit_quality
+    from medseg_supcon.training import quality as fitting
+
+    run = tmp_path_factory.mktemp("rated") / "run"
+    shutil.copytree(trained_run, run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "WINDOWS_PER_STEP", 10_000)
+        patch.setattr(fitting, "MOST", 36)
+        patch.setattr(model, "TREES", 20)
+        assert fit_quality(run, "cpu") is not None
     return run
 
 

@@ -3,12 +3,16 @@
 from medseg_supcon.bundle.documents import write_metadata, write_model_card, write_network, write_twins
 from medseg_supcon.bundle.export import export_model, self_contained
 from medseg_supcon.bundle.folder import (
+    DRAFT,
+    FOLDS,
     TEMPLATE,
     at_work_in,
     cases_of,
     drafted,
+    has_folds,
     is_planned,
     is_started,
+    member_runs,
     read_config,
     refuse_others,
     shared_folder,

@@ -23,6 +23,7 @@ from medseg_supcon.text import counted, markdown_text
 
 # What MONAI needs beyond its own requirements; train.yaml and evaluate.yaml also need this package.
 REQUIRED = ("nibabel", "pytorch-ignite")
+OF_COMPONENTS = {"keep_largest": "scikit-image", "smallest_mm3": "scipy"}  # key of the plan -> what applies it
 EINOPS = ("SwinUNETR", "UNETR", "ViT")  # stock networks that import it
 # Keys of metadata.json that a user may edit; writing the file again keeps them.
 KEPT = (
@@ -47,12 +48,13 @@ def write_metadata(run: Path) -> None:
     earlier, metrics = run / "configs" / "metadata.json", run / "eval" / "metrics.json"
     classes, modality = list(plan["labels"]), " + ".join(plan["channels"])
     einops = ["einops"] if any(network in str(plan["network_def"]) for network in EINOPS) else []
+    components = [package for key, package in OF_COMPONENTS.items() if plan.get(key)]
     fresh = read_json(shared_folder("bundles") / TEMPLATE / "configs" / "metadata.json") | {
         "changelog": {"0.1.0": f"trained with medseg-supcon {__version__}"},
         "monai_version": _version("monai"),
         "pytorch_version": _version("torch"),
         "numpy_version": _version("numpy"),
-        "required_packages_version": {name: _version(name) for name in (*REQUIRED, *einops)}
+        "required_packages_version": {name: _version(name) for name in (*REQUIRED, *einops, *components)}
         | {"medseg-supcon": __version__},
         "name": f"{plan['name']} segmentation",
         "task": f"Segmentation of {', '.join(classes[1:])} in 3-D {'' if modality == 'scan' else f'{modality} '}scans",

@@ -14,13 +14,15 @@ import yaml
 
 from medseg_supcon.datasets import read_datalist
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
-from medseg_supcon.files import folder_lock
+from medseg_supcon.files import folder_lock, read_json
 
 TEMPLATE = "segmentation"
+FOLDS = "folds.json"  # in a folder of ``medseg train --folds``
 DRAFT = ".planning"  # where a run is written until it is complete
 NOT_COPIED = ("README.md.j2", "train.yaml", "metadata.json")  # of the template: what is written for each run
 PACKAGE = Path(__file__).resolve().parents[1]
 MOST_BYTES = 2**20
+MOST_FOLDS = 1000
 
 
 def shared_folder(name: str) -> Path:
@@ -40,6 +42,23 @@ def is_planned(run: Path) -> bool:
 def is_started(run: Path) -> bool:
     """Whether training has written weights or a checkpoint."""
     return (run / "models" / "model.pt").exists() or (run / "models" / "checkpoint.pt").exists()
+
+
+def has_folds(folder: Path) -> bool:
+    """Whether a folder is one of ``medseg train --folds``: its runs are fold_0, fold_1, ..."""
+    return os.path.isfile(folder / FOLDS)  # noqa: PTH113 - as above
+
+
+def member_runs(path: Path) -> list[Path]:
+    """The folds of a folder of ``medseg train --folds``; for any other path, the path alone."""
+    if not has_folds(path):
+        return [path]
+    number = read_json(path / FOLDS).get("folds")
+    if not isinstance(number, int) or not 2 <= number <= MOST_FOLDS:
+        raise RunError(
+            f'{path / FOLDS}: "folds" must be a number from 2 to {MOST_FOLDS}, found {number!r}. Restore it.'
+        )
+    return [path / f"fold_{index}" for index in range(number)]
 
 
 @contextmanager
@@ -76,7 +95,7 @@ def drafted(run: Path) -> Iterator[Path]:
 
 def refuse_others(run: Path) -> None:
     """Refuse a folder that contains a run, or files that one would replace."""
-    if is_planned(run):
+    if is_planned(run) or has_folds(run):
         raise RunError(f"{run} already contains a run. Choose another --out, or continue with medseg train --resume.")
     there = [p.name for p in sorted((shared_folder("bundles") / TEMPLATE).iterdir()) if (run / p.name).exists()]
     if there:

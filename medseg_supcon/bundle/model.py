@@ -16,6 +16,7 @@ from monai import transforms as mt
 from monai.bundle import ConfigParser
 from monai.transforms.intensity import dictionary as intensity
 
+from medseg_supcon.bundle.folder import has_folds
 from medseg_supcon.bundle.trust import is_plain_run
 from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.networks import build_network
@@ -47,6 +48,8 @@ def load_model(run: str | Path, trust: bool = False) -> Model:
         ConfigError: its plan is invalid.
     """
     run = Path(run)
+    if has_folds(run):
+        raise RunError(f"{run} is a folder of folds, not one run. Pass one of them, such as {run / 'fold_0'}.")
     config, plan_file = run / "configs" / "inference.yaml", run / "configs" / "plan.json"
     weights = run / "models" / "model.pt"
     for file in (config, plan_file, weights):

@@ -27,7 +27,8 @@ def predict(
         list[Path],
         typer.Argument(
             metavar="RUN... SCAN...",
-            help="A run (several runs make an ensemble), then scans: files, folders or DICOM series folders.",
+            help="A run (several runs, or a folder of folds, make an ensemble), then scans: files, folders or DICOM series "
+            "folders.",
             readable=False,  # one without permission is reported, and the others are done
         ),
     ],
@@ -43,12 +44,12 @@ def predict(
     trust: terminal.TrustOption = False,
 ) -> None:
     """Write masks of new scans, each in the space of its scan. Exit code 3 if some scans failed, 2 if all failed."""
-    from medseg_supcon.bundle import is_planned
+    from medseg_supcon.bundle import has_folds, is_planned
     from medseg_supcon.inference import Predictor
     from medseg_supcon.training import check_device
 
     check_device(device)
-    runs = [path for path in run if is_planned(path)]
+    runs = [path for path in run if is_planned(path) or has_folds(path)]
     scans = [path for path in run if path not in runs]
     if not runs:
         usage = "Usage: medseg predict RUN SCAN... --out DIR"

@@ -114,7 +114,7 @@ def print_plan(plan: dict[str, Any], split: Any, run: Path) -> None:
         "spacing": " x ".join(f"{s:g}" for s in plan["spacing"]) + f" mm ({plan['orientation']})",
         "patch": " x ".join(map(str, plan["patch_size"])) + f" voxels, {2 * plan['batch_size']} per step",
         "length": f"{counted(plan['epochs'], 'epoch')} of {counted(plan['steps_per_epoch'], 'step')}{fitted}",
-        "expected": f"{time}, {expected['memory_gib']:.1f} GiB on {expected['machine']}",
+        "expected": f"{time}, {expected['memory_gib']:.1f} GiB on {expected['machine']}, in {expected['precision']}",
     }
     err.print(printable(f"Plan: {run / 'configs' / 'plan.json'}"))
     for name, text in rows.items():

@@ -15,6 +15,7 @@ import torch
 from monai.transforms import RandBiasField, RandGaussianNoise, Resize
 
 from medseg_supcon.datasets import Case
+from medseg_supcon.views import ghost_weights
 
 Volume = npt.NDArray[np.float32]
 
@@ -37,8 +38,7 @@ def add_ghosts(volume: Volume, seed: int) -> Volume:
     """Copies of the anatomy along one axis, as motion in step with the phase encoding causes them."""
     axis = int(np.random.default_rng(seed).choice([a for a in (1, 2, 3) if volume.shape[a] > 1] or [1]))
     spectrum = np.fft.fft(volume, axis=axis)
-    lines = np.abs(np.fft.fftfreq(volume.shape[axis]) * volume.shape[axis]).round().astype(int)
-    weight = np.where((lines % 4 == 0) & (lines > 0), 0.5, 1.0)  # every 4th line of k-space loses half
+    weight = ghost_weights(volume.shape[axis], every=4, loss=0.5)
     shape = [-1 if a == axis else 1 for a in range(volume.ndim)]
     return np.fft.ifft(spectrum * weight.reshape(shape), axis=axis).real.astype(np.float32)
 

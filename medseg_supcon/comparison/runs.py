@@ -52,7 +52,7 @@ def compare(
             check_configs_trusted(run, trust)
         plans = make_plans(design, out, device, trust_scan_affine, say)
         cells = prepare_cells(design, out, plans)
-        _train_and_test(cells, jobs.devices(device, workers), say)
+        do_jobs({job: cell.name for job, cell in cells.items()}, jobs.devices(device, workers), say)
         report = write_comparison(out, _read_results(design, next(iter(plans.values())), cells))
         write_text(out / MARKER, json.dumps(report, indent=1, allow_nan=False) + "\n")
         return report
@@ -117,7 +117,9 @@ def prepare_cells(design: Design, out: Path, plans: dict[int, Row]) -> dict[Path
         }
         write_text(path, json.dumps(job, indent=1, default=str) + "\n")
         if not planned:
-            options: Row = {"settings": [*settings, *cell.own], "plan_settings": _own_plan(design, cell)}
+            # the quality model of a cell is not used: only --set quality=true fits one
+            own = [("quality", False), *settings, *cell.own]
+            options: Row = {"settings": own, "plan_settings": _own_plan(design, cell)}
             prepare_run(design.dataset, split, run, recipe=recipe, seed=cell.seed, plan=plan, **options)
         cells[path] = cell
     return cells
@@ -164,26 +166,29 @@ def _check_same(made: Path, record: Path, definition: Row) -> None:
         raise RunError(f"{made} was prepared with other {' and '.join(changed)}. {cure}")
 
 
-def _train_and_test(cells: Mapping[Path, Cell], where: Sequence[str], say: Say) -> None:
-    todo = [job for job in cells if not jobs.is_done(read_json(job))]
-    if len(todo) < len(cells):
-        say(f"{len(cells) - len(todo)} of {len(cells)} runs are finished already.")
+def do_jobs(
+    names: Mapping[Path, str], where: Sequence[str], say: Say, again: str = "Run the same command again"
+) -> None:
+    """Do what is left of job files, and say so; ``names`` are those of their runs. `RunError` if one of them fails."""
+    todo = [job for job in names if not jobs.is_done(read_json(job))]
+    if len(todo) < len(names):
+        say(f"{len(names) - len(todo)} of {len(names)} runs are finished already.")
     start, problems = monotonic(), dict[str, str]()
 
     def done(job: Path, problem: str) -> None:
-        problems[cells[job].name] = problem
+        problems[names[job]] = problem
         left = len(todo) - len(problems)
         minutes = (monotonic() - start) / len(problems) * left / 60
         rest = f"; about {max(minutes, 1):.0f} min left" if left else ""
-        say(f"{len(problems)}/{len(todo)}  {cells[job].name} {f'failed: {problem}' if problem else 'done'}{rest}")
+        say(f"{len(problems)}/{len(todo)}  {names[job]} {f'failed: {problem}' if problem else 'done'}{rest}")
 
     if todo:
         together = f", {len(where)} at the same time" if len(where) > 1 else ""
         say(f"{counted(len(todo), 'run')} to do on {', '.join(dict.fromkeys(where))}{together}.")
     jobs.run_jobs(todo, where, done)
     if failed := [f"{name}: {problem}" for name, problem in problems.items() if problem]:
-        cure = "The others are kept. Run the same command again to continue."
-        raise RunError(f"{len(failed)} of {len(cells)} runs failed; {failed[0]}. {cure}")
+        cure = f"The others are kept. {again} to continue."
+        raise RunError(f"{len(failed)} of {len(names)} runs failed; {failed[0]}. {cure}")
 
 
 def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell]) -> Results:

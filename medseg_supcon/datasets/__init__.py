@@ -5,7 +5,9 @@ from medseg_supcon.datasets.dataset import (
     VALIDATION,
     Case,
     Dataset,
+    Folds,
     Split,
+    group_of,
     items,
     load_items,
     normalisation,
@@ -15,6 +17,7 @@ from medseg_supcon.datasets.dataset import (
     write_datalist,
 )
 from medseg_supcon.datasets.fingerprints import CaseFingerprint, Fingerprint, fingerprint, readable
+from medseg_supcon.datasets.folds import split_folds
 from medseg_supcon.datasets.labels import class_indices, label_type, reorient, snap_labels, value_text
 from medseg_supcon.datasets.layouts import read_dataset, read_unlabelled
 from medseg_supcon.datasets.phantoms import PHANTOM_LABELS, make_phantoms

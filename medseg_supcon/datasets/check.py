@@ -71,6 +71,11 @@ class Report:
         without = f", {bare} without label map" if bare else ""
         return f"{self.dataset.name}: {counted(cases, 'case')} checked{without}, {found}."
 
+    def __str__(self) -> str:
+        """The findings, one per line, and the closing sentence."""
+        lines = [f"{finding.severity}: {finding.case or '(all)'}: {finding.message}" for finding in self.findings]
+        return "\n".join([*lines, self.summary()])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         findings = [{**asdict(f), "file": None if f.file is None else str(f.file)} for f in self.findings]

@@ -34,6 +34,14 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Folds:
+    """The folds that the files of a data set declare."""
+
+    source: str  # the file and key, for messages
+    parts: tuple[tuple[frozenset[str], frozenset[str]], ...]  # of each fold, the names for training and for validation
+
+
+@dataclass(frozen=True)
 class Dataset:
     """The cases of a data set and what their files mean."""
 
@@ -45,6 +53,7 @@ class Dataset:
     ignore_label: int | float | None = None  # value in the label files that means "not annotated"
     validation: frozenset[str] = frozenset()  # names of the cases that are for validation, if the data set says so
     warnings: tuple[str, ...] = ()  # sentences on what its files say and reading did not use
+    folds: Folds | None = None  # None: its files declare none
 
     @property
     def labelled(self) -> tuple[Case, ...]:
@@ -111,21 +120,12 @@ def split_cases(
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction must be at least 0 and below 1, got {validation_fraction}")
-    labelled = dataset.labelled
-    total = len(labelled) if labels is None else labels
-    if not labelled:
-        raise DataError(f"{dataset.root}: no case has a label map. Training needs at least one.")
-    if not 1 <= total <= len(labelled):
-        found = f"{total} labelled cases were asked for, but it has {len(labelled)}"
-        raise DataError(f"{dataset.root}: {found}. Ask for at least 1 and at most {len(labelled)}.")
-
-    def draw(text: str) -> bytes:
-        return hashlib.sha256(f"{seed}\0{text}".encode()).digest()
+    ordered = seeded_order(dataset, seed)
+    total = label_budget(dataset, labels)
 
     def wanted(count: int) -> int:  # grows by at most one as `count` does, so budgets are nested
         return max(1, min(MOST_VALIDATION, round(validation_fraction * count), count - 1))
 
-    ordered = sorted(labelled, key=lambda case: (draw(_group(case)), _group(case), draw(f"case {case.name}")))
     own = [case for case in ordered if case.name in dataset.validation]
     training, validation = ordered[:total], list[Case]()
     if validation_fraction > 0 and 0 < len(own) < len(ordered):
@@ -139,7 +139,7 @@ def split_cases(
         training, sides = [], dict[str, list[Case]]()
         for count, case in enumerate(ordered[:total], 1):
             due = bool(training) and len(validation) < wanted(count)
-            sides.setdefault(_group(case), validation if due else training).append(case)
+            sides.setdefault(group_of(case), validation if due else training).append(case)
     warnings = []
     if not validation or not training:
         training = training or validation
@@ -151,18 +151,45 @@ def split_cases(
         )
         names = ", ".join(case.name for case in training[:3]) + ", ..." * (len(training) > 3)
         warnings.append(f"Validation uses the training cases ({names}): {why}. Its scores say nothing about new scans.")
+    return Split(tuple(training), tuple(validation), all_others(dataset, training, validation), tuple(warnings))
+
+
+def seeded_order(dataset: Dataset, seed: int) -> list[Case]:
+    """The labelled cases in an order that depends on the seed and their names; a patient's are next to each other."""
+
+    def draw(text: str) -> bytes:
+        return hashlib.sha256(f"{seed}\0{text}".encode()).digest()
+
+    return sorted(dataset.labelled, key=lambda c: (draw(group_of(c)), group_of(c), draw(f"case {c.name}")))
+
+
+def label_budget(dataset: Dataset, labels: int | None) -> int:
+    """How many labelled cases are used; `DataError` if there are not as many."""
+    most = len(dataset.labelled)
+    if not most:
+        raise DataError(f"{dataset.root}: no case has a label map. Training needs at least one.")
+    if labels is not None and not 1 <= labels <= most:
+        found = f"{labels} labelled cases were asked for, but it has {most}"
+        raise DataError(f"{dataset.root}: {found}. Ask for at least 1 and at most {most}.")
+    return most if labels is None else labels
+
+
+def all_others(dataset: Dataset, training: Iterable[Case], validation: Iterable[Case]) -> tuple[Case, ...]:
+    """The cases that are in neither part, without their label maps."""
     used = {case.name for case in (*training, *validation)}
-    rest = tuple(replace(case, label=None) for case in dataset.cases if case.name not in used)
-    return Split(tuple(training), tuple(validation), rest, tuple(warnings))
+    return tuple(replace(case, label=None) for case in dataset.cases if case.name not in used)
 
 
-def _group(case: Case) -> str:
+def group_of(case: Case) -> str:
+    """What a split keeps together: the patient, or the case if its patient is not known."""
     return f"case {case.name}" if case.patient is None else f"patient {case.patient}"
 
 
 def patient_on_both_sides(dataset: Dataset) -> str | None:
     """A sentence on a patient with labelled scans on both sides of the data list's split; None if there is none."""
-    sides = [{_group(c) for c in dataset.labelled if (c.name in dataset.validation) == side} for side in (False, True)]
+    sides = [
+        {group_of(c) for c in dataset.labelled if (c.name in dataset.validation) == side} for side in (False, True)
+    ]
     if not (both := sides[0] & sides[1]):
         return None
     found = (

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.datasets.dataset import SECTIONS, Case, Dataset, inside, texts
+from medseg_supcon.datasets.dataset import SECTIONS, Case, Dataset, Folds, inside, texts
+from medseg_supcon.datasets.folds import folds_of_key, read_splits, splits_file
 from medseg_supcon.datasets.labels import as_number, check_name, labels_in_files, parse_labels
 from medseg_supcon.errors import DataError, nearest
 from medseg_supcon.files import read_json
@@ -37,8 +38,10 @@ def read_dataset(path: str | Path) -> Dataset:
         (``imagesTr/case_0000.nii.gz``, or the files that its ``dataset`` key names), a MONAI datalist JSON, or a
         folder with ``imagesTr`` and ``labelsTr`` (or ``images`` and ``labels``) alone. A ``training`` list counts
         wherever there is one. Items may have a ``patient``; so may ``patients.json`` beside the list. Items with a
-        ``fold``: fold 0 is for validation, as in MONAI's Auto3DSeg. The ``test`` section is not used. An unknown key is a
-        warning of the data set, a misspelt one an error. Relative paths cannot leave the folder of the list.
+        ``fold``: fold 0 is for validation, as in MONAI's Auto3DSeg. nnU-Net's ``splits_final.json``, beside the list or
+        in ``nnUNet_preprocessed``: its first split is the validation. Both are the ``folds`` of the data set. The ``test``
+        section is not used. An unknown key is a warning of the data set, a misspelt one an error. Relative paths cannot
+        leave the folder of the list.
     """
     path = Path(path)
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for long names
@@ -50,11 +53,7 @@ def read_dataset(path: str | Path) -> Dataset:
     root = source.parent
     content = read_json(source, DataError) if source.is_file() else {}
     warnings = _check_keys(content, source)
-    if (splits := root / "splits_final.json").is_file():
-        warnings.append(
-            f'{splits}: is not used. Use a "training" list in which each item has a "fold" (0: validation).'
-        )
-    cases, validation = _cases(content, path, source, warnings)
+    cases, validation, folds = _cases(content, path, source, warnings)
     if not cases:
         raise DataError(f"{source}: lists no training cases. Add items to the list or scans to imagesTr.")
     cases = _with_patients([_with_channel_files(case) for case in cases], root, warnings)
@@ -68,9 +67,15 @@ def read_dataset(path: str | Path) -> Dataset:
     declared = content.get("labels") or labels_in_files(label_files, source)
     labels, ignore_label = parse_labels(declared, source, content.get("ignore_label"))
     name = check_name(content.get("name") or root.resolve().name or "data", source, "name")
-    held_out = frozenset(case.name for case in cases if case.name in validation and case.label)
     channels, whole = _channels(content, cases[0], source), _without_twins(cases, source)
-    return Dataset(root, name, whole, channels, labels, ignore_label, held_out, tuple(warnings))
+    if (splits := splits_file(root)) is not None:
+        if validation:
+            warnings.append(f"{splits}: is not used, because the data list says which cases are for validation.")
+        else:
+            folds = read_splits(splits, {case.name for case in cases})
+            validation = set(folds.parts[0][1])
+    held_out = frozenset(case.name for case in cases if case.name in validation and case.label)
+    return Dataset(root, name, whole, channels, labels, ignore_label, held_out, tuple(warnings), folds)
 
 
 def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:
@@ -112,24 +117,27 @@ def _hint(key: str, known: Sequence[str]) -> str:
     return f" Did you mean {near!r}?" if near else ""
 
 
-def _cases(content: Mapping[str, Any], path: Path, source: Path, warnings: list[str]) -> tuple[list[Case], set[str]]:
-    """The cases of a data set in any layout, and the names of those for validation."""
+def _cases(
+    content: Mapping[str, Any], path: Path, source: Path, warnings: list[str]
+) -> tuple[list[Case], set[str], Folds | None]:
+    """The cases of a data set in any layout, the names of those for validation, and the folds of the key "fold"."""
     files = content.get("dataset")
     if "training" not in content and isinstance(files, Mapping):
         if odd := [name for name, entry in files.items() if not isinstance(entry, Mapping)]:
             raise DataError(f'{source}: {odd[0]!r} under "dataset" must have "images" and "label".')
         entries = [{**entry, "name": name} for name, entry in files.items()]
-        return [case for case, _ in _listed(entries, "dataset", source, warnings)], set()
+        return [case for case, _ in _listed(entries, "dataset", source, warnings)], set(), None
     if "training" not in content:
-        return _folder_cases(path, content), set()
+        return _folder_cases(path, content), set(), None
     if also := [f'"{key}"' for key in ("file_ending", "dataset") if key in content]:
         warnings.append(f'{source}: has a "training" list and {" and ".join(also)}: only the list is used.')
     listed = _listed(content["training"], "training", source, warnings)
     cases = [case for case, _ in listed]
-    folds = {case.name: str(fold) for case, fold in listed if fold is not None}
-    validation = {name for name, fold in folds.items() if fold in ("0", "0.0")}  # as in MONAI's Auto3DSeg
-    if folds and not 0 < len(validation) < len(listed):
-        found = f'the values of "fold" are {", ".join(sorted(set(folds.values())))}'
+    numbers = {case.name: str(fold) for case, fold in listed if fold is not None}
+    validation = {name for name, fold in numbers.items() if fold in ("0", "0.0")}  # as in MONAI's Auto3DSeg
+    folds = folds_of_key(numbers, source) if numbers else None
+    if numbers and not 0 < len(validation) < len(listed):
+        found = f'the values of "fold" are {", ".join(sorted(set(numbers.values())))}'
         cure = "Number the folds from 0, or remove the key."
         raise DataError(f"{source}: fold 0 is for validation and the other folds are for training, but {found}. {cure}")
     for key in ("validation", "unlabelled", "unlabeled"):
@@ -140,8 +148,8 @@ def _cases(content: Mapping[str, Any], path: Path, source: Path, warnings: list[
                 raise DataError(f'{source}: {bare[0]!r} under "validation" has no "label". Move it to "unlabelled".')
             if validation:
                 warnings.append(f'{source}: "fold" is ignored, because there is a "validation" list.')
-            validation = {case.name for case in more}
-    return cases, validation
+            validation, folds = {case.name for case in more}, None
+    return cases, validation, folds
 
 
 def _listed(entries: object, key: str, source: Path, warnings: list[str]) -> list[tuple[Case, object]]:

@@ -149,7 +149,7 @@ def write_metrics(
         "rows": list(rows),
     } | more
     if folder is not None:
-        columns = [*COLUMNS, *(["trained_on"] if any("trained_on" in row for row in rows) else [])]
+        columns = [*COLUMNS, *(key for key in ("fold", "trained_on") if any(key in row for row in rows))]
         try:
             write_csv(Path(folder) / "metrics.csv", columns, rows)
             write_text(Path(folder) / "metrics.json", json.dumps(report, indent=1, allow_nan=False) + "\n")

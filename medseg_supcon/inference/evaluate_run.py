@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.bundle import cases_of, plain_text, read_config
+from medseg_supcon.bundle import cases_of, member_runs, plain_text, read_config
 from medseg_supcon.datasets import Dataset, check_dataset, items, load_items
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation import Row, score_mask, write_metrics
@@ -25,19 +25,28 @@ TOLERANCE_MM = 1.0
 
 
 def evaluate_dataset(
-    run: Path, dataset: Dataset, out: Path, *, device: str | None = None, trust: bool = False, pictures: bool = False
+    run: str | Path,
+    dataset: Dataset,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    trust: bool = False,
+    pictures: bool = False,
 ) -> dict[str, Any]:
     """Score a run on the labelled cases of a data set, as `evaluate_items`; cases with errors become ``problems``.
 
-    Each row says in ``trained_on`` whether the run was trained on the case. DataError if no case can be scored, or
+    Of a folder of ``medseg train --folds`` this scores the ensemble. Each row says in ``trained_on`` whether the run (one
+    of the folds) was trained on the case. DataError if no case can be scored, or
     the channels are not the run's; RunError if the run is not trained, or needs trust.
     """
-    files = run / "configs" / "plan.json", run / "models" / "model.pt"
-    if not all(file.is_file() for file in files):
-        raise RunError(f"{run} is not a trained run: configs/plan.json and models/model.pt are needed. Train it first.")
+    out, runs = Path(out), member_runs(Path(run))
+    for one in runs:
+        if not all((one / name).is_file() for name in ("configs/plan.json", "models/model.pt")):
+            needed = "configs/plan.json and models/model.pt are needed"
+            raise RunError(f"{one} is not a trained run: {needed}. Train it first.")
     if not dataset.labelled:
         raise DataError(f"{dataset.root} has no labelled cases. Evaluation needs label maps.")
-    plan = read_plan(files[0])
+    plan = read_plan(runs[0] / "configs" / "plan.json")
     theirs, ours = dataset.channels, plan["channels"]
     if len(theirs) != len(ours):
         found = f"has {len(theirs)} channels per scan ({', '.join(theirs)})"
@@ -50,7 +59,8 @@ def evaluate_dataset(
     if not good:
         raise DataError(f"No case of {dataset.root} can be evaluated. {next(iter(problems.values()))}")
     entries = load_items(items(good, dataset.root), dataset.root)
-    predictor, seen = Predictor(run, device=device, trust=trust, quality=pictures), trained_on(run, dataset)
+    predictor = Predictor(run, device=device, trust=trust, quality=pictures)
+    seen = set[str]().union(*(trained_on(one, dataset) for one in runs))
     return evaluate_items(predictor, entries, out, problems=problems, seen=seen, pictures=pictures)
 
 

@@ -29,7 +29,9 @@ EXISTED = "the mask already existed"
 PAUSE = 20  # times as long as the last writing took: rewriting a long file after every scan is quadratic
 PACKAGES = ("torch", "monai", "numpy", "nibabel", "pydicom", "SimpleITK", "scipy")
 # The parts of a plan that affect the mask; the number of windows per batch does not.
-DECISIVE = ("channels", "orientation", "spacing", "intensity", "patch_size", "network_def", "keep_largest")
+DECISIVE = (
+    "channels", "orientation", "spacing", "intensity", "patch_size", "network_def", "keep_largest", "smallest_mm3",
+)  # fmt: skip
 logger = logging.getLogger(__name__)
 
 
@@ -44,7 +46,7 @@ def describe(models: Sequence[Model], tta: bool, device: torch.device, amp: bool
     for model in models:
         plan, flips = model.plan, model.plan["flip_axes"] if tta else []
         settings += [list(plan["labels"].items()), plan["inference"]["overlap"], flips]
-        settings += [model.preprocessing_def, *(plan[key] for key in DECISIVE)]
+        settings += [model.preprocessing_def, *(plan.get(key) for key in DECISIVE)]
     return {
         "models": [{"name": model.name, "sha256": model.sha256} for model in models],
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import ndimage
 from torch import Tensor
 
-from medseg_supcon.bundle import Model, load_model
+from medseg_supcon.bundle import Model, load_model, member_runs
 from medseg_supcon.datasets import label_type
 from medseg_supcon.errors import ConfigError, DataError, RunError
+from medseg_supcon.inference.components import postprocess
 from medseg_supcon.inference.dicom_seg import DicomSegWriter
 from medseg_supcon.inference.find_scans import find_scans, refuse_equal_names
 from medseg_supcon.inference.folder import Progress, predict_folder
@@ -37,7 +37,7 @@ class Predictor:
     patch's depth at a time.
 
     Args:
-        run: a run's folder, or several.
+        run: a run's folder, or several; a folder of ``medseg train --folds`` stands for its folds.
         device: "cpu", "cuda", "cuda:1", ...; None: the first GPU, or the CPU.
         tta: average over mirrorings along the plan's ``flip_axes`` (probabilities, per window).
         trust: accept a run whose config or network is not what medseg writes; it may run any code.
@@ -69,7 +69,9 @@ class Predictor:
         quality: bool = True,
         review_below: float | None = None,
     ) -> None:
-        runs = [run] if isinstance(run, str | Path) else list(run)
+        runs = [
+            member for path in ([run] if isinstance(run, str | Path) else run) for member in member_runs(Path(path))
+        ]
         if not runs:
             raise ValueError("run must name at least one run folder, got an empty list")
         self.device = _device(device)
@@ -78,7 +80,7 @@ class Predictor:
         self.amp = self.device.type == "cuda" if amp is None else amp
         self.plan = self.models[0].plan
         self.rates, self.review_below = quality, review_below
-        self.quality_models = [QualityModel.load(Path(path)) if quality else None for path in runs]
+        self.quality_models = [QualityModel.load(path) if quality else None for path in runs]
         self.warnings = [warning for model in self.models for warning in model.warnings]
         for path, model in zip(runs[1:], self.models[1:], strict=True):
             for key in ("labels", "channels"):
@@ -163,7 +165,7 @@ class Predictor:
         infer = partial(self._infer, prepared, probabilities)
         batch = self.plan["inference"]["sw_batch_size"]
         classes, scores, passes, masks = with_less_memory(infer, self.device, batch, warnings)
-        keep_largest(classes, [i for i, name in enumerate(self.labels) if name in self.plan["keep_largest"]])
+        postprocess(classes, self.plan, 1000 * prepared.grid.voxel_ml)
         if not classes.any():
             warnings.append("no structure was found: the mask is empty")
         evidence = [
@@ -218,17 +220,6 @@ def _classifier(model: Model) -> torch.nn.Module | None:
         return model.network.get_submodule(classifier_name(model.network))
     except ConfigError:
         return None
-
-
-def keep_largest(classes: npt.NDArray[Any], which: Sequence[int]) -> None:
-    """Turn all but the largest component (26 neighbours) of some classes into background, in place."""
-    for index in which:
-        for box in ndimage.find_objects((classes == index).astype(np.uint8)):
-            part = classes[box]
-            components, count = ndimage.label(part == index, structure=np.ones((3, 3, 3)))
-            if count > 1:
-                largest = np.bincount(components[components > 0]).argmax()
-                part[(components > 0) & (components != largest)] = 0
 
 
 def _finite(chunks: Iterable[Tensor], what: str) -> Iterator[Tensor]:

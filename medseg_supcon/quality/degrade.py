@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from monai.transforms import RandBiasField
 from scipy import ndimage
+
+from medseg_supcon.scans import Grid, Volume
+from medseg_supcon.views import ghost_weights
 
 Image = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int16]
@@ -30,6 +33,14 @@ class Degraded:
     label: Labels
     zoom: float = 1.0
     foreign: bool = False
+
+    def as_volume(self, original: Volume) -> Volume:
+        """The degraded scan, as if it had been read from a file like the original's."""
+        affine = original.monai_affine.copy()
+        affine[:3, :3] *= self.zoom
+        data = np.moveaxis(self.image, 0, -1) if original.data.ndim == 4 else self.image[0]
+        grid = Grid.at(self.label.shape, affine)
+        return replace(original, data=np.ascontiguousarray(data), grid=grid, monai_affine=affine)
 
 
 def _range(image: Image) -> tuple[Image, Image]:
@@ -80,8 +91,7 @@ def _remap(image: Image, curve: Callable[[npt.NDArray[np.float64]], npt.NDArray[
 def ghosting(image: Image, strength: float, rng: Rng) -> Image:
     """Copies of the anatomy along one axis: some lines of k-space lose up to 90 %."""
     axis, every = int(rng.integers(1, 4)), int(rng.integers(2, 6))
-    line = np.abs(np.fft.fftfreq(image.shape[axis]) * image.shape[axis]).round().astype(int)
-    return _filtered(image, axis, np.where((line % every == 0) & (line > 0), 1 - 0.9 * strength, 1.0))
+    return _filtered(image, axis, ghost_weights(image.shape[axis], every, 0.9 * strength))
 
 
 def motion(image: Image, strength: float, rng: Rng) -> Image:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.spatial.distance import cdist
 from scipy.stats import median_abs_deviation
 from scipy.stats import t as student
 
@@ -68,7 +67,7 @@ class Estimate:
 
 
 class Forest:
-    """A random forest as plain arrays; scikit-learn makes it, numpy applies it.
+    """Extremely randomised trees as plain arrays; scikit-learn makes them, numpy applies them.
 
     Args:
         nodes: (5, n) of feature, threshold, left child, right child (-1: a leaf) and value of all trees' nodes.
@@ -84,9 +83,10 @@ class Forest:
     @classmethod
     def fit(cls, table: Floats, target: Floats, weight: Floats) -> Forest:
         """A forest for rows (n, columns) of scores and their targets (n,)."""
-        from sklearn.ensemble import RandomForestRegressor  # slow to import
+        from sklearn.ensemble import ExtraTreesRegressor  # slow to import
 
-        forest = RandomForestRegressor(TREES, min_samples_leaf=SMALLEST_LEAF, max_features=0.5, random_state=0)
+        # random thresholds: better than a random forest on kinds of degradation that are not in the fit
+        forest = ExtraTreesRegressor(TREES, min_samples_leaf=SMALLEST_LEAF, random_state=0)
         forest.fit(table, target, sample_weight=weight)
         trees = [tree.tree_ for tree in forest.estimators_]
         roots = np.cumsum([0, *(tree.node_count for tree in trees[:-1])])
@@ -164,8 +164,8 @@ class Reference:
                 rows[c - 1] = near.mean(), np.quantile(near, 0.9), share.mean(), np.mean(near > far)
         return rows
 
-    def table(self, evidence: Evidence, without: int = -1) -> Floats:
-        """The scores of a mask, (K - 1, columns); a class without voxels has `EMPTY` in their place."""
+    def table(self, evidence: Evidence, distances: Floats) -> Floats:
+        """The scores of a mask, (K - 1, columns), of which `distances` gives some; `EMPTY` where a class has no voxels."""
         volume = _log(evidence.volume[1:]) - self.volume[0]
         intensity = np.abs(evidence.intensity[1:] - self.intensity[0]) / self.intensity[1]
         quantiles = np.abs(evidence.quantiles - self.quantiles[0]) / self.quantiles[1]
@@ -176,7 +176,7 @@ class Reference:
                 np.log1p(evidence.shape[1:]),
                 np.log1p(intensity.mean(axis=1)),
                 np.log1p(intensity.max(axis=1)),
-                self.distances(evidence, without),
+                distances,
             ]
         )
         own = np.nan_to_num(own, nan=EMPTY)
@@ -188,10 +188,11 @@ class Reference:
 class QualityModel:
     """Predicts the Dice of masks from the evidence of the pass that made them.
 
-    A random forest from the scores of a class to its Dice, fitted on the training and validation scans as they are and
-    degraded. The interval of the mean Dice is that of Student's t for the residuals of masks with about the same
-    predicted Dice, each predicted by a forest that was fitted without its scan; its degrees of freedom are the number
-    of scans minus one, those that the network was trained on counted half, so that few scans give a wide interval.
+    Extremely randomised trees (Geurts et al. 2006) from the scores of a class to its Dice, fitted on the training and
+    validation scans as they are and degraded. The interval of the mean Dice is that of Student's t for the residuals of
+    masks with about the same predicted Dice, each predicted by a forest that was fitted without its scan; its degrees
+    of freedom are the number of scans minus one, those that the network was trained on counted half, so that few scans
+    give a wide interval.
 
     Attributes:
         scans, unseen, samples: numbers of scans, of those among them that the network was not trained on, and of
@@ -202,12 +203,10 @@ class QualityModel:
     """
 
     def __init__(self, reference: Reference, forest: Forest, residuals: Floats, facts: dict[str, Any]) -> None:
-        self.reference, self.forest, self.residuals = (
-            reference,
-            forest,
-            residuals,
-        )  # (4, n): predicted, residual, weight, unseen
+        self.reference, self.forest = reference, forest
+        self.residuals = residuals  # (5, n): predicted, residual, weight, unseen, clean
         self.scans, self.unseen, self.samples = (int(facts[key]) for key in ("scans", "unseen", "samples"))
+        self.own = tuple(int(number) for number in facts["own"])  # columns, scans and unseen scans without other folds'
         self.good_from, self.usual_distance = float(facts["good_from"]), np.array(facts["usual_distance"], dtype=float)
 
     @classmethod
@@ -231,7 +230,10 @@ class QualityModel:
             return Forest.fit(np.concatenate([table for table, *_ in rows])[known], dice[known], weights[known])
 
         reference = Reference.of([s.evidence for s in clean])
-        tables = [reference.table(s.evidence, without=i) for s, i in zip(samples, case, strict=True)]
+        tables = [
+            reference.table(s.evidence, reference.distances(s.evidence, without=i))
+            for s, i in zip(samples, case, strict=True)
+        ]
         predicted = np.zeros(len(samples))
         folds = np.arange(len(names)) % min(5, len(names))
         for fold in range(folds.max() + 1):
@@ -239,25 +241,45 @@ class QualityModel:
             forest = fitted(~out, reference, tables)
             for i in np.flatnonzero(out):
                 predicted[i] = forest.predict(tables[i]).mean()
-        residuals = np.stack([predicted, truth - predicted, weight, unseen])
+        is_clean = np.array([s.clean for s in samples])
+        residuals = np.stack([predicted, truth - predicted, weight, unseen, is_clean])
         facts: dict[str, Any] = {"scans": len(names), "unseen": unseen_scans, "samples": len(samples), "good_from": 0.0}
+        facts["own"] = len(samples), len(names), unseen_scans
         own = [reference.distances(s.evidence, without=i)[:, 0] for i, s in enumerate(clean)]
         far = [[d for d in distances if not np.isnan(d)] for distances in zip(*own, strict=True)]
         facts["usual_distance"] = [float(np.percentile(d, 95)) if d else 1.0 for d in far]
         model = cls(reference, fitted(np.ones(len(samples), dtype=bool), reference, tables), residuals, facts)
-        is_clean = np.array([s.clean for s in samples])
-        lows = np.array([model.interval(p + model.correction(p))[0] for p in predicted[is_clean]])
-        new = unseen[is_clean]  # the masks of the others are better than those of new scans
+        model.good_from = model.usual_low()
+        return model
+
+    @classmethod
+    def pool(cls, models: Sequence[QualityModel]) -> None:
+        """Give the models of a data set's folds each other's residuals of scans that their networks were not trained on.
+
+        So the interval, the correction and the threshold of each rest on all scans. Pooling twice changes nothing.
+        """
+        own = [model.residuals[:, : model.own[0]] for model in models]
+        for number, model in enumerate(models):
+            others = [part[:, part[3] == 1] for index, part in enumerate(own) if index != number]
+            model.residuals = np.concatenate([own[number], *others], axis=1)
+            model.unseen = sum(one.own[2] for one in models)
+            model.scans = max(model.own[1], model.unseen)
+            model.good_from = model.usual_low()
+
+    def usual_low(self) -> float:
+        """The lower end of the interval from which on a mask is good (`good_from`)."""
+        predicted, residual, _, unseen, _ = self.residuals[:, self.residuals[4] == 1]
+        lows = np.array([self.interval(p + self.correction(p))[0] for p in predicted])
+        new = unseen == 1  # the masks of the others are better than those of new scans
         enough = new.sum() >= 3
         usual = min(np.median(lows), np.median(lows[new])) if enough else np.median(lows)
         usual -= (2 if enough else 3) * median_abs_deviation(lows, scale="normal")  # one odd scan counts little
-        usual = min(usual, np.percentile(truth[is_clean & unseen], 5)) if new.any() else usual
-        model.good_from = float(max(usual, LOWEST_GOOD))
-        return model
+        usual = min(usual, np.percentile((predicted + residual)[new], 5)) if new.any() else usual
+        return float(max(usual, LOWEST_GOOD))
 
     def interval(self, predicted: float) -> tuple[float, float]:
         """Where the mean Dice is with 90 % probability."""
-        at, residual, weight, _ = self.residuals
+        at, residual, weight, *_ = self.residuals
         weight = weight * np.exp(-((at - predicted) ** 2) / (2 * BANDWIDTH**2)) + 1e-12
         spread = np.sqrt(np.average(residual**2, weights=weight))
         scans = max(2.0, (self.scans + self.unseen) / 2)
@@ -266,23 +288,23 @@ class QualityModel:
 
     def correction(self, predicted: float) -> float:
         """The mean residual of scans that the network was not trained on, if it is negative; shrunk if they are few."""
-        at, residual, _, unseen = self.residuals
+        at, residual, _, unseen, _ = self.residuals
         weight = unseen * np.exp(-((at - predicted) ** 2) / (2 * (2.5 * BANDWIDTH) ** 2)) + 1e-12 * unseen
         mean = weight @ residual / max(weight.sum(), 1e-300)
         return float(min(0.0, mean) * self.unseen / (self.unseen + 2))
 
     def estimate(self, evidence: Evidence) -> Estimate:
         """The probable Dice of a mask."""
-        dice = self.forest.predict(self.reference.table(evidence))
+        distances = self.reference.distances(evidence)
+        dice = self.forest.predict(self.reference.table(evidence, distances))
         dice = np.clip(dice + self.correction(float(dice.mean())), 0, 1)
         mean = float(dice.mean())
-        distance = self.reference.distances(evidence)[:, 0] / self.usual_distance
-        return Estimate(dice, mean, *self.interval(mean), distance)
+        return Estimate(dice, mean, *self.interval(mean), distances[:, 0] / self.usual_distance)
 
     def save(self, run: Path) -> None:
         """Write ``models/quality.npz``: arrays and numbers alone."""
         reference, facts = self.reference, {"format": FORMAT}
-        facts |= {key: getattr(self, key) for key in ("scans", "unseen", "samples", "good_from")}
+        facts |= {key: getattr(self, key) for key in ("scans", "unseen", "samples", "good_from", "own")}
         facts["usual_distance"] = self.usual_distance.tolist()
         arrays: dict[str, npt.NDArray[Any]] = {
             "facts": np.array(json.dumps(facts)),
@@ -296,9 +318,9 @@ class QualityModel:
         write_whole(run / FILE, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
     @classmethod
-    def load(cls, run: Path) -> QualityModel | None:
+    def load(cls, run: str | Path) -> QualityModel | None:
         """That of a run, or None if it has none; `RunError` if the file is damaged."""
-        path = run / FILE
+        path = Path(run) / FILE
         if not path.is_file():
             return None
         try:
@@ -334,6 +356,7 @@ def _spread(values: Sequence[Floats], least: float) -> Floats:
 
 
 def _kth(known: npt.NDArray[np.float32], vectors: npt.NDArray[np.float32]) -> Floats:
-    """Distance of each vector to the k-th nearest known one, or to the farthest of fewer."""
+    """Distance of each unit vector to the k-th nearest known one, or to the farthest of fewer."""
     k = min(NEIGHBOURS, len(known)) - 1
-    return np.asarray(np.partition(cdist(vectors, known), k, axis=1)[:, k])
+    cosines = vectors.astype(np.float64) @ known.T.astype(np.float64)  # several times as fast as cdist
+    return np.asarray(np.sqrt(np.maximum(0, 2 + 2 * np.partition(-cosines, k, axis=1)[:, k])))

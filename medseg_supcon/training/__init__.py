@@ -1,5 +1,6 @@
 """Training a planned run, and everything that its ``train.yaml`` names."""
 
+from medseg_supcon.training.average import WeightAverage
 from medseg_supcon.training.checkpoint import Checkpoint, load_initial, read_checkpoint, save_atomically
 from medseg_supcon.training.data import (
     CachedDataset,
@@ -31,8 +32,17 @@ from medseg_supcon.training.loss import (
     shipped_network,
     with_unknown,
 )
-from medseg_supcon.training.prepare import Request, is_of_plan, prepare_dataset, prepare_run, refuse_errors
-from medseg_supcon.training.quality import fit_quality
+from medseg_supcon.training.precision import Precision, has_bfloat16, pass_seconds
+from medseg_supcon.training.prepare import (
+    Request,
+    is_of_plan,
+    prepare_dataset,
+    prepare_run,
+    refresh_documents,
+    refuse_errors,
+    requested_cases,
+)
+from medseg_supcon.training.quality import fit_quality, quality_samples
 from medseg_supcon.training.ranks import (
     BlankFillerd,
     RankSampler,

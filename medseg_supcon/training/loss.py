@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ignite.engine import Engine
-from monai.engines import IterationEvents
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.losses import IGNORE_INDEX, DiceSupConLoss
 from medseg_supcon.networks import ContrastiveNetwork
+from medseg_supcon.training.average import WeightAverage
+from medseg_supcon.training.precision import Precision
 from medseg_supcon.training.ranks import sum_over_ranks
 
 Target = dict[str, Tensor]
@@ -82,14 +82,15 @@ class DiceCrossEntropy(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         logits, labels = logits.float(), labels.long()
         known, target = (labels != IGNORE_INDEX).to(logits.dtype), labels.clamp_min(0)
-        weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights
-        total = F.cross_entropy(logits, labels[:, 0], weights, ignore_index=IGNORE_INDEX, reduction="sum")
+        log_p, weights = logits.log_softmax(1), self.class_weights
+        total = F.nll_loss(log_p, labels[:, 0], weights, ignore_index=IGNORE_INDEX, reduction="sum")
         # the mean by hand: if every voxel is ignored, torch's is 0 / 0
-        sums = sum_over_ranks(torch.stack((total, (weights[target] * known).sum())))
+        count = known.sum() if weights is None else (weights[target] * known).sum()
+        sums = sum_over_ranks(torch.stack((total, count)))
         ce = sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
         if self.dice_weight == 0:
             return self.ce_weight * ce
-        p = logits.softmax(1)[:, 1:] * known
+        p = log_p[:, 1:].exp() * known
         y = torch.zeros_like(logits).scatter_(1, target, 1.0)[:, 1:] * known
         axes = [0, *range(2, p.ndim)]
         tp, p_sum, y_sum = sum_over_ranks(torch.stack([x.sum(axes) for x in (p * y, p, y)]))
@@ -104,49 +105,20 @@ def label_pairs(output: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Te
     return predictions, [torch.as_tensor(o["label"]) for o in output]
 
 
-class Teacher:
-    """The running average of a network's weights and norm statistics; a handler that moves it after every step.
-
-    After step t: teacher = d * teacher + (1 - d) * student, with d = min(decay, (1 + t) / (10 + t)), so that the
-    first, random weights are soon forgotten (Tarvainen and Valpola 2017, Mean teachers are better role models).
-    ``network`` is given the student, and as an attribute is the teacher, in evaluation mode.
-    """
+class Teacher(WeightAverage):
+    """The running average of a network's weights, which labels scans for it."""
 
     def __init__(self, network: nn.Module, decay: float = 0.99) -> None:
-        if not 0 <= decay < 1:
-            raise ConfigError(f"teacher_decay must be at least 0 and below 1, got {decay}.")
-        self.student, self.decay, self._d = network, decay, 0.0
-        self.average = AveragedModel(network, multi_avg_fn=self._average, use_buffers=True)
-        self.network: nn.Module = self.average.module.eval().requires_grad_(False)
+        super().__init__(network, decay)
+        if decay == 0:
+            raise ConfigError("weight_average must be above 0 for a teacher, which is the average of the network.")
         self._logits = ContrastiveNetwork(self.network).eval()
-
-    def _average(self, teachers: Sequence[Tensor], students: Sequence[Tensor], _: Tensor | int) -> None:
-        # all tensors in one call: for one at a time torch would copy its count to the GPU each time, and wait
-        for teacher, student in zip(teachers, students, strict=True):
-            if teacher.is_floating_point():
-                teacher.copy_(self._d * teacher + (1 - self._d) * student)
-            else:  # counters
-                teacher.copy_(student)
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self.update)
-
-    def update(self) -> None:
-        t = int(self.average.n_averaged)
-        self._d = min(self.decay, (1 + t) / (10 + t))
-        self.average.update_parameters(self.student)
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
         """Probabilities (B, C, *spatial), float32."""
         probabilities: Tensor = self._logits(image).float().softmax(1)
         return probabilities
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self.average.state_dict())
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.average.load_state_dict(dict(state))
 
 
 def shipped_network(ship: str, teacher: Teacher) -> nn.Module:
@@ -167,12 +139,10 @@ class PseudoLabels:
     that could have had one.
     """
 
-    def __init__(
-        self, teacher: Teacher, confidence: float = 0.9, amp: bool = False, dtype: torch.dtype = torch.bfloat16
-    ) -> None:
+    def __init__(self, teacher: Teacher, confidence: float = 0.9, precision: Precision | None = None) -> None:
         if not 0 <= confidence <= 1:
             raise ConfigError(f"confidence must be between 0 and 1, got {confidence}.")
-        self.teacher, self.confidence, self.amp, self.dtype = teacher, confidence, amp, dtype
+        self.teacher, self.confidence, self.precision = teacher, confidence, precision
 
     def __call__(
         self, batchdata: Mapping[str, Any], device: str | torch.device | None = None, non_blocking: bool = False,
@@ -193,7 +163,7 @@ class PseudoLabels:
         scans = wanted.flatten(1).any(1).view(-1, 2).any(1).nonzero()[:, 0]
         if len(scans) == 0 or not bool(unlabelled.any()):
             return image, target
-        with torch.autocast(image.device.type, dtype=self.dtype, enabled=self.amp):
+        with self.precision.autocast() if self.precision is not None else nullcontext():
             probability, winner = self.teacher(image[2 * scans]).max(1, keepdim=True)
         winner = winner.masked_fill(probability < self.confidence, IGNORE_INDEX)
         for rows in (2 * scans, 2 * scans + 1):

@@ -70,11 +70,11 @@ class Request:
     recipe: str | None = None
     epochs: int | None = None
     minutes: float | None = None
-    cases: Path | None = None
+    cases: str | Path | None = None
     labels: int | None = None
     validation: float | None = None
-    unlabelled: Path | None = None
-    init: Path | None = None
+    unlabelled: str | Path | None = None
+    init: str | Path | None = None
     seed: int | None = None
     settings: Sequence[str] | None = None
     allow_affine_mismatch: bool = False
@@ -86,38 +86,48 @@ class Request:
 
 
 def prepare_dataset(
-    path: Path, run: Path, request: Request, *, show: Callable[[Report], None], device: str | None = None,
-    trust: bool = False,
+    path: str | Path, run: str | Path, request: Request, *, show: Callable[[Report], Any] = print,
+    device: str | None = None, trust: bool = False,
 ) -> tuple[dict[str, Any], Split]:  # fmt: skip
     """Read, split and check the data set at ``path``, and `prepare_run` on it: the plan, and which cases train.
 
     ``show`` is called with the check's findings; `DataError` if there are errors.
+
+    Example:
+        >>> prepare_dataset("DATASET", "RUN", Request(epochs=20, settings=["learning_rate=1e-3"]))  # doctest: +SKIP
+        >>> train_run("RUN")  # doctest: +SKIP
     """
+    path, run, init = Path(path), Path(run), None if request.init is None else Path(request.init)
     recipe, seed = request.recipe or "joint", request.seed or 0
     read_recipe(recipe)
     refuse_others(run)
     settings = [parse_setting(text) for text in request.settings or ()]
-    dataset = read_dataset(path)
-    if request.cases is not None:
-        dataset = dataset.select(read_case_names(request.cases))
+    dataset, more = requested_cases(path, request)
     share = VALIDATION if request.validation is None else request.validation
     split = split_cases(dataset, labels=request.labels, seed=seed, validation_fraction=share)
-    if request.unlabelled is not None:
-        more = read_unlabelled(request.unlabelled, dataset)
-        split = replace(split, unlabelled=(*split.unlabelled, *more))
+    split = replace(split, unlabelled=(*split.unlabelled, *more))
     cases = (*split.training, *split.validation, *split.unlabelled)
-    also = "" if request.unlabelled is None else f" (it does not read {request.unlabelled}; this command does)"
-    report = refuse_errors(dataset, cases, split.training, path, show, request.allow_affine_mismatch, also)
+    report = refuse_errors(
+        dataset, cases, split.training, path, show, request.allow_affine_mismatch, request.unlabelled
+    )
     plan = prepare_run(
         dataset, split, run, recipe=recipe, settings=settings, epochs=request.epochs, minutes=request.minutes, seed=seed,
-        init=request.init, device=device, trust_scan_affine=request.allow_affine_mismatch, trust=trust, report=report
+        init=init, device=device, trust_scan_affine=request.allow_affine_mismatch, trust=trust, report=report
     )  # fmt: skip
     return plan, split
 
 
+def requested_cases(path: Path, request: Request) -> tuple[Dataset, tuple[Case, ...]]:
+    """The data set at ``path``, of ``--cases`` only these, and the scans of ``--unlabelled``."""
+    dataset = read_dataset(path)
+    if request.cases is not None:
+        dataset = dataset.select(read_case_names(request.cases))
+    return dataset, () if request.unlabelled is None else read_unlabelled(request.unlabelled, dataset)
+
+
 def refuse_errors(
-    dataset: Dataset, cases: Sequence[Case], trained: Sequence[Case], path: Path, show: Callable[[Report], None],
-    allow_affine_mismatch: bool = False, also: str = "",
+    dataset: Dataset, cases: Sequence[Case], trained: Sequence[Case], path: Path, show: Callable[[Report], Any],
+    allow_affine_mismatch: bool = False, unlabelled: str | Path | None = None,
 ) -> Report:  # fmt: skip
     """Check the cases that are used (``trained``: by a training), each once; `DataError` after `show` if some have errors."""
     held_out = {case.name for case in cases} - {case.name for case in trained}
@@ -126,6 +136,7 @@ def refuse_errors(
     if report.findings:
         show(report)
     if report.has_errors:
+        also = "" if unlabelled is None else f" (it does not read {unlabelled}; this command does)"
         raise DataError(f"The data set has errors (see above). Fix them, then run 'medseg check {path}' again{also}.")
     return report
 
@@ -214,6 +225,7 @@ def _fit_length(plan: dict[str, Any], timing: Mapping[str, Any], cases: int, min
         "seconds_per_step": round(timing["seconds_per_step"], 3),
         "memory_gib": timing["memory_gib"],
         "machine": timing["machine"],
+        "precision": timing["precision"],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
 import platform
@@ -18,6 +19,7 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
+from medseg_supcon.bundle import innermost
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.inference import tune_malloc
 from medseg_supcon.plan import literal, write_plan
@@ -66,12 +68,22 @@ def tune_gpu(device: str | torch.device, *, tf32: bool = True, benchmark: bool =
 
 
 def compiled(network: nn.Module, backend: str | None) -> nn.Module:
-    """The network, from now on run by ``torch.compile`` with a backend; the names of its weights stay. None: as it is."""
+    """The network, from now on run by ``torch.compile`` with a backend; the names of its weights stay. None: as it is.
+
+    Also as it is, with a warning, if the backend does not work on this machine.
+    """
     if backend is None:
         return network
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise ConfigError(f"compile must be null or one of {', '.join(known)}, got {backend!r}.")
+    device = next(network.parameters()).device
+    try:
+        torch.compile(torch.exp, backend=backend)(torch.ones(8, device=device))
+    except Exception as error:  # whatever a backend raises, for example if there is no C++ compiler
+        reason = str(innermost(error)).strip().split("\n")[0].rstrip(".")
+        logging.getLogger(__name__).warning("compile=%s does not work here, so it is off: %s.", backend, reason)
+        return network
     network.compile(backend=backend)
     return network
 
@@ -154,6 +166,8 @@ def _measure(run: Path, device: str | None, threads: int) -> dict[str, Any]:
     parser.parse(reset=True)
     trainer, where = parser.get_parsed_content("train::trainer"), parser.get_parsed_content("device")
     tune_gpu(where, tf32=parser.get_parsed_content("tf32"), benchmark=parser.get_parsed_content("cudnn_benchmark"))
+    precision = parser.get_parsed_content("precision")
+    precision.choose()
     batches = iter(parser.get_parsed_content("train::dataloader"))
     wait = torch.cuda.synchronize if where.type == "cuda" else lambda _: None
     loading, computing = [], []
@@ -184,6 +198,7 @@ def _measure(run: Path, device: str | None, threads: int) -> dict[str, Any]:
         "seconds_per_validation_case": perf_counter() - start,
         "memory_gib": round(peak_memory_gib(where), 2),
         "machine": machine_name(where),
+        "precision": precision.name,
     }
 
 

@@ -86,8 +86,13 @@ def begin_training(run: str | Path, resume: bool = False, overwrite: bool = Fals
             refresh_documents(run)
 
 
-def evaluate_and_document(run: str | Path, device: str | torch.device | None = None) -> None:
-    """Score a trained run on its validation cases, then write curves, metadata and model card; other ranks wait for 0."""
+def evaluate_and_document(
+    run: str | Path, device: str | torch.device | None = None, quality: bool | None = None
+) -> None:
+    """Fit a trained run's quality model, score the run on its validation cases, then write curves, metadata and model card.
+
+    `quality`: whether the quality model is fitted; None: as ``train.yaml`` says. Other ranks wait for rank 0.
+    """
     from medseg_supcon.evaluation import curves_figure  # matplotlib: loaded only to draw
 
     run, alone = Path(run).resolve(), idist.get_world_size() == 1
@@ -96,7 +101,8 @@ def evaluate_and_document(run: str | Path, device: str | torch.device | None = N
         name = None if device is None else str(device)
         try:
             try:
-                fit_quality(run, name)
+                if quality if quality is not None else read_config(run / "configs" / "train.yaml").get("quality", True):
+                    fit_quality(run, name)
             except MedsegError as error:  # the run is as good without
                 logging.getLogger(__name__).warning("The run has no quality model: %s", error)
             evaluate_validation(run, device=name, trust=True)
@@ -187,13 +193,15 @@ def run_config(run: Path, trust: bool = False, **overrides: Any) -> ConfigWorkfl
 
 
 def train_run(
-    run: Path, device: str | None = None, resume: bool = False, quiet: bool = False, trust: bool = False, **overrides: Any,
+    run: str | Path, device: str | None = None, resume: bool = False, quiet: bool = False, trust: bool = False,
+    **overrides: Any,
 ) -> None:  # fmt: skip
     """Train a planned run to its end, evaluate it on its validation cases and write its documents.
 
     `resume`: continue from ``models/checkpoint.pt``, or start if there is none. `trust`: run code in its configs that
     medseg did not write on this computer. `overrides`: of train.yaml's keys, for this call alone.
     """
+    run = Path(run)
     with at_work_in(run):
         check_configs_trusted(run, trust)
         if resume and is_finished(run):

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.networks import ContrastiveNetwork
+from medseg_supcon.training.average import WeightAverage
 from medseg_supcon.training.handlers import Handler
 from medseg_supcon.training.loss import with_unknown
 
@@ -132,8 +133,12 @@ class Stages(Handler):
 
     event = Events.EPOCH_STARTED
 
-    def __init__(self, epochs: Epochs, network: StagedNetwork, loss: StagedLoss, optimizer: Optimizer) -> None:
+    def __init__(
+        self, epochs: Epochs, network: StagedNetwork, loss: StagedLoss, optimizer: Optimizer,
+        average: WeightAverage | None = None,
+    ) -> None:  # fmt: skip
         self.epochs, self.network, self.loss, self.optimizer = dict(epochs), network, loss, optimizer
+        self.average = average
 
     def __call__(self, engine: Engine) -> None:
         stage, first = stage_at(self.epochs, engine.state.epoch)
@@ -151,4 +156,6 @@ class Stages(Handler):
         self.loss.stage = stage
         if engine.state.epoch == first:
             self.optimizer.state.clear()  # its moments belong to another loss
+            if self.average is not None:
+                self.average.restart()
             engine.logger.info(f"Stage {stage}: {self.epochs.get(stage, 0)} epochs from epoch {first}.")

@@ -8,4 +8,5 @@ from medseg_supcon.views.policies import (
     standard_view,
     usual_bias_field,
 )
+from medseg_supcon.views.scanner_shifts import SCANNER_SHIFTS, ScannerShiftd, ghost_weights, usual_scanner_shifts
 from medseg_supcon.views.two_views import ForegroundIndexd, TwoViewsd, has_untracked, leaves, moves_voxels

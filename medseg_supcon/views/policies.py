@@ -1,20 +1,21 @@
 """View policies: MONAI transforms on the keys image and label that turn a box of a scan into the patch at its centre.
 
-All take ``patch_size`` (voxels per axis of the view), ``flip_axes``, ``spacing`` and ``bias_field``, so that a config
-replaces one by another by its name. Some ignore the last three; their docstrings say so. An argument that is out of its
-range is a ValueError.
+All take ``patch_size`` (voxels per axis of the view), ``flip_axes``, ``spacing``, ``bias_field`` and ``scanner_shifts``,
+so that a config replaces one by another by its name. Some ignore the last four; their docstrings say so. An argument that
+is out of its range is a ValueError.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import monai.transforms as mt
-import numpy as np
 
-IMAGE, LABEL = "image", "label"
+from medseg_supcon.views.scanner_shifts import IMAGE, BiasFieldd, ScannerShiftd, Shares, has_ct
+
+LABEL = "label"
 KEYS = (IMAGE, LABEL)
 LINEAR: dict[str, Any] = {"mode": ("bilinear", "nearest"), "padding_mode": "zeros"}
 ANISOTROPY = 3.0  # nnU-Net's threshold, for voxel sizes and for extents: beyond it rotations stay in plane
@@ -28,13 +29,14 @@ def usual_bias_field(channels: Sequence[str]) -> float:
     >>> usual_bias_field(["T1", "T2"]), usual_bias_field([" ct"])
     (0.3, 0.0)
     """
-    return 0.0 if "ct" in (name.strip().lower() for name in channels) else 0.3
+    return 0.0 if has_ct(channels) else 0.3
 
 
 def standard_view(
     patch_size: Sequence[int], *, flip_axes: Sequence[int] = (), rotation_degrees: float = 30.0,
     scale: tuple[float, float] = (0.7, 1.4), affine_probability: float = 0.9, strength: float = 1.0,
     spacing: Spacing = None, elastic: float = 0.0, low_resolution: float = 0.25, bias_field: float = 0.0,
+    scanner_shifts: Shares | None = None,
 ) -> mt.Compose:  # fmt: skip
     """Affine, noise, blur, brightness, contrast, low resolution and gamma at about nnU-Net's strength.
 
@@ -54,6 +56,8 @@ def standard_view(
             standard deviation of 0.2 to 1.2 voxels. Above 0, views have no correspondence (see ``TwoViewsd``).
         low_resolution: probability of a simulated low resolution, 0.5 to 1 of the voxels per axis.
         bias_field: probability of a smooth multiplicative field, as the coils of an MR scanner cause it.
+        scanner_shifts: kind -> probability; at most one of them is applied to a view, before the other intensity
+            changes (``ScannerShiftd``). None, or no probability above 0: none.
 
     Source:
         Isensee et al. 2021, nnU-Net, Nature Methods 18, supplementary note 4.
@@ -80,26 +84,29 @@ def standard_view(
         spatial = mt.OneOf([bent, spatial], weights=[elastic, 1 - elastic])
     # downsampling to the mean over an area: MONAI's default, nearest, moves the content by half a voxel
     coarse = mt.RandSimulateLowResolutiond(IMAGE, low_resolution, zoom_range=(0.5, 1.0), downsample_mode="area")
-    intensity = [BiasFieldd(bias_field)] if bias_field > 0 else []
+    shares = scanner_shifts or {}
+    intensity: list[Any] = [ScannerShiftd(shares)] if any(shares.values()) else []
+    intensity += [BiasFieldd(bias_field)] if bias_field > 0 else []
     intensity += _intensity(strength, (0.1, 0.2, 0.15, 0.15)) + ([coarse] if low_resolution > 0 else [])
     return mt.Compose([spatial, *_flips(flip_axes), *intensity, *_gamma(strength, 0.3)])
 
 
 def identity_view(
-    patch_size: Sequence[int], *, flip_axes: Sequence[int] = (), spacing: Spacing = None, bias_field: float = 0.0
-) -> mt.Compose:
-    """The patch as it is, without augmentation; ``flip_axes``, ``spacing`` and ``bias_field`` are ignored."""
+    patch_size: Sequence[int], *, flip_axes: Sequence[int] = (), spacing: Spacing = None, bias_field: float = 0.0,
+    scanner_shifts: Shares | None = None,
+) -> mt.Compose:  # fmt: skip
+    """The patch as it is, without augmentation; all arguments but ``patch_size`` are ignored."""
     return mt.Compose([mt.CenterSpatialCropd(KEYS, tuple(patch_size))])
 
 
 def crop_resize_view(
     patch_size: Sequence[int], *, scale: tuple[float, float] = (0.5, 1.0), flip_axes: Sequence[int] = (),
-    spacing: Spacing = None, bias_field: float = 0.0,
+    spacing: Spacing = None, bias_field: float = 0.0, scanner_shifts: Shares | None = None,
 ) -> mt.Compose:  # fmt: skip
     """A random part of the patch, resized to the patch: the source article's first view (after SimCLR).
 
     The part's extent is drawn per axis; its centre moves so far that the smallest part stays in the patch.
-    Cut and resize are one resampling. ``spacing`` and ``bias_field`` are ignored.
+    Cut and resize are one resampling. ``spacing``, ``bias_field`` and ``scanner_shifts`` are ignored.
 
     Args:
         scale: smallest and largest extent of the part, as a fraction of the patch, per axis.
@@ -116,11 +123,11 @@ def crop_resize_view(
 
 def simclr_view(
     patch_size: Sequence[int], *, strength: float = 1.0, flip_axes: Sequence[int] = (), spacing: Spacing = None,
-    bias_field: float = 0.0,
+    bias_field: float = 0.0, scanner_shifts: Shares | None = None,
 ) -> mt.Compose:  # fmt: skip
     """Strong intensity changes and no geometry: SimCLR's colour jitter and blur, for scans.
 
-    ``flip_axes``, ``spacing`` and ``bias_field`` are ignored; bias fields are among the changes.
+    ``flip_axes``, ``spacing``, ``bias_field`` and ``scanner_shifts`` are ignored; bias fields are among the changes.
 
     Args:
         strength: 0 leaves intensities alone; below 1.25.
@@ -136,11 +143,11 @@ def simclr_view(
 
 def randaugment_view(
     patch_size: Sequence[int], *, num_ops: int = 2, magnitude: float = 0.5, flip_axes: Sequence[int] = (),
-    spacing: Spacing = None, bias_field: float = 0.0,
+    spacing: Spacing = None, bias_field: float = 0.0, scanner_shifts: Shares | None = None,
 ) -> mt.Compose:  # fmt: skip
     """``num_ops`` intensity operations, drawn for each view out of nine: RandAugment for scans.
 
-    ``flip_axes``, ``spacing`` and ``bias_field`` are ignored; bias fields are among the operations.
+    ``flip_axes``, ``spacing``, ``bias_field`` and ``scanner_shifts`` are ignored; bias fields are among the operations.
 
     Args:
         num_ops: operations per view, 1 to 9.
@@ -166,36 +173,6 @@ def randaugment_view(
     if not 1 <= num_ops <= len(pool):
         raise ValueError(f"num_ops must be from 1 to {len(pool)}, got {num_ops}.")
     return mt.Compose([*identity_view(patch_size).transforms, mt.SomeOf(pool, num_transforms=num_ops)])
-
-
-class BiasFieldd(mt.RandomizableTransform):  # type: ignore[misc]
-    """MONAI's bias field with each channel's mean and deviation kept; all channels of a patch get the same field.
-
-    It multiplies intensities above the patch's lowest: negative ones (z-scored) would change in the wrong direction.
-    """
-
-    keys = (IMAGE,)
-
-    def __init__(self, prob: float) -> None:
-        super().__init__(prob)
-        self.field = mt.RandBiasField(prob=1.0, degree=3, coeff_range=(-0.3, 0.3))
-
-    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> BiasFieldd:
-        """Seed the decision and the field."""
-        super().set_random_state(seed, state)
-        self.field.set_random_state(seed, state)
-        return self
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        self.randomize(None)
-        if not self._do_transform:
-            return dict(data)
-        before = data[IMAGE]
-        axes = tuple(range(1, before.ndim))
-        after = self.field(before - before.amin(axes, keepdim=True))
-        spread = before.std(axes, keepdim=True) / after.std(axes, keepdim=True).clamp_min(1e-8)
-        after = (after - after.mean(axes, keepdim=True)) * spread + before.mean(axes, keepdim=True)
-        return {**data, IMAGE: after}
 
 
 def _check(

@@ -104,7 +104,7 @@ def test_monai_label_trains_it(run_copy: Path, phantoms: Path, elsewhere: Path) 
         quiet=True,
         **{
             "bundle_root": str(run_copy),
-            "overwrite": True,  # a person sets it in the config, as docs/workstation.md says
+            "overwrite": True,  # a person sets it in the config, as docs/slicer.md says
             "train#trainer#max_epochs": 1,
             "train#dataset#data": items[:2],
             "validate#dataset#data": items[2:],

@@ -83,6 +83,7 @@ def test_every_cell_has_its_settings(grid):
         config = ConfigParser.load_config_file(str(out / "runs" / cell.name / "configs" / "train.yaml"))
         plan = json.loads((out / "runs" / cell.name / "configs" / "plan.json").read_text())
         assert config["optimizer"]["_target_"] == f"torch.optim.{cell.variant.name}"
+        assert config["quality"] is False  # nobody reads the quality model of a cell
         assert config["learning_rate"] == (0.01 if cell.variant.name == "SGD" else 0.003)
         assert plan["batch_size"] == (2 if cell.variant.name == "SGD" else 1)
         assert (plan["epochs"], plan["steps_per_epoch"]) == (2, 3)

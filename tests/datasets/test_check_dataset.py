@@ -239,6 +239,9 @@ def test_several_faults_at_once_reach_json_and_table(tmp_path, disk):
     assert [f.case for f in report.findings] == ["case_0", "case_1", "case_2"]
     assert [f.severity for f in report.findings] == ["error", "error", "warning"]
     assert "2 errors, 1 warning" in report.summary()
+    *lines, last = str(report).splitlines()
+    assert last == report.summary() and len(lines) == 3
+    assert all(finding.message in line for finding, line in zip(report.findings, lines, strict=True))
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])

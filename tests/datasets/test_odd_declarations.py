@@ -51,11 +51,6 @@ def test_a_file_ending_without_dot_or_in_capitals_is_one(tmp_path, ending):
     assert len(read_dataset(write(tmp_path, file_ending=ending)).labelled) == 4
 
 
-def test_a_splits_file_is_not_passed_over(tmp_path):
-    (tmp_path / "splits_final.json").write_text("[]")
-    assert "splits_final.json: is not used" in read_dataset(write(tmp_path)).warnings[0]
-
-
 @pytest.mark.parametrize(("scale", "warned"), [(1.0, True), (1000.0, False)])
 def test_ct_scaled_to_a_small_range_is_not_in_hounsfield_units(tmp_path, scale, warned):
     report = check_dataset(read_dataset(write(tmp_path, scale, modality={"0": "CT"})))

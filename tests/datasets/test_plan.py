@@ -46,8 +46,9 @@ def test_hippocampus_like_scans_on_a_cpu():
     plan = planned((35, 50, 36))
     assert plan["patch_size"] == [40, 56, 40]
     assert plan["spacing"] == [1, 1, 1]
+    leaky = ("leakyrelu", {"negative_slope": 0.01, "inplace": True})
     by_hand = torch.nn.Sequential(
-        UNet(3, 1, 16, channels=(16, 32, 64, 128), strides=(2, 2, 2), num_res_units=2),
+        UNet(3, 1, 16, channels=(16, 32, 64, 128), strides=(2, 2, 2), num_res_units=2, act=leaky),
         torch.nn.Conv3d(16, 3, 1),
     )
     assert repr(build(plan)) == repr(by_hand)
@@ -265,6 +266,7 @@ BROKEN = {
         {"overlap": None, "sw_batch_size": 4},
     ],
     "keep_largest": [["liver"], "tumour"],
+    "smallest_mm3": [{"liver": 5}, {"background": 5}, {"tumour": 0}, {"tumour": "5"}, ["tumour"]],
     "name": [7],
 }
 

@@ -86,6 +86,7 @@ def test_a_mask_of_another_model_is_kept_and_said_so(
     [
         ({"spacing": [1.0, 1.0, 2.0]}, False, True),
         ({"keep_largest": ["organ"]}, False, True),
+        ({"smallest_mm3": {"organ": 5.0}}, False, True),
         ({"inference": {"overlap": 0.25, "sw_batch_size": 2}}, False, True),
         ({"intensity": [{"_target_": "NormalizeIntensityd", "keys": "image"}]}, False, True),
         ({}, True, True),
@@ -267,6 +268,22 @@ def test_keep_largest(make_run: Callable[..., Path], tmp_path: Path) -> None:
     assert (mask == 4).sum() == 126
     assert mask[12:15, 12:15, 2:5].max() == 0
     assert (mask == 255).sum() == 13  # both of the lesion's
+
+
+def test_smallest_components_in_mm3(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """Voxels of 0.5 x 1 x 2 = 1 mm3: a component of 8 stays if the smallest volume is 8, and goes if it is 8.1."""
+    scan = np.zeros((20, 20, 10), dtype=np.float32)
+    scan[1:6, 1:6, 1:6] = 1.5  # 125
+    scan[12:14, 12:14, 2:4] = 1.5  # 8
+    scan[14, 14, 4] = 1.5  # the ninth, by a corner
+    scan[16:18, 2:4, 2:4] = 1.5  # 8
+    scan[1:3, 15:18, 1:3] = 2.5  # 12 of another class
+    path = save_nifti(tmp_path / "a.nii", scan, np.diag([0.5, 1.0, 2.0, 1.0]))
+    spacing, weights = [0.5, 1.0, 2.0], threshold_weights()
+    for number, (smallest, left) in enumerate({8.0: 142, 8.1: 134, 9.5: 125, 126.0: 0}.items()):
+        run = make_run(f"run{number}", weights=weights, spacing=spacing, smallest_mm3={"organ": smallest})
+        mask = Predictor(run, device="cpu").predict(path).mask
+        assert ((mask == 4).sum(), (mask == 255).sum()) == (left, 12)
 
 
 def test_empty_masks_and_constant_scans_are_warned_of(threshold_run: Path, tmp_path: Path) -> None:

@@ -167,3 +167,18 @@ def test_keep_largest(make_run: Callable[..., Path], tmp_path: Path) -> None:
     bundle = bundle_masks(run, tmp_path / "scans", tmp_path / "bundle")["a.nii.gz"]
     ours = Predictor(run, device="cpu").predict(tmp_path / "scans" / "a.nii.gz").mask
     assert (np.asarray(bundle.dataobj) != ours).sum() <= 5
+
+
+@pytest.mark.parametrize("also", [{}, {"keep_largest": ["lesion"]}])
+def test_smallest_components(make_run: Callable[..., Path], tmp_path: Path, also: dict[str, Any]) -> None:
+    """A voxel of the scan is 6.84 mm3: the organ's specks of one to four go, and the lesion altogether."""
+    smallest = {"organ": 30.0, "lesion": 1e6}
+    options: dict[str, Any] = {"network_def": UNET, "spacing": [1.4, 1.0, 1.0], **also}
+    runs = [make_run("with", smallest_mm3=smallest, **options), make_run("without", **options)]
+    scan = save_nifti(tmp_path / "scans" / "a.nii.gz", blobs((22, 26, 20), 2), OBLIQUE)
+    ours, all_of_them = (Predictor(run, device="cpu").predict(scan).mask for run in runs)
+    bundle = bundle_masks(runs[0], tmp_path / "scans", tmp_path / "bundle")["a.nii.gz"]
+    assert (np.asarray(bundle.dataobj) != ours).sum() <= 5
+    assert ((ours != all_of_them) <= (ours == 0)).all()
+    assert {4, 255} <= set(np.unique(all_of_them)) and 4 in ours and 255 not in ours
+    assert ((all_of_them == 4) & (ours == 0)).any()

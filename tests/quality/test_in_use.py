@@ -15,23 +15,10 @@ import pytest
 from medseg_supcon.errors import RunError
 from medseg_supcon.inference import Predictor
 from medseg_supcon.quality import QualityModel, model
-from medseg_supcon.training import fit_quality
+from medseg_supcon.training import fit_quality, train
 from medseg_supcon.training import quality as fitting
 
 Medseg = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def rated_run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small run with a quality model, for which its training is really too short."""
-    run = tmp_path_factory.mktemp("rated") / "run"
-    shutil.copytree(trained_run, run)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "WINDOWS_PER_STEP", 10_000)
-        patch.setattr(fitting, "MOST", 36)
-        patch.setattr(model, "TREES", 20)
-        assert fit_quality(run, "cpu") is not None
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +56,20 @@ def test_the_fit_is_reproducible_and_knows_its_scans(rated_run: Path, trained_ru
         fit_quality(again, "cpu")
     with np.load(rated_run / "models" / "quality.npz") as one, np.load(again / "models" / "quality.npz") as two:
         assert sorted(one) == sorted(two) and all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_that_is_set_to_have_none_gets_no_quality_model(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, fitted = Path(shutil.copytree(trained_run, tmp_path / "run")), list[Path]()
+    monkeypatch.setattr(train, "fit_quality", lambda run, device: fitted.append(run))
+    config = run / "configs" / "train.yaml"
+    config.write_text(config.read_text().replace("\nquality: true", "\nquality: false"))
+    train.evaluate_and_document(run, "cpu")
+    assert not fitted
+    config.write_text(config.read_text().replace("\nquality: false", "\nquality: true"))
+    train.evaluate_and_document(run, "cpu")
+    assert fitted == [run.resolve()]
 
 
 def test_predict_writes_quality_worst_first_and_says_which_need_a_look(

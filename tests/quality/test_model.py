@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.ensemble import RandomForestRegressor
+from sklearn.ensemble import ExtraTreesRegressor
 
 from medseg_supcon.errors import RunError
 from medseg_supcon.quality import Evidence, QualityModel, Sample
@@ -53,7 +53,7 @@ def model() -> QualityModel:
 def test_the_forest_gives_what_scikit_learns_gives() -> None:
     rng = np.random.default_rng(1)
     table, target = rng.normal(size=(300, 7)), rng.random(300)
-    oracle = RandomForestRegressor(200, min_samples_leaf=3, max_features=0.5, random_state=0)
+    oracle = ExtraTreesRegressor(200, min_samples_leaf=3, random_state=0)
     oracle.fit(table, target, sample_weight=np.ones(300))
     new = rng.normal(size=(50, 7))
     assert Forest.fit(table, target, np.ones(300)).predict(new) == pytest.approx(oracle.predict(new))
@@ -97,7 +97,7 @@ def test_predicts_the_dice_of_new_masks_within_its_intervals(model: QualityModel
 
 
 def test_the_interval_is_students_with_local_residuals(model: QualityModel) -> None:
-    at, residual, weight, _ = model.residuals
+    at, residual, weight, *_ = model.residuals
     w = [k * np.exp(-((a - 0.7) ** 2) / (2 * BANDWIDTH**2)) for a, k in zip(at, weight, strict=True)]
     spread = (sum(k * r * r for k, r in zip(w, residual, strict=True)) / sum(w)) ** 0.5
     half = stats.t(df=4).ppf(0.95) * (1 + 1 / 5) ** 0.5 * spread  # two unseen scans and six seen ones, counted half
@@ -107,6 +107,28 @@ def test_the_interval_is_students_with_local_residuals(model: QualityModel) -> N
 def test_few_scans_give_wider_intervals() -> None:
     widths = [np.subtract(*QualityModel.fit(samples(n)).interval(0.7)[::-1]) for n in (3, 12)]
     assert widths[0] > 1.3 * widths[1]
+
+
+def test_folds_share_their_unseen_scans(tmp_path: Path) -> None:
+    """Three folds of six scans: each model gets the others' residuals of scans that their networks did not see."""
+    every = samples(6, forms=6)
+    folds = [[replace(s, unseen=int(s.case[-1]) % 3 == fold) for s in every] for fold in range(3)]
+    models = [QualityModel.fit(fold) for fold in folds]
+    own = [model.residuals.T.tolist() for model in models]
+    QualityModel.pool(models)
+    wider = models[1].residuals
+    assert wider.T.tolist() == own[1] + [row for k in (0, 2) for row in own[k] if row[3] == 1]
+    assert wider.shape[1] == 36 + 2 * 12 and (models[1].scans, models[1].unseen) == (6, 6)
+    w = [k * np.exp(-((a - 0.7) ** 2) / (2 * BANDWIDTH**2)) for a, _, k, *_ in wider.T]
+    spread = (sum(k * r * r for k, r in zip(w, wider[1], strict=True)) / sum(w)) ** 0.5
+    half = stats.t(df=5).ppf(0.95) * (1 + 1 / 6) ** 0.5 * spread
+    assert models[1].interval(0.7) == pytest.approx((0.7 - half, min(1.0, 0.7 + half)))
+    good_from = models[1].good_from
+    (tmp_path / "models").mkdir()
+    models[1].save(tmp_path)
+    again = [models[0], QualityModel.load(tmp_path), models[2]]
+    QualityModel.pool(again)
+    assert np.array_equal(again[1].residuals, wider) and again[1].good_from == good_from
 
 
 def test_a_class_that_a_mask_lacks_and_one_that_no_scan_has(model: QualityModel) -> None:

@@ -127,7 +127,13 @@ def test_minutes_fit_the_length_to_this_machine(
 ) -> None:
     """20 minutes: two validation cases of 3 s, ten times, and 60 s for each epoch of three steps: 19 epochs."""
     dataset, run = read_dataset(phantoms), tmp_path / "run"
-    timing = {"seconds_per_step": 20.0, "seconds_per_validation_case": 3.0, "memory_gib": 1.0, "machine": "slow"}
+    timing = {
+        "seconds_per_step": 20.0,
+        "seconds_per_validation_case": 3.0,
+        "memory_gib": 1.0,
+        "machine": "slow",
+        "precision": "float32",
+    }
     monkeypatch.setattr(_run, "time_within_memory", lambda *_, **__: timing)
     split = split_cases(dataset, validation_fraction=0.34)
     assert len(split.validation) == 2

@@ -111,6 +111,7 @@ def test_a_part_of_a_reference_is_set_in_a_copy_and_comments_stay_where_they_wer
   flip_axes: "$@plan['flip_axes']"
   spacing: "$@plan['spacing']"
   bias_field: "@bias_field"
+  scanner_shifts: "@scanner_shifts"
 """
     assert after == before.replace('view_2: "@view_1"\n', section)
     with pytest.raises(ConfigError, match="has no key"):

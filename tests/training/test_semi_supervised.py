@@ -139,7 +139,7 @@ def test_the_loss_adds_labels_pseudo_labels_and_contrast_with_rising_weights():
 def planned(phantoms, tmp_path_factory):
     """Four epochs of three steps on two labelled and three unlabelled phantoms."""
     dataset, run = read_dataset(phantoms), tmp_path_factory.mktemp("semi") / "run"
-    more = [*TINY, ("plan::batch_size", 2), ("confidence", 0.2), ("teacher_decay", 0.7)]
+    more = [*TINY, ("plan::batch_size", 2), ("confidence", 0.2), ("weight_average", 0.7)]
     split = split_cases(dataset, labels=3)
     prepare_run(dataset, split, run, recipe="semi", epochs=4, settings=more, device="cpu")
     return run
@@ -158,7 +158,7 @@ def test_the_teacher_is_shipped_and_saved(trained):
         load_tensors(trained / "models" / "model.pt"),
         load_tensors(trained / "models" / "checkpoint.pt"),
     )
-    teacher, student = saved["state"]["teacher"], saved["state"]["network"]
+    teacher, student = saved["state"]["average"], saved["state"]["network"]
     assert set(shipped) == set(student)
     assert int(teacher["n_averaged"]) == 12
     for name, value in shipped.items():

@@ -137,6 +137,20 @@ def test_a_compiled_network_gives_the_same_and_keeps_its_names() -> None:
     assert list(fast.state_dict()) == list(plain.state_dict()) == list(small_network().state_dict())
 
 
+def test_a_backend_that_does_not_work_is_left_out_with_a_sentence(caplog: pytest.LogCaptureFixture) -> None:
+    """As inductor without a C++ compiler."""
+
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler found")
+
+    torch._dynamo.register_backend(broken, name="broken")
+    network, plain = ContrastiveNetwork(small_network()), ContrastiveNetwork(small_network())
+    assert compiled(network, "broken") is network
+    assert "compile=broken does not work here, so it is off: no compiler found." in caplog.text
+    x = torch.ones(1, 1, 8, 8, 8)
+    assert torch.equal(network.eval()(x), plain.eval()(x))
+
+
 def test_unknown_options_are_sentences() -> None:
     with pytest.raises(ConfigError, match="bfloat16 or float16, got 'float8'"):
         amp_dtype("float8")

@@ -132,7 +132,7 @@ def jobs(trained_run: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("jobs")
     dataset, plan = read_dataset(phantoms), json.loads((trained_run / "configs" / "plan.json").read_text())
     short = {**plan, "epochs": 3, "steps_per_epoch": 2}
-    settings = [("contrast_samples", 256), ("positives", "same_voxel"), ("val_interval", 3)]
+    settings = [("contrast_samples", 256), ("positives", "same_voxel"), ("val_interval", 3), ("weight_average", 0.5)]
     first = folder / "one" / "two_stage"
     prepare_run(dataset, split_cases(dataset), first, recipe="two_stage", settings=settings, device="cpu", plan=short)
     shutil.copytree(first, folder / "two" / "two_stage")
@@ -213,7 +213,7 @@ def test_labelled_and_unlabelled_scans(jobs: Path) -> None:
     assert all(math.isfinite(row["loss"]) for row in two)
     saved = torch.load(jobs / "two" / "semi" / "models" / "checkpoint.pt", weights_only=True)
     shipped = torch.load(jobs / "two" / "semi" / "models" / "model.pt", weights_only=True)
-    teacher = {k.removeprefix("module."): v for k, v in saved["state"]["teacher"].items()}
+    teacher = {k.removeprefix("module."): v for k, v in saved["state"]["average"].items()}
     assert all(torch.equal(tensor, teacher[name]) for name, tensor in shipped.items())
 
 

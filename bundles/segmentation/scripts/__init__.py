@@ -1,1 +1,2 @@
-"""What the configs of this bundle need beyond expressions; MONAI, nibabel and numpy are all it imports."""
+"""What the configs of this bundle need beyond expressions; it imports MONAI, torch, nibabel and numpy, and scipy if the plan
+has `smallest_mm3`."""

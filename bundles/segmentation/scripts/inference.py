@@ -10,6 +10,7 @@ from typing import Any
 import monai.data
 import nibabel
 import numpy as np
+import torch
 
 NIFTI = r"\.nii(\.gz)?$"
 
@@ -53,6 +54,24 @@ def mask_names(scans: dict[str, list[str]]) -> dict[str, str]:
 def name_formatter(names: dict[str, str]) -> Callable[..., dict[str, Any]]:
     """SaveImaged's output_name_formatter that gives a mask the name of its scan."""
     return lambda meta, saver: {"subject": names[meta["filename_or_obj"]], "idx": None}
+
+
+def small_components_removed(plan: dict[str, Any]) -> Callable[[Any], Any]:
+    """A function of class indices (1, X, Y, Z): components below the plan's ``smallest_mm3`` become background."""
+    from scipy import ndimage  # only a plan with this key needs it
+
+    order = list(plan["labels"])
+
+    def remove(mask: Any) -> Any:
+        mask, voxel_mm3 = mask.clone(), abs(float(np.linalg.det(np.asarray(mask.affine)[:3, :3])))
+        for name, smallest in plan["smallest_mm3"].items():
+            components, _ = ndimage.label(np.asarray(mask[0].cpu()) == order.index(name), structure=np.ones((3, 3, 3)))
+            small = np.bincount(components.ravel()) * voxel_mm3 < smallest * (1 - 1e-6)
+            small[0] = False  # everything else
+            mask[0][torch.from_numpy(small[components])] = 0
+        return mask
+
+    return remove
 
 
 def mask_type(values: Sequence[float]) -> Any:
