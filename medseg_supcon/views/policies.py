@@ -34,7 +34,7 @@ def usual_bias_field(channels: Sequence[str]) -> float:
 
 def standard_view(
     patch_size: Sequence[int], *, flip_axes: Sequence[int] = (), rotation_degrees: float = 30.0,
-    scale: tuple[float, float] = (0.7, 1.4), affine_probability: float = 0.9, strength: float = 1.0,
+    scale: tuple[float, float] = (0.7, 1.4), affine_probability: float = 0.2, strength: float = 1.0,
     spacing: Spacing = None, elastic: float = 0.0, low_resolution: float = 0.25, bias_field: float = 0.0,
     scanner_shifts: Shares | None = None,
 ) -> mt.Compose:  # fmt: skip
@@ -47,7 +47,7 @@ def standard_view(
         flip_axes: spatial axes mirrored, each with probability 0.5; leave out those that tell left from right.
         rotation_degrees: largest angle, both ways, about each axis.
         scale: smallest and largest field of view, as a factor per axis: 1.4 shows 1.4 times as much.
-        affine_probability: how often the view is rotated and zoomed at all.
+        affine_probability: how often the view is rotated and zoomed at all; 0.2 is nnU-Net's.
         strength: 0 leaves intensities alone, 1 is nnU-Net's ranges; below 2.5.
         spacing: mm per axis; None means isotropic. If one axis is at least 3 times coarser than the finest, rotation
             is only about that axis (in plane). A patch is not rotated if two axes would change places of which one is

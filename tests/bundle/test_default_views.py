@@ -41,9 +41,8 @@ def test_scanner_shifts_are_set_by_one_key(view: str) -> None:
 
 
 def test_the_usual_scanner_shifts_follow_from_the_channels() -> None:
-    usual = {"scanner_shifts": "$medseg_supcon.views.usual_scanner_shifts(@plan['channels'], 0.3)"}
-    assert shift_shares(["CT"], "view_1", usual) == pytest.approx({"noise": 0.15, "thick_slices": 0.15})
-    assert {"inversion", "motion"} < set(shift_shares(["T1", "T2"], "view_2", usual))
+    assert shift_shares(["CT"], "view_1", {}) == {}
+    assert {"inversion", "remap"} < set(shift_shares(["T1", "T2"], "view_2", {}))
 
 
 def bias_share(channels: list[str], view: str, overlay: dict[str, Any] | None = None) -> float:
