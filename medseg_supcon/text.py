@@ -1,9 +1,11 @@
-"""Helpers for messages: counts, suggestions for misspelt names, and escaping for Markdown."""
+"""Helpers for messages: counts, suggestions for misspelt names, escaping for Markdown, and how a process ended."""
 
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from medseg_supcon.errors import nearest
@@ -36,3 +38,17 @@ def markdown_text(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return MARKDOWN_SIGNS.sub(r"\\\1", re.sub(r"\s*[\r\n]+\s*", " ", value)).replace("<", "&lt;")
+
+
+def exit_problem(code: int, log: Path | None) -> str:
+    """What went wrong in one of our processes, from its exit code and the last line of its log ("": nothing).
+
+    >>> exit_problem(-9, None)
+    'it was stopped by SIGKILL; perhaps memory ran out'
+    """
+    if code < 0:  # the process itself says nothing
+        return f"it was stopped by {signal.Signals(-code).name}; perhaps memory ran out"
+    if code == 0:
+        return ""
+    lines = log.read_text(errors="replace").strip().splitlines() if log else ["see above"]
+    return lines[-1].removeprefix("medseg: ") if lines else f"see {log}"

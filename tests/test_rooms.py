@@ -15,7 +15,7 @@ ROOMS = (
     "cli", "comparison", "embedding", "training", "inference", "quality", "bundle", "plan", "evaluation", "datasets",
     "views", "networks", "scans", "losses",
 )  # fmt: skip
-EVERYWHERE = ("errors", "files", "text")
+EVERYWHERE = ("errors", "files", "slurm", "text")
 
 
 def _modules() -> dict[str, Path]:

@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 
 from medseg_supcon import __version__
 from medseg_supcon.bundle.folder import TEMPLATE, cases_of, read_config, shared_folder
-from medseg_supcon.datasets import label_type
+from medseg_supcon.datasets import label_type, mask_labels, output_channels, target_names, values_of
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import read_json, write_text
 from medseg_supcon.networks import build_network, size_divisor
@@ -46,9 +46,12 @@ def write_metadata(run: Path) -> None:
     """
     plan = read_json(run / "configs" / "plan.json")
     earlier, metrics = run / "configs" / "metadata.json", run / "eval" / "metrics.json"
-    classes, modality = list(plan["labels"]), " + ".join(plan["channels"])
+    targets, outputs, modality = target_names(plan), _outputs(plan), " + ".join(plan["channels"])
+    meaning = mask_labels(plan).items()
+    values = [f"{' and '.join(map(str, values_of(entry)))} is {name}" for name, entry in meaning]
     einops = ["einops"] if any(network in str(plan["network_def"]) for network in EINOPS) else []
     components = [package for key, package in OF_COMPONENTS.items() if plan.get(key)]
+    components = ["scipy"] if components and plan.get("regions") else components
     fresh = read_json(shared_folder("bundles") / TEMPLATE / "configs" / "metadata.json") | {
         "changelog": {"0.1.0": f"trained with medseg-supcon {__version__}"},
         "monai_version": _version("monai"),
@@ -57,15 +60,15 @@ def write_metadata(run: Path) -> None:
         "required_packages_version": {name: _version(name) for name in (*REQUIRED, *einops, *components)}
         | {"medseg-supcon": __version__},
         "name": f"{plan['name']} segmentation",
-        "task": f"Segmentation of {', '.join(classes[1:])} in 3-D {'' if modality == 'scan' else f'{modality} '}scans",
-        "description": f"Assigns every voxel of a 3-D scan ({modality}) to one of {len(classes)} classes "
-        f"({', '.join(classes)}). Trained on {plan['name']} with {_loss_in_words(_train_config(run))} on two "
+        "task": f"Segmentation of {', '.join(targets)} in 3-D {'' if modality == 'scan' else f'{modality} '}scans",
+        "description": f"Assigns every voxel of a 3-D scan ({modality}) to {_what_is_assigned(plan)} "
+        f"({', '.join(outputs)}). Trained on {plan['name']} with {_loss_in_words(_train_config(run), plan)} on two "
         "augmented views of each scan.",
         "data_source": plan["name"],
         "image_classes": f"{len(plan['channels'])} channel(s), {modality}, normalised as described in plan.json",
-        "label_classes": "one channel, " + ", ".join(f"{value} is {name}" for name, value in plan["labels"].items()),
-        "pred_classes": f"{len(classes)} channels of logits: "
-        + ", ".join(f"channel {i} is {name}" for i, name in enumerate(classes)),
+        "label_classes": "one channel, " + ", ".join(values),
+        "pred_classes": f"{len(outputs)} channels of logits: "
+        + ", ".join(f"channel {i} is {name}" for i, name in enumerate(outputs)),
         "eval_metrics": _scores(read_json(metrics) if metrics.is_file() else {}),
         "network_data_format": _data_format(plan),
     }
@@ -73,13 +76,28 @@ def write_metadata(run: Path) -> None:
     write_text(earlier, _json(fresh | {key: kept[key] for key in KEPT if key in kept}))
 
 
+def _outputs(plan: Mapping[str, Any]) -> list[str]:
+    """Names of the network's output channels: the classes with the background, or the regions."""
+    return target_names(plan) if plan.get("regions") else list(plan["labels"])
+
+
+def _what_is_assigned(plan: Mapping[str, Any]) -> str:
+    number = len(_outputs(plan))
+    return f"any of {number} regions, which may overlap" if plan.get("regions") else f"one of {number} classes"
+
+
 def _train_config(run: Path) -> dict[str, Any]:
     path = run / "configs" / "train.yaml"
     return read_config(path) if path.is_file() else {}
 
 
-def _loss_in_words(config: Mapping[str, Any]) -> str:
+def _loss_in_words(config: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     """What ``train.yaml`` trains with."""
+    words = _loss_of(config)
+    return words.replace("cross-entropy", "binary cross-entropy per region") if plan.get("regions") else words
+
+
+def _loss_of(config: Mapping[str, Any]) -> str:
     name = str(config.get("loss", {}).get("_target_", "DiceSupConLoss")).rpartition(".")[2]
     if name == "DiceSupConLoss" and config.get("contrast_weight") == 0:
         return "Dice and cross-entropy"
@@ -119,9 +137,9 @@ def _data_format(plan: Mapping[str, Any]) -> dict[str, Any]:
     }
     logits = {
         "format": "segmentation",
-        "num_channels": len(values),
+        "num_channels": output_channels(plan),
         "value_range": [],
-        "channel_def": {str(i): name for i, name in enumerate(plan["labels"])},
+        "channel_def": {str(i): name for i, name in enumerate(_outputs(plan))},
     }
     mask = {
         "type": "image",
@@ -160,11 +178,12 @@ def write_model_card(run: Path) -> None:
     card = environment.from_string(text).render(
         plan=plan,
         counted=counted,
+        assigned=_what_is_assigned(plan),
         version=__version__,
         cases={name: len(items) for name, items in cases.items()},
         seen=sum(item in cases.get("training", ()) for item in cases.get("validation", ())),
         recipe=_recipe(config),
-        loss=_loss_in_words(config),
+        loss=_loss_in_words(config, plan),
         network=_network_name(plan["network_def"]),
         parameters=sum(p.numel() for p in build_network(plan["network_def"], trust=True).parameters()),
         history=_history(run / "logs" / "history.csv"),

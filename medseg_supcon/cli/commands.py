@@ -84,6 +84,7 @@ PREDICTIONS = "Masks to score, instead of RUN and DATASET."
 REFERENCES = "Label maps to compare --predictions with."
 EVALUATE_PICTURES = "With a run: also write review.html, which shows scans, masks and label maps, worst first."
 NOT_ANNOTATED = "With --references: the value in the label maps that means 'not annotated'."
+DATASET_JSON = "With --references: a dataset.json whose class names, regions and ignore label are used."
 
 
 def evaluate(
@@ -96,6 +97,7 @@ def evaluate(
     predictions: Annotated[Path | None, typer.Option(metavar="FOLDER", help=PREDICTIONS)] = None,
     references: Annotated[Path | None, typer.Option(metavar="FOLDER", help=REFERENCES)] = None,
     ignore_label: Annotated[float | None, typer.Option(metavar="VALUE", help=NOT_ANNOTATED)] = None,
+    dataset_json: Annotated[Path | None, typer.Option(metavar="FILE", help=DATASET_JSON)] = None,
     pictures: Annotated[bool, typer.Option("--pictures", help=EVALUATE_PICTURES)] = False,
     device: terminal.DeviceOption = None,
     trust: terminal.TrustOption = False,
@@ -108,11 +110,17 @@ def evaluate(
     if (predictions is None) != (references is None):
         raise ConfigError("--predictions and --references must be used together: pass both folders.")
     if predictions is not None and references is not None:
+        from medseg_supcon.datasets import mask_labels, read_label_plan
         from medseg_supcon.evaluation import evaluate_folders
 
-        evaluate_folders(predictions, references, out=out_dir, ignore_label=ignore_label)
-    elif ignore_label is not None:
-        raise ConfigError("--ignore-label needs --predictions and --references; a run has its own in plan.json.")
+        meaning = None if dataset_json is None else read_label_plan(dataset_json)
+        if meaning is not None and ignore_label is None:
+            ignore_label = meaning["ignore_label"]
+        labels = None if meaning is None else mask_labels(meaning)
+        evaluate_folders(predictions, references, labels, out_dir, ignore_label=ignore_label)
+    elif ignore_label is not None or dataset_json is not None:
+        option = "--dataset-json" if ignore_label is None else "--ignore-label"
+        raise ConfigError(f"{option} needs --predictions and --references; a run has its own in plan.json.")
     elif run is not None and dataset is not None:
         from medseg_supcon.inference import evaluate_dataset
         from medseg_supcon.training import check_device

@@ -37,6 +37,7 @@ def compare(
     robustness: Annotated[bool, typer.Option("--robustness", help=ALSO_DEGRADED)] = False,
     device: terminal.DeviceOption = None,
     workers: Annotated[int | None, typer.Option(min=1, metavar="N", help=WORKERS)] = None,
+    slurm: terminal.SlurmOption = None,
     settings: terminal.SettingsOption = None,
     mismatch: terminal.MismatchOption = False,
     trust: terminal.TrustOption = False,
@@ -54,9 +55,12 @@ def compare(
     from medseg_supcon.comparison import compare as run_comparison
     from medseg_supcon.comparison import design_comparison, read_comparison
     from medseg_supcon.datasets import read_case_names, read_dataset
+    from medseg_supcon.slurm import read_cluster
     from medseg_supcon.training import check_device, refuse_errors
 
-    check_device(device)
+    cluster = None if slurm is None else read_cluster(slurm)
+    if cluster is None:
+        check_device(device)  # the devices of a cluster's nodes are not here
     if robustness and no_robustness:
         raise ConfigError("--robustness and --no-robustness contradict each other. Give one of them.")
     asked = read_comparison(
@@ -71,7 +75,14 @@ def compare(
     refuse_errors(data, [*used.values(), *design.test], trained, dataset, print_report, mismatch)
     err.print(f"Testing on {counted(len(design.test), 'scan')}: {printable(design.tested_on)}.")
     comparison = run_comparison(
-        design, out_dir, device=device, workers=workers, trust_scan_affine=mismatch, trust=trust, say=err.print
+        design,
+        out_dir,
+        device=device,
+        workers=workers,
+        cluster=cluster,
+        trust_scan_affine=mismatch,
+        trust=trust,
+        say=err.print,
     )
     for sentence in [*comparison["answers"], *(f"Note: {text}" for text in comparison["caveats"])]:
         out.print(printable(sentence))

@@ -19,6 +19,7 @@ BELOW = (
 )
 PICTURES = "Also write review.html, a page that shows scans and masks, worst first."
 MIRROR = "Average over mirrored scans (slower), unless a class name says left or right."
+DEVICES = f"{terminal.DEVICE} Several, such as cuda:0,cuda:1: one process for each, which share the scans."
 SEG = "Also write a DICOM segmentation (NAME.seg.dcm) of each DICOM series."
 
 
@@ -40,7 +41,9 @@ def predict(
     review_below: Annotated[float | None, typer.Option(min=0, max=1, metavar="DICE", help=BELOW)] = None,
     pictures: Annotated[bool, typer.Option("--pictures", help=PICTURES)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that exist.")] = False,
-    device: terminal.DeviceOption = None,
+    device: Annotated[
+        str | None, typer.Option(callback=terminal.warn_of_unused_gpu, metavar="NAME,...", help=DEVICES)
+    ] = None,
     trust: terminal.TrustOption = False,
 ) -> None:
     """Write masks of new scans, each in the space of its scan. Exit code 3 if some scans failed, 2 if all failed."""
@@ -48,7 +51,8 @@ def predict(
     from medseg_supcon.inference import Predictor
     from medseg_supcon.training import check_device
 
-    check_device(device)
+    for name in () if device is None else device.split(","):
+        check_device(name)
     runs = [path for path in run if is_planned(path) or has_folds(path)]
     scans = [path for path in run if path not in runs]
     if not runs:

@@ -38,7 +38,7 @@ def say(text: str, word: str = "warning", color: str = "yellow", console: Consol
     console.print(Text.assemble((f"{word:<7} ", color), printable(text)))
 
 
-def _warn_of_unused_gpu(device: str | None) -> str | None:
+def warn_of_unused_gpu(device: str | None) -> str | None:
     """Warn before a long training if torch cannot use the GPU."""
     if device is not None or not DRIVER.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return device
@@ -65,7 +65,12 @@ RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A trained run (a MO
 CASES = "File with the names of the cases to use, one per line."
 CasesOption = Annotated[Path | None, typer.Option(metavar="FILE", help=CASES)]
 DEVICE = "cpu, cuda or cuda:1; default: the first GPU, or the CPU."
-DeviceOption = Annotated[str | None, typer.Option(callback=_warn_of_unused_gpu, metavar="NAME", help=DEVICE)]
+DeviceOption = Annotated[str | None, typer.Option(callback=warn_of_unused_gpu, metavar="NAME", help=DEVICE)]
+SLURM = (
+    "Run each as a job of a Slurm cluster: sbatch's options, such as partition=gpu,gres=gpu:1,time=02:00:00. "
+    "With --workers N, at most N jobs are in the queue."
+)
+SlurmOption = Annotated[str | None, typer.Option(metavar="KEY=VALUE,...", help=SLURM)]
 MISMATCH = "If the affine of a label map differs from its scan's, use the scan's."
 MismatchOption = Annotated[bool, typer.Option("--allow-affine-mismatch", help=MISMATCH)]
 SETTINGS = "Set a key of train.yaml, or plan::KEY. Can be repeated."
@@ -111,6 +116,7 @@ def print_plan(plan: dict[str, Any], split: Any, run: Path) -> None:
         "cases": f"{len(split.training)} for training, {len(split.validation)} for validation, "
         f"{len(split.unlabelled)} unlabelled",
         "classes": ", ".join(plan["labels"]),
+        **({"regions": ", ".join(plan["regions"])} if "regions" in plan else {}),
         "spacing": " x ".join(f"{s:g}" for s in plan["spacing"]) + f" mm ({plan['orientation']})",
         "patch": " x ".join(map(str, plan["patch_size"])) + f" voxels, {2 * plan['batch_size']} per step",
         "length": f"{counted(plan['epochs'], 'epoch')} of {counted(plan['steps_per_epoch'], 'step')}{fitted}",

@@ -15,6 +15,7 @@ from medseg_supcon.cli.terminal import err, out, print_metrics, print_plan, prin
 from medseg_supcon.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
+    from medseg_supcon.slurm import Cluster
     from medseg_supcon.training import Request
 
 LENGTH = "Length of the training; default: 160 epochs of 50 steps on a CPU, 60 of 250 on a GPU."
@@ -82,6 +83,7 @@ def train(
     seed: SeedOption = None,
     device: terminal.DeviceOption = None,
     workers: Annotated[int | None, typer.Option(min=1, metavar="N", help=WORKERS)] = None,
+    slurm: terminal.SlurmOption = None,
     settings: terminal.SettingsOption = None,
     track: Annotated[str | None, typer.Option(metavar="NAME", help=TRACK)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
@@ -91,6 +93,7 @@ def train(
     """Train a segmentation network on a data set; the run is a MONAI bundle."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # before MONAI imports MLflow, which reports its use
     from medseg_supcon.bundle import has_folds, is_planned, is_started
+    from medseg_supcon.slurm import read_cluster
     from medseg_supcon.training import (
         Request,
         check_device,
@@ -102,17 +105,21 @@ def train(
         train_run,
     )
 
-    check_device(device)
+    cluster = None if slurm is None else read_cluster(slurm)
+    if cluster is None:
+        check_device(device)  # the devices of a cluster's nodes are not here
     check_tracker(track)
     settings = [*(settings or []), *([f"track={track}"] if track else [])] or None
     request = Request(recipe, epochs, minutes, cases, labels, validation, unlabelled, init, seed, settings, mismatch)
     if has_folds(run) or (folds is not None and not is_planned(run)):
-        _train_folds(dataset, run, folds, request, resume, device, workers, trust)
+        _train_folds(dataset, run, folds, request, resume, device, workers, cluster, trust)
         return
     if folds is not None:
         raise RunError(f"{run} already contains a single run, not folds. Choose another --out, or leave --folds out.")
     if workers is not None:
         raise ConfigError("--workers is for --folds; a single run is trained by one process.")
+    if cluster is not None:
+        raise ConfigError("--slurm is for --folds; docs/workstation.md shows how a single run is a job.")
     if is_started(run) and not resume:
         raise RunError(f"{run} already contains a trained run. Choose another --out, or continue it with --resume.")
     if resume and epochs is not None and is_planned(run):
@@ -138,7 +145,7 @@ def train(
 
 def _train_folds(
     dataset: Path, out_dir: Path, folds: int | None, request: Request, resume: bool, device: str | None, workers: int | None,
-    trust: bool,
+    cluster: Cluster | None, trust: bool,
 ) -> None:  # fmt: skip
     """Train a set of folds, or continue one."""
     from medseg_supcon.comparison import train_folds
@@ -147,8 +154,8 @@ def _train_folds(
         err.print(printable(text))
 
     report = train_folds(
-        dataset, out_dir, folds, request, resume=resume, device=device, workers=workers or 1, trust=trust, show=print_report,
-        planned=print_plan, say=tell,
+        dataset, out_dir, folds, request, resume=resume, device=device, workers=workers, cluster=cluster, trust=trust,
+        show=print_report, planned=print_plan, say=tell,
     )  # fmt: skip
     print_metrics(out_dir / "eval" / "metrics.json")
     for sentence in report["notes"]:

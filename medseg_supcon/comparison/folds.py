@@ -3,7 +3,8 @@
 RUNS/
   folds.json             number of folds, who is a patient, and the post-processing of the plan as it was made
   fold_0/ fold_1/ ...    ordinary runs, all with one plan, made from all labelled cases
-  jobs/                  the job file and, with several workers, the log of each fold
+  jobs/                  the job file and, with several workers or on a cluster, the log of each fold
+  slurm/                 with a cluster: its jobs
   eval/                  scores of the out-of-fold masks, see `out_of_fold`
 """
 
@@ -13,6 +14,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -31,7 +33,7 @@ from medseg_supcon.bundle import (
     read_config,
     read_recipe,
 )
-from medseg_supcon.comparison import jobs
+from medseg_supcon.comparison.jobs import CLUSTER_FILES, Workers
 from medseg_supcon.comparison.out_of_fold import (
     OutOfFold,
     choose,
@@ -43,11 +45,12 @@ from medseg_supcon.comparison.out_of_fold import (
 )
 from medseg_supcon.comparison.postprocessing import sentences
 from medseg_supcon.comparison.runs import do_jobs
-from medseg_supcon.datasets import Report, Split, group_of, split_folds
+from medseg_supcon.datasets import Dataset, Report, Split, group_of, split_folds
 from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.files import folder_lock, read_json, write_text
 from medseg_supcon.plan import read_plan, write_plan
 from medseg_supcon.quality import QualityModel
+from medseg_supcon.slurm import Cluster
 from medseg_supcon.training import (
     Request,
     check_planned,
@@ -98,10 +101,12 @@ class FoldSet:
 
 def train_folds(
     path: Path, out: Path, number: int | None, request: Request, *, resume: bool = False, device: str | None = None,
-    workers: int = 1, trust: bool = False, show: Show = lambda _: None, planned: Planned = lambda *_: None, say: Say = print,
+    workers: int | None = None, cluster: Cluster | None = None, trust: bool = False, show: Show = lambda _: None,
+    planned: Planned = lambda *_: None, say: Say = print,
 ) -> dict[str, Any]:  # fmt: skip
     """Plan, train and score the folds of the data set at ``path``; returns the content of ``eval/metrics.json``.
 
+    With a ``cluster`` every fold is a job there, and so is planning, which measures time and memory.
     A killed call is continued with ``resume``: finished folds are kept, and the others continue where they were. `show`
     is called with the check's findings, `planned` with the plan and the first fold, `say` with lines on what is done.
 
@@ -111,6 +116,7 @@ def train_folds(
         ConfigError: a setting is invalid.
     """
     out.mkdir(parents=True, exist_ok=True)
+    where = Workers(device, workers or (None if cluster else 1), cluster, out / CLUSTER_FILES)
     with folder_lock(out, wait=False) as free:
         if not free:
             raise RunError(f"Another medseg train is working in {out}. Wait for it, or choose another --out.")
@@ -127,7 +133,7 @@ def train_folds(
             if not (complete := _is_complete(folds)):
                 _check_again(path, folds, request, show, trust, say)
         else:
-            plan, splits = _plan(path, out, number or 0, request, device, trust, show)
+            plan, splits = _plan(path, out, number or 0, request, where, trust, show, say)
             complete, folds = False, FoldSet.read(out)
             planned(plan, splits[0], folds.runs[0])
             sizes = ", ".join(str(len(split.validation)) for split in splits)
@@ -137,12 +143,12 @@ def train_folds(
         if complete:
             say(f"{out} is finished. There is nothing to resume.")
         else:
-            _train_and_score(folds, jobs.devices(device, workers), say)
+            _train_and_score(folds, where, say)
         return read_json(out / "eval" / "metrics.json")
 
 
 def _plan(
-    path: Path, out: Path, number: int, request: Request, device: str | None, trust: bool, show: Show
+    path: Path, out: Path, number: int, request: Request, where: Workers, trust: bool, show: Show, say: Say
 ) -> tuple[dict[str, Any], tuple[Split, ...]]:
     """Write all folds as planned runs; after a kill there are all of them, or there is nothing but a draft."""
     if there := sorted(path.name for name in IN_THE_WAY for path in out.glob(name)):
@@ -169,8 +175,10 @@ def _plan(
     try:
         whole = Split(labelled, splits[0].validation, others, splits[0].warnings)
         options |= {"trust_scan_affine": mismatch, "report": report}
-        of_plan: dict[str, Any] = {"epochs": request.epochs, "minutes": request.minutes, "device": device}
-        plan = prepare_run(dataset, whole, draft / "plan", seed=seed, **of_plan, **options)
+        of_plan: dict[str, Any] = {"epochs": request.epochs, "minutes": request.minutes, "device": where.device}
+        of_plan |= {"seed": seed, **options}
+        where.call("plan", partial(_prepare, dataset, whole, (draft / "plan").resolve(), of_plan), say)
+        plan = read_plan(draft / "plan" / "configs" / "plan.json")
         expected = (draft / "plan" / "logs" / "expected.json").read_text(encoding="utf-8")
         for index, split in enumerate(splits):
             run = draft / f"fold_{index}"
@@ -193,6 +201,12 @@ def _plan(
     return plan, splits
 
 
+def _prepare(dataset: Dataset, split: Split, run: Path, options: dict[str, Any]) -> str:
+    """`prepare_run` as the task of a cluster: the machine that trains measures time and memory."""
+    prepare_run(dataset, split, run, **options)
+    return ""
+
+
 def _move_drafts(out: Path) -> None:
     for run in member_runs(out):
         if not run.exists() and (out / DRAFT / run.name).exists():
@@ -209,8 +223,9 @@ def _check_again(path: Path, folds: FoldSet, request: Request, show: Show, trust
         say(f"Note: {', '.join(given)}: the values in the folds' plan.json and train.yaml are used.")
 
 
-def _train_and_score(folds: FoldSet, where: Sequence[str], say: Say) -> None:
-    _wait_for_orphans(folds)
+def _train_and_score(folds: FoldSet, where: Workers, say: Say) -> None:
+    if where.cluster is None:
+        _wait_for_orphans(folds)
     forget_scores(folds.folder)
     parts = [_out_of_fold(run) for run in folds.runs]
     trained = all(is_finished(run) for run in folds.runs)
@@ -227,7 +242,7 @@ def _train_and_score(folds: FoldSet, where: Sequence[str], say: Say) -> None:
     score(folds.folder, parts, tried, sentences(tried))
 
 
-def _work(folds: FoldSet, parts: Sequence[OutOfFold], where: Sequence[str], say: Say) -> None:
+def _work(folds: FoldSet, parts: Sequence[OutOfFold], where: Workers, say: Say) -> None:
     """Train what is not finished, and score what is not scored."""
     names = {}
     for run, part in zip(folds.runs, parts, strict=True):

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from time import sleep
@@ -25,6 +26,8 @@ from medseg_supcon.datasets import load_items
 from medseg_supcon.errors import MedsegError, RunError
 from medseg_supcon.files import read_json, write_text
 from medseg_supcon.inference import Predictor, evaluate_items
+from medseg_supcon.slurm import Cluster, Command, Task, run_on_cluster
+from medseg_supcon.text import exit_problem
 from medseg_supcon.training import is_complete, machine_name, peak_memory_gib, train_run
 
 CLEAN, TRAINING = "clean", "training scans"
@@ -37,15 +40,21 @@ from medseg_supcon.comparison import jobs; sys.exit(jobs.main(*sys.argv[1:]))
 """
 # ``run`` (a planned run), ``tests`` (a folder), ``dataset_dir``, ``classes`` and ``conditions``: name -> items
 Job = Mapping[str, Any]
+CLUSTER_FILES = "slurm"  # folder
+Say = Callable[[str], None]
+Done = Callable[[Path, str], None]  # a job file, and what went wrong
 
 
 def main(job: str, device: str, sharing: str, parent: str) -> int:
-    """The process of a job file, one of ``sharing`` on this machine: exit code 0, or 2 with a sentence on stderr."""
-    Thread(target=_end_with, args=(int(parent),), daemon=True).start()
+    """The process of a job file, one of ``sharing`` on this machine: exit code 0, or 2 with a sentence on stderr.
+
+    ``device``: its name, or an empty string: the first GPU, or the CPU.
+    """
+    Thread(target=_end_with, args=(int(parent) or os.getppid(),), daemon=True).start()
     logging.captureWarnings(True)
     logging.disable(logging.WARNING)  # those of third parties are not for a person at a terminal
     try:
-        run_cell(read_json(Path(job)), device, int(sharing) > 1, int(sharing))
+        run_cell(read_json(Path(job)), devices(device or None)[0], int(sharing) > 1, int(sharing))
     except MedsegError as error:
         sys.stderr.write(f"medseg: {error}\n")
         return 2
@@ -124,7 +133,54 @@ def devices(device: str | None, workers: int | None = None) -> list[str]:
     return [known[i % len(known)] for i in range(workers or len(known))]
 
 
-def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Callable[[Path, str], None]) -> None:
+@dataclass(frozen=True)
+class Workers:
+    """Where job files are run: on this machine by processes that share its devices, or as jobs of a cluster.
+
+    Attributes:
+        device: None: on this machine every GPU, or the CPU; on a cluster, what each job finds there.
+        number: of jobs at the same time; None: one per device, or all jobs of a cluster.
+        folder: for the cluster's files.
+    """
+
+    device: str | None = None
+    number: int | None = None
+    cluster: Cluster | None = None
+    folder: Path = Path(CLUSTER_FILES)
+
+    @property
+    def devices(self) -> list[str]:
+        return devices(self.device, self.number)
+
+    def __str__(self) -> str:
+        if self.cluster is not None:
+            return "as jobs"
+        together = f", {len(self.devices)} at the same time" if len(self.devices) > 1 else ""
+        return f"on {', '.join(dict.fromkeys(self.devices))}{together}"
+
+    def run(self, jobs: Sequence[Path], done: Done, say: Say) -> None:
+        """Run job files; ``done`` is called here after each."""
+        if self.cluster is None:
+            run_jobs(jobs, self.devices, done)
+            return
+        files = {job.stem: job for job in jobs}
+        tasks = {}
+        for job in map(Path.resolve, jobs):
+            tasks[job.stem] = Command(job_command(job, self.device or "", 1, 0), job.with_suffix(".log"))
+        run_on_cluster(tasks, self.cluster, self.folder, lambda name, why: done(files[name], why), say, self.number)
+
+    def call(self, name: str, task: Task, say: Say) -> None:
+        """Call a task here, or on the cluster; `RunError` if it fails there."""
+        if self.cluster is None:
+            task()
+            return
+        problems: dict[str, str] = {}
+        run_on_cluster({name: task}, self.cluster, self.folder, problems.__setitem__, say)
+        if problems[name]:
+            raise RunError(f"{name} failed: {problems[name]}")
+
+
+def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Done) -> None:
     """Run job files, each in its own process; ``done`` is called here after each, with what went wrong ("": nothing).
 
     Of several workers, each with a device in ``where``, all are silent, write ``JOB.log`` and share CPU threads and memory.
@@ -149,25 +205,24 @@ def run_jobs(jobs: Sequence[Path], where: Sequence[str], done: Callable[[Path, s
             raise
 
 
+def job_command(job: Path, device: str, sharing: int, parent: int) -> list[str]:
+    """The command of a job file's process; it ends with the process ``parent`` (0: the one that starts it)."""
+    return [sys.executable, "-W", "ignore", "-c", WITHOUT_WORKING_FOLDER, str(job), device, str(sharing), str(parent)]
+
+
 def run_process(job: Path, device: str, where: Sequence[str], processes: set[subprocess.Popen[bytes]]) -> str:
     """One job to its end, its process among ``processes`` until then: what went wrong, or an empty string."""
     environment, name = process_environment(device, where)
-    arguments = [str(job), name, str(len(where)), str(os.getpid())]
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_WORKING_FOLDER, *arguments]
     log = job.with_suffix(".log") if len(where) > 1 else None
     with log.open("wb") if log else nullcontext() as stream:
+        command = job_command(job, name, len(where), os.getpid())
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
         processes.add(process)
         code = process.wait()
         processes.discard(process)
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
-    if code < 0:  # the process itself says nothing
-        return f"it was stopped by {signal.Signals(-code).name}; perhaps memory ran out"
-    if code == 0:
-        return ""
-    lines = log.read_text(errors="replace").strip().splitlines() if log else ["see above"]
-    return lines[-1].removeprefix("medseg: ") if lines else f"see {log}"
+    return exit_problem(code, log)
 
 
 def process_environment(device: str, where: Sequence[str]) -> tuple[dict[str, str], str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from medseg_supcon import __version__
 from medseg_supcon.comparison.postprocessing import Mask, choose_postprocessing
-from medseg_supcon.datasets import class_indices, load_items
+from medseg_supcon.datasets import class_indices, load_items, mask_labels
 from medseg_supcon.errors import RunError
 from medseg_supcon.evaluation import summarise, write_metrics
 from medseg_supcon.files import read_json, write_text
@@ -110,8 +110,10 @@ def _collect(out: Path, parts: Sequence[OutOfFold], **more: Any) -> Row:
 def choose(
     folder: Path, parts: Sequence[OutOfFold], patients: Mapping[str, str], base: Mapping[str, Any]
 ) -> tuple[Row, list[Row]]:
-    """`choose_postprocessing` on the masks in ``eval/before``."""
+    """`choose_postprocessing` on the masks in ``eval/before``; nothing for regions, which change with one another."""
     plan = read_plan(parts[0].run / "configs" / "plan.json")
+    if plan.get("regions"):
+        return dict(base), []
 
     def masks() -> Iterator[Mask]:
         for part in parts:
@@ -139,7 +141,7 @@ def score(folder: Path, parts: Sequence[OutOfFold], tried: Sequence[Row], senten
             entries.append((means.get(name, 2.0), name, Entry(name, mask, _scan(item), Path(item["label"]))))
     worst = [entry for *_, entry in sorted(entries, key=lambda row: row[:2])]
     note = "Each mask was made by the fold that was not trained on its scan. The lowest Dice comes first."
-    write_page(out / "review.html", worst[:MOST_SHOWN], plan["labels"], str(plan["name"]), [note, *sentences])
+    write_page(out / "review.html", worst[:MOST_SHOWN], mask_labels(plan), str(plan["name"]), [note, *sentences])
     shares = [
         {"fold": part.index, "cases": len(part.items), "dice": summarise(part.rows())["mean"]["dice"]} for part in parts
     ]

@@ -153,6 +153,8 @@ def sentences(tried: Sequence[Row]) -> list[str]:
             )
     if texts:
         return texts
+    if not tried:
+        return ["Post-processing: none was tried, because the regions overlap or all classes have it already."]
     few = bool(tried) and tried[0]["patients"] < FEWEST_CASES
     why = f"fewer than {FEWEST_CASES} patients cannot show it" if few else "nothing gains significantly"
     return [f"Post-processing: none was added; on the out-of-fold masks {why}."]

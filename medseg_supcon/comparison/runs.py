@@ -6,6 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
@@ -15,12 +16,14 @@ from medseg_supcon.bundle import check_configs_trusted, check_network_trusted, d
 from medseg_supcon.comparison import jobs
 from medseg_supcon.comparison.corruptions import CORRUPTIONS, corrupt_cases
 from medseg_supcon.comparison.design import Cell, Design, case_names
+from medseg_supcon.comparison.jobs import CLUSTER_FILES, Workers
 from medseg_supcon.comparison.report import Results, write_comparison
-from medseg_supcon.datasets import items
+from medseg_supcon.datasets import Dataset, Split, items, target_names
 from medseg_supcon.errors import RunError
 from medseg_supcon.evaluation import read_history, summarise
 from medseg_supcon.files import folder_lock, read_json, write_text
 from medseg_supcon.plan import plan_warnings, read_plan, write_plan
+from medseg_supcon.slurm import Cluster
 from medseg_supcon.text import counted
 from medseg_supcon.training import is_finished, is_of_plan, prepare_run
 
@@ -32,17 +35,19 @@ EQUAL = ("steps_per_epoch", "batch_size")  # a recipe that sets one of these has
 
 
 def compare(
-    design: Design, out: Path, *, device: str | None = None, workers: int | None = None, trust_scan_affine: bool = False,
-    trust: bool = False, say: Say = print,
+    design: Design, out: Path, *, device: str | None = None, workers: int | None = None, cluster: Cluster | None = None,
+    trust_scan_affine: bool = False, trust: bool = False, say: Say = print,
 ) -> Row:  # fmt: skip
     """Train and test every run of a design, write tables, pictures and ``report.html``; returns ``comparison.json``.
 
     The same call continues an interrupted comparison: finished runs are kept, and what they were made with is checked.
+    With a ``cluster`` every run is a job there, and so is planning, which measures time and memory.
     """
     if not (out / MARKER).exists():
         if out.exists() and any(out.iterdir()):
             raise RunError(f"{out} is not empty and contains no comparison. Choose another --out.")
         write_text(out / MARKER, "{}\n")
+    where = Workers(device, workers, cluster, out / CLUSTER_FILES)
     with folder_lock(out, wait=False) as free:
         if not free:
             raise RunError(f"Another medseg compare is working in {out}. Wait for it, or choose another --out.")
@@ -50,15 +55,15 @@ def compare(
             check_network_trusted(path, read_plan(path), trust)
         for run in filter(is_planned, sorted((out / "runs").glob("*"))):
             check_configs_trusted(run, trust)
-        plans = make_plans(design, out, device, trust_scan_affine, say)
+        plans = make_plans(design, out, where, trust_scan_affine, say)
         cells = prepare_cells(design, out, plans)
-        do_jobs({job: cell.name for job, cell in cells.items()}, jobs.devices(device, workers), say)
+        do_jobs({job: cell.name for job, cell in cells.items()}, where, say)
         report = write_comparison(out, _read_results(design, next(iter(plans.values())), cells))
         write_text(out / MARKER, json.dumps(report, indent=1, allow_nan=False) + "\n")
         return report
 
 
-def make_plans(design: Design, out: Path, device: str | None, trust_affine: bool, say: Say) -> dict[int, Row]:
+def make_plans(design: Design, out: Path, workers: Workers, trust_affine: bool, say: Say) -> dict[int, Row]:
     """The plan of each budget, kept in ``plans/``, all of one length; a `RunError` if a kept one was made otherwise."""
     plans: dict[int, Row] = {}
     baseline, epochs = design.config.recipes[0].recipe, design.config.epochs
@@ -75,20 +80,28 @@ def make_plans(design: Design, out: Path, device: str | None, trust_affine: bool
             _check_same(path, record, definition)
         else:
             say(f"Planning for {labels} labelled scans")
-            options: Row = {"settings": settings, "device": device, "trust_scan_affine": trust_affine}
-            with TemporaryDirectory() as draft:
-                plan = prepare_run(design.dataset, split, Path(draft), recipe=baseline, epochs=epochs, **options)
-            for warning in plan_warnings(plan):
-                say(f"Warning: {warning}")
+            options: Row = {"settings": settings, "device": workers.device, "trust_scan_affine": trust_affine}
+            options |= {"recipe": baseline, "epochs": epochs}
             write_text(record, json.dumps({"definition": definition}, indent=1, default=str) + "\n")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_plan(plan, path)
+            task = partial(make_plan_file, design.dataset, split, path.resolve(), options)
+            workers.call(f"plan_{path.stem}", task, say)
+            for warning in plan_warnings(read_plan(path)):
+                say(f"Warning: {warning}")
         plans[labels] = read_plan(path)
         epochs = epochs or plans[labels]["epochs"]
         if (made := plans[labels]["epochs"]) != epochs:
             cure = "Use the same --epochs as before, or choose another --out."
             raise RunError(f"{path} was made for {made} epochs, not {epochs}. {cure}")
     return plans
+
+
+def make_plan_file(dataset: Dataset, split: Split, path: Path, options: Row) -> str:
+    """Plan, on the machine that will train, and write the plan. Returns an empty string, as the task of a cluster."""
+    with TemporaryDirectory() as draft:
+        plan = prepare_run(dataset, split, Path(draft), **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_plan(plan, path)
+    return ""
 
 
 def prepare_cells(design: Design, out: Path, plans: dict[int, Row]) -> dict[Path, Cell]:
@@ -111,7 +124,7 @@ def prepare_cells(design: Design, out: Path, plans: dict[int, Row]) -> dict[Path
             "run": str(run.resolve()),
             "tests": str((out / "tests" / cell.name).resolve()),
             "dataset_dir": str(root.resolve()),
-            "classes": list(design.dataset.labels)[1:],
+            "classes": target_names(design.dataset.label_plan),
             "conditions": tests | ({jobs.TRAINING: items(split.training, root)} if config.training_score else {}),
             "definition": definition,
         }
@@ -166,9 +179,7 @@ def _check_same(made: Path, record: Path, definition: Row) -> None:
         raise RunError(f"{made} was prepared with other {' and '.join(changed)}. {cure}")
 
 
-def do_jobs(
-    names: Mapping[Path, str], where: Sequence[str], say: Say, again: str = "Run the same command again"
-) -> None:
+def do_jobs(names: Mapping[Path, str], workers: Workers, say: Say, again: str = "Run the same command again") -> None:
     """Do what is left of job files, and say so; ``names`` are those of their runs. `RunError` if one of them fails."""
     todo = [job for job in names if not jobs.is_done(read_json(job))]
     if len(todo) < len(names):
@@ -183,9 +194,8 @@ def do_jobs(
         say(f"{len(problems)}/{len(todo)}  {names[job]} {f'failed: {problem}' if problem else 'done'}{rest}")
 
     if todo:
-        together = f", {len(where)} at the same time" if len(where) > 1 else ""
-        say(f"{counted(len(todo), 'run')} to do on {', '.join(dict.fromkeys(where))}{together}.")
-    jobs.run_jobs(todo, where, done)
+        say(f"{counted(len(todo), 'run')} to do {workers}.")
+    workers.run(todo, done, say)
     if failed := [f"{name}: {problem}" for name, problem in problems.items() if problem]:
         cure = f"The others are kept. {again} to continue."
         raise RunError(f"{len(failed)} of {len(names)} runs failed; {failed[0]}. {cure}")
@@ -209,7 +219,7 @@ def _read_results(design: Design, plan: Row, cells: Mapping[Path, Cell]) -> Resu
         runs.append(cell.key | _run_row(history, rows) | jobs.read_cost(tests) | {"finished": is_finished(run)})
     about = {
         "dataset": design.dataset.name,
-        "classes": list(design.dataset.labels)[1:],
+        "classes": target_names(design.dataset.label_plan),
         "recipes": [recipe.name for recipe in design.config.recipes],
         "overlays": {name: {**read_recipe(r.recipe), **(r.model_extra or {})} for name, r in design.recipes.items()},
         "descriptions": {name: describe_recipe(r.recipe) for name, r in design.recipes.items()},

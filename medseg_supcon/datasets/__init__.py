@@ -19,5 +19,15 @@ from medseg_supcon.datasets.dataset import (
 from medseg_supcon.datasets.fingerprints import CaseFingerprint, Fingerprint, fingerprint, readable
 from medseg_supcon.datasets.folds import split_folds
 from medseg_supcon.datasets.labels import class_indices, label_type, reorient, snap_labels, value_text
-from medseg_supcon.datasets.layouts import read_dataset, read_unlabelled
+from medseg_supcon.datasets.layouts import read_dataset, read_label_plan, read_unlabelled
 from medseg_supcon.datasets.phantoms import PHANTOM_LABELS, make_phantoms
+from medseg_supcon.datasets.regions import (
+    THRESHOLD,
+    Regions,
+    is_in,
+    mask_labels,
+    output_channels,
+    target_names,
+    values_in,
+    values_of,
+)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from medseg_supcon.datasets.dataset import Case, Dataset, normalisation, patient_on_both_sides
 from medseg_supcon.datasets.fingerprints import CaseFingerprint, geometry, measure_case
 from medseg_supcon.datasets.labels import is_near, reorient, stray_values, value_text
+from medseg_supcon.datasets.regions import Regions, mask_labels, values_of
 from medseg_supcon.errors import DataError
 from medseg_supcon.scans import Volume, affine_issue, count_values, farthest_corner, in_parallel, outliers, read_nifti
 from medseg_supcon.text import counted
@@ -119,7 +120,7 @@ def check_dataset(dataset: Dataset, *, allow_affine_mismatch: bool = False) -> R
     _find_duplicates(reports)
     _find_geometry_outliers(reports)
     of_all = [("data_list", warning) for warning in dataset.warnings]
-    of_all += [*_intensity_outliers(dataset, reports), *_rare_classes(dataset, reports)]
+    of_all += [*_intensity_outliers(dataset, reports), *_rare_classes(dataset, reports), *_lost_regions(dataset)]
     if (mixed := patient_on_both_sides(dataset)) is not None:
         of_all.append(("patient_on_both_sides", mixed))
     findings = [finding for report in reports for finding in report.findings]
@@ -340,8 +341,11 @@ def _intensity_outliers(dataset: Dataset, reports: Sequence[CaseReport]) -> list
 
 def _rare_classes(dataset: Dataset, reports: Sequence[CaseReport]) -> list[tuple[str, str]]:
     """Classes that are in no case, in one case only, or only in cases that are not trained on."""
-    cases = {name: [r.case.name for r in reports if name in r.classes] for name in dataset.labels}
-    _, *classes = dataset.labels
+    value_names = {value: name for name, value in dataset.labels.items()}
+    meaning = {name: values_of(entry) for name, entry in mask_labels(dataset.label_plan).items()}
+    holds = {name: {value_names[value] for value in values} for name, values in meaning.items()}
+    cases = {name: [r.case.name for r in reports if own & r.classes] for name, own in holds.items()}
+    _, *classes = meaning
     if not any(cases.values()):
         return []
     if not any(cases[name] for name in classes):
@@ -350,7 +354,8 @@ def _rare_classes(dataset: Dataset, reports: Sequence[CaseReport]) -> list[tuple
     kinds: dict[str, list[str]] = {code: [] for code in RARE}
     for name in classes:
         few = ", ".join(cases[name][:3]) + ", ..." * (len(cases[name]) > 3)
-        text = f"{name!r} (value {value_text(dataset.labels[name])}{few and ', drawn in '}{few})"
+        values = f"value{'s' * (len(meaning[name]) > 1)} {', '.join(map(value_text, meaning[name]))}"
+        text = f"{name!r} ({values}{few and ', drawn in '}{few})"
         if not cases[name]:
             kinds["absent_class"].append(text)
         elif set(cases[name]) <= dataset.validation:
@@ -358,3 +363,20 @@ def _rare_classes(dataset: Dataset, reports: Sequence[CaseReport]) -> list[tuple
         elif len(cases[name]) == 1 and not dataset.validation and len(dataset.labelled) > 1:
             kinds["class_in_one_case"].append(text)
     return [(code, f"{dataset.root}: {RARE[code].format(', '.join(names))}") for code, names in kinds.items() if names]
+
+
+def _lost_regions(dataset: Dataset) -> list[tuple[str, str]]:
+    """A warning if the values that masks are written with cannot give back the regions."""
+    regions = Regions.of(dataset.label_plan)
+    if regions is None:
+        return []
+    values = [value_text(value) for value in dataset.labels.values()]
+
+    def text(c: int) -> str:
+        within = [name for name, holds in zip(regions.names, regions.membership[:, c], strict=True) if holds]
+        return f"{values[c]} (in {', '.join(within) or 'no region'})"
+
+    lost = [f"a voxel of {text(c)} is written as {text(other)}" for c, other in regions.lost().items()]
+    cure = "Order them so that the smallest regions come last, or give every overlap a region of its own."
+    why = f'masks written by "regions_class_order" cannot give back the regions: {"; ".join(lost)}'
+    return [("lost_regions", f"{dataset.root}: {why}. {cure}")] if lost else []

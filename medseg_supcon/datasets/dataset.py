@@ -54,6 +54,17 @@ class Dataset:
     validation: frozenset[str] = frozenset()  # names of the cases that are for validation, if the data set says so
     warnings: tuple[str, ...] = ()  # sentences on what its files say and reading did not use
     folds: Folds | None = None  # None: its files declare none
+    # overlapping sets of labels: name -> values; and the value with which each is written into a mask
+    regions: dict[str, list[int | float]] = field(default_factory=dict, hash=False)
+    regions_class_order: tuple[int | float, ...] = ()
+
+    @property
+    def label_plan(self) -> dict[str, Any]:
+        """The keys of a plan that say what the values of label maps mean."""
+        plan: dict[str, Any] = {"labels": dict(self.labels), "ignore_label": self.ignore_label}
+        if self.regions:
+            plan |= {"regions": self.regions, "regions_class_order": list(self.regions_class_order)}
+        return plan
 
     @property
     def labelled(self) -> tuple[Case, ...]:

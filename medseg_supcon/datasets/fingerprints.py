@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from medseg_supcon.datasets.dataset import Case, Dataset
 from medseg_supcon.datasets.labels import Floats, class_indices
+from medseg_supcon.datasets.regions import Regions
 from medseg_supcon.errors import DataError
 from medseg_supcon.scans import Volume, count_values, in_parallel, read_header, read_nifti
 
@@ -39,6 +40,7 @@ class Fingerprint:
     cases: tuple[CaseFingerprint, ...]
     channels: tuple[str, ...]
     classes: tuple[str, ...]  # background first
+    regions: Regions | None = None  # of these classes
 
     @property
     def shapes(self) -> Floats:
@@ -69,8 +71,11 @@ class Fingerprint:
         """The fingerprint as `plan.json` shows it: a few rounded numbers."""
         labelled = [case for case in self.cases if case.class_voxels is not None]
         volumes, smallest, intensities = {}, {}, {}
-        for c, name in enumerate(self.classes[1:], 1):
-            voxels = np.array([case.class_voxels[c] for case in labelled if case.class_voxels is not None])
+        counts = np.array([case.class_voxels for case in labelled]).reshape(-1, len(self.classes))
+        of_each = dict(zip(self.classes[1:], counts.T[1:], strict=True))
+        if self.regions is not None:
+            of_each = dict(zip(self.regions.names, self.regions.membership @ counts.T, strict=True))
+        for name, voxels in of_each.items():
             ml = voxels * np.array([np.prod(case.spacing) / 1000 for case in labelled])
             volumes[name] = _spread(ml)
             if voxels.any():
@@ -118,7 +123,8 @@ def fingerprint(
         nothing = np.zeros((len(dataset.channels), 0), dtype=np.float32)
         return CaseFingerprint(case.name, *geometry(case.images[0], *read_header(case.images[0])), None, nothing)
 
-    return Fingerprint(tuple(in_parallel(measure, chosen)), dataset.channels, tuple(dataset.labels))
+    measured, regions = tuple(in_parallel(measure, chosen)), Regions.of(dataset.label_plan)
+    return Fingerprint(measured, dataset.channels, tuple(dataset.labels), regions)
 
 
 def measure_case(case: Case, dataset: Dataset, volumes: Sequence[Volume], label: Volume) -> CaseFingerprint:
@@ -131,8 +137,7 @@ def measure_case(case: Case, dataset: Dataset, volumes: Sequence[Volume], label:
         if array.shape != label.data.shape:
             found = f"has {label.data.shape} voxels, but its scan {path} has {array.shape}"
             raise DataError(f"{case.label}: {found}. Export it on the scan's grid.")
-    plan = {"labels": dataset.labels, "ignore_label": dataset.ignore_label}
-    indices = class_indices(label.data, plan, case.label or "label map")
+    indices = class_indices(label.data, dataset.label_plan, case.label or "label map")
     voxels = count_values(indices)
     counts = tuple(voxels.get(float(c), 0) for c in range(len(dataset.labels)))
     inside = np.flatnonzero(indices.ravel(order="F") > 0)  # NIfTI is stored in Fortran order: no copy

@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 
-from medseg_supcon.errors import ConfigError, DataError
+from medseg_supcon.errors import DataError
 from medseg_supcon.losses import IGNORE_INDEX
 from medseg_supcon.scans import as_whole, count_values, in_parallel, read_nifti, slabs
 
@@ -53,9 +53,6 @@ def parse_labels(declared: object, source: Path, ignore: object) -> tuple[Labels
     by_value = None not in map(as_number, declared) and None in map(as_number, declared.values())
     pairs: list[tuple[str, int | float]] = []
     for key, entry in declared.items():
-        if isinstance(entry, list | tuple):
-            cure = "Overlapping regions are not supported yet: give every class its own value."
-            raise ConfigError(f"{source}: label {key!r} is the region {list(entry)}. {cure}")
         name, value = (entry, as_number(key)) if by_value else (key, as_number(entry))
         if value is None or abs(value) > LARGEST:
             raise DataError(f"{source}: label {key!r} must have a number up to 2^53 as its value, found {entry!r}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +13,25 @@ from typing import Any
 from medseg_supcon.datasets.dataset import SECTIONS, Case, Dataset, Folds, inside, texts
 from medseg_supcon.datasets.folds import folds_of_key, read_splits, splits_file
 from medseg_supcon.datasets.labels import as_number, check_name, labels_in_files, parse_labels
+from medseg_supcon.datasets.regions import parse_regions
 from medseg_supcon.errors import DataError, nearest
 from medseg_supcon.files import read_json
 from medseg_supcon.scans import NIFTI_ENDINGS, read_header, stem
+from medseg_supcon.text import counted
 
 LAYOUTS = "a folder with dataset.json (decathlon, nnU-Net v2) or with images and labels, or a MONAI datalist JSON"
 LISTS = (*SECTIONS, "unlabeled", "test")
 CHANNEL_KEYS = ("channel_names", "modality")
 DESCRIPTIONS = (  # of the decathlon, nnU-Net v1 and v2, and MONAI: nothing in a training depends on them
     "name", "description", "reference", "licence", "license", "release", "relase", "citation", "converted_by",
-    "dataset_name", "tensorImageSize", "numTest", "numValidation", "overwrite_image_reader_writer", "regions_class_order",
+    "dataset_name", "tensorImageSize", "numTest", "numValidation", "overwrite_image_reader_writer",
 )  # fmt: skip
-KEYS = (*LISTS, *CHANNEL_KEYS, *DESCRIPTIONS, "labels", "ignore_label", "numTraining", "file_ending", "dataset")
+LABEL_KEYS = ("labels", "ignore_label", "regions_class_order")
+KEYS = (*LISTS, *CHANNEL_KEYS, *DESCRIPTIONS, *LABEL_KEYS, "numTraining", "file_ending", "dataset")
+# nnU-Net's readers. Each gives NIfTI scans the same place and voxels, but for axes, which are reoriented here in any case.
+READERS = ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient")
+OTHER_READERS = {"Tiff3DIO": "TIFF files", "NaturalImage2DIO": "2-D pictures"}
+VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 PATIENT_KEYS = ("patient", "subject", "group")
 NAME_KEYS = ("name", "case")
 ITEM_KEYS = ("image", "label", "fold", *PATIENT_KEYS, *NAME_KEYS)
@@ -52,7 +59,7 @@ def read_dataset(path: str | Path) -> Dataset:
     source = path / "dataset.json" if path.is_dir() else path
     root = source.parent
     content = read_json(source, DataError) if source.is_file() else {}
-    warnings = _check_keys(content, source)
+    warnings = [*_check_keys(content, source), *_check_reader(content, source)]
     cases, validation, folds = _cases(content, path, source, warnings)
     if not cases:
         raise DataError(f"{source}: lists no training cases. Add items to the list or scans to imagesTr.")
@@ -65,7 +72,7 @@ def read_dataset(path: str | Path) -> Dataset:
     if expected is not None and as_number(expected) not in (number, len(label_files)):
         warnings.append(f'{source}: "numTraining" is {expected!r}, but there are {number} training cases.')
     declared = content.get("labels") or labels_in_files(label_files, source)
-    labels, ignore_label = parse_labels(declared, source, content.get("ignore_label"))
+    meaning = _meaning(content, declared, source)
     name = check_name(content.get("name") or root.resolve().name or "data", source, "name")
     channels, whole = _channels(content, cases[0], source), _without_twins(cases, source)
     if (splits := splits_file(root)) is not None:
@@ -75,7 +82,25 @@ def read_dataset(path: str | Path) -> Dataset:
             folds = read_splits(splits, {case.name for case in cases})
             validation = set(folds.parts[0][1])
     held_out = frozenset(case.name for case in cases if case.name in validation and case.label)
-    return Dataset(root, name, whole, channels, labels, ignore_label, held_out, tuple(warnings), folds)
+    dataset = Dataset(root, name, whole, channels, **meaning, warnings=tuple(warnings))
+    return replace(dataset, validation=held_out, folds=folds)
+
+
+def read_label_plan(path: str | Path) -> dict[str, Any]:
+    """What the labels of a ``dataset.json`` mean, or of that in a folder: `Dataset.label_plan`, without the cases."""
+    source = Path(path) / "dataset.json" if Path(path).is_dir() else Path(path)
+    content = read_json(source, DataError)
+    if "labels" not in content:
+        raise DataError(f'{source}: has no "labels". Give a dataset.json that declares the classes.')
+    return replace(Dataset(source.parent, "", (), (), {}), **_meaning(content, content["labels"], source)).label_plan
+
+
+def _meaning(content: Mapping[str, Any], declared: object, source: Path) -> dict[str, Any]:
+    """The fields of a `Dataset` that say what the values of label maps mean."""
+    classes, regions, order = parse_regions(declared, source, content.get("regions_class_order"))
+    labels, ignore_label = parse_labels(classes, source, content.get("ignore_label"))
+    meaning = {"labels": labels, "ignore_label": ignore_label, "regions": regions}
+    return meaning | {"regions_class_order": tuple(order)}
 
 
 def read_unlabelled(folder: str | Path, dataset: Dataset) -> tuple[Case, ...]:
@@ -102,6 +127,19 @@ def _check_keys(content: Mapping[str, Any], source: Path) -> list[str]:
     return _unknown(keys, KEYS, "the file", source)
 
 
+def _check_reader(content: Mapping[str, Any], source: Path) -> list[str]:
+    """A warning if nnU-Net would read the scans with code that is not here; `DataError` if it would read no NIfTI."""
+    reader = content.get("overwrite_image_reader_writer")
+    if reader in (None, "None", *READERS):
+        return []
+    found = f'{source}: "overwrite_image_reader_writer" is {reader!r}'
+    if reader in OTHER_READERS:
+        cure = "Convert the files to NIfTI (.nii.gz), with their voxel sizes, and remove the key."
+        raise DataError(f"{found}, which reads {OTHER_READERS[reader]}, but training data must be NIfTI. {cure}")
+    cure = "If that reader changes voxels, save the scans as it reads them."
+    return [f"{found}, which is not one of nnU-Net's own readers. The NIfTI files are read as they are. {cure}"]
+
+
 def _unknown(keys: Collection[str], known: Sequence[str], where: str, source: Path) -> list[str]:
     warnings = []
     for key in (key for key in keys if key not in known):
@@ -125,10 +163,10 @@ def _cases(
     if "training" not in content and isinstance(files, Mapping):
         if odd := [name for name, entry in files.items() if not isinstance(entry, Mapping)]:
             raise DataError(f'{source}: {odd[0]!r} under "dataset" must have "images" and "label".')
-        entries = [{**entry, "name": name} for name, entry in files.items()]
+        entries = [{**_expanded(entry, source), "name": name} for name, entry in files.items()]
         return [case for case, _ in _listed(entries, "dataset", source, warnings)], set(), None
     if "training" not in content:
-        return _folder_cases(path, content), set(), None
+        return _folder_cases(path, content, warnings), set(), None
     if also := [f'"{key}"' for key in ("file_ending", "dataset") if key in content]:
         warnings.append(f'{source}: has a "training" list and {" and ".join(also)}: only the list is used.')
     listed = _listed(content["training"], "training", source, warnings)
@@ -150,6 +188,27 @@ def _cases(
                 warnings.append(f'{source}: "fold" is ignored, because there is a "validation" list.')
             validation, folds = {case.name for case in more}, None
     return cases, validation, folds
+
+
+def _expanded(entry: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """An entry of nnU-Net's "dataset", whose paths may start with an environment variable: ``$nnUNet_raw/...``."""
+
+    def expanded(text: Any) -> Any:
+        if not isinstance(text, str) or os.path.exists(source.parent / text):  # noqa: PTH110 - a file called $x
+            return text
+        full = os.path.expandvars(text)
+        if left := VARIABLE.search(full):
+            raise DataError(
+                f"{source}: {text!r}: the environment variable {left[0]} is not set. Set it, or write the path."
+            )
+        return full
+
+    keys = ("images", "image", "label")
+    return {key: _each(expanded, value) if key in keys else value for key, value in entry.items()}
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    return [change(part) for part in value] if isinstance(value, list) else change(value)
 
 
 def _listed(entries: object, key: str, source: Path, warnings: list[str]) -> list[tuple[Case, object]]:
@@ -226,18 +285,20 @@ def _with_channel_files(case: Case) -> Case:
     return replace(case, images=tuple(files) or case.images)
 
 
-def _nifti_files(folder: Path) -> list[Path]:
+def _nifti_files(folder: Path, endings: tuple[str, ...] = NIFTI_ENDINGS) -> list[Path]:
     """The NIfTI files of a folder, without hidden ones such as the ``._`` twins that macOS makes."""
     files = folder.iterdir() if folder.is_dir() else ()
-    return sorted(f for f in files if f.name.lower().endswith(NIFTI_ENDINGS) and not f.name.startswith("."))
+    return sorted(f for f in files if f.name.lower().endswith(endings) and not f.name.startswith("."))
 
 
-def _scans(folder: Path, channels: int, suffixed: bool | None = None) -> dict[str, tuple[Path, ...]]:
+def _scans(
+    folder: Path, channels: int, suffixed: bool | None = None, endings: tuple[str, ...] = NIFTI_ENDINGS
+) -> dict[str, tuple[Path, ...]]:
     """Case name -> its files; with suffixes, the files that the channels demand, existing or not."""
-    files = _nifti_files(folder)
+    files = _nifti_files(folder, endings)
     if suffixed is None:  # patient_0001 and patient_0002 are not channels: none is _0000
-        endings = {stem(file)[-5:] for file in files}
-        suffixed = "_0000" in endings and all(re.fullmatch(r"_\d{4}", ending) for ending in endings)
+        last = {stem(file)[-5:] for file in files}
+        suffixed = "_0000" in last and all(re.fullmatch(r"_\d{4}", part) for part in last)
     if not suffixed:
         return {stem(file): (file,) for file in files}
     scans: dict[str, set[Path]] = {}
@@ -248,15 +309,21 @@ def _scans(folder: Path, channels: int, suffixed: bool | None = None) -> dict[st
     return {name: tuple(sorted(own)) for name, own in scans.items()}
 
 
-def _folder_cases(path: Path, content: Mapping[str, Any]) -> list[Case]:
+def _folder_cases(path: Path, content: Mapping[str, Any], warnings: list[str]) -> list[Case]:
     images = next((path / name for name in ("imagesTr", "images") if (path / name).is_dir()), None)
     if images is None:
         raise DataError(f'{path}: has neither a "training" list nor a folder imagesTr. Give {LAYOUTS}.')
     ending = "." + str(content.get("file_ending", ".nii.gz")).strip().lower().lstrip(".")
     if ending not in NIFTI_ENDINGS:
         raise DataError(f'{path}: "file_ending" is {ending!r}. Training data must be NIfTI (.nii.gz): convert them.')
-    labels = {stem(file): file for file in _nifti_files(path / images.name.replace("images", "labels"))}
-    stems = {stem(file) for file in _nifti_files(images)}
+    labels_folder = path / images.name.replace("images", "labels")
+    both = [file for folder in (images, labels_folder) for file in _nifti_files(folder)]
+    if "file_ending" in content and (others := [file for file in both if not file.name.lower().endswith(ending)]):
+        found = f"{counted(len(others), 'file')} with another ending, such as {others[0]}"
+        warnings.append(f'{path}: "file_ending" is {ending!r}, and {found}, are not used.')
+    wanted = (ending,) if "file_ending" in content else NIFTI_ENDINGS
+    labels = {stem(file): file for file in _nifti_files(labels_folder, wanted)}
+    stems = {stem(file) for file in _nifti_files(images, wanted)}
     if not stems:
         raise DataError(f"{images}: contains no NIfTI scan (.nii or .nii.gz). Put the training scans there.")
     declared = next((content[key] for key in CHANNEL_KEYS if key in content), None)
@@ -264,7 +331,7 @@ def _folder_cases(path: Path, content: Mapping[str, Any]) -> list[Case]:
     suffixed = True if "file_ending" in content else None
     if labels and set(labels) <= stems:  # every label map has a scan with exactly its name
         suffixed = False
-    scans = _scans(images, number, suffixed)
+    scans = _scans(images, number, suffixed, wanted)
     if labels and not set(labels) & set(scans):
         names = f"{next(iter(labels))!r}, {next(iter(scans))!r}"
         cure = "Name each label map like its scan, without the channel suffix _0000."

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from medseg_supcon.datasets import reorient, snap_labels
+from medseg_supcon.datasets import is_in, reorient, snap_labels, values_in, values_of
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.evaluation.metrics import Array, Labels
 from medseg_supcon.scans import Volume, read_nifti
@@ -148,7 +148,7 @@ def overlay_figure(
     for title, file in (("reference", reference), ("prediction", prediction)):
         if file is not None:
             # a file with a scaling has 2.9999998 for 3
-            masks[title] = mask = snap_labels(_canonical(file)[0], labels.values())
+            masks[title] = mask = snap_labels(_canonical(file)[0], values_in(labels))
             if mask.shape != image.shape:
                 one, other = (what if isinstance(what, Path) else "its volume" for what in (file, scan))
                 raise DataError(f"{one} has shape {mask.shape} and {other} {image.shape}. They must share one grid.")
@@ -170,15 +170,15 @@ def overlay_figure(
             box = (0, size[horizontal], 0, size[vertical])
             axis.imshow(plane(image, cut), "gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", extent=box)
             for number, (_, value) in enumerate(foreground):
-                _outline(axis, plane(mask, cut) == value, box, color_of(number), fill=True)
+                _outline(axis, is_in(plane(mask, cut), value), box, color_of(number), fill=True)
                 if title == "prediction" and "reference" in masks:
-                    _outline(axis, plane(masks["reference"], cut) == value, box, "white")
+                    _outline(axis, is_in(plane(masks["reference"], cut), value), box, "white")
             axis.set(xlim=box[:2], ylim=box[2:], anchor="N", facecolor="black")
             dress_image(axis, f"{title}, {name}")
             for place, letter in zip(PLACES, ENDS[horizontal] + ENDS[vertical], strict=True):
                 axis.text(*place, letter, transform=axis.transAxes, **LETTER)
     drawn = {value for mask in masks.values() for cut in range(3) for value in np.unique(plane(mask, cut)).tolist()}
-    shown = [(number, name) for number, (name, value) in enumerate(foreground) if value in drawn]
+    shown = [(number, name) for number, (name, value) in enumerate(foreground) if drawn & {*values_of(value)}]
     handles: list[Any] = [Patch(color=color_of(number), label=name, alpha=0.8) for number, name in shown]
     if "reference" in masks:
         handles.append(Line2D([], [], color="white", linewidth=1.6, label="reference's outline"))
@@ -197,9 +197,9 @@ def _canonical(file: Path | Volume) -> tuple[Array, Array]:
     return data, np.linalg.norm(affine[:3, :3], axis=0)
 
 
-def _best_slice(mask: Array, foreground: Sequence[tuple[str, float]], axis: int) -> int:
+def _best_slice(mask: Array, foreground: Sequence[tuple[str, Any]], axis: int) -> int:
     """The slice that shows most: each class counts with its share in the slice."""
-    areas = [(mask == value).sum(axis=tuple({0, 1, 2} - {axis})) for _, value in foreground]
+    areas = [is_in(mask, value).sum(axis=tuple({0, 1, 2} - {axis})) for _, value in foreground]
     score = sum((area / max(area.max(), 1) for area in areas), np.zeros(mask.shape[axis]))
     return int(score.argmax()) if score.any() else mask.shape[axis] // 2
 

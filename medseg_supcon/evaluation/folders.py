@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medseg_supcon.datasets import reorient, value_text
+from medseg_supcon.datasets import reorient, value_text, values_in
 from medseg_supcon.errors import DataError
-from medseg_supcon.evaluation.metrics import Array, Row, check_grids, score_mask, write_metrics
+from medseg_supcon.evaluation.metrics import Array, Labels, Row, check_grids, score_mask, write_metrics
 from medseg_supcon.scans import NIFTI_ENDINGS, read_nifti, stem
 
 MOST_VALUES = 2000  # more than any atlas has
@@ -21,13 +21,14 @@ SUFFIX = "_0000"  # nnU-Net gives it to scans of a single channel, and a mask ha
 
 
 def evaluate_folders(
-    predictions: str | Path, references: str | Path, labels: Mapping[str, float] | None = None,
+    predictions: str | Path, references: str | Path, labels: Labels | None = None,
     out: str | Path | None = None, tolerance_mm: float = 1.0, ignore_label: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores the masks of one folder against the label maps of equal name in another; returns ``metrics.json``'s content.
 
-    What is wrong with one case is one of its ``problems``. ``labels``: class name -> value, background first; None: the
-    values in the files. A DataError if a folder is missing or empty, or no case can be scored.
+    What is wrong with one case is one of its ``problems``. ``labels``: class name -> value (or list of a region's
+    values), background first; None: the values in the files. A DataError if a folder is missing or empty, or no case can
+    be scored.
     """
     masks, maps = _files(Path(predictions)), _files(Path(references))
     # one called x_0000 is x if that alone is a label map's name and no other mask's
@@ -46,8 +47,8 @@ def evaluate_folders(
             (mask, mask_affine), (label, affine) = _read(masks[name]), _read(reference)
             mask, mask_affine = reorient(mask, mask_affine, affine)
             check_grids(f"{masks[name]}:", str(reference), (mask, mask_affine), (label, affine))
-            if unknown := sorted(set(np.unique(mask).tolist()) - set(labels.values())):
-                holds, expected = (", ".join(map(value_text, v)) for v in (unknown[:5], labels.values()))
+            if unknown := sorted(set(np.unique(mask).tolist()) - set(values_in(labels))):
+                holds, expected = (", ".join(map(value_text, v)) for v in (unknown[:5], values_in(labels)))
                 raise DataError(f"{masks[name]}: contains {holds}, expected {expected}. Save the label maps' values.")
             rows += score_mask(name, mask, affine, (label, affine), labels, ignore_label, tolerance_mm)
         except DataError as error:

@@ -14,7 +14,7 @@ from ignite.engine import Engine
 from ignite.metrics import Metric
 from monai.metrics.utils import get_mask_edges, get_surface_distance
 
-from medseg_supcon.datasets import snap_labels
+from medseg_supcon.datasets import is_in, snap_labels, values_in
 from medseg_supcon.errors import DataError, RunError
 from medseg_supcon.files import write_csv, write_text
 from medseg_supcon.scans import farthest_corner, read_nifti, same_grid
@@ -22,7 +22,8 @@ from medseg_supcon.scans import farthest_corner, read_nifti, same_grid
 Row = dict[str, Any]
 Array = npt.NDArray[Any]
 Placed = tuple[Array, Array]  # voxels and affine
-Labels = Mapping[str, float]  # class name -> value in the files, background first
+# class name -> value in the files, background first; for a region, which may overlap others, the list of its values
+Labels = Mapping[str, float | Sequence[float]]
 
 METRICS = ("dice", "hd95_mm", "surface_dice")
 # (prediction is empty, reference is empty) -> name
@@ -38,7 +39,7 @@ def case_metrics(
     prediction: Array, reference: Array, spacing_mm: Sequence[float], labels: Labels, ignore_mask: Array | None = None,
     tolerance_mm: float = 1.0,
 ) -> list[Row]:  # fmt: skip
-    """Dice, HD95, surface Dice and volumes (ml) of each foreground class of one case, as `METRICS` and ``*_ml``.
+    """Dice, HD95, surface Dice and volumes (ml) of each foreground class or region of one case, as `METRICS` and ``*_ml``.
 
     HD95 (mm) as in `monai.metrics`: the larger of the two directed 95th percentiles of the distances between the surfaces
     (voxels of a class with a face neighbour outside it). Surface Dice: the share of both surfaces within the tolerance of
@@ -60,7 +61,7 @@ def case_metrics(
     voxel_ml, counted = float(np.prod(spacing)) / 1000, True if ignore_mask is None else ~ignore_mask
     rows = []
     for name, value in list(labels.items())[1:]:
-        p, r = (prediction == value) & counted, (reference == value) & counted
+        p, r = is_in(prediction, value) & counted, is_in(reference, value) & counted
         empty = EMPTY[not p.any(), not r.any()]
         scores = scores_of[empty] if empty else _scores(p, r, spacing, tolerance_mm)
         row: Row = {"class": name} | dict(zip(METRICS, scores, strict=True))
@@ -91,8 +92,8 @@ def score_mask(
         label = volume.data, volume.affine
     voxels = label[0]
     check_grids(f"{name}: the label map", "the scan", label, (mask, affine), trust_scan_affine)
-    declared = [*labels.values(), *([] if ignore_label is None else [ignore_label])]
-    mask, voxels = snap_labels(mask, labels.values()), snap_labels(voxels, declared)
+    declared = [*values_in(labels), *([] if ignore_label is None else [ignore_label])]
+    mask, voxels = snap_labels(mask, values_in(labels)), snap_labels(voxels, declared)
     if unknown := sorted(set(np.unique(voxels).tolist()) - set(declared)):
         undeclared = f"{unknown[:5]}, which the data set does not declare (declared: {declared})"
         raise DataError(
@@ -168,7 +169,7 @@ class MetricsReport(Metric):  # type: ignore[misc]  # ignite's stubs are not fol
 
     Args:
         folder: where the two files go.
-        labels: class name -> value in the label files, background first.
+        labels: class name -> value in the label files, or list of a region's values, background first.
         ignore_label: value of the reference that means "not annotated", or None.
         tolerance_mm: of the surface Dice.
         trust_scan_affine: a label map's own affine may differ (``--allow-affine-mismatch``).

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from medseg_supcon.datasets import Regions
+
 NEIGHBOURS = np.ones((3, 3, 3))
 ROUNDING = 1e-6  # relative: a component of exactly the smallest volume stays
 
 
 def postprocess(classes: npt.NDArray[Any], plan: Mapping[str, Any], voxel_mm3: float) -> None:
-    """Apply a plan's ``keep_largest``, then its ``smallest_mm3``, to class indices (X, Y, Z), in place."""
-    order = list(plan["labels"])
-    keep_largest(classes, [order.index(name) for name in order if name in plan["keep_largest"]])
+    """Apply a plan's ``keep_largest``, then its ``smallest_mm3``, to class indices (X, Y, Z), in place.
+
+    With regions, both name these, and what leaves a region gets the class of `Regions.without`.
+    """
+    regions = Regions.of(plan)
+    order = list(plan["labels"] if regions is None else regions.names)
+    keep_largest(classes, [order.index(name) for name in order if name in plan["keep_largest"]], regions)
     smallest = plan.get("smallest_mm3", {})
-    remove_small(classes, {order.index(name): volume for name, volume in smallest.items()}, voxel_mm3)
+    remove_small(classes, {order.index(name): volume for name, volume in smallest.items()}, voxel_mm3, regions)
 
 
-def keep_largest(classes: npt.NDArray[Any], which: Sequence[int]) -> None:
+def keep_largest(classes: npt.NDArray[Any], which: Sequence[int], regions: Regions | None = None) -> None:
     """Turn all but the largest component of some classes into background, in place."""
     for index in which:
-        for box in ndimage.find_objects((classes == index).astype(np.uint8)):
-            part = classes[box]
-            components, count = ndimage.label(part == index, structure=NEIGHBOURS)
-            if count > 1:
-                largest = np.bincount(components[components > 0]).argmax()
-                part[(components > 0) & (components != largest)] = 0
+        for part, components, voxels in _components(classes, index, regions):
+            if len(voxels) > 2:
+                lost = (components > 0) & (components != voxels[1:].argmax() + 1)
+                part[lost] = _left(part[lost], index, regions)
 
 
-def remove_small(classes: npt.NDArray[Any], smallest_mm3: Mapping[int, float], voxel_mm3: float) -> None:
+def remove_small(
+    classes: npt.NDArray[Any], smallest_mm3: Mapping[int, float], voxel_mm3: float, regions: Regions | None = None
+) -> None:
     """Turn the components of some classes that are smaller than a volume into background, in place.
 
     >>> classes = np.zeros((5, 5, 5), int); classes[:2, :2, :2] = classes[4, 4, 4] = 1
@@ -41,10 +47,22 @@ def remove_small(classes: npt.NDArray[Any], smallest_mm3: Mapping[int, float], v
     8
     """
     for index, smallest in smallest_mm3.items():
-        for box in ndimage.find_objects((classes == index).astype(np.uint8)):
-            part = classes[box]
-            components, count = ndimage.label(part == index, structure=NEIGHBOURS)
-            volumes = np.bincount(components.ravel(), minlength=count + 1) * voxel_mm3
-            small = volumes < smallest * (1 - ROUNDING)
+        for part, components, voxels in _components(classes, index, regions):
+            small = voxels * voxel_mm3 < smallest * (1 - ROUNDING)
             small[0] = False
-            part[small[components]] = 0
+            lost = small[components]
+            part[lost] = _left(part[lost], index, regions)
+
+
+def _components(
+    classes: npt.NDArray[Any], index: int, regions: Regions | None
+) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]]:
+    """The box around a class or region, its components numbered in it, and the voxels of each, of the rest first."""
+    inside = classes == index if regions is None else regions.membership[index][classes]
+    for box in ndimage.find_objects(inside.astype(np.uint8)):
+        components, count = ndimage.label(inside[box], structure=NEIGHBOURS)
+        yield classes[box], components, np.bincount(components.ravel(), minlength=count + 1)
+
+
+def _left(classes: npt.NDArray[Any], index: int, regions: Regions | None) -> Any:
+    return 0 if regions is None else regions.without(index)[classes]

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from medseg_supcon import __version__
 from medseg_supcon.bundle import Model
+from medseg_supcon.datasets import Regions, target_names
 from medseg_supcon.errors import ConfigError, DataError
 from medseg_supcon.files import write_whole
 from medseg_supcon.plan import code_parts, segment_codes
@@ -32,10 +33,11 @@ GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 
 @dataclass(frozen=True)
 class DicomSegWriter:
-    """Writes masks of DICOM series as SEG objects: binary segments, one per foreground class. ConfigError without highdicom.
+    """Writes masks of DICOM series as SEG objects: binary segments, one per foreground class or region (which may overlap).
 
     BINARY is the type that viewers know; LABELMAP, of 2024, is read by few. Frame positions, orientation and spacing
-    are those of the source's headers. Patient and study are copied from them as the standard asks.
+    are those of the source's headers. Patient and study are copied from them as the standard asks. ConfigError without
+    highdicom.
 
     Args:
         models: that made the masks; the object names them and the SHA-256 of their weights.
@@ -77,7 +79,7 @@ class DicomSegWriter:
     def _segmentation(self, mask: npt.NDArray[Any], scan: Scan) -> Any:
         hd = _highdicom()
         frames, _ = check_series(scan.files)
-        planes = _segment_numbers(mask, self.models[0].plan["labels"])
+        planes = _segments(mask, self.models[0].plan)
         # The frames of one file are referred to by their numbers, so they must be in its order.
         order = sorted(range(len(frames)), key=lambda k: frames[k].number)
         frames, planes = [frames[k] for k in order], planes[order]
@@ -90,7 +92,7 @@ class DicomSegWriter:
             own = positions if len(sources) == 1 else [positions[number]]
             _settle_geometry(source, orientation, measures, own)
         patient = _take_patient(sources[0])
-        names = list(self.models[0].plan["labels"])[1:]
+        names = target_names(self.models[0].plan)
         # Enhanced files with one frame each: highdicom takes one such file as the source, and the others besides.
         enhanced = len(sources) > 1 and "PerFrameFunctionalGroupsSequence" in sources[0]
         result = hd.seg.Segmentation(
@@ -155,15 +157,21 @@ def _highdicom() -> Any:
     return highdicom
 
 
-def _segment_numbers(mask: npt.NDArray[Any], labels: Mapping[str, float]) -> npt.NDArray[Any]:
-    """(frames, rows, columns): 1, 2, ... for the foreground classes in their order, 0 for background."""
-    background, *values = labels.values()
+def _segments(mask: npt.NDArray[Any], plan: Mapping[str, Any]) -> npt.NDArray[Any]:
+    """(frames, rows, columns): 1, 2, ... for the foreground classes in their order, 0 for background.
+
+    Of regions, which may overlap, (frames, rows, columns, R) masks.
+    """
+    background, *values = plan["labels"].values()
     numbers = np.zeros(mask.shape, dtype=np.uint8 if len(values) < 256 else np.uint16)
     for number, value in enumerate(values, 1):
         numbers[mask == value] = number
     strange = mask[(numbers == 0) & (mask != background)]
     if strange.size:
         raise DataError(f"the mask holds {strange[0]:g}, which is no label of the model. Replace it with --overwrite.")
+    regions = Regions.of(plan)
+    if regions is not None:
+        return np.ascontiguousarray(regions.masks(numbers).transpose(3, 2, 1, 0), dtype=np.uint8)
     return np.ascontiguousarray(numbers.transpose(2, 1, 0))
 
 

@@ -52,7 +52,9 @@ def evaluate_dataset(
         found = f"has {len(theirs)} channels per scan ({', '.join(theirs)})"
         expected = f"{run} was trained on {len(ours)} ({', '.join(ours)})"
         raise DataError(f"{dataset.root} {found}, and {expected}. Evaluate on a data set with the same channels.")
-    selected = replace(dataset, cases=dataset.labelled, labels=plan["labels"], ignore_label=plan["ignore_label"])
+    meaning = {"labels": plan["labels"], "ignore_label": plan["ignore_label"], "regions": plan.get("regions", {})}
+    meaning["regions_class_order"] = tuple(plan.get("regions_class_order", ()))
+    selected = replace(dataset, cases=dataset.labelled, **meaning)
     report = check_dataset(selected, allow_affine_mismatch=plan.get("trust_scan_affine", False))
     problems = {f.case: f.message for f in reversed(report.errors) if f.code not in ONLY_OF_TRAINING}
     good = [case for case in dataset.labelled if case.name not in problems]
@@ -120,13 +122,14 @@ def evaluate_items(
     rows: list[Row] = []
     shown: list[Entry] = []
     plan = predictor.plan
-    classes = plan["labels"], plan["ignore_label"], tolerance_mm, plan.get("trust_scan_affine", False)
+    meaning = predictor.labels
+    classes = meaning, plan["ignore_label"], tolerance_mm, plan.get("trust_scan_affine", False)
 
     def score(scan: Scan, prediction: Prediction) -> list[Row]:
         mask, grid = prediction.mask, prediction.grid
         file = out / "predictions" / f"{scan.name}.nii.gz"
         write_nifti(file, mask, grid)
-        shown.append(Entry(scan.name, file, scan, labels[scan], entry_of(prediction, plan["labels"])))
+        shown.append(Entry(scan.name, file, scan, labels[scan], entry_of(prediction, meaning)))
         scored = score_mask(scan.name, mask, grid.affine, labels[scan], *classes)
         return scored if seen is None else [row | {"trained_on": scan.name in seen} for row in scored]
 
@@ -137,9 +140,9 @@ def evaluate_items(
 
     segment_each(list(labels), predictor.prepare, predictor.segment, score, add)
     if pictures:
-        write_page(out / "review.html", shown, plan["labels"], str(plan["name"]))
+        write_page(out / "review.html", shown, meaning, str(plan["name"]))
         middle = sorted(shown, key=lambda entry: entry.facts["quality"].get("dice", {}).get("mean", 0))[len(shown) // 2]
-        write_pictures(out, [replace(middle, name="example")], plan["labels"])
+        write_pictures(out, [replace(middle, name="example")], meaning)
     return write_metrics(sorted(rows, key=lambda row: str(row["case"])), out, problems)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, pairwise
+from itertools import chain, pairwise, tee
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from medseg_supcon.quality import folder_entries, write_page, write_table
 from medseg_supcon.scans import Scan, is_mask_of, is_whole, read_nifti, write_nifti
 
 Progress = Callable[[int, int, dict[str, Any]], None]
+Report = Callable[[Scan, dict[str, Any] | BaseException], None]
 Result = TypeVar("Result")
 FULL = "Free disk space, or choose another --out."
 CURES = {errno.ENAMETOOLONG: "Give the scan a shorter name.", errno.ENOSPC: FULL, errno.EDQUOT: FULL}
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def segment_each(
-    scans: Sequence[Scan],
+    scans: Iterable[Scan],
     prepare: Callable[[Scan], Prepared],
     segment: Callable[[Prepared], Prediction],
     write: Callable[[Scan, Prediction], Result],
@@ -52,9 +53,10 @@ def segment_each(
             report(scan, outcome)
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        reading = chain((reader.submit(prepare, scan) for scan in scans), [Future[Prepared]()])
+        scans, to_read = tee(scans)
+        reading = chain((reader.submit(prepare, scan) for scan in to_read), [Future[Prepared]()])
         try:
-            for scan, (prepared, _) in zip(scans, pairwise(reading), strict=True):  # the next is being read
+            for (prepared, _), scan in zip(pairwise(reading), scans, strict=True):  # the next is being read
                 try:
                     prediction = segment(prepared.result())
                 except Exception as error:
@@ -71,8 +73,7 @@ def segment_each(
 
 
 def predict_folder(
-    prepare: Callable[[Scan], Prepared],
-    segment: Callable[[Prepared, bool], Prediction],
+    predict_each: Callable[[Sequence[Scan], Report], None],
     head: dict[str, Any],
     scans: Sequence[Scan],
     out: Path,
@@ -82,36 +83,17 @@ def predict_folder(
     dicom_seg: DicomSegWriter | None = None,
     pictures: bool = False,
 ) -> dict[str, Any]:
-    """See `Predictor.run`; ``head`` is that of the manifest, from `describe`."""
+    """See `Predictor.run`; ``head`` is that of the manifest, from `describe`.
+
+    ``predict_each`` predicts scans and writes their masks; it may report them in any order.
+    """
     make_writable(out)
     manifest = Manifest(out / "manifest.json", head)
     scans = keep_names(scans, manifest.earlier)
 
-    def write(scan: Scan, prediction: Prediction) -> dict[str, Any]:
-        entry, file = entry_of(prediction, head["labels"]), f"{scan.name}.nii.gz"
-        try:
-            if prediction.probabilities is not None:
-                (out / "probabilities").mkdir(exist_ok=True)
-                scores = np.moveaxis(prediction.probabilities, 0, -1)
-                write_nifti(out / "probabilities" / file, scores, prediction.grid)
-            if os.path.exists(out / f"{scan.name}{SEG_ENDING}"):  # noqa: PTH110 - of the mask that is replaced now
-                (out / f"{scan.name}{SEG_ENDING}").unlink()
-            # The mask comes last: if it exists, the scan is finished.
-            write_nifti(out / file, prediction.mask, prediction.grid)
-        except OSError as error:
-            cure = CURES.get(error.errno or 0, "Choose another --out.")
-            reason = error.strerror or error
-            raise DataError(f"{out / file}: the mask could not be written ({reason}). {cure}") from error
-        if dicom_seg is not None:
-            try:
-                dicom_seg.write(prediction.mask, scan, out)
-            except DataError as error:
-                return {**entry, "status": "failed", "error": str(error)}
-        return entry
-
     def report(scan: Scan, outcome: dict[str, Any] | BaseException) -> None:
         if isinstance(outcome, BaseException):
-            entry = {"name": scan.name, "status": "failed", "error": _sentence(scan, outcome)}
+            entry = {"name": scan.name, "status": "failed", "error": sentence(scan, outcome)}
         else:  # the next call finds the mask of a DICOM series by its digest
             entry = outcome | ({"series": scan.series} if scan.series else {})
         manifest.add(entry)
@@ -126,8 +108,9 @@ def predict_folder(
                 todo.append(scan)
             else:
                 report(scan, outcome)
-        segment_each(todo, prepare, lambda prepared: segment(prepared, probabilities), write, report)
+        predict_each(todo, report)
     finally:
+        manifest.arrange([scan.name for scan in todo])
         manifest.write()
     made = {entry["name"]: entry for entry in manifest.entries if entry["status"] != "failed"}
     if rated := [entry for entry in (manifest.earlier | made).values() if entry.get("quality")]:
@@ -138,7 +121,34 @@ def predict_folder(
     return manifest.content()
 
 
-def _sentence(scan: Scan, error: BaseException) -> str:
+def write_result(
+    scan: Scan, prediction: Prediction, *, out: Path, labels: dict[str, float], dicom_seg: DicomSegWriter | None
+) -> dict[str, Any]:
+    """Write the files of a segmented scan; its entry of the manifest."""
+    entry, file = entry_of(prediction, labels), f"{scan.name}.nii.gz"
+    try:
+        if prediction.probabilities is not None:
+            (out / "probabilities").mkdir(exist_ok=True)
+            scores = np.moveaxis(prediction.probabilities, 0, -1)
+            write_nifti(out / "probabilities" / file, scores, prediction.grid)
+        if os.path.exists(out / f"{scan.name}{SEG_ENDING}"):  # noqa: PTH110 - of the mask that is replaced now
+            (out / f"{scan.name}{SEG_ENDING}").unlink()
+        # The mask comes last: if it exists, the scan is finished.
+        write_nifti(out / file, prediction.mask, prediction.grid)
+    except OSError as error:
+        cure = CURES.get(error.errno or 0, "Choose another --out.")
+        reason = error.strerror or error
+        raise DataError(f"{out / file}: the mask could not be written ({reason}). {cure}") from error
+    if dicom_seg is not None:
+        try:
+            dicom_seg.write(prediction.mask, scan, out)
+        except DataError as error:
+            return {**entry, "status": "failed", "error": str(error)}
+    return entry
+
+
+def sentence(scan: Scan, error: BaseException) -> str:
+    """A sentence about a scan that failed."""
     if isinstance(error, MedsegError):
         return str(error)
     if is_out_of_memory(error):

@@ -7,7 +7,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 
 from medseg_supcon import __version__
 from medseg_supcon.bundle import Model
+from medseg_supcon.datasets import is_in, mask_labels
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import folder_lock, write_whole
 from medseg_supcon.inference.prepare import Prediction
@@ -46,11 +47,12 @@ def describe(models: Sequence[Model], tta: bool, device: torch.device, amp: bool
     for model in models:
         plan, flips = model.plan, model.plan["flip_axes"] if tta else []
         settings += [list(plan["labels"].items()), plan["inference"]["overlap"], flips]
+        settings += [list(plan.get("regions", {}).items()), plan.get("regions_class_order")]
         settings += [model.preprocessing_def, *(plan.get(key) for key in DECISIVE)]
     return {
         "models": [{"name": model.name, "sha256": model.sha256} for model in models],
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-        "labels": dict(models[0].plan["labels"]),
+        "labels": mask_labels(models[0].plan),
         "tta": tta,
         "device": str(device),
         "half_precision": amp,
@@ -59,7 +61,7 @@ def describe(models: Sequence[Model], tta: bool, device: torch.device, amp: bool
     }
 
 
-def entry_of(prediction: Prediction, labels: dict[str, float]) -> dict[str, Any]:
+def entry_of(prediction: Prediction, labels: Mapping[str, Any]) -> dict[str, Any]:
     """The entry of a segmented scan."""
     return {
         "name": prediction.name,
@@ -71,12 +73,12 @@ def entry_of(prediction: Prediction, labels: dict[str, float]) -> dict[str, Any]
     }
 
 
-def _mask_facts(mask: npt.NDArray[Any], grid: Grid, labels: dict[str, float]) -> dict[str, Any]:
-    """Shape, spacing, and per foreground label the voxels, the volume (ml) and whether it touches the border."""
+def _mask_facts(mask: npt.NDArray[Any], grid: Grid, labels: Mapping[str, Any]) -> dict[str, Any]:
+    """Shape, spacing, and per foreground class or region voxels, volume (ml) and whether it touches the border."""
     border = np.concatenate([mask.take(i, axis).ravel() for axis in range(3) for i in (0, -1)])
     facts = {}
     for name, value in list(labels.items())[1:]:
-        voxels, touches = int(np.count_nonzero(mask == value)), bool((border == value).any())
+        voxels, touches = int(np.count_nonzero(is_in(mask, value))), bool(is_in(border, value).any())
         volume = round(voxels * grid.voxel_ml, 4)
         facts[name] = {"value": value, "voxels": voxels, "volume_ml": volume, "touches_border": touches}
     return {"shape": list(mask.shape), "spacing_mm": [round(float(mm), 5) for mm in grid.spacing], "labels": facts}
@@ -105,6 +107,11 @@ class Manifest:
         self.entries.append(entry)
         if time.monotonic() >= self.due:
             self.write()
+
+    def arrange(self, names: Sequence[str]) -> None:
+        """Put the entries of some scans into this order, after all others."""
+        place = {name: number for number, name in enumerate(names, 1)}
+        self.entries.sort(key=lambda entry: place.get(entry["name"], 0))
 
     def write(self) -> None:
         """Write the file, with what other processes have added to it; RunError if that is not possible."""

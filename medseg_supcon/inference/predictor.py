@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from medseg_supcon.bundle import Model, load_model, member_runs
-from medseg_supcon.datasets import label_type
+from medseg_supcon.datasets import Regions, label_type, mask_labels, output_channels, target_names
 from medseg_supcon.errors import ConfigError, DataError, RunError
 from medseg_supcon.inference.components import postprocess
+from medseg_supcon.inference.devices import Predict, share_out
 from medseg_supcon.inference.dicom_seg import DicomSegWriter
 from medseg_supcon.inference.find_scans import find_scans, refuse_equal_names
-from medseg_supcon.inference.folder import Progress, predict_folder
+from medseg_supcon.inference.folder import Progress, Report, predict_folder, segment_each, sentence, write_result
 from medseg_supcon.inference.manifest import describe
-from medseg_supcon.inference.prepare import Prediction, Prepared, adding, label, prepare
-from medseg_supcon.inference.sliding_window import batch_on, network_outputs, windows, with_less_memory
+from medseg_supcon.inference.prepare import Prediction, Prepared, adding, label, paint, prepare
+from medseg_supcon.inference.sliding_window import activation, batch_on, network_outputs, windows, with_less_memory
 from medseg_supcon.networks import classifier_name
 from medseg_supcon.quality import PassEvidence, QualityModel, agreement, rate
 from medseg_supcon.scans import Scan
@@ -38,7 +39,8 @@ class Predictor:
 
     Args:
         run: a run's folder, or several; a folder of ``medseg train --folds`` stands for its folds.
-        device: "cpu", "cuda", "cuda:1", ...; None: the first GPU, or the CPU.
+        device: "cpu", "cuda", "cuda:1", ...; None: the first GPU, or the CPU. With several, "cuda:0,cuda:1", `run` shares
+            the scans out to one process per device, and all else uses the first.
         tta: average over mirrorings along the plan's ``flip_axes`` (probabilities, per window).
         trust: accept a run whose config or network is not what medseg writes; it may run any code.
         amp: half precision; None: on GPUs.
@@ -74,25 +76,29 @@ class Predictor:
         ]
         if not runs:
             raise ValueError("run must name at least one run folder, got an empty list")
-        self.device = _device(device)
+        self.devices = [_device(name) for name in (device.split(",") if isinstance(device, str) else [device])]
+        self.device = self.devices[0]
+        self.arguments = {"run": [str(Path(path).resolve()) for path in runs], "tta": tta, "trust": trust, "amp": amp}
+        self.arguments |= {"quality": quality, "review_below": review_below}
         self.models: list[Model] = [load_model(path, trust) for path in runs]
         self.tta = tta
         self.amp = self.device.type == "cuda" if amp is None else amp
         self.plan = self.models[0].plan
+        self.regions = Regions.of(self.plan)
         self.rates, self.review_below = quality, review_below
         self.quality_models = [QualityModel.load(path) if quality else None for path in runs]
         self.warnings = [warning for model in self.models for warning in model.warnings]
         for path, model in zip(runs[1:], self.models[1:], strict=True):
-            for key in ("labels", "channels"):
+            for key in ("labels", "channels", "regions", "regions_class_order"):
                 # As text: classes in another order are other classes.
-                if json.dumps(model.plan[key]) != json.dumps(self.plan[key]):
-                    found = f"differ in {key} ({model.plan[key]}, {self.plan[key]})"
+                if json.dumps(model.plan.get(key)) != json.dumps(self.plan.get(key)):
+                    found = f"differ in {key} ({model.plan.get(key)}, {self.plan.get(key)})"
                     raise RunError(f"{path} and {runs[0]} {found}. An ensemble needs runs of the same task.")
 
     @property
-    def labels(self) -> dict[str, float]:
-        """Class name -> value in the masks, in class order."""
-        return dict(self.plan["labels"])
+    def labels(self) -> dict[str, Any]:
+        """Class name -> value in the masks, in class order, the background first; of regions, lists of values."""
+        return mask_labels(self.plan)
 
     def find_scans(self, paths: Iterable[str | Path]) -> list[Scan]:
         """`find_scans` with the model's channels."""
@@ -147,9 +153,23 @@ class Predictor:
         ready += self.find_scans(scan for scan in given if not isinstance(scan, Scan))
         ready = refuse_equal_names(list(dict.fromkeys(ready)))  # a scan given twice is one scan
         head = describe(self.models, self.tta, self.device, self.amp)
-        writer = DicomSegWriter(self.models) if dicom_seg else None
-        how = probabilities, overwrite, progress, writer, pictures
-        return predict_folder(self.prepare, self.segment, head, ready, Path(out), *how)
+        files = {
+            "out": Path(out),
+            "labels": head["labels"],
+            "dicom_seg": DicomSegWriter(self.models) if dicom_seg else None,
+        }
+        each = partial(self._run_each, probabilities, files)
+        if len(self.devices) > 1:
+            head["device"] = ",".join(map(str, self.devices))
+            start = partial(_start, self.arguments, probabilities, files | {"dicom_seg": dicom_seg})
+            each = partial(share_out, list(map(str, self.devices)), start)
+        return predict_folder(
+            each, head, ready, Path(out), probabilities, overwrite, progress, files["dicom_seg"], pictures
+        )
+
+    def _run_each(self, probabilities: bool, files: dict[str, Any], scans: Iterable[Scan], report: Report) -> None:
+        write = partial(write_result, **files)
+        segment_each(scans, self.prepare, lambda prepared: self.segment(prepared, probabilities), write, report)
 
     def prepare(self, scan: Scan) -> Prepared:
         """Read and preprocess a scan; needs no GPU, so that it can run beside `segment`. DataError as for `predict`."""
@@ -173,10 +193,11 @@ class Predictor:
         ]
         quality = None
         if evidence:
-            together = agreement(masks, len(self.labels)) if len(masks) > 1 else None
+            together = agreement(masks, len(self.labels), self.regions) if len(masks) > 1 else None
             models, below = self.quality_models, self.review_below
             quality = rate(self.plan, prepared.grid, evidence, models, prepared.doubts, together, below)
-        values = np.array(list(self.labels.values()), dtype=label_type(self.labels.values()))
+        labels = self.plan["labels"].values()
+        values = np.array(list(labels), dtype=label_type(labels))
         seconds = prepared.seconds + time.perf_counter() - started
         return Prediction(prepared.name, values[classes], scores, prepared.grid, seconds, warnings, quality, evidence)
 
@@ -189,29 +210,49 @@ class Predictor:
         """Class indices (X, Y, Z), probabilities (K, X, Y, Z) if they are wanted, and per run what its pass showed and,
         in an ensemble, its own class indices.
         """
-        shape, count, members = prepared.grid.shape[:3], len(self.labels), len(self.models)
-        classes = np.zeros(shape, dtype=np.uint8 if count <= 256 else np.uint16)
+        shape, count, members = prepared.grid.shape[:3], output_channels(self.plan), len(self.models)
+        classes = np.zeros(shape, dtype=np.uint8 if len(self.plan["labels"]) <= 256 else np.uint16)
         scores = np.zeros((count, *shape), dtype=np.float32) if probabilities or members > 1 else None
         passes: list[PassEvidence] = []
         masks = [np.zeros_like(classes) for _ in self.models] if members > 1 else [classes]
         for model, (image, way_back), mask in zip(self.models, prepared.images, masks, strict=True):
             patch, overlap = model.plan["patch_size"], model.plan["inference"]["overlap"]
             outputs = network_outputs(model, device, self.tta, self.amp and device.type == self.device.type)
-            image, softmax = image.as_tensor().to(buffers), not self.tta
+            image = image.as_tensor().to(buffers)
+            activate = None if self.tta else activation(self.plan)
             if self.rates:
-                passes.append(PassEvidence(_classifier(model), image, count, softmax))
+                rated = len(target_names(self.plan)) + 1
+                passes.append(PassEvidence(_classifier(model), image, rated, not self.tta, self.regions))
                 outputs = passes[-1].windows(outputs)
             chunks = windows(image, outputs, patch, overlap, batch_on(device, batch, patch), device, buffers)
             chunks = _finite(chunks, f"{prepared.name}: the output of the network of {model.name}")
             if self.rates:
-                chunks, softmax = passes[-1].chunks(chunks), False
-            blocks = way_back.blocks(chunks, softmax)
+                chunks, activate = passes[-1].chunks(chunks), None
+            blocks = way_back.blocks(chunks, activate)
             if scores is not None:
                 blocks = adding(scores, way_back.order, blocks, members)
-            label(mask, way_back.order, blocks)
+            if self.regions is None:
+                label(mask, way_back.order, blocks)
+            else:
+                paint(mask, way_back.order, blocks, self.regions.written)
         if scores is not None and members > 1:
-            classes = scores.argmax(axis=0).astype(classes.dtype)
+            joined = scores.argmax(axis=0) if self.regions is None else self.regions.paint(scores)
+            classes = joined.astype(classes.dtype)
         return classes, scores if probabilities else None, passes, masks
+
+
+def _start(arguments: dict[str, Any], probabilities: bool, files: dict[str, Any], device: str) -> Predict:
+    """In the process of a device: what predicts the scans there."""
+    predictor = Predictor(device=device, **arguments)
+    writer = DicomSegWriter(predictor.models) if files["dicom_seg"] else None
+
+    def predict(scans: Iterable[Scan], report: Report) -> None:
+        def tell(scan: Scan, outcome: dict[str, Any] | BaseException) -> None:
+            report(scan, DataError(sentence(scan, outcome)) if isinstance(outcome, BaseException) else outcome)
+
+        predictor._run_each(probabilities, files | {"dicom_seg": writer}, scans, tell)
+
+    return predict
 
 
 def _classifier(model: Model) -> torch.nn.Module | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation
 from torch import Tensor
 
 from medseg_supcon.bundle import Model, innermost
+from medseg_supcon.datasets import THRESHOLD
 from medseg_supcon.errors import DataError, MedsegError
 from medseg_supcon.quality import Evidence
 from medseg_supcon.scans import Affine, Grid, Scan, Volume, outliers, read_scan
@@ -25,6 +26,7 @@ MOST_VOXELS = 4e9  # on the model's grid: 16 GB, a scan of 1600 voxels a side
 BLOCK_BYTES = 2**24  # float32 of one class at a time; more is no faster
 FEW_VALUES = 8
 SAME = 5e-3  # voxels: closer grids are equal (MONAI does not resample if affines differ by less than 1e-3)
+Activation = Callable[..., Tensor]
 Blocks = Iterator[tuple[npt.NDArray[np.int64], Iterator[Tensor]]]
 
 
@@ -47,7 +49,7 @@ class Prediction:
     Attributes:
         name: the scan's.
         mask: (X, Y, Z) in the scan's own grid, the data set's label values, in the smallest type for them.
-        probabilities: (K, X, Y, Z) float32 in the order of the classes, or None if not asked for.
+        probabilities: (K, X, Y, Z) float32 in the order of the classes (or of the regions), or None if not asked for.
         grid: where the voxels are.
         seconds: for preprocessing and inference.
         warnings: what users should know before they use the mask.
@@ -193,21 +195,21 @@ class GridMapping:
         positions = [matrix[a, order[a]] * np.arange(shape[order[a]]) + matrix[a, 3] for a in range(3)]
         return cls(order, tuple(AxisInterpolation.of(p, n) for p, n in zip(positions, model_shape, strict=True)))
 
-    def blocks(self, chunks: Iterable[Tensor], softmax: bool) -> Blocks:
+    def blocks(self, chunks: Iterable[Tensor], activate: Activation | None) -> Blocks:
         """Rows of the scan (turned like the model's grid), as soon as the chunks that they need are there.
 
-        Takes chunks (K, rows, Y, Z) in order along the first axis of the model's grid, logits if ``softmax``. Yields
-        which rows, and for each of the K classes in turn the probabilities (rows, Y', Z').
+        Takes chunks (K, rows, Y, Z) in order along the first axis of the model's grid, logits if there is an
+        ``activate``. Yields which rows, and for each of the K classes in turn the probabilities (rows, Y', Z').
         """
         done = np.zeros(len(self.axes[0].low), dtype=bool)
         start, last = 0, None
         for chunk in chunks:
             if last is not None:
-                yield from self._ready(torch.cat([last, chunk[:, :1]], dim=1), start - 1, done, softmax)
-            yield from self._ready(chunk, start, done, softmax)
+                yield from self._ready(torch.cat([last, chunk[:, :1]], dim=1), start - 1, done, activate)
+            yield from self._ready(chunk, start, done, activate)
             start, last = start + chunk.shape[1], chunk[:, -1:].clone()
 
-    def _ready(self, chunk: Tensor, start: int, done: npt.NDArray[np.bool_], softmax: bool) -> Blocks:
+    def _ready(self, chunk: Tensor, start: int, done: npt.NDArray[np.bool_], activate: Activation | None) -> Blocks:
         x, y, z = self.axes
         rows = np.flatnonzero(~done & (x.low >= start) & (x.high < start + chunk.shape[1]))
         done[rows] = True
@@ -217,7 +219,7 @@ class GridMapping:
                 here = AxisInterpolation(x.low[block], x.high[block], x.w[block])
                 first = int(here.low.min())
                 part = chunk[:, first - start : int(here.high.max()) + 1 - start]
-                part = torch.softmax(part, dim=0) if softmax else part
+                part = part if activate is None else activate(part, dim=0)
                 yield block, map(partial(self._plane, here, first), part)
 
     def _plane(self, here: AxisInterpolation, first: int, values: Tensor) -> Tensor:
@@ -232,10 +234,10 @@ class MonaiInverse:
     image: MetaTensor
     order = (0, 1, 2)
 
-    def blocks(self, chunks: Iterable[Tensor], softmax: bool) -> Blocks:
+    def blocks(self, chunks: Iterable[Tensor], activate: Activation | None) -> Blocks:
         """All rows at once."""
         whole = torch.cat([chunk.to("cpu", copy=True) for chunk in chunks], dim=1)
-        whole = torch.softmax(whole, dim=0) if softmax else whole
+        whole = whole if activate is None else activate(whole, dim=0)
         back = MetaTensor(whole, meta=self.image.meta, applied_operations=self.image.applied_operations)
         scores = self.model.preprocessing.inverse({"image": back})["image"].as_tensor()
         yield np.arange(scores.shape[1]), iter(scores)
@@ -251,6 +253,16 @@ def label(classes: npt.NDArray[Any], order: Sequence[int], blocks: Blocks) -> No
             index_of_best.masked_fill_(values > best, index)
             torch.maximum(best, values, out=best)
         view[rows] = index_of_best.cpu().numpy().astype(classes.dtype)
+
+
+def paint(classes: npt.NDArray[Any], order: Sequence[int], blocks: Blocks, written: Sequence[int]) -> None:
+    """`label` for regions: their voxels get the class index that each is written with, a later one over an earlier one."""
+    view = classes.transpose(order)
+    for rows, planes in blocks:
+        for index, values in zip(written, planes, strict=True):
+            part = view[rows]
+            part[(values > THRESHOLD).cpu().numpy()] = index
+            view[rows] = part
 
 
 def adding(scores: npt.NDArray[np.float32], order: Sequence[int], blocks: Blocks, members: int) -> Blocks:

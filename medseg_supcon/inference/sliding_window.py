@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from monai.data.utils import compute_importance_map, dense_patch_slices
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medseg_supcon.bundle import Model
+from medseg_supcon.datasets import output_channels
 from medseg_supcon.errors import RunError
 
 CPU_VOXELS = 2**20  # per batch: more is not faster on a CPU and needs more memory
@@ -27,7 +28,8 @@ Result = TypeVar("Result")
 
 def network_outputs(model: Model, device: torch.device, tta: bool, amp: bool) -> Callable[[Tensor], Tensor]:
     """Logits of a batch (B, C, *patch) -> (B, K, *patch); with ``tta`` the mean probabilities over all mirrorings."""
-    network, classes = model.network.to(device), len(model.plan["labels"])
+    network, channels = model.network.to(device), output_channels(model.plan)
+    activate = activation(model.plan)
     axes = [axis + 2 for axis in model.plan["flip_axes"]]
     mirrorings = [flips for n in range(len(axes) + 1) for flips in combinations(axes, n)]
 
@@ -35,19 +37,28 @@ def network_outputs(model: Model, device: torch.device, tta: bool, amp: bool) ->
         with torch.autocast(device.type, enabled=amp):
             output = network(batch)
         output = output[0] if isinstance(output, tuple | list) else output
-        if output.shape[1] != classes:
-            found = f"the network outputs {output.shape[1]} channels, but the plan has {classes} labels"
+        if output.shape[1] != channels:
+            found = f"the network outputs {output.shape[1]} channels, but the plan has {channels} labels"
             raise RunError(f"{model.name}: {found}. Correct network_def or labels in plan.json.")
         return torch.as_tensor(output)
 
     def mirrored(batch: Tensor) -> Tensor:
         total = torch.zeros(())
         for flips in mirrorings:
-            probabilities = torch.softmax(logits(batch.flip(flips)).float(), dim=1).flip(flips)
+            probabilities = activate(logits(batch.flip(flips)).float(), dim=1).flip(flips)
             total = probabilities if not flips else total + probabilities
         return total / len(mirrorings)
 
     return mirrored if tta else logits
+
+
+def activation(plan: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """From a network's logits to probabilities, along ``dim``: softmax, or the sigmoid of regions that may overlap."""
+
+    def sigmoid(logits: Tensor, dim: int) -> Tensor:
+        return logits.sigmoid()
+
+    return sigmoid if plan.get("regions") else torch.softmax
 
 
 def batch_on(device: torch.device, batch_size: int, patch_size: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Literal, NamedTuple
 
@@ -36,6 +37,7 @@ class VoxelSampler:
             not sampled.
         hard_fraction: share of a class's voxels that `hard` picks for hardness, 0 .. 1.
         seed: for a generator of the sampler's own; None: torch's global one, which a trainer seeds.
+        membership: (R, C) booleans, if the logits are of R regions that may overlap: which classes each region holds.
 
     Example:
         >>> labels = torch.zeros(1, 8, 8, 8, dtype=torch.long)
@@ -52,6 +54,7 @@ class VoxelSampler:
         background: Literal["anchor", "negatives_only", "exclude"] = "anchor",
         hard_fraction: float = 0.5,
         seed: int | None = None,
+        membership: Tensor | Sequence[Sequence[bool]] | None = None,
     ) -> None:
         check_choice("strategy", strategy, ("stratified", "uniform", "hard", "all"))
         check_choice("background", background, ("anchor", "negatives_only", "exclude"))
@@ -61,6 +64,7 @@ class VoxelSampler:
             raise ValueError(f"hard_fraction must be in 0 .. 1, got {hard_fraction}")
         self.strategy, self.max_samples, self.background = strategy, max_samples, background
         self.hard_fraction, self.generator = hard_fraction, None
+        self.membership = None if membership is None else torch.as_tensor(membership, dtype=torch.float32)
         if seed is not None:
             check_number("seed", seed, integer=True)
             self.generator = Generator().manual_seed(seed)
@@ -75,7 +79,7 @@ class VoxelSampler:
             labels: (B, *spatial) integer class indices of any size; negative: never drawn.
             pair_ids: (B, *spatial) int64, unique to a physical voxel over the batch, negative: no partner. Then half of
                 `max_samples` are drawn from the voxels with an id; the rest are their partners, rare classes' first.
-            logits: (B, C, *spatial), for `hard`, a channel for every class that occurs.
+            logits: (B, C, *spatial), for `hard`, a channel for every class that occurs; with `membership` (B, R, *spatial).
             generator: on the CPU, instead of the sampler's own.
         """
         check_tensor("labels", labels)
@@ -92,6 +96,9 @@ class VoxelSampler:
             drawable = drawable.masked_fill(pair_ids.reshape(-1) < 0, -1)
         if self.strategy == "uniform":
             drawable = drawable.clamp(max=0)  # one class
+        if logits is not None and self.membership is not None and self.strategy == "hard":
+            # log p of a class is the sum of the logits of its regions, up to a constant of the voxel
+            logits = torch.einsum("rc,br...->bc...", self.membership.to(logits.device), logits.float())
         draw = _Draw(labels, drawable, logits, generator or self.generator)
         if self.strategy == "all":
             indices = (drawable >= 0).nonzero()[:, 0]

@@ -71,7 +71,9 @@ def build_network(
         raise ConfigError(f"{shown} {got}: set in_channels to {in_channels}.")
     given = network.get_submodule(classifier_name(network)).out_channels if num_classes is not None else None
     if given != num_classes:
-        got = f"gives {given} channel(s), but the plan has {num_classes} classes, background included"
+        got = (
+            f"gives {given} channel(s), but the plan needs {num_classes}: one per class with background, or per region"
+        )
         raise ConfigError(f"{shown} {got}: set its out_channels to {num_classes}.")
     return network
 

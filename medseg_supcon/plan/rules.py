@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from medseg_supcon.datasets import Dataset, Fingerprint, readable
+from medseg_supcon.datasets import Dataset, Fingerprint, output_channels, readable, target_names
 from medseg_supcon.errors import ConfigError, DataError, RunError, nearest
 from medseg_supcon.files import LARGEST, read_json, write_text
 from medseg_supcon.losses import balanced_class_weights
@@ -78,13 +78,15 @@ def make_plan(
     steps_per_epoch = 250 if on_gpu else 50
     foreground = [fingerprint.foreground(c) for c in range(len(dataset.channels))]
     # a mirrored scan would be labelled wrongly
-    sided = any(SIDED.search(name.replace("_", " ").lower()) or SIDED.search(name) for name in dataset.labels)
+    meaning = dataset.label_plan
+    targets, outputs = target_names(meaning), output_channels(meaning)
+    names = (*dataset.labels, *targets)
+    sided = any(SIDED.search(name.replace("_", " ").lower()) or SIDED.search(name) for name in names)
     return {
         "name": dataset.name,
         "channels": list(dataset.channels),
-        "labels": dict(dataset.labels),
-        "ignore_label": dataset.ignore_label,
-        "segments": segment_codes(list(dataset.labels)[1:]),
+        **meaning,
+        "segments": segment_codes(targets),
         "orientation": "RAS",
         "spacing": [float(mm) for mm in spacing],
         "intensity": intensity_transforms(dataset.channels, foreground),
@@ -95,7 +97,7 @@ def make_plan(
         "epochs": default_epochs(device, steps_per_epoch),
         "class_frequencies": [readable(n / counts.sum()) for n in counts],
         "class_weights": [readable(w) for w in balanced_class_weights(counts.tolist()).tolist()],
-        "network_def": network_definition(len(dataset.channels), len(dataset.labels), steps, 32 if on_gpu else 16),
+        "network_def": network_definition(len(dataset.channels), outputs, steps, 32 if on_gpu else 16),
         "inference": {"overlap": 0.5, "sw_batch_size": 4},
         "keep_largest": [],
         "fingerprint": fingerprint.summary(),
@@ -151,7 +153,7 @@ def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[in
     return [int(n) for n in size]
 
 
-def network_definition(in_channels: int, classes: int, steps: Sequence[Sequence[int]], width: int) -> dict[str, Any]:
+def network_definition(in_channels: int, outputs: int, steps: Sequence[Sequence[int]], width: int) -> dict[str, Any]:
     """A plan's ``network_def``: a residual MONAI UNet of `width` channels, doubled per level, and a 1x1x1 convolution.
 
     The activation is nnU-Net's, LeakyReLU of slope 0.01: the gradient of PReLU, MONAI's default, is slow.
@@ -166,7 +168,7 @@ def network_definition(in_channels: int, classes: int, steps: Sequence[Sequence[
         "num_res_units": 2,
         "act": ["LEAKYRELU", {"negative_slope": 0.01, "inplace": True}],
     }
-    last = {"_target_": "torch.nn.Conv3d", "in_channels": width, "out_channels": classes, "kernel_size": 1}
+    last = {"_target_": "torch.nn.Conv3d", "in_channels": width, "out_channels": outputs, "kernel_size": 1}
     return chain(unet, last)
 
 
@@ -215,12 +217,16 @@ RULES: dict[str, tuple[str, Any]] = {  # what the value must be, in words and as
     "fingerprint": ("a mapping", dict[str, Any]),
 }
 SEGMENTS = (
-    'a mapping of foreground classes to a "category", a "type" and, if there is one, a "laterality" and a "region", each a '
-    'code such as "SCT:10200004 Liver"'
+    'a mapping of foreground classes (or regions) to a "category", a "type" and, if there is one, a "laterality" and a '
+    '"region", each a code such as "SCT:10200004 Liver"'
 )
+REGIONS = "a mapping of regions to different lists of foreground values, which together hold all of them"
+ORDER = "one foreground value for each region"
 OPTIONAL: dict[str, tuple[str, Any]] = {
+    "regions": (REGIONS, Annotated[dict[str, Sequence[Number]], Field(min_length=1)]),
+    "regions_class_order": (ORDER, Sequence[Number]),
     "smallest_mm3": (
-        "a mapping of foreground classes to volumes above 0 (mm3)",
+        "a mapping of foreground classes (or regions) to volumes above 0 (mm3)",
         dict[str, Annotated[Number, Field(gt=0)]],
     ),
     "segments": (SEGMENTS, dict[str, dict[str, str]]),
@@ -286,10 +292,20 @@ def validate_plan(plan: object, *, divisor: Sequence[int] | None = None, source:
     for key in ("class_frequencies", "class_weights"):
         fits_classes = len(plan[key]) == len(labels) and min(plan[key]) >= 0
         need(key, fits_classes, f"{len(labels)} numbers of at least 0, one for each class")
-    need("keep_largest", set(plan["keep_largest"]) <= set(labels), f"a list of classes among {list(labels)}")
-    need("smallest_mm3", set(plan.get("smallest_mm3", ())) <= set(list(labels)[1:]), OPTIONAL["smallest_mm3"][0])
+    if ("regions" in plan) != ("regions_class_order" in plan):
+        raise ConfigError(f'{source}: "regions" and "regions_class_order" belong together. Add the other one.')
+    if "regions" in plan:
+        regions, foreground = plan["regions"].values(), set(list(labels.values())[1:])
+        sets = {frozenset(region) for region in regions}
+        need("regions", all(regions) and set().union(*regions) == foreground and len(sets) == len(regions), REGIONS)
+        order = plan["regions_class_order"]
+        need("regions_class_order", len(order) == len(regions) and set(order) <= foreground, ORDER)
+    targets = target_names(plan)
+    known = targets if "regions" in plan else list(labels)
+    need("keep_largest", set(plan["keep_largest"]) <= set(known), f"a list of classes or regions among {known}")
+    need("smallest_mm3", set(plan.get("smallest_mm3", ())) <= set(targets), OPTIONAL["smallest_mm3"][0])
     segments = plan.get("segments", {})
-    need("segments", are_segments(segments) and set(segments) <= set(list(labels)[1:]), SEGMENTS)
+    need("segments", are_segments(segments) and set(segments) <= set(targets), SEGMENTS)
     if divisor is not None:
         rounded = [math.ceil(n / d) * d for n, d in zip(patch, divisor, strict=True)]
         need("patch_size", rounded == list(patch), f"divisible by {list(divisor)} for this network (such as {rounded})")

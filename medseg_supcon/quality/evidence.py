@@ -12,6 +12,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
+from medseg_supcon.datasets import THRESHOLD, Regions
+
 Floats = npt.NDArray[np.float64]
 PER_WINDOW, PER_CLASS = 128, 512  # voxels of a class whose features are kept
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
@@ -22,6 +24,8 @@ BLOCK_VOXELS = 2**22  # of all classes at a time
 @dataclass(frozen=True)
 class Evidence:
     """Of one scan and one model; K classes, the background first. NaN where a class has no voxel.
+
+    With regions that may overlap, the classes are the regions, and the first is what is in none of them.
 
     Attributes:
         volume: (K,) ml of the final mask.
@@ -52,10 +56,14 @@ class PassEvidence:
         image: (C, X, Y, Z), preprocessed.
         classes: K.
         softmax: the network's outputs are logits.
+        regions: the outputs are of K - 1 regions that may overlap.
     """
 
-    def __init__(self, classifier: nn.Module | None, image: Tensor, classes: int, softmax: bool) -> None:
+    def __init__(
+        self, classifier: nn.Module | None, image: Tensor, classes: int, softmax: bool, regions: Regions | None = None
+    ) -> None:
         self.classifier, self.image, self.classes, self.softmax = classifier, image, classes, softmax
+        self.regions = regions
         self.features: list[list[Tensor]] = [[] for _ in range(classes)]
         self.sums = torch.zeros(4, classes, dtype=torch.float64)  # voxels, probability in them, p and p^2 everywhere
         self.moments = torch.zeros(2 * len(image), classes, dtype=torch.float64)
@@ -78,10 +86,15 @@ class PassEvidence:
         return watched
 
     def _keep(self, outputs: Tensor, features: Tensor) -> None:
-        index = outputs.max(dim=1).indices.flatten()  # several times as fast as argmax on a CPU
         features = features.movedim(1, -1).flatten(0, -2)
-        for c in index.bincount(minlength=self.classes).nonzero()[:, 0].tolist():
-            where = (index == c).nonzero()[:, 0]
+        if self.regions is not None:
+            inside = _with_rest(outputs.movedim(1, 0) > (0.0 if self.softmax else THRESHOLD))
+            places = {c: part.flatten().nonzero()[:, 0] for c, part in enumerate(inside) if part.any()}
+        else:
+            index = outputs.max(dim=1).indices.flatten()  # several times as fast as argmax on a CPU
+            present = index.bincount(minlength=self.classes).nonzero()[:, 0].tolist()
+            places = {c: (index == c).nonzero()[:, 0] for c in present}
+        for c, where in places.items():
             self.features[c].append(features[_evenly(where, PER_WINDOW * len(outputs))].float().cpu())
 
     def chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -89,18 +102,29 @@ class PassEvidence:
         start = 0
         for chunk in chunks:
             for part in torch.split(chunk, max(1, BLOCK_VOXELS // chunk[:, 0].numel()), dim=1):
+                image = self.image[:, start : start + part.shape[1]]
+                start += part.shape[1]
+                if self.regions is not None:
+                    self._add_regions(part.copy_(part.sigmoid()) if self.softmax else part, image)
+                    continue
                 if self.softmax:
                     part.copy_(part.softmax(dim=0))
                 best, index = part.max(dim=0)
-                image = self.image[:, start : start + part.shape[1]]
                 values = [torch.ones_like(best), best, *image, *image.square()]
                 counted = [index.flatten().bincount(v.flatten().double(), self.classes).cpu() for v in values]
                 self.sums[:2] += torch.stack(counted[:2])
                 self.moments += torch.stack(counted[2:])
                 self.sums[2] += part.sum(dim=(1, 2, 3)).double().cpu()
                 self.sums[3] += part.square().sum(dim=(1, 2, 3)).double().cpu()
-                start += part.shape[1]
             yield chunk
+
+    def _add_regions(self, part: Tensor, image: Tensor) -> None:
+        """The sums of a part's probabilities (R, rows, Y, Z); where none is high, p of the rest is 1 - the highest."""
+        inside, p = _with_rest(part > THRESHOLD), torch.cat([1 - part.amax(dim=0, keepdim=True), part])
+        for c, (where, q) in enumerate(zip(inside, p, strict=True)):
+            pixels = image[:, where].double()
+            self.sums[:, c] += torch.stack([where.sum(), q[where].sum(), q.sum(), q.square().sum()]).double().cpu()
+            self.moments[:, c] += torch.cat([pixels.sum(dim=1), pixels.square().sum(dim=1)]).cpu()
 
     def of(self, mask: npt.NDArray[Any], spacing: Sequence[float] | Floats, model_spacing: Sequence[float]) -> Evidence:
         """The evidence, once the mask is final.
@@ -110,7 +134,11 @@ class PassEvidence:
             model_spacing: mm per axis of the model's grid.
         """
         voxels, sure, total, squares = self.sums.numpy()
-        volume = np.bincount(mask.ravel(), minlength=self.classes) * np.prod(spacing) / 1000
+        counts = np.bincount(mask.ravel(), minlength=self.classes)
+        if self.regions is not None:
+            inside = self.regions.masks(mask)
+            counts = np.array([np.count_nonzero(part) for part in (~inside.any(axis=0), *inside)])
+        volume = counts * np.prod(spacing) / 1000
         with np.errstate(divide="ignore", invalid="ignore"):
             final = np.log(volume / (voxels * np.prod(model_spacing) / 1000))
             probability = np.stack(
@@ -128,7 +156,7 @@ class PassEvidence:
         return Evidence(
             volume,
             probability,
-            mask_shape(mask, self.classes, spacing),
+            mask_shape(mask, self.classes, spacing, self.regions),
             intensity,
             np.quantile(some, QUANTILES, axis=1).T.ravel(),
             np.array(self.image.shape[1:]) * np.asarray(model_spacing),
@@ -136,11 +164,18 @@ class PassEvidence:
         )
 
 
+def _with_rest(inside: Tensor) -> Tensor:
+    """Masks (R, ...) with a first one of what is in none of them."""
+    return torch.cat([~inside.any(dim=0, keepdim=True), inside])
+
+
 def _evenly(indices: Tensor, most: int) -> Tensor:
     return indices[:: max(1, -(-len(indices) // most))]
 
 
-def mask_shape(mask: npt.NDArray[Any], classes: int, spacing: Sequence[float] | Floats) -> Floats:
+def mask_shape(
+    mask: npt.NDArray[Any], classes: int, spacing: Sequence[float] | Floats, regions: Regions | None = None
+) -> Floats:
     """(K, 4), see `Evidence`; of the background NaN.
 
     Args:
@@ -150,10 +185,14 @@ def mask_shape(mask: npt.NDArray[Any], classes: int, spacing: Sequence[float] | 
     """
     rows = np.full((classes, 4), np.nan)
     faces = np.prod(spacing) / np.asarray(spacing)  # mm2 of a voxel's face across each axis
-    for c, box in enumerate(ndimage.find_objects(mask, max_label=classes - 1), start=1):
+    if regions is None:
+        boxes = ndimage.find_objects(mask, max_label=classes - 1)
+    else:
+        boxes = [box for part in regions.masks(mask) for box in ndimage.find_objects(part.astype(np.uint8)) or [None]]
+    for c, box in enumerate(boxes, start=1):
         if box is None:
             continue
-        part = np.pad(mask[box] == c, 1)
+        part = np.pad(mask[box] == c if regions is None else regions.membership[c - 1][mask[box]], 1)
         components, count = ndimage.label(part, structure=np.ones((3, 3, 3)))
         sizes = np.bincount(components.ravel())[1:]
         surface = sum(
@@ -171,8 +210,17 @@ def mask_shape(mask: npt.NDArray[Any], classes: int, spacing: Sequence[float] | 
     return rows
 
 
-def dice_per_class(one: npt.NDArray[Any], other: npt.NDArray[Any], classes: int) -> Floats:
-    """(K - 1,) Dice per foreground class of two arrays of class indices; NaN: in neither. Indices from K on are no class."""
-    both, a, b = (np.bincount(m.ravel(), minlength=classes)[1:classes] for m in (one[one == other], one, other))
+def dice_per_class(
+    one: npt.NDArray[Any], other: npt.NDArray[Any], classes: int, regions: Regions | None = None
+) -> Floats:
+    """(K - 1,) Dice per foreground class of two arrays of class indices, (R,) with regions; NaN: in neither.
+
+    Indices from K on are no class.
+    """
+    if regions is None:
+        both, a, b = (np.bincount(m.ravel(), minlength=classes)[1:classes] for m in (one[one == other], one, other))
+    else:
+        masks = [regions.masks(m).reshape(len(regions.names), -1) for m in (one, other)]
+        both, a, b = (m.sum(axis=1) for m in (masks[0] & masks[1], *masks))
     with np.errstate(invalid="ignore"):
         return np.asarray(2 * both / (a + b))

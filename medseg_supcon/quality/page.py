@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.colors import to_hex
 
-from medseg_supcon.datasets import reorient, value_text
+from medseg_supcon.datasets import Regions, reorient, value_text, values_in, values_of
 from medseg_supcon.errors import DataError
 from medseg_supcon.evaluation import color_of
 from medseg_supcon.files import remove_leftovers, write_whole
@@ -26,7 +26,7 @@ from medseg_supcon.quality.review import Entry, quality_of, read_first_channel, 
 from medseg_supcon.scans import Volume, count_values, in_parallel, same_grid
 
 Array = npt.NDArray[Any]
-Labels = Mapping[str, float]  # class name -> value in the files, background first
+Labels = Mapping[str, Any]  # class name -> value in the files, or list of a region's values; background first
 
 MOST_SCANS = 300  # of a page
 PAGE_VOXELS = 36_000_000  # of all scans together: at most 48 MB of text
@@ -53,7 +53,7 @@ def write_page(
     Args:
         out: the HTML file; its folder is made.
         entries: masks, with their scans where they are known; the first ``most`` of them are in the page.
-        labels: class name -> value in the masks, background first; at most 254 classes.
+        labels: class name -> value in the masks, or list of a region's values, background first; at most 254 values.
         title: heads the page.
         notes: sentences for the person who opens it.
 
@@ -64,8 +64,9 @@ def write_page(
     Raises:
         DataError: there are too many classes, or none of the masks can be read.
     """
-    if len(labels) > UNKNOWN:
-        raise DataError(f"a page shows at most {UNKNOWN - 1} classes, found {len(labels) - 1}. Are these label maps?")
+    values = values_in(labels)
+    if len(values) > UNKNOWN:
+        raise DataError(f"a page shows at most {UNKNOWN - 1} classes, found {len(values) - 1}. Are these label maps?")
     chosen, notes = entries[:most], list(notes)
     if len(chosen) < len(entries):
         notes.append(f"This page shows {len(chosen)} of {len(entries)} masks, worst first. More are shown with --most.")
@@ -81,12 +82,31 @@ def write_page(
     blobs = [row.pop("blob") for row in rows]
     classes = [{"name": name, "color": to_hex(color_of(number))} for number, name in enumerate(list(labels)[1:])]
     head = {"title": title, "notes": [*notes, *problems], "classes": classes, "rows": rows}
+    head["voxels"] = [_shown_as(value, labels, classes) for value in values[1:]]
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out.parent)
     write_whole(out, lambda file: _write(file, head, blobs))
     found = [row["quality"]["verdict"] for row in rows]
     verdicts = {verdict: found.count(verdict) for verdict in ("reject", "review", "good", None) if verdict in found}
     return {"shown": len(rows), "verdicts": verdicts, "notes": head["notes"], "problems": problems}
+
+
+def _shown_as(value: float, labels: Labels, classes: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Name and colour of a voxel's value: its class, or all its regions and the colour of the smallest."""
+    holds = [values_of(entry) for entry in list(labels.values())[1:]]
+    mine = [number for number, values in enumerate(holds) if value in values]
+    smallest = min(mine, key=lambda number: len(holds[number]))
+    return {"name": ", ".join(classes[number]["name"] for number in mine), "color": classes[smallest]["color"]}
+
+
+def _regions(labels: Labels) -> Regions | None:
+    """The regions among the labels, of the values' numbers; None if there are none."""
+    names = list(labels)[1:]
+    if not any(isinstance(entry, Sequence) for entry in labels.values()):
+        return None
+    regions, values = {name: values_of(labels[name]) for name in names}, values_in(labels)
+    plan = {"labels": {str(value): value for value in values}, "regions": regions}
+    return Regions.of(plan | {"regions_class_order": [own[0] for own in regions.values()]})
 
 
 def _write(file: IO[bytes], head: Mapping[str, Any], blobs: Sequence[str]) -> None:
@@ -131,11 +151,12 @@ def _pack(entry: Entry, labels: Labels, most: int) -> dict[str, Any]:
         reference = _beside(mask, lambda: read_labels(source, labels), "The label map", notes)
     indices = [_indices(mask.data, labels, "The mask", notes)]
     indices += [] if reference is None else [_indices(reference, labels, "The label map", notes)]
-    voxels = _counts(indices[0], labels)
+    regions = _regions(labels)
+    voxels = _counts(indices[0], labels, regions)
     dice: list[float | None] = [None] * len(voxels)
     if reference is not None:
         known = indices[1] != UNKNOWN
-        found = dice_per_class(indices[0][known], indices[1][known], len(labels)).tolist()
+        found = dice_per_class(indices[0][known], indices[1][known], len(values_in(labels)), regions).tolist()
         dice = [None if math.isnan(score) else score for score in found]
     scores = [score for score in dice if score is not None]
     quality = quality_of(entry.facts)
@@ -159,6 +180,7 @@ def _pack(entry: Entry, labels: Labels, most: int) -> dict[str, Any]:
         "warnings": texts(entry.facts.get("warnings")),
         "notes": notes + _how_shown(volumes[0].shape, box, steps),
         "volumes": [round(number * mask.grid.voxel_ml, 4) for number in voxels],
+        "total": round(np.count_nonzero((indices[0] > 0) & (indices[0] != UNKNOWN)) * mask.grid.voxel_ml, 4),
         "dice": dice,
         "mean": sum(scores) / len(scores) if scores else None,
         "empty": not any(voxels),
@@ -185,8 +207,8 @@ def _beside(mask: Volume, read: Callable[[], Volume], what: str, notes: list[str
 
 
 def _indices(data: Array, labels: Labels, what: str, notes: list[str]) -> npt.NDArray[np.uint8]:
-    """0 for background, 1 for the first class, and so on."""
-    order = {value: number for number, value in enumerate(labels.values())}
+    """0 for background, 1 for the first class (of regions: the first value), and so on."""
+    order = {value: number for number, value in enumerate(values_in(labels))}
     indices, unknown = np.zeros(data.shape, np.uint8), []
     for value in count_values(data):
         if value not in order:
@@ -198,10 +220,11 @@ def _indices(data: Array, labels: Labels, what: str, notes: list[str]) -> npt.ND
     return indices
 
 
-def _counts(indices: Array, labels: Labels) -> list[int]:
-    """Voxels of each class, without background."""
+def _counts(indices: Array, labels: Labels, regions: Regions | None) -> list[int]:
+    """Voxels of each class or region, without background."""
     counts = count_values(indices)
-    return [counts.get(float(number), 0) for number in range(1, len(labels))]
+    each = [counts.get(float(number), 0) for number in range(len(values_in(labels)))]
+    return each[1:] if regions is None else [int(number) for number in regions.membership @ each]
 
 
 def _part_shown(

@@ -1,8 +1,8 @@
 "use strict";
 // A list of masks, three planes and a surface of the chosen one, and what a person says about it.
 const $ = (id) => document.getElementById(id);
-const { title, notes, rows, classes } = JSON.parse($("data").textContent);
-const RGB = classes.map(({ color }) => [1, 3, 5].map((i) => parseInt(color.slice(i, i + 2), 16)));
+const { title, notes, rows, classes, voxels } = JSON.parse($("data").textContent); // voxels: of each value in a mask
+const RGB = voxels.map(({ color }) => [1, 3, 5].map((i) => parseInt(color.slice(i, i + 2), 16)));
 const PLANES = ["sagittal", "coronal", "axial"]; // by the axis that they cut
 const ACROSS = [[1, 2], [0, 2], [0, 1]]; // their horizontal and vertical axis; the volume is in RAS+
 const ENDS = ["LR", "PA", "IS"];
@@ -157,7 +157,7 @@ function drawPlanes() {
   }
   const here = cursor[0] + volume.shape[0] * (cursor[1] + volume.shape[1] * cursor[2]), label = volume.mask[here];
   const value = volume.levels ? `\nvalue ${short(volume.levels[volume.image[here]])}` : "";
-  planes[0].nextElementSibling.textContent += value + (label ? `\n${classes[label - 1].name}` : "");
+  planes[0].nextElementSibling.textContent += value + (label ? `\n${voxels[label - 1].name}` : "");
 }
 
 // ---- the surface: a quad between each voxel of the mask and each neighbour outside, smoothed within half a voxel
@@ -281,8 +281,8 @@ function makeList() {
     const item = make("li"), text = make("div"), picture = make("canvas");
     Object.assign(picture, { width: 128, height: 128 });
     item.dataset.number = number;
-    const { quality: { verdict }, mean } = row, line = make("span"), total = row.volumes.reduce((sum, n) => sum + n, 0);
-    line.append(make("em", verdict || "", verdict || ""), ` ${expected(row) || `${short(total)} ml`}`);
+    const { quality: { verdict }, mean } = row, line = make("span");
+    line.append(make("em", verdict || "", verdict || ""), ` ${expected(row) || `${short(row.total)} ml`}`);
     const more = [...(mean === null ? [] : [`Dice ${fixed(mean)}`]), ...factsOf(row)];
     text.append(make("b", row.name), line, make("small", more.join(" · ")), make("span", "", "mark"));
     text.title = [row.name, ...factsOf(row)].join("\n");

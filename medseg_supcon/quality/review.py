@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medseg_supcon.datasets import snap_labels, value_text
+from medseg_supcon.datasets import snap_labels, value_text, values_in
 from medseg_supcon.errors import DataError
 from medseg_supcon.evaluation import overlay_figure
 from medseg_supcon.files import read_json, write_csv
@@ -59,6 +59,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_entry(value: Any) -> bool:
+    """The value of a class, or the values of a region."""
+    return bool(value) and all(map(_is_number, value)) if isinstance(value, list) else _is_number(value)
+
+
 def urgency(facts: Mapping[str, Any], name: str, empty: bool = False, dice: float | None = None) -> tuple[Any, ...]:
     """Where a mask belongs in the list: sorting by it puts the worst first.
 
@@ -74,7 +79,7 @@ def urgency(facts: Mapping[str, Any], name: str, empty: bool = False, dice: floa
 
 def folder_entries(
     folder: Path, scans: Iterable[Scan] = (), references: Path | None = None
-) -> tuple[list[Entry], dict[str, float], list[str]]:
+) -> tuple[list[Entry], dict[str, Any], list[str]]:
     """The masks of a folder, worst first as far as its manifest says.
 
     Args:
@@ -83,8 +88,8 @@ def folder_entries(
         references: folder of NIfTI label maps, found by name.
 
     Returns:
-        the entries; class name -> value, background first (without a manifest the values, named by number); notes
-        about what is missing.
+        the entries; class name -> value, or list of a region's values, background first (without a manifest the values,
+        named by number); notes about what is missing.
 
     Raises:
         DataError: a folder does not exist or holds no NIfTI file, or the manifest cannot be read.
@@ -146,13 +151,13 @@ def _nifti_files(folder: Path) -> dict[str, Path]:
 
 def _read_manifest(
     path: Path, masks: Mapping[str, Path]
-) -> tuple[dict[str, float], dict[str, dict[str, Any]], list[str]]:
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[str]]:
     """Labels, entry by name, and a note for each scan that has no mask; all are empty without a manifest."""
     if not path.exists():
         return {}, {}, []
     content = read_json(path, DataError)
     labels, scans = content.get("labels"), content.get("scans")
-    if not isinstance(scans, list) or not isinstance(labels, dict) or not all(map(_is_number, labels.values())):
+    if not isinstance(scans, list) or not isinstance(labels, dict) or not all(map(_is_entry, labels.values())):
         raise DataError(f"{path} is not a manifest of medseg predict: 'labels' or 'scans' is missing. Move it away.")
     entries = {str(entry.get("name")): entry for entry in scans if isinstance(entry, dict)}
     lost = {name: entry.get("error") or "The file is gone." for name, entry in entries.items() if name not in masks}
@@ -172,21 +177,21 @@ def read_first_channel(scan: Scan | Volume) -> Volume:
     return Volume(scan.channels_first[0], scan.grid, scan.monai_affine)
 
 
-def read_labels(source: Path | Volume, labels: Mapping[str, float]) -> Volume:
+def read_labels(source: Path | Volume, labels: Mapping[str, Any]) -> Volume:
     """A label map as (X, Y, Z), with values a thousandth off those of the labels put right."""
     volume = source if isinstance(source, Volume) else read_nifti(source)
     if volume.data.ndim != 3 or volume.data.size == 0:
         name = "a label map" if isinstance(source, Volume) else source
         raise DataError(f"{name}: expected a 3-D label map, found shape {volume.data.shape}. Save one volume.")
-    return Volume(snap_labels(volume.data, labels.values()), volume.grid, volume.monai_affine)
+    return Volume(snap_labels(volume.data, values_in(labels)), volume.grid, volume.monai_affine)
 
 
-def write_pictures(folder: Path, entries: Iterable[Entry], labels: Mapping[str, float]) -> list[str]:
+def write_pictures(folder: Path, entries: Iterable[Entry], labels: Mapping[str, Any]) -> list[str]:
     """Draws a PNG per scan: three planes of the scan with mask, and the label map above where there is one.
 
     Args:
         folder: gets ``<name>.png``; it is made.
-        labels: class name -> value in the masks, background first.
+        labels: class name -> value in the masks, or list of a region's values, background first.
 
     Returns:
         a sentence for each entry that could not be drawn.

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from nibabel.orientations import io_orientation
 
+from medseg_supcon.datasets import Regions, target_names
 from medseg_supcon.quality.evidence import Evidence, Floats, dice_per_class
 from medseg_supcon.quality.model import Estimate, QualityModel
 from medseg_supcon.scans import Grid
@@ -43,7 +44,7 @@ def rate(
         mask; ``reasons`` for the verdict; and with a model ``dice`` per class and their ``mean``, and the ``interval``
         in which the mean is with 90 % probability.
     """
-    names = list(plan["labels"])[1:]
+    names = target_names(plan)
     reasons, severe = facts(plan, grid, evidence[0], names)
     reasons += doubts
     estimates = [model.estimate(e) for e, model in zip(evidence, models, strict=True) if model is not None]
@@ -114,7 +115,10 @@ def facts(plan: Mapping[str, Any], grid: Grid, evidence: Evidence, names: Sequen
     return reasons, nothing or max(factors) > SEVERE
 
 
-def agreement(masks: Sequence[npt.NDArray[Any]], classes: int) -> Floats:
-    """(K - 1,) mean Dice per foreground class over all pairs of masks of class indices; 1 where no mask has the class."""
-    pairs = [dice_per_class(one, other, classes) for one, other in combinations(masks, 2)]
+def agreement(masks: Sequence[npt.NDArray[Any]], classes: int, regions: Regions | None = None) -> Floats:
+    """(K - 1,) mean Dice per foreground class, (R,) per region, over all pairs of masks of class indices.
+
+    1 where no mask has the class.
+    """
+    pairs = [dice_per_class(one, other, classes, regions) for one, other in combinations(masks, 2)]
     return np.asarray(np.mean(np.nan_to_num(pairs, nan=1.0), axis=0))

@@ -18,8 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from medseg_supcon.datasets import Regions
 from medseg_supcon.errors import RunError
 from medseg_supcon.files import write_csv
+from medseg_supcon.training.loss import predicted_classes
 from medseg_supcon.training.ranks import mean_over_ranks
 from medseg_supcon.training.tracking import Tracker
 
@@ -40,15 +42,15 @@ class TrainingLog:
     """Writes every epoch's means to ``history.csv`` and TensorBoard, and an overlay image at validation.
 
     A resumed run drops rows and events after the epoch that it starts from. Rank 0 writes the means over all ranks.
-    `loss.terms`: name -> detached tensor of the last call; `labels`: foreground class names; `validator`: has the metrics
-    ``val_mean_dice`` and ``val_dice_per_class``; `track`: ``mlflow``: the scalars go there too.
+    `loss.terms`: name -> detached tensor of the last call; `labels`: names of the foreground classes, or of the `regions`;
+    `validator`: has the metrics ``val_mean_dice`` and ``val_dice_per_class``; `track`: ``mlflow``: the scalars go there too.
     """
 
     def __init__(
         self, folder: str | Path, loss: Any, optimizer: Any, labels: list[str], validator: Any = None,
-        track: str | None = None,
+        track: str | None = None, regions: Regions | None = None,
     ) -> None:  # fmt: skip
-        self.track = track
+        self.track, self.regions = track, regions
         self.tracker: Tracker | None = None
         self.folder, self.path = Path(folder), Path(folder) / "history.csv"
         self.loss, self.optimizer, self.labels, self.validator = loss, optimizer, labels, validator
@@ -128,7 +130,7 @@ class TrainingLog:
         if idist.get_rank() == 0:
             output = engine.state.output[0]
             image, label, logits = (torch.as_tensor(output[key]) for key in ("image", "label", "pred"))
-            self._overlay = overlay_slice(image, label, logits.argmax(0, keepdim=True)).cpu()
+            self._overlay = overlay_slice(image, label, predicted_classes(logits, self.regions)).cpu()
 
     def close(self, engine: Engine) -> None:
         if self.writer is not None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medseg_supcon.datasets import THRESHOLD, Regions
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.losses import IGNORE_INDEX, DiceSupConLoss
 from medseg_supcon.networks import ContrastiveNetwork
@@ -67,21 +68,34 @@ class DiceCrossEntropy(nn.Module):
     MONAI's ``DiceCELoss`` cannot leave out the voxels of label -1. Dice is taken over the whole batch, which is
     steadier when a patch lacks a class. ``class_weights`` (C,) are those of the cross-entropy.
 
+    With ``regions``, which may overlap, it is Dice of the R regions plus their mean binary cross-entropy.
+
     Shape:
-        logits (B, C, *spatial) and labels (B, 1, *spatial) of class indices give a scalar; 0, attached to the
-        graph, if every voxel is ignored.
+        logits (B, C, *spatial), or (B, R, *spatial) of regions, and labels (B, 1, *spatial) of class indices give a
+        scalar; 0, attached to the graph, if every voxel is ignored.
     """
 
     class_weights: Tensor | None
 
-    def __init__(self, dice_weight: float = 1.0, ce_weight: float = 1.0, class_weights: Tensor | None = None) -> None:
+    def __init__(
+        self, dice_weight: float = 1.0, ce_weight: float = 1.0, class_weights: Tensor | None = None,
+        regions: Regions | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.dice_weight, self.ce_weight = dice_weight, ce_weight
+        if regions is not None and class_weights is not None:
+            raise ConfigError("class_weights of the cross-entropy cannot be used with regions. Set them to null.")
+        self.dice_weight, self.ce_weight, self.regions = dice_weight, ce_weight, regions
         self.register_buffer("class_weights", class_weights)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         logits, labels = logits.float(), labels.long()
         known, target = (labels != IGNORE_INDEX).to(logits.dtype), labels.clamp_min(0)
+        if self.regions is not None:
+            y = region_masks(self.regions, labels).to(logits.dtype)
+            each = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
+            sums = sum_over_ranks(torch.stack(((each * known).sum(), known.sum() * len(self.regions.names))))
+            bce = self.ce_weight * sums[0] / sums[1].clamp_min(1)
+            return bce if self.dice_weight == 0 else bce + self.dice_weight * _dice_loss(logits.sigmoid() * known, y)
         log_p, weights = logits.log_softmax(1), self.class_weights
         total = F.nll_loss(log_p, labels[:, 0], weights, ignore_index=IGNORE_INDEX, reduction="sum")
         # the mean by hand: if every voxel is ignored, torch's is 0 / 0
@@ -92,11 +106,47 @@ class DiceCrossEntropy(nn.Module):
             return self.ce_weight * ce
         p = log_p[:, 1:].exp() * known
         y = torch.zeros_like(logits).scatter_(1, target, 1.0)[:, 1:] * known
-        axes = [0, *range(2, p.ndim)]
-        tp, p_sum, y_sum = sum_over_ranks(torch.stack([x.sum(axes) for x in (p * y, p, y)]))
-        fp, fn = p_sum - tp, y_sum - tp
-        dice: Tensor = (1 - (2 * tp + SMOOTH) / (2 * (tp + 0.5 * fp + 0.5 * fn) + SMOOTH)).mean()
-        return self.dice_weight * dice + self.ce_weight * ce
+        return self.dice_weight * _dice_loss(p, y) + self.ce_weight * ce
+
+
+def _dice_loss(p: Tensor, y: Tensor) -> Tensor:
+    """Mean Dice loss over the channels of probabilities and targets (B, C, *spatial), which are 0 where ignored."""
+    axes = [0, *range(2, p.ndim)]
+    tp, p_sum, y_sum = sum_over_ranks(torch.stack([x.sum(axes) for x in (p * y, p, y)]))
+    fp, fn = p_sum - tp, y_sum - tp
+    dice: Tensor = (1 - (2 * tp + SMOOTH) / (2 * (tp + 0.5 * fp + 0.5 * fn) + SMOOTH)).mean()
+    return dice
+
+
+def region_masks(regions: Regions, labels: Tensor) -> Tensor:
+    """(B, R, *spatial) masks of class indices (B, 1, *spatial); voxels of label -1 are in no region."""
+    index = labels[:, 0].long()
+    table = torch.as_tensor(regions.membership, device=labels.device)
+    outside = table.new_zeros(len(table), 1)
+    return torch.stack([row[index] for row in torch.cat((table, outside), 1)], 1)  # -1 is the last column
+
+
+def class_probabilities(logits: Tensor, regions: Regions | None = None) -> Tensor:
+    """Probabilities (B, C, *spatial) of the classes; of regions' logits (B, R, *spatial), as if they were independent.
+
+    The probability of a class is then the product over the regions of p, or of 1 - p where the class is outside. If it is
+    above 0.5, the class has exactly the regions whose p is above 0.5.
+    """
+    if regions is None:
+        return logits.float().softmax(1)
+    inside, outside = F.logsigmoid(logits.float()), F.logsigmoid(-logits.float())
+    columns = [
+        sum(inside[:, r] if holds else outside[:, r] for r, holds in enumerate(column))
+        for column in regions.membership.T
+    ]
+    return torch.stack([torch.as_tensor(column) for column in columns], 1).exp()
+
+
+def predicted_classes(logits: Tensor, regions: Regions | None = None) -> Tensor:
+    """Class indices (1, *spatial) of one scan's logits, (C, *spatial) or of regions (R, *spatial), as in its mask."""
+    if regions is None:
+        return logits.argmax(0, keepdim=True)
+    return torch.from_numpy(regions.paint(logits.float().sigmoid().cpu().numpy()))[None].to(logits.device)
 
 
 def label_pairs(output: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
@@ -105,20 +155,33 @@ def label_pairs(output: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Te
     return predictions, [torch.as_tensor(o["label"]) for o in output]
 
 
-class Teacher(WeightAverage):
-    """The running average of a network's weights, which labels scans for it."""
+def output_pairs(regions: Regions | None) -> Callable[[Sequence[dict[str, Any]]], tuple[list[Tensor], list[Tensor]]]:
+    """`label_pairs`; with regions, predicted and reference masks (R, X, Y, Z), both False where the label is -1."""
 
-    def __init__(self, network: nn.Module, decay: float = 0.99) -> None:
+    def region_pairs(output: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
+        labels = [torch.as_tensor(o["label"]) for o in output]
+        predictions = [torch.as_tensor(o["pred"]).sigmoid() > THRESHOLD for o in output]
+        known = [label != IGNORE_INDEX for label in labels]
+        references = [region_masks(regions, label[None])[0] for label in labels] if regions else labels
+        return [p & k for p, k in zip(predictions, known, strict=True)], references
+
+    return label_pairs if regions is None else region_pairs
+
+
+class Teacher(WeightAverage):
+    """The running average of a network's weights, which labels scans for it; ``regions``: what its outputs are, if any."""
+
+    def __init__(self, network: nn.Module, decay: float = 0.99, regions: Regions | None = None) -> None:
         super().__init__(network, decay)
+        self.regions = regions
         if decay == 0:
             raise ConfigError("weight_average must be above 0 for a teacher, which is the average of the network.")
         self._logits = ContrastiveNetwork(self.network).eval()
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
-        """Probabilities (B, C, *spatial), float32."""
-        probabilities: Tensor = self._logits(image).float().softmax(1)
-        return probabilities
+        """Probabilities of the classes (B, C, *spatial), float32."""
+        return class_probabilities(self._logits(image), self.regions)
 
 
 def shipped_network(ship: str, teacher: Teacher) -> nn.Module:

@@ -42,6 +42,7 @@ from medseg_supcon.datasets import (
     Split,
     check_dataset,
     fingerprint,
+    output_channels,
     read_case_names,
     read_dataset,
     read_unlabelled,
@@ -235,9 +236,9 @@ def inherit(plan: dict[str, Any], init: Path, trust: bool = False) -> None:
         raise RunError(f"--init {init}: not a trained run (configs/plan.json and models/model.pt are needed).")
     earlier = read_plan(init / "configs" / "plan.json")
     check_network_trusted(init / "configs" / "plan.json", earlier, trust)
-    for key, what in (("channels", "channels"), ("labels", "classes")):
-        if len(earlier[key]) != len(plan[key]):
-            had, has = ", ".join(earlier[key]), ", ".join(plan[key])
+    for key, what in (("channels", "channels"), ("labels", "classes"), ("regions", "regions")):
+        if len(earlier.get(key, ())) != len(plan.get(key, ())):
+            had, has = (", ".join(one.get(key, ())) or "none" for one in (earlier, plan))
             raise ConfigError(f"--init {init} has the {what} {had}; this data set has {has}. Choose one with as many.")
     load_tensors(init / "models" / "model.pt")  # damaged weights are refused before there is a run
     plan.update({key: earlier[key] for key in FROM_INIT})
@@ -249,9 +250,9 @@ def adapt_plan(plan: dict[str, Any]) -> None:
     At the network's deepest level a norm needs more than one voxel; otherwise the shortest axis grows.
     """
     validate_plan(plan)
-    channels, classes = len(plan["channels"]), len(plan["labels"])
+    channels, outputs = len(plan["channels"]), output_channels(plan)
     # trusted: of --set or a recipe, or of a run that passed the gate
-    network = build_network(plan["network_def"], in_channels=channels, num_classes=classes, trust=True)
+    network = build_network(plan["network_def"], in_channels=channels, num_classes=outputs, trust=True)
     divisor = size_divisor(network, in_channels=channels)
     patch = [int(n) for n in round_patch(plan["patch_size"], divisor)]
     skeleton = network.to("meta").train()

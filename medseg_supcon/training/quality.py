@@ -65,7 +65,7 @@ def quality_samples(run: Path, device: str | None = None) -> list[Sample]:
     if folder is None or len(entries) < 2 or budget < FEWEST:
         return []
     predictor = Predictor(run, device=device, trust=True)
-    predictor.quality_models = [None]
+    predictor.quality_models, regions = [None], predictor.regions
     items = load_items(entries, folder)
     first = [_read(item, plan) for item in items[:3]]
     windows = float(np.median([_windows(volume, plan) for _, volume, _ in first]))
@@ -85,7 +85,7 @@ def quality_samples(run: Path, device: str | None = None) -> list[Sample]:
                 logger.debug("%s: %s", scan.name, error)
                 continue
             mask, known = class_indices(prediction.mask, plan | {"ignore_label": None}), degraded.label >= 0
-            dice = dice_per_class(mask[known], degraded.label[known], len(plan["labels"]))
+            dice = dice_per_class(mask[known], degraded.label[known], len(plan["labels"]), regions)
             dice = np.zeros_like(dice) if degraded.foreign else dice
             samples.append(Sample(scan.name, prediction.evidence[0], dice, clean, scan.name not in seen))
     return samples

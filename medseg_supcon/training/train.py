@@ -24,7 +24,7 @@ from medseg_supcon.bundle import (
     write_network,
     write_twins,
 )
-from medseg_supcon.datasets import Case, Report, load_items, read_datalist, read_dataset
+from medseg_supcon.datasets import Case, Report, load_items, output_channels, read_datalist, read_dataset
 from medseg_supcon.errors import ConfigError, MedsegError, RunError
 from medseg_supcon.inference import evaluate_validation
 from medseg_supcon.networks import build_network, size_divisor
@@ -209,8 +209,8 @@ def train_run(
             return
         path = run / "configs" / "plan.json"  # may have been edited
         plan = read_plan(path)
-        channels, classes = len(plan["channels"]), len(plan["labels"])
-        network = build_network(plan["network_def"], in_channels=channels, num_classes=classes, trust=True)
+        channels, outputs = len(plan["channels"]), output_channels(plan)
+        network = build_network(plan["network_def"], in_channels=channels, num_classes=outputs, trust=True)
         validate_plan(plan, divisor=size_divisor(network, in_channels=channels), source=path)
         write_network(run)
         write_twins(run)

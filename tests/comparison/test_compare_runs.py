@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from time import sleep
 
+import psutil
 import pytest
 import torch
 from tiny_run import TINY
@@ -26,6 +27,7 @@ from medseg_supcon.comparison import runs as _runs
 from medseg_supcon.datasets import read_dataset
 from medseg_supcon.errors import MedsegError, RunError
 from medseg_supcon.files import folder_lock
+from medseg_supcon.slurm import read_cluster
 from medseg_supcon.training import checkpoint as _checkpoint
 from medseg_supcon.training import is_finished
 
@@ -295,6 +297,40 @@ def test_killed_side_by_side_and_resumed(compared, phantoms, design, copied):
     for cell in (FIRST, SECOND):
         one, other = (torch.load(out / "runs" / cell / "models/model.pt") for out in (copied, compared[0]))
         assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_a_job_of_a_cluster_is_killed_and_the_comparison_goes_on(compared, design, copied, monkeypatch):
+    """Through submitit's local executor: the killed run is named, the other is done, and the next call completes it."""
+    for folder in ("runs", "tests"):
+        shutil.rmtree(copied / folder)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as these tests
+
+    def kill_the_second(text):
+        if found := re.match(f"{SECOND}: submitted as process (\\d+)", text):
+            run = next(process for process in _running(int(found[1])) if "comparison" in " ".join(process.cmdline()))
+            while run.is_running() and not (copied / "runs" / SECOND / "models" / "checkpoint.pt").exists():
+                sleep(0.002)
+            run.kill()  # as Linux does when memory runs out
+
+    options = {"cluster": read_cluster("executor=local,time=01:00:00"), "workers": 2}
+    with pytest.raises(RunError, match=f"1 of 2 runs failed; {SECOND}: it was stopped by SIGKILL"):
+        again(design, copied, say=kill_the_second, **options)
+    assert is_finished(copied / "runs" / FIRST) and not is_finished(copied / "runs" / SECOND)
+    said = []
+    found = again(design, copied, say=said.append, **options)
+    assert "1 of 2 runs are finished already." in said
+    for key in ("means", "differences", "robustness"):
+        assert found[key] == compared[1][key]
+    for cell in (FIRST, SECOND):
+        one, other = (torch.load(out / "runs" / cell / "models/model.pt") for out in (copied, compared[0]))
+        assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def _running(number):
+    """The processes of a job, as they start."""
+    while True:
+        yield from psutil.Process(number).children(recursive=True)
+        sleep(0.01)
 
 
 def test_a_run_ends_with_the_comparison_that_started_it(monkeypatch):

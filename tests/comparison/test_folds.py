@@ -10,6 +10,7 @@ import csv
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -28,6 +29,7 @@ from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.errors import ConfigError, DataError, RunError
 from medseg_supcon.inference import Predictor
 from medseg_supcon.networks import chain
+from medseg_supcon.slurm import Cluster, Command
 from medseg_supcon.training import Request, prepare_run
 
 SHAPE, CASES, PATIENTS, FOLDS = (16, 18, 14), 8, "abcdefaf", 3
@@ -90,7 +92,7 @@ def in_this_process(names: Sequence[Path], where: Sequence[str], done: Callable[
 def train(data: Path, threshold: Path, out: Path, number: int | None = FOLDS, **options: Any) -> list[str]:
     """What it says; with options of `train_folds` or of `Request`."""
     said: list[str] = []
-    mine = {key: options.pop(key) for key in ("resume", "workers") if key in options}
+    mine = {key: options.pop(key) for key in ("resume", "workers", "cluster") if key in options}
     given: dict[str, Any] = {"recipe": "dice_ce", "epochs": 2, "settings": SETTINGS, "init": threshold, **options}
     train_folds(data, out, number, Request(**given), device="cpu", say=said.append, **mine)
     return said
@@ -179,6 +181,33 @@ def test_the_folder_is_an_ensemble(folds: Path, data: Path, tmp_path: Path, meds
         assert medseg("predict", runs, scan, "--out", out, "--device", "cpu")[0] == 0
         assert len(json.loads((out / "manifest.json").read_text())["models"]) == models
         np.testing.assert_array_equal(np.asarray(nibabel.load(out / "c1.nii.gz").dataobj), label_of(1))
+
+
+def test_planning_and_folds_are_jobs_of_a_cluster(
+    folds: Path, data: Path, threshold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a pretended cluster, which gets each task through pickle; tests/test_slurm.py has a real one."""
+    called: list[str] = []
+
+    def cluster(tasks: Any, cluster: Any, folder: Path, done: Callable[[str, str], None], *_: Any) -> None:
+        assert folder == tmp_path / "out" / "slurm"
+        for name, task in pickle.loads(pickle.dumps(tasks)).items():
+            called.append(name)
+            if isinstance(task, Command):
+                assert task.log == (tmp_path / "out" / "jobs" / f"{name}.log").resolve()
+                job = next(Path(part) for part in task.arguments if part.endswith(".json"))
+                jobs.run_cell(json.loads(job.read_text()), "cpu", quiet=True)
+            else:
+                assert task() == ""
+            done(name, "")
+
+    monkeypatch.setattr(jobs, "run_on_cluster", cluster)
+    said = train(data, threshold, tmp_path / "out", cluster=Cluster(5))
+    assert called[:4] == ["plan", "fold_0", "fold_1", "fold_2"] and "3 runs to do as jobs." in said
+    for file in ("eval/metrics.csv", "fold_1/configs/plan.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (folds / file).read_bytes(), file
+    ours, theirs = masks_in(tmp_path / "out"), masks_in(folds)
+    assert set(ours) == set(theirs) and all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_second_training_is_refused_and_a_finished_one_is_left(

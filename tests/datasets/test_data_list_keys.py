@@ -14,7 +14,7 @@ from medseg_supcon.datasets import (
     normalisation,
     read_dataset,
 )
-from medseg_supcon.errors import ConfigError, DataError
+from medseg_supcon.errors import DataError
 from medseg_supcon.plan import make_plan
 
 ALL_OF_NNUNET = {
@@ -155,12 +155,6 @@ def test_class_names_that_cannot_be_printed(tmp_path, disk, name):
     with pytest.raises(DataError, match="printable") as error:
         read_dataset(root)
     str(error.value).encode()
-
-
-def test_regions_are_not_supported(tmp_path, disk):
-    root = disk.nnunet(tmp_path, labels={"background": 0, "whole": [1, 2], "core": 2})
-    with pytest.raises(ConfigError, match="Overlapping regions are not supported yet"):
-        read_dataset(root)
 
 
 def test_paths_of_windows(tmp_path, disk):

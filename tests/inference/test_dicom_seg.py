@@ -470,3 +470,33 @@ def test_an_ensemble_names_its_models(predict: Predict, tmp_path: Path) -> None:
     seg = pydicom.dcmread(tmp_path / "out" / "scan.seg.dcm")
     said = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters
     assert "SHA-256 of one=" in said and "SHA-256 of two=" in said and seg.ManufacturerModelName == "one, two"
+
+
+@pytest.mark.parametrize("place", ["axial", "oblique"])
+def test_regions_that_overlap_are_segments_that_overlap(predict: Predict, tmp_path: Path, place: str) -> None:
+    """The core, value 5, and the whole lesion around it: a voxel of the core is in both segments."""
+    regions, network = {"whole lesion": [5, 300], "core": [5]}, {**POINTWISE, "out_channels": 2}
+    # logits 10 (v - 1) and 20 (v - 1.5): the lesion is above 1, its core above 1.5
+    weights = {"weight": torch.tensor([10.0, 20.0]).reshape(2, 1, 1, 1, 1), "bias": torch.tensor([-10.0, -30.0])}
+    labels = {"background": 0, "core": 5, "rest": 300}
+    more = {"network_def": network, "regions": regions, "regions_class_order": [300, 5], "labels": labels}
+    run = runnable(tmp_path / "model", weights=weights, **more)
+    series = write_slices(tmp_path / "scan", place)
+    assert predict(run, series)[0] == 0
+    (mask,) = (tmp_path / "out").glob("*.nii.gz")
+    (file,) = (tmp_path / "out").glob("*.seg.dcm")
+    expected, image = {}, nib.load(mask)
+    voxels = np.asarray(image.dataobj)
+    for number, held in enumerate(regions.values(), 1):
+        places = [image.affine @ [*index, 1] for index in np.argwhere(np.isin(voxels, held))]
+        expected[number] = {rounded((-x, -y, z)) for x, y, z, _ in places}
+    assert expected[2] < expected[1]
+    seg = highdicom.seg.segread(file)
+    assert [one.SegmentLabel for one in seg.SegmentSequence] == list(regions)
+    volume = seg.get_volume(combine_segments=False)
+    for number, own in expected.items():
+        inside = np.argwhere(np.asarray(volume.array)[..., number - 1])
+        found = np.array([(volume.affine @ [*index, 1])[:3] for index in inside])
+        wanted = np.array(sorted(own))
+        assert len(found) == len(wanted)
+        assert np.linalg.norm(found[:, None] - wanted[None], axis=-1).min(axis=1).max() < 0.02

@@ -82,6 +82,47 @@ def mask_type(values: Sequence[float]) -> Any:
     return np.min_scalar_type(highest if lowest >= 0 else min(lowest, -highest - 1))
 
 
+def region_painter(plan: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Probabilities of regions (R, X, Y, Z) -> class indices (1, X, Y, Z), for a plan whose regions may overlap.
+
+    As nnU-Net does, the voxels of each region above 0.5 get the class of regions_class_order, a later region over an
+    earlier one. Then only the largest component is kept of the regions in keep_largest, one after the other, and those of
+    smallest_mm3 lose the components below their volume. What leaves a region leaves the regions inside it, too, and keeps
+    the class that is written for the others.
+    """
+    values, regions = list(plan["labels"].values()), [set(region) for region in plan["regions"].values()]
+    written = [values.index(value) for value in plan["regions_class_order"]]
+    names, smallest = list(plan["regions"]), plan.get("smallest_mm3", {})
+
+    def leave(mask: np.ndarray, region: set[float], stays: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Take the components of a region out of it, unless ``stays`` of their sizes in voxels says otherwise."""
+        from scipy import ndimage  # only a plan with keep_largest or smallest_mm3 needs it
+
+        components, _ = ndimage.label(np.isin(mask, [values.index(v) for v in region]), structure=np.ones((3, 3, 3)))
+        sizes = np.bincount(components.ravel())
+        sizes[0] = 0  # everything else
+        lost, before = (components > 0) & ~stays(sizes)[components], mask.copy()
+        for c, value in enumerate(values):
+            left = [written[i] for i, other in enumerate(regions) if value in other and not other <= region]
+            mask[lost & (before == c)] = left[-1] if left and values[left[-1]] not in region else 0
+
+    def paint(pred: Any) -> Any:
+        mask = np.zeros(pred.shape[1:], np.int64)
+        for probability, index in zip(pred, written, strict=True):
+            mask[np.asarray(probability.cpu()) > 0.5] = index
+        for name, region in zip(names, regions, strict=True):
+            if name in plan["keep_largest"]:
+                leave(mask, region, lambda sizes: np.arange(len(sizes)) == sizes.argmax())
+        for name, volume in smallest.items():
+            voxel_mm3 = abs(float(np.linalg.det(np.asarray(pred.affine)[:3, :3])))
+            leave(mask, regions[names.index(name)], lambda s, v=volume, mm3=voxel_mm3: s * mm3 >= v * (1 - 1e-6))
+        result = pred[:1] * 0
+        result[0] = torch.from_numpy(mask)
+        return result
+
+    return paint
+
+
 class VolumeWriter(monai.data.NibabelWriter):  # type: ignore[misc]
     """Writes a mask as it is.
 
