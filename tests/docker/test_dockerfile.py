@@ -53,7 +53,7 @@ def test_an_edit_of_the_code_keeps_the_dependencies(steps: list[tuple[str, str]]
             stage = stages.setdefault(argument.partition(" AS ")[2], [])
         elif name != "ARG":
             stage.append((name, argument))
-    copied = {name: [a for a in arguments(stage, "COPY")] for name, stage in stages.items()}
+    copied = {name: arguments(stage, "COPY") for name, stage in stages.items()}
     assert copied["system"] == []
     assert copied["requirements"] == ["pyproject.toml docker/requirements.py ./"]
     assert copied["dependencies"] == ["constraints.txt ./", "--from=requirements /src/requirements.txt ./"]
