@@ -38,10 +38,26 @@ def arguments(steps: list[tuple[str, str]], name: str) -> list[str]:
 
 
 def test_one_base_with_a_version(steps: list[tuple[str, str]]) -> None:
-    (base,) = arguments(steps, "ARG")
+    base, *of_pip = arguments(steps, "ARG")
     assert re.fullmatch(r"BASE=nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu\d\d\.\d\d", base)
-    stages = {"dependencies", "package"}
-    assert {argument.split()[0] for argument in arguments(steps, "FROM")} <= {"${BASE}", *stages}
+    assert set(of_pip) == {"PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"}, "no default: what is not passed is pip's own matter"
+    bases = [argument.split()[0] for argument in arguments(steps, "FROM")]
+    assert bases[0] == "${BASE}" and set(bases[1:]) == {"system"}
+
+
+def test_an_edit_of_the_code_keeps_the_dependencies(steps: list[tuple[str, str]]) -> None:
+    """The stages that the large layer comes from copy nothing but the two files that name versions."""
+    stages: dict[str, list[tuple[str, str]]] = {}
+    for name, argument in steps:
+        if name == "FROM":
+            stage = stages.setdefault(argument.partition(" AS ")[2], [])
+        elif name != "ARG":
+            stage.append((name, argument))
+    copied = {name: arguments(stage, "COPY") for name, stage in stages.items()}
+    assert copied["system"] == []
+    assert copied["requirements"] == ["pyproject.toml docker/requirements.py ./"]
+    assert copied["dependencies"] == ["constraints.txt ./", "--from=requirements /src/requirements.txt ./"]
+    assert copied[""] == ["--from=dependencies /opt/medseg /opt/medseg"]
 
 
 def test_it_runs_as_nobody_in_particular(steps: list[tuple[str, str]]) -> None:
