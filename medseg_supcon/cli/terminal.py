@@ -67,7 +67,7 @@ CasesOption = Annotated[Path | None, typer.Option(metavar="FILE", help=CASES)]
 DEVICE = "cpu, cuda or cuda:1; default: the first GPU, or the CPU."
 DeviceOption = Annotated[str | None, typer.Option(callback=warn_of_unused_gpu, metavar="NAME", help=DEVICE)]
 SLURM = (
-    "Run each as a job of a Slurm cluster: sbatch's options, such as partition=gpu,gres=gpu:1,time=02:00:00. "
+    "Run each as a job of a Slurm cluster: sbatch's options, such as time=02:00:00. "
     "With --workers N, at most N jobs are in the queue."
 )
 SlurmOption = Annotated[str | None, typer.Option(metavar="KEY=VALUE,...", help=SLURM)]

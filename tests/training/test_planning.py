@@ -117,7 +117,7 @@ def test_default_length_is_a_number_of_steps(phantoms: Path, tmp_path: Path) -> 
     dataset = read_dataset(phantoms)
     settings = [*TINY, ("plan::steps_per_epoch", 1500)]
     plan = prepare_run(dataset, split_cases(dataset), tmp_path / "a", settings=settings, device="cpu")
-    assert (plan["steps_per_epoch"], plan["epochs"]) == (1500, 4)
+    assert (plan["steps_per_epoch"], plan["epochs"]) == (1500, 5)
     plan = prepare_run(dataset, split_cases(dataset), tmp_path / "b", settings=settings, epochs=7, device="cpu")
     assert (plan["steps_per_epoch"], plan["epochs"]) == (1500, 7)
 

@@ -160,6 +160,6 @@ def test_a_short_training_is_as_without_mixed_precision(planned: Path, tmp_path:
 
 @pytest.mark.skipif(not has_bfloat16(), reason="needs a CPU with bfloat16")
 def test_bfloat16_is_faster_here_at_the_planned_size() -> None:
-    network = nn.Sequential(nn.Conv3d(1, 16, 3, padding=1), nn.Conv3d(16, 16, 3, padding=1), nn.Conv3d(16, 2, 1))
+    network = nn.Sequential(nn.Conv3d(1, 48, 3, padding=1), nn.Conv3d(48, 48, 3, padding=1), nn.Conv3d(48, 2, 1))
     full, half = pass_seconds(network, (2, 1, 40, 56, 40), (F32, B16))
     assert half < full

@@ -91,7 +91,8 @@ def test_a_view_policy_is_swapped_by_its_name_alone(trained_run, recipe, name):
     first, second = two_views.policies
     assert len(first.transforms) > 5  # view 1 stays as it was
     patch = parser.get_parsed_content("plan")["patch_size"]
-    alone = getattr(medseg_supcon.views, f"{name}_view")(patch, bias_field=0.3)
+    shifts = medseg_supcon.views.usual_scanner_shifts(["MRI"])
+    alone = getattr(medseg_supcon.views, f"{name}_view")(patch, bias_field=0.3, scanner_shifts=shifts)
     kinds = [type(t).__name__ for t in second.transforms if type(t).__name__ != "RandFlipd"]
     assert kinds == [type(t).__name__ for t in alone.transforms]
     scan = {"image": torch.rand(1, 30, 30, 30), "label": torch.ones(1, 30, 30, 30)}
