@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,8 @@ def _read_manifest(
 def read_first_channel(scan: Scan | Volume) -> Volume:
     """A scan with its voxels as (X, Y, Z); DataError says why it cannot be read."""
     if isinstance(scan, Scan):
+        if scan.kind != "dicom":  # a file per channel, or one of all
+            scan = replace(scan, files=scan.files[:1])
         try:
             shape, _ = scan_header(scan)
         except DataError:

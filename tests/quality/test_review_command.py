@@ -318,3 +318,19 @@ def test_dicom_series_and_channels(medseg, tmp_path):
         grey, mask = (part.reshape(row["shape"], order="F") for part in np.frombuffer(blob, np.uint8).reshape(2, -1))
         assert np.array_equal(mask, expected > 250) and row["spacing"] == [1, 1, 2.5]
         assert np.corrcoef(np.array(row["levels"])[grey].ravel(), expected.ravel())[0, 1] > 0.999
+
+
+def test_the_page_of_predict_shows_the_first_of_several_channel_files(tmp_path):
+    rng = np.random.default_rng(1)
+    files = [tmp_path / f"scan_000{number}.nii.gz" for number in range(2)]
+    channels = [rng.integers(0, 500, (6, 7, 5)).astype(np.int16) for _ in files]
+    for file, channel in zip(files, channels, strict=True):
+        save(file, channel, np.eye(4))
+    save(tmp_path / "mask.nii.gz", (channels[0] > 250).astype(np.uint8), np.eye(4))
+    entry = Entry("scan", tmp_path / "mask.nii.gz", Scan("scan", tuple(files)))
+    found = write_page(tmp_path / "page.html", [entry], {"no": 0, "yes": 1}, "Two channels")
+    assert found["notes"] == found["problems"] == []
+    data, (blob,) = content(tmp_path / "page.html")
+    (row,) = data["rows"]
+    grey = np.frombuffer(blob, np.uint8).reshape(2, -1)[0].reshape(row["shape"], order="F")
+    assert np.corrcoef(np.array(row["levels"])[grey].ravel(), channels[0].ravel())[0, 1] > 0.999
