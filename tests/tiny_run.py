@@ -1,6 +1,10 @@
-"""Settings of a run that trains in seconds: whole, not good."""
+"""A run that trains in seconds: whole, not good."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+from monai.bundle import ConfigWorkflow
 
 from medseg_supcon.networks import chain
 
@@ -20,3 +24,12 @@ TINY = [
     ("plan::steps_per_epoch", 3),
     ("contrast_samples", 256),
 ]
+
+
+def training_of(run: Path, **options: object) -> ConfigWorkflow:
+    """A planned run's training as MONAI sets it up, ready to run."""
+    config = str(run / "configs" / "train.yaml")
+    common = {"workflow_type": "train", "logging_file": False, "bundle_root": str(run), "quiet": True}
+    workflow = ConfigWorkflow(config, **common, **{"device": "$torch.device('cpu')", **options})
+    workflow.initialize()
+    return workflow

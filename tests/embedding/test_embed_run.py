@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
+from tiny_run import training_of
 from torch import nn
 
 from medseg_supcon.cli import commands as cli
@@ -51,14 +51,7 @@ def test_a_voxel_is_seen_with_its_surroundings():
 
 
 def test_before_is_what_training_began_from_and_after_what_it_left(trained_run):
-    training = ConfigWorkflow(
-        str(trained_run / "configs" / "train.yaml"),
-        workflow_type="train",
-        logging_file=False,
-        bundle_root=str(trained_run),
-        device="cpu",
-    )
-    training.initialize()
+    training = training_of(trained_run)
     training.parser.get_parsed_content("train::trainer")
     begun, head = (training.parser.get_parsed_content(key).state_dict() for key in ("network", "projection"))
     networks, (heads, note) = networks_of(trained_run, torch.device("cpu")), heads_of(trained_run)

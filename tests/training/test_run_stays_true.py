@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from monai.bundle import ConfigWorkflow
-from tiny_run import TINY
+from tiny_run import TINY, training_of
 
 from medseg_supcon.bundle import innermost, load_tensors
 from medseg_supcon.datasets import read_dataset, split_cases
@@ -98,16 +97,7 @@ def test_a_finished_run_is_trained_longer(run: Path, phantoms: Path, medseg: Any
 
 def test_a_folder_deleted_in_training_ends_it_at_the_epochs_end(run: Path) -> None:
     shutil.rmtree(run / "models")
-    workflow = ConfigWorkflow(
-        str(run / "configs" / "train.yaml"),
-        workflow_type="train",
-        logging_file=False,
-        bundle_root=str(run),
-        device="$torch.device('cpu')",
-        quiet=True,
-        epochs=30,
-    )
-    workflow.initialize()
+    workflow = training_of(run, epochs=30)
     epochs = []
 
     @workflow.trainer.on(Events.EPOCH_STARTED)

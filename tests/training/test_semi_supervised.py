@@ -12,8 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ignite.engine import Events
-from monai.bundle import ConfigWorkflow
-from tiny_run import TINY
+from tiny_run import TINY, training_of
 from torch import nn
 
 from medseg_supcon.bundle import load_tensors
@@ -179,15 +178,7 @@ def test_pseudo_labels_taught_the_network(planned, trained, tmp_path):
 @pytest.mark.parametrize("step", [4, 6, 11], ids=lambda s: f"killed_at_step_{s}")
 def test_an_interrupted_training_ends_with_the_same_weights(planned, trained, tmp_path, step):
     run = shutil.copytree(planned, tmp_path / "run")
-    broken = ConfigWorkflow(
-        str(run / "configs" / "train.yaml"),
-        workflow_type="train",
-        logging_file=False,
-        bundle_root=str(run),
-        device="$torch.device('cpu')",
-        quiet=True,
-    )
-    broken.initialize()
+    broken = training_of(run)
 
     def die(engine):
         raise KilledError

@@ -13,9 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ignite.engine import Events
-from monai.bundle import ConfigWorkflow
 from monai.optimizers import WarmupCosineSchedule
-from tiny_run import TINY
+from tiny_run import TINY, training_of
 
 from medseg_supcon.bundle import load_tensors
 from medseg_supcon.datasets import read_dataset, split_cases
@@ -52,25 +51,11 @@ def planned(phantoms, tmp_path_factory):
     return run
 
 
-def workflow(run, **more):
-    made = ConfigWorkflow(
-        str(run / "configs" / "train.yaml"),
-        workflow_type="train",
-        logging_file=False,
-        bundle_root=str(run),
-        device="$torch.device('cpu')",
-        quiet=True,
-        **more,
-    )
-    made.initialize()
-    return made
-
-
 @pytest.fixture(scope="module")
 def watched(planned, tmp_path_factory):
     """A whole training, and the state of network and loss before the first and after every epoch."""
     run = shutil.copytree(planned, tmp_path_factory.mktemp("watched") / "run")
-    made = workflow(run)
+    made = training_of(run)
     assert made.check_properties() == []
     trainer, seen = made.trainer, []
 
@@ -123,7 +108,7 @@ def test_the_history_names_the_stage_and_validates_once_there_is_a_classifier(wa
 @pytest.mark.parametrize("step", [8, 11, 13], ids=lambda s: f"killed_at_step_{s}")
 def test_an_interrupted_training_ends_with_the_same_weights(planned, watched, tmp_path, step):
     run = shutil.copytree(planned, tmp_path / "run")
-    broken = workflow(run)
+    broken = training_of(run)
 
     def die(engine):
         raise KilledError

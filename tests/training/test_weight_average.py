@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from monai.bundle import ConfigWorkflow
 from monai.engines import IterationEvents
-from tiny_run import TINY
+from tiny_run import TINY, training_of
 
 from medseg_supcon.bundle import load_tensors
 from medseg_supcon.datasets import read_dataset, split_cases
@@ -35,25 +34,11 @@ def planned(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def workflow(run: Path, **options: object) -> ConfigWorkflow:
-    made = ConfigWorkflow(
-        str(run / "configs" / "train.yaml"),
-        workflow_type="train",
-        logging_file=False,
-        bundle_root=str(run),
-        device="$torch.device('cpu')",
-        quiet=True,
-        **options,
-    )
-    made.initialize()
-    return made
-
-
 @pytest.fixture(scope="module")
 def trained(planned: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, np.ndarray]]]:
     """A whole training, and the trained weights after every step."""
     run = Path(shutil.copytree(planned, tmp_path_factory.mktemp("trained") / "run"))
-    made, seen = workflow(run), []
+    made, seen = training_of(run), []
     assert made.check_properties() == []
 
     def look(engine: object) -> None:
@@ -89,7 +74,7 @@ def test_an_interrupted_training_ends_with_the_same_average(
     planned: Path, trained: tuple[Path, object], tmp_path: Path, step: int
 ) -> None:
     run = Path(shutil.copytree(planned, tmp_path / "run"))
-    broken = workflow(run)
+    broken = training_of(run)
 
     def die(engine: object) -> None:
         raise KilledError
@@ -97,7 +82,7 @@ def test_an_interrupted_training_ends_with_the_same_average(
     broken.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=step), die)
     with pytest.raises(KilledError):
         broken.trainer.run()
-    workflow(run, resume=True).trainer.run()
+    training_of(run, resume=True).trainer.run()
     for name, value in load_tensors(trained[0] / "models" / "model.pt").items():
         assert torch.equal(value, load_tensors(run / "models" / "model.pt")[name]), name
 
