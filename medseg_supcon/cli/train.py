@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from medseg_supcon.slurm import Cluster
     from medseg_supcon.training import Request
 
-LENGTH = "Length of the training; default: 160 epochs of 50 steps on a CPU, 60 of 250 on a GPU."
+LENGTH = "Length of the training; default: 80 epochs of 50 steps on a CPU, 60 of 250 on a GPU."
 MINUTES = "Train for about M minutes on this machine. A few steps are timed first."
 BUDGET = "Number of labelled scans to use, validation included (default: all). The others are treated as unlabelled."
 RECIPE = "joint (the default), dice_ce, two_stage, semi, or your own .yaml file."

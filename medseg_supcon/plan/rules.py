@@ -20,12 +20,11 @@ from medseg_supcon.datasets import Dataset, Fingerprint, output_channels, readab
 from medseg_supcon.errors import ConfigError, DataError, RunError, nearest
 from medseg_supcon.files import LARGEST, read_json, write_text
 from medseg_supcon.losses import balanced_class_weights
-from medseg_supcon.networks import chain
 from medseg_supcon.plan.preprocessing import intensity_transforms
 from medseg_supcon.plan.segments import are_segments, segment_codes
 from medseg_supcon.text import counted
 
-CPU_STEPS, GPU_STEPS = 8000, 15000  # the default length; docs/results.md has the minutes of the CPU's
+CPU_STEPS, GPU_STEPS = 4000, 15000  # the default length; docs/results.md has the minutes of the CPU's
 CPU_PATCH_VOXELS, GPU_PATCH_VOXELS = 90_000, 128**3
 GPU_GIB_PER_LARGEST_SCAN = 8.0  # two views of one scan at 128^3, mixed precision
 SIDED = re.compile(  # kidney_left, Left Kidney, leftKidney, KidneyLeft, LKidney; not bright, cleft, LV
@@ -33,6 +32,7 @@ SIDED = re.compile(  # kidney_left, Left Kidney, leftKidney, KidneyLeft, LKidney
     r"|(?<=[a-z])(Left|Right|LH|RH)\b|(?<![A-Za-z])[LR](?=[A-Z][a-z])"
 )
 ANISOTROPIC, SMALLEST_EDGE, MOST_PATCHES_ON_CPU, MOST_CHANNELS = 3.0, 4, 64, 320
+LEAST_STEPS = 2  # DynUNet has three levels or more
 Floats = npt.NDArray[np.float64]
 
 
@@ -49,9 +49,9 @@ def make_plan(
     Orientation RAS. Spacing: the median; along the coarse axis of anisotropic data (ratio above 3) the 10th percentile.
     On a CPU the finest axes are coarsened until a scan of median size holds at most 64 patches. Patch: grown axis by
     axis, isotropic in mm, up to the median scan within 90,000 voxels (CPU) or 128^3 (GPU, by memory), in steps of what
-    the network divides by. Network: a residual UNet of three strides, more for larger patches, no stride along an axis
+    the network divides by. Network: nnU-Net's UNet of three strides, more for larger patches, no stride along an axis
     that is still twice as coarse as the finest. The left-right axis may be mirrored unless a class name says left or
-    right; no other axis may. Length: 160 epochs of 50 steps on a CPU, 60 of 250 on a GPU.
+    right; no other axis may. Length: 80 epochs of 50 steps on a CPU, 60 of 250 on a GPU.
     `memory_gib`: the GPU's; None for that of this machine. `DataError` if no case has a labelled structure.
     """
     on_gpu = not device.startswith("cpu")
@@ -97,7 +97,7 @@ def make_plan(
         "epochs": default_epochs(device, steps_per_epoch),
         "class_frequencies": [readable(n / counts.sum()) for n in counts],
         "class_weights": [readable(w) for w in balanced_class_weights(counts.tolist()).tolist()],
-        "network_def": network_definition(len(dataset.channels), outputs, steps, 32 if on_gpu else 16),
+        "network_def": network_definition(len(dataset.channels), outputs, spacing, steps, 32 if on_gpu else 16),
         "inference": {"overlap": 0.5, "sw_batch_size": 4},
         "keep_largest": [],
         "fingerprint": fingerprint.summary(),
@@ -129,13 +129,19 @@ def strides(spacing: Floats, shape: Floats, levels: int) -> list[tuple[int, int,
     spacing, shape = spacing.copy(), shape.copy()
     steps: list[tuple[int, int, int]] = []
     for _ in range(levels):
-        halve = (spacing <= 2 * spacing.min() + 1e-6) & (shape / 2 >= SMALLEST_EDGE)
+        halve = fine(spacing) & (shape / 2 >= SMALLEST_EDGE)
         step = np.where(halve, 2, 1)
-        if steps and not halve.any():
+        if len(steps) >= LEAST_STEPS and not halve.any():
             break
         steps.append((int(step[0]), int(step[1]), int(step[2])))
         spacing, shape = spacing * step, shape / step
     return steps
+
+
+def fine(spacing: Floats) -> npt.NDArray[np.bool_]:
+    """Which axes are at most twice as coarse as the finest."""
+    coarsest = 2 * float(spacing.min()) + 1e-6
+    return np.array(spacing <= coarsest, dtype=np.bool_)
 
 
 def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[int]) -> list[int]:
@@ -153,23 +159,30 @@ def patch_size(spacing: Floats, shape: Floats, budget: int, divisor: Sequence[in
     return [int(n) for n in size]
 
 
-def network_definition(in_channels: int, outputs: int, steps: Sequence[Sequence[int]], width: int) -> dict[str, Any]:
-    """A plan's ``network_def``: a residual MONAI UNet of `width` channels, doubled per level, and a 1x1x1 convolution.
+def network_definition(
+    in_channels: int, outputs: int, spacing: Floats, steps: Sequence[Sequence[int]], width: int
+) -> dict[str, Any]:
+    """A plan's ``network_def``: MONAI's DynUNet, nnU-Net's network (Isensee et al. 2021), `width` channels doubled per level.
 
-    The activation is nnU-Net's, LeakyReLU of slope 0.01: the gradient of PReLU, MONAI's default, is slow.
+    The first level has full resolution, each of `steps` leads to the next. Kernels have one voxel along an axis that is
+    more than twice as coarse as the finest. The activation is nnU-Net's, LeakyReLU of slope 0.01.
     """
-    unet = {
-        "_target_": "monai.networks.nets.UNet",
+    kernels, factor = [], np.ones(3)
+    for step in ((1, 1, 1), *steps):
+        factor = factor * step
+        kernels.append(np.where(fine(spacing * factor), 3, 1).tolist())
+    return {
+        "_target_": "monai.networks.nets.DynUNet",
         "spatial_dims": 3,
         "in_channels": in_channels,
-        "out_channels": width,
-        "channels": [min(width * 2**level, MOST_CHANNELS) for level in range(len(steps) + 1)],
-        "strides": [step[0] if len(set(step)) == 1 else list(step) for step in steps],
-        "num_res_units": 2,
-        "act": ["LEAKYRELU", {"negative_slope": 0.01, "inplace": True}],
+        "out_channels": outputs,
+        "kernel_size": kernels,
+        "strides": [[1, 1, 1], *map(list, steps)],
+        "upsample_kernel_size": [list(step) for step in steps],
+        "filters": [min(width * 2**level, MOST_CHANNELS) for level in range(len(kernels))],
+        "norm_name": ["INSTANCE", {"affine": True}],
+        "act_name": ["LEAKYRELU", {"negative_slope": 0.01, "inplace": True}],
     }
-    last = {"_target_": "torch.nn.Conv3d", "in_channels": width, "out_channels": outputs, "kernel_size": 1}
-    return chain(unet, last)
 
 
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from monai.networks.nets import UNet
+from monai.networks.nets import DynUNet
 from monai.transforms import Compose, Invertd, Spacingd
 
 from medseg_supcon.datasets import CaseFingerprint, Dataset, Fingerprint, fingerprint, read_dataset
@@ -47,9 +47,16 @@ def test_hippocampus_like_scans_on_a_cpu():
     assert plan["patch_size"] == [40, 56, 40]
     assert plan["spacing"] == [1, 1, 1]
     leaky = ("leakyrelu", {"negative_slope": 0.01, "inplace": True})
-    by_hand = torch.nn.Sequential(
-        UNet(3, 1, 16, channels=(16, 32, 64, 128), strides=(2, 2, 2), num_res_units=2, act=leaky),
-        torch.nn.Conv3d(16, 3, 1),
+    by_hand = DynUNet(
+        3,
+        1,
+        3,
+        [3] * 4,
+        [1, 2, 2, 2],
+        [2] * 3,
+        filters=[16, 32, 64, 128],
+        norm_name=("instance", {"affine": True}),
+        act_name=leaky,
     )
     assert repr(build(plan)) == repr(by_hand)
     assert (plan["batch_size"], plan["steps_per_epoch"]) == (2, 50)
@@ -77,7 +84,9 @@ def test_spacing_is_the_median_unless_anisotropic():
 
 def test_anisotropic_scans_get_anisotropic_strides_and_patches():
     plan = planned((256, 256, 24), (0.7, 0.7, 5.0))
-    assert plan["network_def"]["sequential"][0]["strides"][:2] == [[2, 2, 1], [2, 2, 1]]
+    assert plan["network_def"]["strides"][:3] == [[1, 1, 1], [2, 2, 1], [2, 2, 1]]
+    # 0.7 and 5 mm, 1.4 and 5, 2.8 and 5: only then are the slices less than twice as far apart
+    assert plan["network_def"]["kernel_size"][:3] == [[3, 3, 1], [3, 3, 1], [3, 3, 3]]
     across, _, through = plan["patch_size"]
     assert across > 2 * through
     assert build(plan)(torch.zeros(1, 1, *plan["patch_size"])).shape == (1, 3, *plan["patch_size"])
@@ -111,7 +120,7 @@ def test_every_plan_is_valid_and_its_patch_fits_network_and_budget(shape, spacin
     plan = planned(shape, spacing, device=device, memory_gib=16)
     validate_plan(plan)
     patch = np.array(plan["patch_size"])
-    steps = plan["network_def"]["sequential"][0]["strides"]
+    steps = plan["network_def"]["strides"]
     divisor = np.prod([(s,) * 3 if isinstance(s, int) else s for s in steps], axis=0)
     assert not (patch % divisor).any()
     budget = 90_000 if device == "cpu" else 128**3

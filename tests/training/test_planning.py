@@ -104,7 +104,7 @@ def test_two_plans_of_one_data_set_are_equal(
             torch.set_num_threads(min(cores, 2))
             code, _, shown = medseg("plan", phantoms, "--out", run, "--device", "cpu", *network)
             torch.set_num_threads(threads)
-        assert code == 0 and "160 epochs of 50 steps" in shown
+        assert code == 0 and "80 epochs of 50 steps" in shown
         plans.append(files(run))
         expected.append(json.loads(plans[-1].pop("logs/expected.json")))
         assert f"{expected[-1]['memory_gib']:.1f} GiB on a machine with {cores} cores" in shown
