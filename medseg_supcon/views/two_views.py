@@ -16,7 +16,6 @@ from medseg_supcon.errors import ConfigError
 from medseg_supcon.losses import IGNORE_INDEX
 from medseg_supcon.views.policies import IMAGE, KEYS, LABEL
 
-MAX_SEED = 2**32 - 1
 FOREGROUND = "foreground_index"
 NO_PAIR = -1
 # MONAI's packages of transforms that move voxels; its other transforms leave them where they are
@@ -176,9 +175,7 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
         return start, size
 
     def _run(self, policy: Any, box: dict[str, MetaTensor]) -> dict[str, MetaTensor]:
-        seed = int(self.R.randint(MAX_SEED, dtype="uint32"))
-        if isinstance(policy, Randomizable):
-            policy.set_random_state(seed)
+        _draw_from(self.R, policy)
         view = policy(box)
         if any(tuple(view[key].shape[1:]) != self.patch_size for key in KEYS):
             view = self._to_patch({key: view[key] for key in KEYS})
@@ -207,6 +204,16 @@ def _crop(volume: torch.Tensor, start: Sequence[int], size: Sequence[int], fill:
 
 def _plain(tensor: Any) -> torch.Tensor:
     return torch.as_tensor(tensor).as_subclass(torch.Tensor)
+
+
+def _draw_from(random: np.random.RandomState, policy: Any) -> None:
+    """Let all transforms of a policy draw from one state: making and seeding one for each takes longer than most of them."""
+    if isinstance(policy, Compose):
+        policy.R = random  # its set_random_state would seed the transforms anew
+        for transform in policy.transforms:
+            _draw_from(random, transform)
+    elif isinstance(policy, Randomizable):
+        policy.set_random_state(state=random)
 
 
 def leaves(policy: Any) -> Iterator[Any]:
