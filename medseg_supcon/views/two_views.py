@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from medseg_supcon.errors import ConfigError
 from medseg_supcon.losses import IGNORE_INDEX
 from medseg_supcon.views.policies import IMAGE, KEYS, LABEL
 
-MAX_SEED = 2**32 - 1
 FOREGROUND = "foreground_index"
 NO_PAIR = -1
 # MONAI's packages of transforms that move voxels; its other transforms leave them where they are
@@ -138,7 +138,7 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
                 to_scan.append(torch.linalg.inv(affine) @ affine_of(views[-1][IMAGE]))
                 low = [max(first, 0) for first in start]
                 high = [min(first + n, extent) - 1 for first, n, extent in zip(start, size, shape, strict=True)]
-                inside.append(within(voxel_grid(self.patch_size, to_scan[-1]), low, high))
+                inside.append(within(nearest_voxels(self.patch_size, to_scan[-1]), low, high).expand(self.patch_size))
         result = {
             IMAGE: torch.stack([_plain(view[IMAGE]).float() for view in views]),
             # from class index plus 1 back to class index and, for 0, -1
@@ -176,9 +176,7 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
         return start, size
 
     def _run(self, policy: Any, box: dict[str, MetaTensor]) -> dict[str, MetaTensor]:
-        seed = int(self.R.randint(MAX_SEED, dtype="uint32"))
-        if isinstance(policy, Randomizable):
-            policy.set_random_state(seed)
+        _draw_from(self.R, policy)
         view = policy(box)
         if any(tuple(view[key].shape[1:]) != self.patch_size for key in KEYS):
             view = self._to_patch({key: view[key] for key in KEYS})
@@ -207,6 +205,16 @@ def _crop(volume: torch.Tensor, start: Sequence[int], size: Sequence[int], fill:
 
 def _plain(tensor: Any) -> torch.Tensor:
     return torch.as_tensor(tensor).as_subclass(torch.Tensor)
+
+
+def _draw_from(random: np.random.RandomState, policy: Any) -> None:
+    """Let all transforms of a policy draw from one state: making and seeding one for each takes longer than most of them."""
+    if isinstance(policy, Compose):
+        policy.R = random  # its set_random_state would seed the transforms anew
+        for transform in policy.transforms:
+            _draw_from(random, transform)
+    elif isinstance(policy, Randomizable):
+        policy.set_random_state(state=random)
 
 
 def leaves(policy: Any) -> Iterator[Any]:
@@ -250,23 +258,25 @@ def affine_of(volume: torch.Tensor) -> torch.Tensor:
     return torch.eye(rank + 1, dtype=torch.float64)
 
 
-def voxel_grid(shape: Sequence[int], matrix: torch.Tensor) -> torch.Tensor:
-    """``matrix`` applied to every voxel index of ``shape``: (rank, *shape) float64."""
-    rank = len(shape)
-    columns = matrix[:rank].reshape(rank, rank + 1, *[1] * rank)
-    out = columns[:, rank]
-    for axis, length in enumerate(shape):
-        line = torch.arange(length, dtype=torch.float64).reshape([-1 if a == axis else 1 for a in range(rank)])
-        out = out + columns[:, axis] * line
-    return out
+def nearest_voxels(shape: Sequence[int], matrix: torch.Tensor) -> list[torch.Tensor]:
+    """``matrix`` applied to every voxel index of ``shape``, rounded: per axis an int64 tensor that broadcasts to ``shape``.
+
+    Without rotation each is a single line of voxels, and what is computed from it is cheap.
+    """
+    places = []
+    for *row, offset in matrix[:-1].tolist():
+        place = torch.full([1] * len(shape), offset + 0.5, dtype=torch.float64)
+        for axis, (length, step) in enumerate(zip(shape, row, strict=True)):
+            if abs(step) > 1e-9:  # a smaller one is a rounding error of the affines
+                line = step * torch.arange(length, dtype=torch.float64)
+                place = place + line.view([-1 if a == axis else 1 for a in range(len(shape))])
+        places.append(place.floor().long())
+    return places
 
 
-def within(positions: torch.Tensor, low: Sequence[float], high: Sequence[float]) -> torch.Tensor:
-    """Which of the (rank, *shape) positions are in the voxels ``low .. high`` (first and last, inclusive)."""
-    keep = torch.ones(positions.shape[1:], dtype=torch.bool)
-    for position, first, last in zip(positions, low, high, strict=True):
-        keep &= (position >= first - 0.5) & (position < last + 0.5)
-    return keep
+def within(voxels: Sequence[torch.Tensor], low: Sequence[int], high: Sequence[int]) -> torch.Tensor:
+    """Which of the voxels, one tensor per axis, are in ``low .. high`` (first and last, inclusive)."""
+    return reduce(torch.logical_and, [(v >= a) & (v <= b) for v, a, b in zip(voxels, low, high, strict=True)])
 
 
 def pair_ids(to_scan: Sequence[torch.Tensor], inside: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -277,10 +287,10 @@ def pair_ids(to_scan: Sequence[torch.Tensor], inside: Sequence[torch.Tensor]) ->
         inside: of each view, (*patch) bool: the voxel shows the scan and not padding.
     """
     shape = inside[0].shape
-    ids_1 = torch.arange(inside[0].numel()).reshape(shape).masked_fill(~inside[0], NO_PAIR)
-    place = voxel_grid(shape, torch.linalg.inv(to_scan[0]) @ to_scan[1])
-    index = torch.zeros(shape, dtype=torch.int64)
-    for axis, length in enumerate(shape):
-        index = index * length + (place[axis] + 0.5).floor().long().clamp(0, length - 1)
-    paired = inside[1] & within(place, [0.0] * len(shape), [length - 1.0 for length in shape])
-    return torch.stack((ids_1, torch.where(paired, ids_1.reshape(-1)[index], NO_PAIR)))
+    ids = torch.arange(shape.numel()).view(shape).masked_fill(~inside[0], NO_PAIR)
+    voxels = nearest_voxels(shape, torch.linalg.inv(to_scan[0]) @ to_scan[1])
+    index = torch.zeros((), dtype=torch.int64)
+    for voxel, length in zip(voxels, shape, strict=True):
+        index = index * length + voxel.clamp(0, length - 1)
+    paired = inside[1] & within(voxels, [0] * len(shape), [length - 1 for length in shape])
+    return torch.stack((ids, ids.take(index.expand(shape)).masked_fill_(~paired, NO_PAIR)))
