@@ -124,7 +124,8 @@ def _value_range(intensity: Sequence[Mapping[str, Any]]) -> list[float]:
 def _data_format(plan: Mapping[str, Any]) -> dict[str, Any]:
     channels, values = plan["channels"], [float(value) for value in plan["labels"].values()]
     network = build_network(plan["network_def"], trust=True)  # of a run that passed the gate
-    divisors = size_divisor(network, in_channels=len(channels), spatial_dims=len(plan["patch_size"]))
+    dims, definition = len(plan["patch_size"]), plan["network_def"]
+    divisors = size_divisor(network, in_channels=len(channels), spatial_dims=dims, definition=definition)
     pairs = zip(divisors, plan["patch_size"], strict=True)
     shape = [f"{d}*n" if size == d else f"{d}*(n+{size // d - 1})" for d, size in pairs]  # the patch, for n = 1
     patch = {"type": "image", "dtype": "float32", "spatial_shape": shape, "is_patch_data": True}

@@ -17,6 +17,7 @@ from time import sleep
 import psutil
 import pytest
 import torch
+from in_this_process import run_jobs_here
 from tiny_run import TINY
 
 from medseg_supcon.cli import commands as cli
@@ -39,13 +40,6 @@ def quiet(_):
     """Print nothing."""
 
 
-def here(jobs, where, done):
-    """As `run_jobs`, in this process: what a test replaces in it is used."""
-    for job in jobs:
-        _jobs.run_cell(json.loads(job.read_text()), where[0], quiet=True)
-        done(job, "")
-
-
 def asked(*recipes, **more):
     options = {"seeds": [0], "labels": [2], "epochs": 2, "settings": dict(TINY)} | more
     return read_comparison(recipes=list(recipes), **options)
@@ -55,7 +49,7 @@ def changed(design, **more):
     return replace(design, config=design.config.model_copy(update=more))
 
 
-def again(design, out, run_jobs=here, **more):
+def again(design, out, run_jobs=run_jobs_here, **more):
     """The comparison of these tests."""
     options = {"device": "cpu", "say": quiet} | more
     with pytest.MonkeyPatch.context() as patch:

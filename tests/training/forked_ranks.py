@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,6 +32,8 @@ def start_ranks(work: Callable[[], None], folder: Path) -> list[BaseProcess]:
 def _rank(work: Callable[[], None], environment: dict[str, str], log: Path) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    logging.getLogger().handlers.clear()  # pytest's
+    warnings.simplefilter("ignore")
     with log.open("w", buffering=1) as stream:
         for number in (1, 2):
             os.dup2(stream.fileno(), number)
