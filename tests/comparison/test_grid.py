@@ -18,7 +18,8 @@ from tiny_run import TINY
 
 from medseg_supcon.bundle import is_planned, load_commented, merge, read_recipe, set_key
 from medseg_supcon.cli import commands as cli
-from medseg_supcon.comparison import compare, design_comparison, is_done, jobs, make_variants, read_comparison
+from medseg_supcon.comparison import compare, design_comparison, is_done, make_variants, read_comparison
+from medseg_supcon.comparison import jobs as _jobs
 from medseg_supcon.comparison import runs as _runs
 from medseg_supcon.datasets import read_dataset
 from medseg_supcon.errors import ConfigError, RunError
