@@ -298,7 +298,7 @@ def test_killed_side_by_side_and_resumed(compared, phantoms, design, copied):
     process = multiprocessing.get_context("fork").Process(target=command, args=(words, log))
     process.start()
     while process.is_alive() and not any(path.exists() for path in checkpoints):
-        sleep(0.002)
+        sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
     assert "2 runs to do on cpu, 2 at the same time." in log.read_text()
@@ -324,7 +324,7 @@ def test_a_job_of_a_cluster_is_killed_and_the_comparison_goes_on(compared, desig
         if found := re.match(f"{SECOND}: submitted as process (\\d+)", text):
             run = next(process for process in _running(int(found[1])) if "comparison" in " ".join(process.cmdline()))
             while run.is_running() and not (copied / "runs" / SECOND / "models" / "checkpoint.pt").exists():
-                sleep(0.002)
+                sleep(0.01)
             run.kill()  # as Linux does when memory runs out
 
     options = {"cluster": read_cluster("executor=local,time=01:00:00"), "workers": 2}
