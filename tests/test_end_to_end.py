@@ -1,42 +1,24 @@
-"""The main job on small phantoms: a run is a bundle, the bundle's commands give what medseg gives."""
+"""The main job on small phantoms: a run is whole, goes on after a kill, and trains other networks and recipes."""
 
 from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
-import nibabel
-import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
-from tiny_run import TINY
+from ignite.engine import Events
+from monai.engines import SupervisedTrainer
+from tiny_run import TINY, training_of
 
 from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.errors import RunError
-from medseg_supcon.inference import Predictor
 from medseg_supcon.training import is_finished, prepare_run, run_config, train_run
-
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in these tests: sums in the same order
-
-
-def bundle(config: Path, run: Path, cwd: Path, *more: str) -> None:
-    """``python -m monai.bundle run`` from another folder."""
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", str(config)]
-    done = subprocess.run(
-        [*command, "--bundle_root", str(run), *more],
-        cwd=cwd,
-        env=ONE_THREAD,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def weights(run: Path, name: str = "model.pt") -> dict[str, torch.Tensor]:
@@ -78,47 +60,6 @@ def test_the_shipped_weights_are_the_stock_networks(trained_run):
     assert any("projection" in key for key in saved["state"]["loss"])
 
 
-def test_bundle_training_gives_the_same_weights_from_anywhere(trained_run, tmp_path):
-    run = shutil.copytree(trained_run, tmp_path / "run")
-    shutil.rmtree(run / "models")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    bundle(run / "configs" / "train.yaml", run, elsewhere)
-    for key, value in weights(trained_run).items():
-        assert torch.equal(value, weights(run)[key]), key
-    assert list(elsewhere.iterdir()) == []
-
-
-def test_bundle_evaluation_gives_the_same_metrics(trained_run, tmp_path):
-    bundle(
-        trained_run / "configs" / "evaluate.yaml",
-        trained_run,
-        tmp_path,
-        "--output_dir",
-        str(tmp_path / "out"),
-    )
-    folders = (tmp_path / "out", trained_run / "eval")
-    theirs, ours = (json.loads((folder / "metrics.json").read_text()) for folder in folders)
-    assert len(theirs["rows"]) == len(ours["rows"]) == 5
-    assert all(a == pytest.approx(b) for a, b in zip(theirs["rows"], ours["rows"], strict=True))
-
-
-def test_bundle_inference_gives_the_same_masks_in_the_scans_own_space(trained_run, phantoms, tmp_path):
-    scans = phantoms / "imagesTs"
-    arguments = ("--dataset_dir", str(scans), "--output_dir", str(tmp_path / "bundle"))
-    bundle(trained_run / "configs" / "inference.yaml", trained_run, tmp_path, *arguments)
-    Predictor(trained_run, device="cpu").run([scans], tmp_path / "medseg")
-    files = sorted(scans.glob("*.nii.gz"))
-    assert files
-    for file in files:
-        ours, stock = (nibabel.load(tmp_path / side / file.name) for side in ("medseg", "bundle"))
-        assert np.mean(np.asarray(ours.dataobj) != np.asarray(stock.dataobj)) < 1e-4
-        scan, mask = sitk.ReadImage(str(file)), sitk.ReadImage(str(tmp_path / "medseg" / file.name))
-        assert scan.GetSize() == mask.GetSize()
-        for get in ("GetOrigin", "GetSpacing", "GetDirection"):
-            assert np.allclose(getattr(scan, get)(), getattr(mask, get)(), atol=1e-4)
-
-
 @pytest.fixture(scope="module")
 def planned(phantoms, tmp_path_factory):
     """A planned run of three epochs, not trained."""
@@ -127,25 +68,27 @@ def planned(phantoms, tmp_path_factory):
     return run
 
 
+def killed_in_training(run):
+    """Train, up to the middle of the second epoch."""
+
+    def start(trainer):
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        straight_on(trainer)
+
+    straight_on, SupervisedTrainer.run = SupervisedTrainer.run, start
+    torch.set_num_threads(1)
+    run_config(run, device="cpu", quiet=True)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes are forked")
 def test_an_interrupted_training_ends_with_the_same_weights(planned, tmp_path):
     straight, broken = shutil.copytree(planned, tmp_path / "a"), shutil.copytree(planned, tmp_path / "b")
-    run_config(straight, device="cpu", quiet=True)
+    training_of(straight).trainer.run()
 
-    # stopped in the middle of the second epoch, as kill -9 would: no handler of the training sees it
-    code = (
-        "import sys, os, medseg_supcon.training as t\n"
-        "from ignite.engine import Events\n"
-        "from monai.engines import SupervisedTrainer as T\n"
-        "run = T.run\n"
-        "def killed(self):\n"
-        "    self.add_event_handler(Events.ITERATION_COMPLETED(once=5), lambda e: os._exit(9))\n"
-        "    run(self)\n"
-        "T.run = killed\n"
-        f"t.run_config(__import__('pathlib').Path({str(broken)!r}), device='cpu', quiet=True)\n"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, check=False, capture_output=True, env=ONE_THREAD)
-    assert done.returncode == 9, done.stderr[-2000:]
+    process = multiprocessing.get_context("fork").Process(target=killed_in_training, args=(broken,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     assert not is_finished(broken)
     train_run(broken, device="cpu", resume=True, quiet=True)
     for name in ("model.pt", "best.pt"):
@@ -169,7 +112,7 @@ def test_fine_tuning_starts_from_the_earlier_weights(trained_run, phantoms, tmp_
     dataset, run = read_dataset(phantoms), tmp_path / "run"
     settings = [("plan::steps_per_epoch", 1), ("learning_rate", 0.0), ("weight_decay", 0.0)]
     prepare_run(dataset, split_cases(dataset), run, epochs=1, settings=settings, init=trained_run, device="cpu")
-    run_config(run, device="cpu", quiet=True)
+    training_of(run).trainer.run()
     for key, value in weights(trained_run).items():
         assert torch.equal(value, weights(run)[key]), key
 
@@ -177,7 +120,7 @@ def test_fine_tuning_starts_from_the_earlier_weights(trained_run, phantoms, tmp_
 def test_the_dice_ce_recipe_has_no_contrast(phantoms, tmp_path):
     dataset, run = read_dataset(phantoms), tmp_path / "run"
     prepare_run(dataset, split_cases(dataset), run, recipe="dice_ce", epochs=1, settings=TINY, device="cpu")
-    run_config(run, device="cpu", quiet=True)
+    training_of(run).trainer.run()
     with (run / "logs" / "history.csv").open() as stream:
         row = next(csv.DictReader(stream))
     assert float(row["contrast_weight"]) == 0.0

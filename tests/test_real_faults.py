@@ -105,7 +105,9 @@ def test_stopped_by_a_signal(
     assert not list(out.rglob(".*"))
 
 
-def test_killed_while_it_writes(start: Start, trained_run: Path, scans: Path, tmp_path: Path) -> None:
+def test_killed_while_it_writes(
+    start: Start, medseg: Callable[..., tuple[int, str, str]], trained_run: Path, scans: Path, tmp_path: Path
+) -> None:
     """kill -9: what is there is whole, and a second call completes it and leaves nothing else."""
     out = tmp_path / "out"
     process = start("predict", trained_run, scans, "--out", out, "--probabilities")
@@ -115,8 +117,8 @@ def test_killed_while_it_writes(start: Start, trained_run: Path, scans: Path, tm
     finished = whole(out)
     assert 1 < len(finished) < 12
     (out / finished[0]).write_bytes((out / finished[0]).read_bytes()[:-30])  # as a copy cut short leaves it
-    code, said = finish(start("predict", trained_run, scans, "--out", out, "--probabilities"))
-    assert code == 0 and "already exist" in said, said
+    code, said, error = medseg("predict", trained_run, scans, "--out", out, "--probabilities", "--device", "cpu")
+    assert code == 0 and "already exist" in said, error
     assert len(whole(out)) == len(whole(out / "probabilities")) == 12
     assert not list(out.rglob(".*"))
 
@@ -147,7 +149,13 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk(start: Start, trained_run: Path, scans: Path, small_disk: Callable[[str], Path]) -> None:
+def test_a_full_disk(
+    start: Start,
+    medseg: Callable[..., tuple[int, str, str]],
+    trained_run: Path,
+    scans: Path,
+    small_disk: Callable[[str], Path],
+) -> None:
     disk = small_disk("32k")
     out = disk / "out"
     code, said = finish(start("predict", trained_run, scans, "--out", out))
@@ -159,8 +167,8 @@ def test_a_full_disk(start: Start, trained_run: Path, scans: Path, small_disk: C
     hidden = {file.name for file in out.rglob(".*")}
     assert hidden <= {".medseg-manifest.jsonl"}  # entries that the manifest had no room for
     subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
-    code, said = finish(start("predict", trained_run, scans, "--out", out))
-    assert code == 0 and f"{before} already exist" in said, said
+    code, said, error = medseg("predict", trained_run, scans, "--out", out, "--device", "cpu")
+    assert code == 0 and f"{before} already exist" in said, error
     entries = json.loads((out / "manifest.json").read_text())["scans"]
     assert sorted(entry["status"] for entry in entries) == ["done"] * (12 - before) + ["skipped"] * before
     # what made a mask is known of all but the one whose entry met the full disk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from monai.bundle import ConfigWorkflow
@@ -26,9 +27,9 @@ TINY = [
 ]
 
 
-def training_of(run: Path, **options: object) -> ConfigWorkflow:
-    """A planned run's training as MONAI sets it up, ready to run."""
-    config = str(run / "configs" / "train.yaml")
+def training_of(run: Path, overlays: Sequence[str] = (), **options: object) -> ConfigWorkflow:
+    """A planned run's training as MONAI sets it up, ready to run; its trainer alone writes no scores and no documents."""
+    config = [str(run / "configs" / f"{name}.yaml") for name in ("train", *overlays)]
     common = {"workflow_type": "train", "logging_file": False, "bundle_root": str(run), "quiet": True}
     workflow = ConfigWorkflow(config, **common, **{"device": "$torch.device('cpu')", **options})
     workflow.initialize()

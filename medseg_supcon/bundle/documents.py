@@ -6,12 +6,13 @@ import csv
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from medseg_supcon import __version__
 from medseg_supcon.bundle.folder import TEMPLATE, cases_of, read_config, shared_folder
@@ -124,7 +125,8 @@ def _value_range(intensity: Sequence[Mapping[str, Any]]) -> list[float]:
 def _data_format(plan: Mapping[str, Any]) -> dict[str, Any]:
     channels, values = plan["channels"], [float(value) for value in plan["labels"].values()]
     network = build_network(plan["network_def"], trust=True)  # of a run that passed the gate
-    divisors = size_divisor(network, in_channels=len(channels), spatial_dims=len(plan["patch_size"]))
+    dims, definition = len(plan["patch_size"]), plan["network_def"]
+    divisors = size_divisor(network, in_channels=len(channels), spatial_dims=dims, definition=definition)
     pairs = zip(divisors, plan["patch_size"], strict=True)
     shape = [f"{d}*n" if size == d else f"{d}*(n+{size // d - 1})" for d, size in pairs]  # the patch, for n = 1
     patch = {"type": "image", "dtype": "float32", "spatial_shape": shape, "is_patch_data": True}
@@ -166,16 +168,21 @@ def _version(package: str) -> str:
         return ""
 
 
-def write_model_card(run: Path) -> None:
-    """Write ``docs/README.md`` from the plan, the lists of cases, the history and the evaluation."""
+@lru_cache(maxsize=1)  # a training writes the card several times
+def _card_template() -> Template:
     text = (shared_folder("bundles") / TEMPLATE / "docs" / "README.md.j2").read_text(encoding="utf-8")
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=markdown_text
     )  # fmt: skip
+    return environment.from_string(text)
+
+
+def write_model_card(run: Path) -> None:
+    """Write ``docs/README.md`` from the plan, the lists of cases, the history and the evaluation."""
     plan = read_json(run / "configs" / "plan.json")
     metrics = run / "eval" / "metrics.json"
     config, cases = _train_config(run), cases_of(run)
-    card = environment.from_string(text).render(
+    card = _card_template().render(
         plan=plan,
         counted=counted,
         assigned=_what_is_assigned(plan),

@@ -7,6 +7,8 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +149,14 @@ def parse(text: str, source: str, error: type[MedsegError] = RunError, loader: A
     """The value of a YAML text, or of a JSON text if ``source``, its name in the error, ends so."""
     kind = "JSON" if source.endswith(".json") else "YAML"
     try:
-        return json.loads(text) if kind == "JSON" else yaml.load(text, loader)
+        return json.loads(text) if kind == "JSON" else deepcopy(_load_yaml(text, loader))
     except (yaml.YAMLError, ValueError, RecursionError) as fault:
         raise error(f"{source} is not valid {kind}: {' '.join(str(fault).split())[:300]}.") from None
+
+
+@lru_cache(maxsize=32)  # a training reads a dozen texts fifty times, and PyYAML takes a tenth of a second for each
+def _load_yaml(text: str, loader: Any) -> Any:
+    return yaml.load(text, loader)
 
 
 def cases_of(run: Path) -> dict[str, list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ nothing that an argument names, and builds no more than `MOST_WEIGHTS` and `MOST
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ LOADS_FILES = ("pretrained", "checkpoint", "weights", "path", "filename")  # arg
 # torch.nn.Sequential takes its modules by position, which a config cannot say; this method returns the container.
 CHAIN, EMPTY_CHAIN = "torch.nn.Sequential.extend", {"_target_": "torch.nn.Sequential"}
 MOST_LEVELS, MOST_WEIGHTS, MOST_PARTS = 50, 2_000_000_000, 20_000  # or a line of text would fill the memory
+_divisors: dict[str, tuple[int, ...]] = {}
 
 
 def chain(*definitions: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,12 +80,24 @@ def build_network(
     return network
 
 
-def size_divisor(network: nn.Module, in_channels: int, spatial_dims: int = 3) -> tuple[int, ...]:
+def size_divisor(
+    network: nn.Module, in_channels: int, spatial_dims: int = 3, *, definition: Definition | None = None
+) -> tuple[int, ...]:
     """The number that a patch's extent must be divisible by, a power of two per axis; 1 if the network pads for itself.
 
-    Found by running shapes through the network with weights that hold nothing (PyTorch's meta device). In training an
-    instance norm needs two voxels or more: let some axis have at least twice its divisor.
+    Found by running shapes through the network with weights that hold nothing (PyTorch's meta device), for up to a second:
+    only once per process if the ``definition`` that the network was built from is given. In training an instance norm
+    needs two voxels or more: let some axis have at least twice its divisor.
     """
+    if definition is None:
+        return _find_divisors(network, in_channels, spatial_dims)
+    key = json.dumps([definition, in_channels, spatial_dims])
+    if key not in _divisors:
+        _divisors[key] = _find_divisors(network, in_channels, spatial_dims)
+    return _divisors[key]
+
+
+def _find_divisors(network: nn.Module, in_channels: int, spatial_dims: int) -> tuple[int, ...]:
     divisors = []
     for axis in range(spatial_dims):
         for divisor in DIVISORS:

@@ -253,7 +253,7 @@ def adapt_plan(plan: dict[str, Any]) -> None:
     channels, outputs = len(plan["channels"]), output_channels(plan)
     # trusted: of --set or a recipe, or of a run that passed the gate
     network = build_network(plan["network_def"], in_channels=channels, num_classes=outputs, trust=True)
-    divisor = size_divisor(network, in_channels=channels)
+    divisor = size_divisor(network, in_channels=channels, definition=plan["network_def"])
     patch = [int(n) for n in round_patch(plan["patch_size"], divisor)]
     skeleton = network.to("meta").train()
     for _ in range(GROWTHS):

@@ -103,6 +103,6 @@ def test_every_condition_changes_the_scan_in_place(cases: list[Case], tmp_path: 
 
 
 def test_processor_time_is_that_of_the_whole_tree() -> None:
-    burn = "import time; end = time.process_time() + 1\nwhile time.process_time() < end: pass"
+    burn = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
     start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}], check=True)"
-    assert 1 <= run([sys.executable, "-c", start], 1).cpu < 5
+    assert 0.3 <= run([sys.executable, "-c", start], 1).cpu < 5

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from time import sleep
@@ -17,6 +17,7 @@ from time import sleep
 import psutil
 import pytest
 import torch
+from in_this_process import run_jobs_here
 from tiny_run import TINY
 
 from medseg_supcon.cli import commands as cli
@@ -39,13 +40,6 @@ def quiet(_):
     """Print nothing."""
 
 
-def here(jobs, where, done):
-    """As `run_jobs`, in this process: what a test replaces in it is used."""
-    for job in jobs:
-        _jobs.run_cell(json.loads(job.read_text()), where[0], quiet=True)
-        done(job, "")
-
-
 def asked(*recipes, **more):
     options = {"seeds": [0], "labels": [2], "epochs": 2, "settings": dict(TINY)} | more
     return read_comparison(recipes=list(recipes), **options)
@@ -55,7 +49,7 @@ def changed(design, **more):
     return replace(design, config=design.config.model_copy(update=more))
 
 
-def again(design, out, run_jobs=here, **more):
+def again(design, out, run_jobs=run_jobs_here, **more):
     """The comparison of these tests."""
     options = {"device": "cpu", "say": quiet} | more
     with pytest.MonkeyPatch.context() as patch:
@@ -250,18 +244,30 @@ def test_the_command_line_goes_on_too(copied, phantoms, monkeypatch, capsys):
     assert "With 2 labelled scans" in shown.out and "report.html" in shown.out
 
 
-def test_a_failed_run_is_named_and_the_others_go_on(tmp_path):
-    for name in ("a", "b"):
-        job = {"run": str(tmp_path / name), "tests": str(tmp_path / "t"), "dataset_dir": "", "conditions": {}}
-        (tmp_path / f"{name}.json").write_text(json.dumps(job))
+def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+    """By processes that say what `_jobs.main` says; those of the next tests are real."""
+    script = 'case "$5" in */a.json) echo "medseg: $5: no plan" >&2; exit 2;; esac'
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     found = {}
     run_jobs(
         [tmp_path / "a.json", tmp_path / "b.json"],
         ["cpu", "cpu"],
         lambda job, text: found.update({job.stem: text}),
     )
-    assert set(found) == {"a", "b"}
-    assert all(str(tmp_path) in text and "plan" in text for text in found.values()), found  # a sentence
+    assert f"{tmp_path / 'a.json'}: no plan" in found.pop("a")
+    assert found == {"b": ""}
+
+
+def test_a_run_that_cannot_be_done_is_a_sentence(tmp_path, monkeypatch, capsys):
+    for name in ("logging.disable", "logging.captureWarnings", "medseg_supcon.comparison.jobs._end_with"):
+        monkeypatch.setattr(name, lambda _: None)
+    job = {"run": str(tmp_path / "a"), "tests": str(tmp_path / "t"), "dataset_dir": "", "conditions": {}}
+    (tmp_path / "a.json").write_text(json.dumps(job))
+    assert _jobs.main(str(tmp_path / "a.json"), "cpu", "2", "0") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("medseg: ") and str(tmp_path) in said and "plan" in said
 
 
 def test_a_run_that_is_killed_says_so(tmp_path, monkeypatch):
@@ -273,19 +279,28 @@ def test_a_run_that_is_killed_says_so(tmp_path, monkeypatch):
         assert "stopped by SIGKILL" in said and "memory" in said
 
 
+def command(words, log):
+    """`medseg` in a session of its own, forked from this process; the runs' processes start afresh."""
+    os.setsid()
+    sys.argv = words
+    with log.open("w", buffering=1) as sys.stderr:
+        cli.main()
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes are forked")
 def test_killed_side_by_side_and_resumed(compared, phantoms, design, copied):
     """SIGKILL of two runs in the middle leaves what a whole comparison is made of, to the last bit."""
     for folder in ("runs", "tests"):
         shutil.rmtree(copied / folder)
-    run = [sys.executable, "-m", "medseg_supcon.cli", *arguments(phantoms, copied), "--workers", "2"]
+    words = ["medseg", *arguments(phantoms, copied), "--workers", "2", "--no-robustness"]
     checkpoints = [copied / "runs" / cell / "models" / "checkpoint.pt" for cell in (FIRST, SECOND)]
     log = copied.parent / "log"
-    with log.open("w") as stream:
-        process = subprocess.Popen([*run, "--no-robustness"], stderr=stream, start_new_session=True)
-        while process.poll() is None and not any(path.exists() for path in checkpoints):
-            sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process = multiprocessing.get_context("fork").Process(target=command, args=(words, log))
+    process.start()
+    while process.is_alive() and not any(path.exists() for path in checkpoints):
+        sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
     assert "2 runs to do on cpu, 2 at the same time." in log.read_text()
     assert any(path.exists() for path in checkpoints), log.read_text()
     assert not all(is_finished(copied / "runs" / cell) for cell in (FIRST, SECOND))
@@ -309,7 +324,7 @@ def test_a_job_of_a_cluster_is_killed_and_the_comparison_goes_on(compared, desig
         if found := re.match(f"{SECOND}: submitted as process (\\d+)", text):
             run = next(process for process in _running(int(found[1])) if "comparison" in " ".join(process.cmdline()))
             while run.is_running() and not (copied / "runs" / SECOND / "models" / "checkpoint.pt").exists():
-                sleep(0.002)
+                sleep(0.01)
             run.kill()  # as Linux does when memory runs out
 
     options = {"cluster": read_cluster("executor=local,time=01:00:00"), "workers": 2}
@@ -317,7 +332,7 @@ def test_a_job_of_a_cluster_is_killed_and_the_comparison_goes_on(compared, desig
         again(design, copied, say=kill_the_second, **options)
     assert is_finished(copied / "runs" / FIRST) and not is_finished(copied / "runs" / SECOND)
     said = []
-    found = again(design, copied, say=said.append, **options)
+    found = again(design, copied, say=said.append)
     assert "1 of 2 runs are finished already." in said
     for key in ("means", "differences", "robustness"):
         assert found[key] == compared[1][key]

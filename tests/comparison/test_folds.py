@@ -14,7 +14,7 @@ import pickle
 import random
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from in_this_process import run_jobs_here
 
 from medseg_supcon.bundle import load_tensors
 from medseg_supcon.comparison import jobs, train_folds
@@ -83,12 +84,6 @@ def threshold(data: Path) -> Path:
     return run
 
 
-def in_this_process(names: Sequence[Path], where: Sequence[str], done: Callable[[Path, str], None]) -> None:
-    for job in names:
-        jobs.run_cell(json.loads(job.read_text()), where[0], quiet=True)
-        done(job, "")
-
-
 def train(data: Path, threshold: Path, out: Path, number: int | None = FOLDS, **options: Any) -> list[str]:
     """What it says; with options of `train_folds` or of `Request`."""
     said: list[str] = []
@@ -103,7 +98,7 @@ def folds(data: Path, threshold: Path) -> Path:
     """Trained without interruption. Do not change it."""
     out = data.parent / "runs"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "run_jobs", in_this_process)
+        patch.setattr(jobs, "run_jobs", run_jobs_here)
         train(data, threshold, out)
     return out
 
@@ -267,7 +262,7 @@ def killed_at(data: Path, threshold: Path, out: Path, moment: int | None, ticks:
         return call
 
     os.replace, os.rename, shutil.copyfile = map(counted, (os.replace, os.rename, shutil.copyfile))
-    jobs.run_jobs = in_this_process
+    jobs.run_jobs = run_jobs_here
     train(data, threshold, out, resume=again)
 
 

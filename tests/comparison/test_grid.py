@@ -12,12 +12,14 @@ import time
 
 import pytest
 import yaml
+from in_this_process import run_jobs_here
 from monai.bundle import ConfigParser
 from tiny_run import TINY
 
 from medseg_supcon.bundle import is_planned, load_commented, merge, read_recipe, set_key
 from medseg_supcon.cli import commands as cli
 from medseg_supcon.comparison import compare, design_comparison, is_done, make_variants, read_comparison
+from medseg_supcon.comparison import jobs as _jobs
 from medseg_supcon.comparison import runs as _runs
 from medseg_supcon.datasets import read_dataset
 from medseg_supcon.errors import ConfigError, RunError
@@ -52,7 +54,9 @@ def write(folder, content):
 
 
 def run(design, out):
-    return compare(design, out, device="cpu", say=lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_jobs, "run_jobs", run_jobs_here)
+        return compare(design, out, device="cpu", say=lambda _: None)
 
 
 @pytest.fixture(scope="module")

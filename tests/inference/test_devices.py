@@ -11,6 +11,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from time import sleep
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -56,6 +57,20 @@ def start(folder: Path, device: str) -> Callable[[Iterator[Scan], Report], None]
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that start at once, because they import nothing."""
     monkeypatch.setattr(devices, "get_context", lambda how: get_context("fork"))
+
+
+@pytest.fixture
+def one_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process starts afresh, as all do outside tests; the second is forked, and so has nothing to import."""
+    kinds = iter(("spawn", "fork"))
+
+    def process(**options: Any) -> Any:
+        context: Any = get_context(next(kinds))
+        return context.Process(**options)
+
+    monkeypatch.setattr(
+        devices, "get_context", lambda how: SimpleNamespace(Pipe=get_context(how).Pipe, Process=process)
+    )
 
 
 def shared(folder: Path, names_of_devices: list[str], names: list[str]) -> dict[str, Any]:
@@ -122,6 +137,7 @@ def without(entry: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in keys}
 
 
+@pytest.mark.usefixtures("one_forked")
 def test_two_devices_give_what_one_gives(
     trained_run: Path, phantoms: Path, tmp_path: Path, medseg: Callable[..., tuple[int, str, str]]
 ) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +49,7 @@ def test_same_masks(make_run: Callable[..., Path], tmp_path: Path, plan: dict[st
     run = make_run(network_def=UNET, **{"patch_size": [16, 16, 16], **plan})
     scans = tmp_path / "scans"
     save_nifti(scans / "plain.nii.gz", blobs((30, 26, 20), 1))
-    save_nifti(scans / "turned.nii.gz", blobs((22, 30, 11), 2), np.diag([-1.2, -1.0, 3.0, 1.0]))
+    save_nifti(scans / "turned.b.nii.gz", blobs((22, 30, 11), 2), np.diag([-1.2, -1.0, 3.0, 1.0]))
     save_nifti(scans / "oblique.nii", blobs((24, 20, 12), 3), OBLIQUE)
     slant = OBLIQUE.copy()
     slant[:3, 0] += 0.004 * slant[:3, 1]  # as far from a right angle as is taken
@@ -127,25 +124,6 @@ def test_label_values(make_run: Callable[..., Path], tmp_path: Path) -> None:
         assert bundle.get_data_dtype() == ours.dtype == kind
         assert set(np.unique(ours)) == set(values)
         assert (np.asarray(bundle.dataobj) == ours).all()
-
-
-def test_the_command_from_another_folder(threshold_run: Path, tmp_path: Path) -> None:
-    scan = save_nifti(tmp_path / "scans" / "a.b.nii.gz", blobs((12, 14, 10)), OBLIQUE)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "monai.bundle",
-        "run",
-        "--bundle_root",
-        os.path.relpath(threshold_run, elsewhere),
-    ]
-    command += ["--config_file", str(threshold_run / "configs" / "inference.yaml")]
-    command += ["--dataset_dir", str(tmp_path / "scans"), "--output_dir", str(tmp_path / "out")]
-    subprocess.run(command, cwd=elsewhere, check=True, capture_output=True, timeout=300)
-    mask = nib.load(tmp_path / "out" / "a.b.nii.gz")
-    assert (np.asarray(mask.dataobj) == Predictor(threshold_run, device="cpu").predict(scan).mask).all()
 
 
 def test_bundle_refuses_an_empty_folder_and_equal_names(threshold_run: Path, tmp_path: Path) -> None:

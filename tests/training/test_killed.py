@@ -85,7 +85,7 @@ def train(run: Path, moment: int | None, ticks: Any, ends: Any) -> None:
     workflow.trainer.add_event_handler(
         Events.EPOCH_COMPLETED, lambda engine: ends.__setitem__(engine.state.epoch, ticks.value)
     )
-    workflow.run()
+    workflow.trainer.run()
 
 
 def trained(run: Path, moment: int | None = None) -> tuple[int, list[int]]:

@@ -44,9 +44,10 @@ def bundle_run(run: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 def test_monai_does_not_train_over_a_run_without_being_told_to(run: Path) -> None:
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    done = bundle_run(run)
-    assert done.returncode != 0
-    assert "already contains a trained run" in done.stderr and "--overwrite true" in done.stderr
+    with pytest.raises(RuntimeError) as error:
+        training_of(run).run()
+    said = str(innermost(error.value))
+    assert "already contains a trained run" in said and "--overwrite true" in said
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 

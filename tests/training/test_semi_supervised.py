@@ -24,7 +24,6 @@ from medseg_supcon.training import (
     SemiSupervisedLoss,
     Teacher,
     prepare_run,
-    run_config,
 )
 
 
@@ -147,8 +146,9 @@ def planned(phantoms, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(planned, tmp_path_factory):
     run = shutil.copytree(planned, tmp_path_factory.mktemp("trained") / "run")
-    made = run_config(run, device="cpu", quiet=True)
+    made = training_of(run)
     assert made.check_properties() == []
+    made.trainer.run()
     return run
 
 
@@ -167,7 +167,7 @@ def test_the_teacher_is_shipped_and_saved(trained):
 
 def test_pseudo_labels_taught_the_network(planned, trained, tmp_path):
     run = shutil.copytree(planned, tmp_path / "run")
-    run_config(run, device="cpu", quiet=True, pseudo_weight=0.0, ship="student")
+    training_of(run, pseudo_weight=0.0, ship="student").trainer.run()
     without, saved = load_tensors(run / "models" / "model.pt"), load_tensors(run / "models" / "checkpoint.pt")
     with_them = load_tensors(trained / "models" / "checkpoint.pt")["state"]["network"]
     for name, value in without.items():
@@ -186,7 +186,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(planned, trained, tm
     broken.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=step), die)
     with pytest.raises(KilledError):
         broken.trainer.run()
-    run_config(run, device="cpu", quiet=True, resume=True)
+    training_of(run, resume=True).trainer.run()
     for name, value in load_tensors(trained / "models" / "model.pt").items():
         assert torch.equal(value, load_tensors(run / "models" / "model.pt")[name]), name
 

@@ -25,8 +25,10 @@ TEMPLATE = shared_folder("bundles") / "segmentation" / "configs" / "train.yaml"
 
 @settings(deadline=None, max_examples=100, derandomize=True)
 @given(st.floats(allow_nan=False, allow_infinity=False))
-def test_floats_come_back_as_floats(value):
-    tree = load_commented(TEMPLATE)
+def test_floats_come_back_as_floats(tmp_path_factory, value):
+    path = tmp_path_factory.getbasetemp() / "rate.yaml"
+    path.write_text("learning_rate: 1e-3 # of AdamW\n")
+    tree = load_commented(path)
     set_key(tree, "learning_rate", value, "train.yaml")
     assert yaml.safe_load(dump_commented(tree))["learning_rate"] == value
 

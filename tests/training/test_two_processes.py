@@ -1,6 +1,6 @@
-"""Two gloo processes against one process with the same global batch, started as docs/workstation.md says.
+"""Two gloo processes against one process with the same global batch.
 
-Run as a script, this file is one of the two processes.
+torchrun starts one training as docs/workstation.md says; the other jobs are those of two forked processes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -18,10 +19,14 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from forked_ranks import start_ranks
 from monai.bundle import ConfigWorkflow
+from tiny_run import training_of
 
 from medseg_supcon.datasets import read_dataset, split_cases
-from medseg_supcon.training import prepare_run, run_config
+from medseg_supcon.training import prepare_run
+
+pytestmark = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes are forked")
 
 TIMEOUT = 600  # seconds; a machine that does much else is slow to start processes
 
@@ -76,9 +81,8 @@ def by_two(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     folder = tmp_path_factory.mktemp("two")
     run = copy(trained_run, folder / "run")
     assert json.loads((run / "configs" / "plan.json").read_text())["batch_size"] == 2
-    files = [str(run / "configs" / f"{name}.yaml") for name in ("train", "multi_gpu_train")]
-    bundle = ("-m", "monai.bundle", "run", "--config_file", str(files), "--bundle_root", str(run))
-    return run, torchrun(*bundle, cwd=folder)
+    files = "['train.yaml','multi_gpu_train.yaml']"
+    return run, torchrun("-m", "monai.bundle", "run", "--config_file", files, cwd=run / "configs")
 
 
 def test_the_loss_curve_is_that_of_one_process(trained_run: Path, by_two: tuple[Path, str]) -> None:
@@ -103,32 +107,21 @@ def test_scores_and_documents_follow_the_training(trained_run: Path, by_two: tup
     assert (run / "docs" / "curves.png").stat().st_size > 0
 
 
-def test_a_finished_run_is_resumed_from_its_configs_folder(by_two: tuple[Path, str], tmp_path: Path) -> None:
-    """Nothing is left to train, so only the documents are written."""
-    run = Path(shutil.copytree(by_two[0], tmp_path / "run"))
-    weights = (run / "models" / "model.pt").read_bytes()
-    shutil.rmtree(run / "eval")
-    shutil.rmtree(run / "docs")
-    files = "['train.yaml','multi_gpu_train.yaml']"
-    torchrun("-m", "monai.bundle", "run", "--config_file", files, "--resume", "true", cwd=run / "configs")
-    assert (run / "models" / "model.pt").read_bytes() == weights
-    assert len(history(run)) == 2
-    for name in ("eval/metrics.json", "docs/README.md", "docs/curves.png"):
-        assert (run / name).stat().st_size > 0
-
-
 def test_one_process_resumes_what_two_began(trained_run: Path, by_two: tuple[Path, str], tmp_path: Path) -> None:
     ends = []
     for name, run in (("one", trained_run), ("two", by_two[0])):
         ends.append(Path(shutil.copytree(run, tmp_path / name)))
-        run_config(ends[-1], device="cpu", quiet=True, resume=True, epochs=3)
+        training_of(ends[-1], resume=True, epochs=3).trainer.run()
     assert [row["epoch"] for row in history(ends[1])] == [1, 2, 3]
     assert_same_curve(*ends, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
-def jobs(trained_run: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders ``one`` and ``two`` with what one process and two make of evaluation, inference and two recipes."""
+def jobs(trained_run: Path, by_two: tuple[Path, str], phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders ``one`` and ``two`` with what one process and two make of evaluation, inference and two recipes.
+
+    The two also resume a finished run without scores and documents, ``finished``.
+    """
     folder = tmp_path_factory.mktemp("jobs")
     dataset, plan = read_dataset(phantoms), json.loads((trained_run / "configs" / "plan.json").read_text())
     short = {**plan, "epochs": 3, "steps_per_epoch": 2}
@@ -148,8 +141,22 @@ def jobs(trained_run: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFac
         shutil.copy(scan, folder / "scans")
     cases = [{"name": s.name[:-7], "image": f"imagesTr/{s.name}", "label": f"labelsTr/{s.name}"} for s in scans]
     (folder / "cases.json").write_text(json.dumps(cases))
+    finished = Path(shutil.copytree(by_two[0], folder / "finished"))
+    shutil.rmtree(finished / "eval")
+    shutil.rmtree(finished / "docs")
     do_jobs(trained_run, folder, "one")
-    torchrun(str(Path(__file__)), str(trained_run), str(folder), cwd=folder)
+
+    def work() -> None:
+        do_jobs(trained_run, folder, "two")
+        resumed = training_of(finished, overlays=("multi_gpu_train",), resume=True)
+        resumed.run()
+        torch.distributed.destroy_process_group()
+
+    ranks = start_ranks(work, folder)
+    for rank in ranks:
+        rank.join(TIMEOUT)
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0, 0], [p.read_text()[-2000:] for p in folder.glob("rank*.log")]
     return folder
 
 
@@ -165,7 +172,7 @@ def do_jobs(run: Path, folder: Path, side: str) -> None:
 
 
 def configure(run: Path, name: str, overlay: str, side: str, **options: object) -> None:
-    """Run a config, not its `finalize`: the processes go on."""
+    """Run a config, of a training only its trainer, and not its `finalize`: the processes go on."""
     files = [name, overlay] if side == "two" else [name]
     workflow = ConfigWorkflow(
         [str(run / "configs" / f"{file}.yaml") for file in files],
@@ -176,7 +183,10 @@ def configure(run: Path, name: str, overlay: str, side: str, **options: object) 
     )
     workflow.initialize()
     assert workflow.check_properties() == []
-    workflow.run()
+    if name == "train":
+        workflow.trainer.run()
+    else:
+        workflow.run()
 
 
 def test_evaluation_by_two_counts_every_case_once(jobs: Path) -> None:
@@ -217,7 +227,10 @@ def test_labelled_and_unlabelled_scans(jobs: Path) -> None:
     assert all(torch.equal(tensor, teacher[name]) for name, tensor in shipped.items())
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    do_jobs(Path(sys.argv[1]), Path(sys.argv[2]), "two")
-    torch.distributed.destroy_process_group()
+def test_a_finished_run_is_resumed(jobs: Path, by_two: tuple[Path, str]) -> None:
+    """Nothing is left to train, so only the documents are written."""
+    run = jobs / "finished"
+    assert (run / "models" / "model.pt").read_bytes() == (by_two[0] / "models" / "model.pt").read_bytes()
+    assert len(history(run)) == 2
+    for name in ("eval/metrics.json", "docs/README.md", "docs/curves.png"):
+        assert (run / name).stat().st_size > 0

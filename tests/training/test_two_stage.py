@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,7 +20,6 @@ from medseg_supcon.training import (
     EpochSampler,
     StagedLoss,
     prepare_run,
-    run_config,
     stage_at,
     stage_epochs,
     staged_schedule,
@@ -65,7 +61,7 @@ def watched(planned, tmp_path_factory):
 
     trainer.add_event_handler(Events.STARTED, look)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, look)
-    made.run()
+    trainer.run()
     return run, seen
 
 
@@ -116,24 +112,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(planned, watched, tm
     broken.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=step), die)
     with pytest.raises(KilledError):
         broken.trainer.run()
-    run_config(run, device="cpu", quiet=True, resume=True)
-    for name, value in load_tensors(watched[0] / "models" / "model.pt").items():
-        assert torch.equal(value, load_tensors(run / "models" / "model.pt")[name]), name
-
-
-def test_the_bundle_alone_trains_to_the_same_weights(planned, watched, tmp_path):
-    run = shutil.copytree(planned, tmp_path / "run")
-    config = str(run / "configs" / "train.yaml")
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", config]
-    done = subprocess.run(
-        [*command, "--bundle_root", str(run), "--device", "$torch.device('cpu')"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    training_of(run, resume=True).trainer.run()
     for name, value in load_tensors(watched[0] / "models" / "model.pt").items():
         assert torch.equal(value, load_tensors(run / "models" / "model.pt")[name]), name
 
