@@ -147,8 +147,10 @@ def report(parts: dict[str, list[dict[str, float]]], foreign: Sequence[str]) -> 
         *table(parts),
     ]
     if foreign:
-        good = list(foreign).count("good")
-        text += ["", f"Of {len(foreign)} scans of another organ (left atrium, MR), {good} masks are called good."]
+        text += [
+            "",
+            f"Masks called good, of {len(foreign)} scans of another organ (left atrium, MR): {foreign.count('good')}.",
+        ]
     return "\n".join(text) + "\n"
 
 
@@ -185,6 +187,12 @@ def assemble(run: Path, bundle: Path, parts: dict[str, list[dict[str, float]]], 
     card = path.read_text(encoding="utf-8").partition("## Licence")[0]
     card = card.replace("## Metrics\n", f"## Metrics\n\n{report(parts, foreign)}", 1)
     card = card.replace("## Limits\n\n", f"## Limits\n\n{LIMITS}", 1)
+    for name in (
+        "evaluate",
+        "train",
+    ):  # their paths start from the data set's folder, which is elsewhere on each computer
+        line = f"configs/{name}.yaml --bundle_root BUNDLE"
+        card = card.replace(line, f"{line} --dataset_dir {TASK}")
     path.write_text(f"{card}## Licence\n\n{LICENCE_NOTE}", encoding="utf-8")
     path = bundle / "LICENSE"
     path.write_text(f"{LICENCE_NOTE}\n{path.read_text(encoding='utf-8')}", encoding="utf-8")

@@ -135,20 +135,26 @@ def test_what_is_written(bundle: Path, phantoms: Path, monkeypatch: pytest.Monke
     # each scan once: the mean of three scans, without the cut
     assert lines["| folds together"].startswith("| folds together | 3 | 0.8600 | 0.8400 | 0.8500 | ")
     assert lines["| folds together"].endswith(" | 0.67 | 0.33 | 0.9000 |")
-    assert "Of 3 scans of another organ (left atrium, MR), 1 masks are called good" in card
+    assert "Masks called good, of 3 scans of another organ (left atrium, MR): 1." in card
+    for name in ("evaluate", "train"):
+        assert f"configs/{name}.yaml --bundle_root BUNDLE --dataset_dir Task04_Hippocampus\n" in card
     assert card.index("## Metrics") < card.index("| fold 1 |") < card.index("## Limits") < card.index("whole head")
     scores = json.loads((bundle / "configs" / "metadata.json").read_text())["eval_metrics"]
     assert scores == {"cases": 3, "Anterior_dice": 0.86, "Posterior_dice": 0.84, "mean_dice": 0.85, "mean_hd95_mm": 1.0}
 
 
 @pytest.mark.parametrize("name", shipped_runs())
-def test_what_ships(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_ships(name: str, phantoms: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bundle = ROOT / "bundles" / name
     check_bundle(bundle)
     monkeypatch.setattr(trust, "_written", set())
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     check_configs_trusted(bundle, trust=False)
-    assert not Predictor(bundle, device="cpu").warnings
+    predictor = Predictor(bundle, device="cpu")
+    assert predictor.warnings == []
+    for scan in predictor.find_scans([phantoms / "imagesTs"]):  # docs/hippocampus.md says so
+        quality = predictor.predict(scan).quality
+        assert quality is not None and quality["verdict"] in ("review", "reject") and quality["reasons"]
 
 
 def test_scores_of_a_part(tmp_path: Path) -> None:
