@@ -88,7 +88,7 @@ With your own scans (NIfTI, with label maps for some):
     medseg review MASKS --scans SCANS --out look.html
     tensorboard --logdir {root}/run/logs
 
-Without labels of your own, the network for hippocampi that comes with medseg (a phantom is not a hippocampus, and it says so):
+Without labels of your own: the network for hippocampi that comes with medseg. A phantom is not one, and medseg says so:
     medseg predict hippocampus {root}/data/imagesTs --out MASKS
 
 The masks over their scans, worst first. Open this page in a browser:
