@@ -62,7 +62,7 @@ def predict(
         usage = "Usage: medseg predict RUN SCAN... --out DIR"
         raise RunError(f"{run[0]} is not a run: it has no configs/plan.json. {usage}")
     if not scans:
-        raise ConfigError(f"No scan given. Usage: medseg predict {runs[0]} SCAN... --out DIR")
+        raise ConfigError(f"No scan given. Usage: medseg predict {run[0]} SCAN... --out DIR")
     predictor = Predictor(runs, device=device, tta=tta, trust=trust, quality=quality, review_below=review_below)
     if tta and not any(model.plan["flip_axes"] for model in predictor.models):
         say("--tta has no effect: flip_axes in plan.json is empty, because class names say left or right.", "note")
