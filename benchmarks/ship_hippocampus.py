@@ -28,7 +28,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.hippocampus import TASK, medseg
-from medseg_supcon.bundle import dump_commented, load_commented, write_metadata, write_model_card, write_twins
+from medseg_supcon.bundle import (
+    dump_commented,
+    load_commented,
+    read_config,
+    write_metadata,
+    write_model_card,
+    write_twins,
+)
+from medseg_supcon.training import is_complete
 
 # Options of `medseg train` in all parts, such as "--recipe", "dice_ce", "--set", "learning_rate=1e-3"; none: its defaults.
 RECIPE: tuple[str, ...] = ()
@@ -98,6 +106,12 @@ def train(data: Path, folder: Path, training: Sequence[str]) -> None:
     medseg("train", data, "--out", folder / "run", "--cases", listed, *RECIPE, "--resume")
 
 
+def recipe_of(run: Path) -> dict[str, Any]:
+    """What the parts have in common; the network may follow from the cases."""
+    plan = json.loads((run / "configs" / "plan.json").read_text(encoding="utf-8"))
+    return read_config(run / "configs" / "train.yaml") | {"network_def": None, "epochs": plan["epochs"]}
+
+
 def rows_of(folder: Path, published: dict[str, Any]) -> list[dict[str, float]]:
     """What was measured on each held-out scan of a part."""
     scores: dict[str, list[dict[str, str]]] = {}
@@ -149,7 +163,7 @@ def report(parts: dict[str, list[dict[str, float]]], foreign: Sequence[str]) -> 
     if foreign:
         text += [
             "",
-            f"Masks called good, of {len(foreign)} scans of another organ (left atrium, MR): {foreign.count('good')}.",
+            f"Called good, of {len(foreign)} masks of another organ's scans (left atrium, MR): {foreign.count('good')}.",
         ]
     return "\n".join(text) + "\n"
 
@@ -225,9 +239,16 @@ def main() -> None:
             published = json.loads((data / "nnunet_v2_cross_validation.json").read_text())
             done = [name for name in tests if (given.out / name / "scores" / "metrics.csv").exists()]
             parts = {name: rows_of(given.out / name, published) for name in done}
+            run = given.out / FINAL / "run"
+            if not is_complete(run):
+                raise SystemExit(f"{run} is not finished. Train it first: --part {FINAL}")
+            if other_recipe := [name for name in done if recipe_of(given.out / name / "run") != recipe_of(run)]:
+                raise SystemExit(
+                    f"{', '.join(other_recipe)}: trained with another recipe or length than {run}. Train again."
+                )
             manifest = given.out / FINAL / "foreign" / "manifest.json"
             scans = json.loads(manifest.read_text())["scans"] if manifest.exists() else []
-            assemble(given.out / FINAL / "run", BUNDLE, parts, [scan["quality"]["verdict"] for scan in scans])
+            assemble(run, BUNDLE, parts, [scan["quality"]["verdict"] for scan in scans])
             size = sum(path.stat().st_size for path in BUNDLE.rglob("*") if path.is_file())
             print(
                 f"{BUNDLE}: {size / 2**20:.1f} MiB, scores of {', '.join(parts) or 'no part'}", *table(parts), sep="\n"

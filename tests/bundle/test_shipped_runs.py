@@ -135,7 +135,7 @@ def test_what_is_written(bundle: Path, phantoms: Path, monkeypatch: pytest.Monke
     # each scan once: the mean of three scans, without the cut
     assert lines["| folds together"].startswith("| folds together | 3 | 0.8600 | 0.8400 | 0.8500 | ")
     assert lines["| folds together"].endswith(" | 0.67 | 0.33 | 0.9000 |")
-    assert "Masks called good, of 3 scans of another organ (left atrium, MR): 1." in card
+    assert "Called good, of 3 masks of another organ's scans (left atrium, MR): 1." in card
     for name in ("evaluate", "train"):
         assert f"configs/{name}.yaml --bundle_root BUNDLE --dataset_dir Task04_Hippocampus\n" in card
     assert card.index("## Metrics") < card.index("| fold 1 |") < card.index("## Limits") < card.index("whole head")
