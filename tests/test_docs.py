@@ -120,6 +120,7 @@ def test_python_runs(
 ) -> None:
     """In one folder that has RUN, DATASET, SCANS and scan.nii.gz, all blocks of a page one after the other."""
     shutil.copytree(rated_run, tmp_path / "RUN")
+    shutil.copytree(rated_run, tmp_path / "hippocampus")
     shutil.copytree(phantoms, tmp_path / "DATASET")
     shutil.copytree(phantoms / "imagesTs", tmp_path / "SCANS")
     shutil.copy(next((phantoms / "imagesTs").iterdir()), tmp_path / "scan.nii.gz")

@@ -9,6 +9,7 @@ from medseg_supcon.bundle.folder import (
     at_work_in,
     cases_of,
     drafted,
+    find_run,
     has_folds,
     is_planned,
     is_started,
@@ -16,6 +17,7 @@ from medseg_supcon.bundle.folder import (
     read_config,
     refuse_others,
     shared_folder,
+    shipped_runs,
 )
 from medseg_supcon.bundle.model import Model, inference_of_cases, load_model, load_tensors, scan_preprocessing
 from medseg_supcon.bundle.settings import (

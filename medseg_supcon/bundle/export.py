@@ -15,7 +15,7 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from medseg_supcon.bundle.folder import read_config
+from medseg_supcon.bundle.folder import find_run, read_config
 from medseg_supcon.bundle.model import load_model
 from medseg_supcon.errors import ConfigError, RunError
 from medseg_supcon.files import remove_leftovers, write_whole
@@ -92,6 +92,7 @@ def export_model(run: Path, format: Literal["torchscript", "onnx"], out: Path, t
     if format == "onnx" and missing:
         needs = f"Export to ONNX needs {' and '.join(missing)}, which is not installed"
         raise ConfigError(f"{needs}. Run: pip install 'medseg-supcon[export]'")
+    run = find_run(run)
     model = load_model(run, trust)
     attempts_for = _torchscript_attempts if format == "torchscript" else _onnx_attempts
     attempts = attempts_for(_extra_files(run, model.plan), model.network, model.plan)

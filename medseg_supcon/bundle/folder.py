@@ -35,6 +35,27 @@ def shared_folder(name: str) -> Path:
     raise ConfigError(f"The folder {name!r} is missing from this installation. Install medseg-supcon again.")
 
 
+def shipped_runs() -> list[str]:
+    """Names of the trained bundles that come with this package."""
+    return sorted(path.parents[1].name for path in shared_folder("bundles").glob("*/models/model.pt"))
+
+
+def find_run(run: str | Path) -> Path:
+    """The folder of a run: the path as it is, or that of a bundle that ships, by its name, such as ``"hippocampus"``.
+
+    A run of that name in the working directory is used instead. If something else there has the name, this raises RunError.
+    """
+    path = Path(run)
+    if path.name != str(run) or is_planned(path) or has_folds(path) or path.name not in shipped_runs():
+        return path
+    if os.path.lexists(path):
+        raise RunError(
+            f"{path} in the working directory is not a run: it has no configs/plan.json. It hides the bundle of that name, "
+            "which comes with medseg. Rename it, or work in another folder."
+        )
+    return shared_folder("bundles") / path
+
+
 def is_planned(run: Path) -> bool:
     """Whether a folder contains a planned run."""
     # not Path.is_file, which raises for a name that is too long and a folder without permission
@@ -51,8 +72,9 @@ def has_folds(folder: Path) -> bool:
     return os.path.isfile(folder / FOLDS)  # noqa: PTH113 - as above
 
 
-def member_runs(path: Path) -> list[Path]:
-    """The folds of a folder of ``medseg train --folds``; for any other path, the path alone."""
+def member_runs(run: str | Path) -> list[Path]:
+    """The folds of a folder of ``medseg train --folds``; any other run (`find_run`) alone."""
+    path = find_run(run)
     if not has_folds(path):
         return [path]
     number = read_json(path / FOLDS).get("folds")

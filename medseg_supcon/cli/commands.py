@@ -88,7 +88,7 @@ DATASET_JSON = "With --references: a dataset.json whose class names, regions and
 
 
 def evaluate(
-    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A trained run.")] = None,
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help=terminal.TRAINED)] = None,
     dataset: Annotated[
         Path | None, typer.Argument(metavar="DATASET", help="A data set; its labelled cases are evaluated.")
     ] = None,

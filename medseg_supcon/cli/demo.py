@@ -76,7 +76,6 @@ Dice on {TEST_CASES} phantoms that were not used in training:
     {summary["mean"]["dice"] or 0:.3f}  mean
 
 Results:
-    {root}/review.html          a page to look at the masks in a browser, worst first: open it
     {root}/pictures             scans with reference and prediction; training curves
     {root}/masks                the masks, each in the space of its scan; quality.csv says how far to trust each
     {root}/metrics/metrics.csv  scores per case and class
@@ -87,4 +86,10 @@ With your own scans (NIfTI, with label maps for some):
     medseg train  DATASET --out RUN          train a network
     medseg predict RUN SCANS --out MASKS     write masks of new scans, and how far to trust each
     medseg review MASKS --scans SCANS --out look.html
-    tensorboard --logdir {root}/run/logs"""
+    tensorboard --logdir {root}/run/logs
+
+Without labels of your own: the network for hippocampi that comes with medseg. A phantom is not one, and medseg says so:
+    medseg predict hippocampus {root}/data/imagesTs --out MASKS
+
+The masks over their scans, worst first. Open this page in a browser:
+    {(folder / "review.html").resolve().as_uri()}"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,8 +29,8 @@ def predict(
         list[Path],
         typer.Argument(
             metavar="RUN... SCAN...",
-            help="A run (several runs, or a folder of folds, make an ensemble), then scans: files, folders or DICOM series "
-            "folders.",
+            help="A run, or hippocampus, which comes with medseg (several runs, or a folder of folds, make an ensemble). "
+            "Then scans: files, folders or DICOM series folders.",
             readable=False,  # one without permission is reported, and the others are done
         ),
     ],
@@ -47,19 +48,21 @@ def predict(
     trust: terminal.TrustOption = False,
 ) -> None:
     """Write masks of new scans, each in the space of its scan. Exit code 3 if some scans failed, 2 if all failed."""
-    from medseg_supcon.bundle import has_folds, is_planned
+    from medseg_supcon.bundle import find_run, has_folds, is_planned
     from medseg_supcon.inference import Predictor
     from medseg_supcon.training import check_device
 
     for name in () if device is None else device.split(","):
         check_device(name)
-    runs = [path for path in run if is_planned(path) or has_folds(path)]
-    scans = [path for path in run if path not in runs]
+    # the first is a run; of the others, a file or folder may have the name of a bundle that ships
+    given = [path if number and os.path.lexists(path) else find_run(path) for number, path in enumerate(run)]
+    runs = [path for path in given if is_planned(path) or has_folds(path)]
+    scans = [path for path in given if path not in runs]
     if not runs:
         usage = "Usage: medseg predict RUN SCAN... --out DIR"
         raise RunError(f"{run[0]} is not a run: it has no configs/plan.json. {usage}")
     if not scans:
-        raise ConfigError(f"No scan given. Usage: medseg predict {runs[0]} SCAN... --out DIR")
+        raise ConfigError(f"No scan given. Usage: medseg predict {run[0]} SCAN... --out DIR")
     predictor = Predictor(runs, device=device, tta=tta, trust=trust, quality=quality, review_below=review_below)
     if tta and not any(model.plan["flip_axes"] for model in predictor.models):
         say("--tta has no effect: flip_axes in plan.json is empty, because class names say left or right.", "note")

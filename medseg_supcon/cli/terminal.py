@@ -61,7 +61,8 @@ def warn_of_unused_gpu(device: str | None) -> str | None:
 DatasetArg = Annotated[
     Path, typer.Argument(metavar="DATASET", help="Decathlon folder, nnU-Net v2 raw folder, or MONAI datalist JSON.")
 ]
-RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A trained run (a MONAI bundle).")]
+TRAINED = "A trained run (a MONAI bundle), or hippocampus, which comes with medseg."
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help=TRAINED)]
 CASES = "File with the names of the cases to use, one per line."
 CasesOption = Annotated[Path | None, typer.Option(metavar="FILE", help=CASES)]
 DEVICE = "cpu, cuda or cuda:1; default: the first GPU, or the CPU."

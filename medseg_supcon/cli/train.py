@@ -36,7 +36,8 @@ EpochsOption = Annotated[int | None, typer.Option(min=1, metavar="N", help=LENGT
 MinutesOption = Annotated[float | None, typer.Option(min=0.1, metavar="M", help=MINUTES)]
 LabelsOption = Annotated[int | None, typer.Option(min=1, metavar="N", help=BUDGET)]
 UnlabelledOption = Annotated[Path | None, typer.Option(metavar="FOLDER", help=UNLABELLED)]
-InitOption = Annotated[Path | None, typer.Option(metavar="RUN", help="Start from the weights of an earlier run.")]
+INIT = "Start from the weights of an earlier run, or of hippocampus, which comes with medseg."
+InitOption = Annotated[Path | None, typer.Option(metavar="RUN", help=INIT)]
 SeedOption = Annotated[int | None, typer.Option(min=0, metavar="N", help=SEED)]
 
 

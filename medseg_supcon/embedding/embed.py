@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from medseg_supcon.bundle import (
     cases_of,
     check_configs_trusted,
+    find_run,
     is_planned,
     load_model,
     load_tensors,
@@ -157,6 +158,7 @@ def embed_run(
     """
     from torch.utils.tensorboard import SummaryWriter
 
+    run = find_run(run)
     if not is_planned(run):
         raise RunError(f"{run} is not a trained run. Train it first: medseg train DATASET --out {run}.")
     plan = read_plan(run / "configs" / "plan.json")

@@ -39,7 +39,7 @@ def evaluate_dataset(
     of the folds) was trained on the case. DataError if no case can be scored, or
     the channels are not the run's; RunError if the run is not trained, or needs trust.
     """
-    out, runs = Path(out), member_runs(Path(run))
+    out, runs = Path(out), member_runs(run)
     for one in runs:
         if not all((one / name).is_file() for name in ("configs/plan.json", "models/model.pt")):
             needed = "configs/plan.json and models/model.pt are needed"

@@ -38,7 +38,8 @@ class Predictor:
     patch's depth at a time.
 
     Args:
-        run: a run's folder, or several; a folder of ``medseg train --folds`` stands for its folds.
+        run: a run's folder, or several; a folder of ``medseg train --folds`` stands for its folds. Or the name of a bundle
+            that comes with this package: "hippocampus".
         device: "cpu", "cuda", "cuda:1", ...; None: the first GPU, or the CPU. With several, "cuda:0,cuda:1", `run` shares
             the scans out to one process per device, and all else uses the first.
         tta: average over mirrorings along the plan's ``flip_axes`` (probabilities, per window).
@@ -71,9 +72,7 @@ class Predictor:
         quality: bool = True,
         review_below: float | None = None,
     ) -> None:
-        runs = [
-            member for path in ([run] if isinstance(run, str | Path) else run) for member in member_runs(Path(path))
-        ]
+        runs = [member for path in ([run] if isinstance(run, str | Path) else run) for member in member_runs(path)]
         if not runs:
             raise ValueError("run must name at least one run folder, got an empty list")
         self.devices = [_device(name) for name in (device.split(",") if isinstance(device, str) else [device])]

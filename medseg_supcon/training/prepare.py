@@ -19,6 +19,7 @@ from medseg_supcon.bundle import (
     check_network_trusted,
     drafted,
     dump_commented,
+    find_run,
     load_commented,
     load_tensors,
     merge,
@@ -159,6 +160,7 @@ def prepare_run(
     plan; with code only if ``trust``. `report`: of `check_dataset` on these cases, which are then not read again.
     """
     refuse_others(run)
+    init = None if init is None else find_run(init)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     recipe_plan, overlay = _sort_settings(list(read_recipe(recipe).items()))
     of_plan, of_config = _sort_settings(settings)
