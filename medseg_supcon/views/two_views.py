@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.losses import IGNORE_INDEX
-from medseg_supcon.views.policies import IMAGE, KEYS, LABEL
+from medseg_supcon.views.spatial import IMAGE, KEYS, LABEL, AffinePatchd, affine_of
 
 FOREGROUND = "foreground_index"
 NO_PAIR = -1
@@ -247,15 +247,8 @@ def _is_tracked(transform: Any) -> bool:
     if isinstance(transform, RandAffined) and transform.prob < 1:
         # if chance leaves only the crop to spatial_size, MONAI 1.6 records an earlier draw's affine
         return transform.rand_affine.spatial_size is None
-    return type(transform).__module__.startswith("monai.") and isinstance(transform, InvertibleTransform)
-
-
-def affine_of(volume: torch.Tensor) -> torch.Tensor:
-    """Voxel to world of a (C, *spatial) volume, float64; the identity for a plain tensor."""
-    rank = volume.ndim - 1
-    if isinstance(volume, MetaTensor):
-        return torch.as_tensor(volume.affine).to(torch.float64)[: rank + 1, : rank + 1]
-    return torch.eye(rank + 1, dtype=torch.float64)
+    of_monai = type(transform).__module__.startswith("monai.") and isinstance(transform, InvertibleTransform)
+    return of_monai or isinstance(transform, AffinePatchd)
 
 
 def nearest_voxels(shape: Sequence[int], matrix: torch.Tensor) -> list[torch.Tensor]:
