@@ -13,7 +13,18 @@ from typing import Any
 
 import monai.transforms as mt
 
-from medseg_supcon.views.scanner_shifts import IMAGE, BiasFieldd, ScannerShiftd, Shares, has_ct
+from medseg_supcon.views.intensity import (
+    IMAGE,
+    BiasFieldd,
+    IntensityChanged,
+    blur,
+    brightness,
+    contrast,
+    gaussian_noise,
+    power,
+)
+from medseg_supcon.views.intensity import low_resolution as coarse
+from medseg_supcon.views.scanner_shifts import ScannerShiftd, Shares, has_ct
 from medseg_supcon.views.spatial import KEYS, MODES, AffinePatchd
 
 ANISOTROPY = 3.0  # nnU-Net's threshold, for voxel sizes and for extents: beyond it rotations stay in plane
@@ -81,12 +92,11 @@ def standard_view(
         spatial = mt.OneOf(
             [mt.Compose([bent, AffinePatchd(patch_size, flip_axes=flip_axes)]), spatial], weights=[elastic, 1 - elastic]
         )
-    # downsampling to the mean over an area: MONAI's default, nearest, moves the content by half a voxel
-    coarse = mt.RandSimulateLowResolutiond(IMAGE, low_resolution, zoom_range=(0.5, 1.0), downsample_mode="area")
     shares = scanner_shifts or {}
     intensity: list[Any] = [ScannerShiftd(shares)] if any(shares.values()) else []
     intensity += [BiasFieldd(bias_field)] if bias_field > 0 else []
-    intensity += _intensity(strength, (0.1, 0.2, 0.15, 0.15)) + ([coarse] if low_resolution > 0 else [])
+    intensity += _intensity(strength, (0.1, 0.2, 0.15, 0.15))
+    intensity += [IntensityChanged(low_resolution, coarse, zoom=(0.5, 1.0))] if low_resolution > 0 else []
     return mt.Compose([spatial, *intensity, *_gamma(strength, 0.3)])
 
 
@@ -204,13 +214,12 @@ def _zooms(patch_size: Sequence[int], scale: tuple[float, float]) -> list[tuple[
 
 def _intensity(strength: float, probabilities: tuple[float, float, float, float]) -> list[Any]:
     """Noise, blur, brightness and contrast."""
-    noise, blur, brightness, contrast = probabilities
-    sigma = (0.5 * strength, 1.0 * strength)
+    noise, smooth, bright, contrasted = probabilities
     transforms = [
-        mt.RandGaussianNoised(IMAGE, prob=noise, std=0.3 * strength),
-        mt.RandGaussianSmoothd(IMAGE, prob=blur, sigma_x=sigma, sigma_y=sigma, sigma_z=sigma),
-        mt.RandScaleIntensityd(IMAGE, prob=brightness, factors=0.25 * strength),
-        mt.RandScaleIntensityFixedMeand(IMAGE, prob=contrast, factors=0.25 * strength, preserve_range=True),
+        IntensityChanged(noise, gaussian_noise, std=0.3 * strength),
+        IntensityChanged(smooth, blur, sigma=(0.5 * strength, 1.0 * strength)),
+        IntensityChanged(bright, brightness, factor=0.25 * strength),
+        IntensityChanged(contrasted, contrast, factor=0.25 * strength),
     ]
     return transforms if strength > 0 else []
 
@@ -218,6 +227,5 @@ def _intensity(strength: float, probabilities: tuple[float, float, float, float]
 def _gamma(strength: float, probability: float) -> list[Any]:
     """Gamma with mean and deviation kept, of the negative image and of the image."""
     span = (1 - 0.3 * min(strength, 2.0), 1 + 0.5 * strength)
-    common: dict[str, Any] = {"gamma": span, "retain_stats": True}
-    negative = mt.RandAdjustContrastd(IMAGE, prob=0.1, invert_image=True, **common)
-    return [negative, mt.RandAdjustContrastd(IMAGE, prob=probability, **common)] if strength > 0 else []
+    negative = IntensityChanged(0.1, power, gamma=span, negative=True)
+    return [negative, IntensityChanged(probability, power, gamma=span)] if strength > 0 else []

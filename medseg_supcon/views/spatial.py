@@ -13,7 +13,7 @@ from monai.transforms.utils import create_rotate, create_scale, create_translate
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from medseg_supcon.views.scanner_shifts import IMAGE
+from medseg_supcon.views.intensity import IMAGE, plain
 
 LABEL = "label"
 KEYS = (IMAGE, LABEL)
@@ -69,7 +69,7 @@ class AffinePatchd(mt.Randomizable, mt.Transform):  # type: ignore[misc]
         # it turns about the middle of the patch, so far
         middle = (np.array(self.spatial_size) - 1) / 2
         matrix[:3, 3] += start + middle - matrix[:3, :3] @ middle
-        boxes = {key: torch.as_tensor(data[key]).as_subclass(Tensor).float() for key in KEYS}
+        boxes = {key: plain(data[key]) for key in KEYS}
         if resampled:
             grid = sampling_grid(self.spatial_size, torch.from_numpy(matrix).float(), size)
             patches = {
