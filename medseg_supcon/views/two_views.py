@@ -135,7 +135,9 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
             }
             patch, patch_label, place = self._run(policy, box)
             images.append(patch.float())
-            labels.append(patch_label.round().long() - 1)  # from class index plus 1 back to class index and, for 0, -1
+            labels.append(
+                patch_label.round().long().sub_(1)
+            )  # from class index plus 1 back to class index and, for 0, -1
             if self.paired:
                 to_scan.append(torch.linalg.inv(affine) @ place)
                 low = [max(first, 0) for first in start]
