@@ -94,8 +94,10 @@ class Stopwatch:
             self.watch_transform(inner)
         kind = type(transform)
         if kind.__name__ not in ("Compose", "OneOf"):
-            call = self.watch(kind.__name__, kind.__call__)
-            transform.__class__ = type(kind.__name__, (kind,), {"__call__": lambda *a, **k: call(*a, **k)})
+            change = getattr(transform, "change", kind)  # of IntensityChanged
+            call = self.watch(change.__name__, kind.__call__)
+            body = {"__call__": lambda *a, **k: call(*a, **k), "__module__": kind.__module__}
+            transform.__class__ = type(kind.__name__, (kind,), body)
 
 
 def profile(run: Path, pairs: int) -> str:
@@ -114,15 +116,15 @@ def profile(run: Path, pairs: int) -> str:
     watch = Stopwatch()
     for policy in {id(p): p for p in views.policies}.values():
         watch.watch_transform(policy)
+    views._run = watch.watch("Compose, check the result", views._run)
+    module = vars(sys.modules[type(views).__module__])
     parts = {
-        "_box": "cut the box",
-        "_run": "seed the policy, Compose, check the result",
-        "_geometry": "position of its voxels in the scan",
+        "_crop": "cut the box",
+        "nearest_voxels": "position of its voxels in the scan",
+        "pair_ids": "which voxels are pairs",
     }
     for name, words in parts.items():
-        setattr(views, name, watch.watch(words, getattr(views, name)))
-    module = vars(sys.modules[type(views).__module__])
-    module["pair_ids"] = watch.watch("which voxels are pairs", module["pair_ids"])
+        module[name] = watch.watch(words, module[name])
     sample = watch.watch("seed, place, stack", dataset.__getitem__)
     for key in keys:
         sample(key)

@@ -9,4 +9,5 @@ from medseg_supcon.views.policies import (
     usual_bias_field,
 )
 from medseg_supcon.views.scanner_shifts import SCANNER_SHIFTS, ScannerShiftd, ghost_weights, usual_scanner_shifts
+from medseg_supcon.views.spatial import AffinePatchd
 from medseg_supcon.views.two_views import ForegroundIndexd, TwoViewsd, has_untracked, leaves, moves_voxels

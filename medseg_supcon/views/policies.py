@@ -13,11 +13,20 @@ from typing import Any
 
 import monai.transforms as mt
 
-from medseg_supcon.views.scanner_shifts import IMAGE, BiasFieldd, ScannerShiftd, Shares, has_ct
+from medseg_supcon.views.intensity import (
+    IMAGE,
+    BiasFieldd,
+    IntensityChanged,
+    blur,
+    brightness,
+    contrast,
+    gaussian_noise,
+    power,
+)
+from medseg_supcon.views.intensity import low_resolution as coarse
+from medseg_supcon.views.scanner_shifts import ScannerShiftd, Shares, has_ct
+from medseg_supcon.views.spatial import KEYS, MODES, AffinePatchd
 
-LABEL = "label"
-KEYS = (IMAGE, LABEL)
-LINEAR: dict[str, Any] = {"mode": ("bilinear", "nearest"), "padding_mode": "zeros"}
 ANISOTROPY = 3.0  # nnU-Net's threshold, for voxel sizes and for extents: beyond it rotations stay in plane
 
 Spacing = Sequence[float] | None
@@ -67,28 +76,28 @@ def standard_view(
         >>> standard_view((32, 32, 32))({"image": box, "label": box > 0.5})["image"].shape
         torch.Size([1, 32, 32, 32])
     """
-    _check(patch_size, scale, strength, elastic=elastic, bias_field=bias_field)
+    _check(patch_size, scale, strength, affine_probability=affine_probability, elastic=elastic, bias_field=bias_field)
     axes = _turning_axes(patch_size, spacing)
     affine: dict[str, Any] = {
         "spatial_size": tuple(patch_size),
         "rotate_range": [math.radians(rotation_degrees) if axis in axes else 0.0 for axis in range(3)],
         "scale_range": _zooms(patch_size, scale),
-        **LINEAR,
     }
-    # not RandAffined(prob=affine_probability): if it only crops, MONAI 1.6 records the affine of an earlier draw
-    straight = [mt.RandAffined(KEYS, prob=1.0, **affine), mt.CenterSpatialCropd(KEYS, tuple(patch_size))]
-    spatial = mt.OneOf(straight, weights=[affine_probability, 1 - affine_probability])
+    spatial: Any = AffinePatchd(prob=affine_probability, flip_axes=flip_axes, **affine)
     if elastic > 0:
         # uniform noise smoothed by sigma deviates by 0.087 sigma^-1.5: times the magnitude, 0.2 to 1.2 voxels
-        bent = mt.Rand3DElasticd(KEYS, prob=1.0, sigma_range=(5.0, 7.0), magnitude_range=(50.0, 150.0), **affine)
-        spatial = mt.OneOf([bent, spatial], weights=[elastic, 1 - elastic])
-    # downsampling to the mean over an area: MONAI's default, nearest, moves the content by half a voxel
-    coarse = mt.RandSimulateLowResolutiond(IMAGE, low_resolution, zoom_range=(0.5, 1.0), downsample_mode="area")
+        waves: dict[str, Any] = {"sigma_range": (5.0, 7.0), "magnitude_range": (50.0, 150.0)}
+        modes = {"mode": tuple(MODES.values()), "padding_mode": "zeros"}
+        bent = mt.Rand3DElasticd(KEYS, prob=1.0, **waves, **affine, **modes)
+        spatial = mt.OneOf(
+            [mt.Compose([bent, AffinePatchd(patch_size, flip_axes=flip_axes)]), spatial], weights=[elastic, 1 - elastic]
+        )
     shares = scanner_shifts or {}
     intensity: list[Any] = [ScannerShiftd(shares)] if any(shares.values()) else []
     intensity += [BiasFieldd(bias_field)] if bias_field > 0 else []
-    intensity += _intensity(strength, (0.1, 0.2, 0.15, 0.15)) + ([coarse] if low_resolution > 0 else [])
-    return mt.Compose([spatial, *_flips(flip_axes), *intensity, *_gamma(strength, 0.3)])
+    intensity += _intensity(strength, (0.1, 0.2, 0.15, 0.15))
+    intensity += [IntensityChanged(low_resolution, coarse, zoom=(0.5, 1.0))] if low_resolution > 0 else []
+    return mt.Compose([spatial, *intensity, *_gamma(strength, 0.3)])
 
 
 def identity_view(
@@ -96,7 +105,7 @@ def identity_view(
     scanner_shifts: Shares | None = None,
 ) -> mt.Compose:  # fmt: skip
     """The patch as it is, without augmentation; all arguments but ``patch_size`` are ignored."""
-    return mt.Compose([mt.CenterSpatialCropd(KEYS, tuple(patch_size))])
+    return mt.Compose([AffinePatchd(patch_size)])
 
 
 def crop_resize_view(
@@ -117,8 +126,8 @@ def crop_resize_view(
     """
     _check(patch_size, scale)
     shift = [length * (1 - scale[0]) / 2 if length > 1 else 0.0 for length in patch_size]
-    size = {"spatial_size": tuple(patch_size), "translate_range": shift, "scale_range": _zooms(patch_size, scale)}
-    return mt.Compose([mt.RandAffined(KEYS, prob=1.0, **size, **LINEAR), *_flips(flip_axes)])
+    zooms = _zooms(patch_size, scale)
+    return mt.Compose([AffinePatchd(patch_size, 1.0, translate_range=shift, scale_range=zooms, flip_axes=flip_axes)])
 
 
 def simclr_view(
@@ -203,19 +212,14 @@ def _zooms(patch_size: Sequence[int], scale: tuple[float, float]) -> list[tuple[
     return [(scale[0] - 1, scale[1] - 1) if length > 1 else (0.0, 0.0) for length in patch_size]
 
 
-def _flips(axes: Sequence[int]) -> list[Any]:
-    return [mt.RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in axes]
-
-
 def _intensity(strength: float, probabilities: tuple[float, float, float, float]) -> list[Any]:
     """Noise, blur, brightness and contrast."""
-    noise, blur, brightness, contrast = probabilities
-    sigma = (0.5 * strength, 1.0 * strength)
+    noise, smooth, bright, contrasted = probabilities
     transforms = [
-        mt.RandGaussianNoised(IMAGE, prob=noise, std=0.3 * strength),
-        mt.RandGaussianSmoothd(IMAGE, prob=blur, sigma_x=sigma, sigma_y=sigma, sigma_z=sigma),
-        mt.RandScaleIntensityd(IMAGE, prob=brightness, factors=0.25 * strength),
-        mt.RandScaleIntensityFixedMeand(IMAGE, prob=contrast, factors=0.25 * strength, preserve_range=True),
+        IntensityChanged(noise, gaussian_noise, std=0.3 * strength),
+        IntensityChanged(smooth, blur, sigma=(0.5 * strength, 1.0 * strength)),
+        IntensityChanged(bright, brightness, factor=0.25 * strength),
+        IntensityChanged(contrasted, contrast, factor=0.25 * strength),
     ]
     return transforms if strength > 0 else []
 
@@ -223,6 +227,5 @@ def _intensity(strength: float, probabilities: tuple[float, float, float, float]
 def _gamma(strength: float, probability: float) -> list[Any]:
     """Gamma with mean and deviation kept, of the negative image and of the image."""
     span = (1 - 0.3 * min(strength, 2.0), 1 + 0.5 * strength)
-    common: dict[str, Any] = {"gamma": span, "retain_stats": True}
-    negative = mt.RandAdjustContrastd(IMAGE, prob=0.1, invert_image=True, **common)
-    return [negative, mt.RandAdjustContrastd(IMAGE, prob=probability, **common)] if strength > 0 else []
+    negative = IntensityChanged(0.1, power, gamma=span, negative=True)
+    return [negative, IntensityChanged(probability, power, gamma=span)] if strength > 0 else []

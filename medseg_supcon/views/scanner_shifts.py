@@ -14,14 +14,12 @@ import monai.transforms as mt
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.utils import convert_to_dst_type
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
-IMAGE = "image"
-SPATIAL = (1, 2, 3)
+from medseg_supcon.views.intensity import IMAGE, SPATIAL, Random, like, normal, plain, same_statistics, spread
+
 STRENGTH = (0.2, 1.0)  # drawn uniformly for each patch
-Random = np.random.RandomState
 Shares = Mapping[str, float]
 
 
@@ -121,21 +119,21 @@ def spikes(image: Tensor, strength: float, random: Random) -> Tensor:
         frequency, phase = random.uniform(-1 / 3, 1 / 3, 3), random.uniform(0, 1)
         x, y, z = (torch.arange(n) * float(f) for n, f in zip(image.shape[1:], frequency, strict=True))
         waves += torch.cos(2 * torch.pi * (x[:, None, None] + y[:, None] + z + phase))
-    return same_statistics(image, image + 0.5 * strength * _spread(image) * waves)
+    return same_statistics(image, image + 0.5 * strength * spread(image) * waves)
 
 
 def noise(image: Tensor, strength: float, random: Random) -> Tensor:
     """Gaussian noise of up to one standard deviation of the channel, in half of the patches uneven in space."""
-    return image + strength * _spread(image) * _uneven(image, random) * _normal(image, random)
+    return image + strength * spread(image) * _uneven(image, random) * normal(image, random)
 
 
 def mr_noise(image: Tensor, strength: float, random: Random) -> Tensor:
     """Noise as in ``noise``, in half of the patches Rician (signal above the darkest voxel), statistics kept."""
     if random.random_sample() < 0.5:
         return same_statistics(image, noise(image, strength, random))
-    sigma = strength * _spread(image) * _uneven(image, random)
-    real = image - image.amin(SPATIAL, keepdim=True) + sigma * _normal(image, random)
-    return same_statistics(image, torch.hypot(real, sigma * _normal(image, random)))
+    sigma = strength * spread(image) * _uneven(image, random)
+    real = image - image.amin(SPATIAL, keepdim=True) + sigma * normal(image, random)
+    return same_statistics(image, torch.hypot(real, sigma * normal(image, random)))
 
 
 SCANNER_SHIFTS: dict[str, Callable[[Tensor, float, Random], Tensor]] = {
@@ -191,45 +189,9 @@ class ScannerShiftd(mt.Randomizable, mt.Transform):  # type: ignore[misc]
         drawn = int(np.searchsorted(self.edges, self.R.random_sample(), side="right"))
         if drawn == len(self.shares):
             return dict(data)
-        image = torch.as_tensor(data[IMAGE]).as_subclass(Tensor).float()
-        after = SCANNER_SHIFTS[list(self.shares)[drawn]](image, self.R.uniform(*STRENGTH), self.R)
-        return {**data, IMAGE: convert_to_dst_type(after.contiguous(), data[IMAGE])[0]}
-
-
-class BiasFieldd(mt.RandomizableTransform):  # type: ignore[misc]
-    """MONAI's bias field with each channel's mean and deviation kept; all channels of a patch get the same field.
-
-    It multiplies intensities above the patch's lowest: negative ones (z-scored) would change in the wrong direction.
-    """
-
-    keys = (IMAGE,)
-
-    def __init__(self, prob: float) -> None:
-        super().__init__(prob)
-        self.field = mt.RandBiasField(prob=1.0, degree=3, coeff_range=(-0.3, 0.3))
-
-    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> BiasFieldd:
-        """Seed the decision and the field."""
-        super().set_random_state(seed, state)
-        self.field.set_random_state(seed, state)
-        return self
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        self.randomize(None)
-        if not self._do_transform:
-            return dict(data)
-        before = data[IMAGE]
-        return {**data, IMAGE: same_statistics(before, self.field(before - before.amin(SPATIAL, keepdim=True)))}
-
-
-def same_statistics(before: Tensor, after: Tensor) -> Tensor:
-    """``after`` with each channel's mean and standard deviation of ``before``."""
-    factor = _spread(before) / _spread(after).clamp_min(1e-8)
-    return (after - after.mean(SPATIAL, keepdim=True)) * factor + before.mean(SPATIAL, keepdim=True)
-
-
-def _spread(image: Tensor) -> Tensor:
-    return image.std(SPATIAL, correction=0, keepdim=True)
+        shift = SCANNER_SHIFTS[list(self.shares)[drawn]]
+        after = shift(plain(data[IMAGE]), self.R.uniform(*STRENGTH), self.R)
+        return {**data, IMAGE: like(after.contiguous(), data[IMAGE])}
 
 
 def _unit(image: Tensor) -> Tensor:
@@ -267,11 +229,6 @@ def _rigid(image: Tensor, axis: int, other: int, shift: npt.NDArray[np.float64],
     grid = affine_grid(torch.tensor([matrix], dtype=image.dtype), list(stack.shape), align_corners=False)
     moved: Tensor = grid_sample(stack, grid, padding_mode="border", align_corners=False)
     return moved.reshape(planes.shape).movedim((2, 3), (axis, other))
-
-
-def _normal(image: Tensor, random: Random) -> Tensor:
-    generator = torch.Generator().manual_seed(int(random.randint(2**31 - 1)))  # several times as fast as RandomState
-    return torch.randn(image.shape, generator=generator)
 
 
 def _uneven(image: Tensor, random: Random) -> Tensor:

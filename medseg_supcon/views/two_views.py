@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.losses import IGNORE_INDEX
-from medseg_supcon.views.policies import IMAGE, KEYS, LABEL
+from medseg_supcon.views.spatial import IMAGE, KEYS, LABEL, AffinePatchd, affine_of
 
 FOREGROUND = "foreground_index"
 NO_PAIR = -1
@@ -124,7 +124,7 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
         unlabelled = data.get(LABEL) is None
         label = torch.tensor(float(IGNORE_INDEX)).expand(1, *shape) if unlabelled else _plain(data[LABEL])
         centre = self._draw_centre(data, shape)
-        views, to_scan, inside = [], [], []
+        images, labels, to_scan, inside = [], [], [], []
         for policy in self.policies:
             start, size = self._draw_box(centre, shape)
             place = affine.clone()
@@ -133,17 +133,17 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
                 IMAGE: MetaTensor(_crop(image, start, size, 0.0), affine=place),
                 LABEL: MetaTensor(_crop(label, start, size, IGNORE_INDEX) + 1, affine=place.clone()),
             }
-            views.append(self._run(policy, box))
+            patch, patch_label, place = self._run(policy, box)
+            images.append(patch.float())
+            labels.append(
+                patch_label.round().long().sub_(1)
+            )  # from class index plus 1 back to class index and, for 0, -1
             if self.paired:
-                to_scan.append(torch.linalg.inv(affine) @ affine_of(views[-1][IMAGE]))
+                to_scan.append(torch.linalg.inv(affine) @ place)
                 low = [max(first, 0) for first in start]
                 high = [min(first + n, extent) - 1 for first, n, extent in zip(start, size, shape, strict=True)]
                 inside.append(within(nearest_voxels(self.patch_size, to_scan[-1]), low, high).expand(self.patch_size))
-        result = {
-            IMAGE: torch.stack([_plain(view[IMAGE]).float() for view in views]),
-            # from class index plus 1 back to class index and, for 0, -1
-            LABEL: torch.stack([_plain(view[LABEL]).round().long() - 1 for view in views]),
-        }
+        result = {IMAGE: torch.stack(images), LABEL: torch.stack(labels)}
         if self.paired:
             result[LABEL].masked_fill_(~torch.stack(inside)[:, None], IGNORE_INDEX)
             result["pair_ids"] = pair_ids(to_scan, inside)[:, None]
@@ -175,11 +175,11 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
             size.append(length + 2 * margin)
         return start, size
 
-    def _run(self, policy: Any, box: dict[str, MetaTensor]) -> dict[str, MetaTensor]:
+    def _run(self, policy: Any, box: dict[str, MetaTensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Image and label map of a view, plain tensors, and its affine."""
         _draw_from(self.R, policy)
-        view = policy(box)
-        if any(tuple(view[key].shape[1:]) != self.patch_size for key in KEYS):
-            view = self._to_patch({key: view[key] for key in KEYS})
+        stop = _last_spatial(policy)
+        view = policy(box) if stop is None else policy(box, end=stop)
         image, label = view[IMAGE], view[LABEL]
         same = isinstance(image, MetaTensor) and isinstance(label, MetaTensor)
         if not same or not torch.allclose(image.affine, label.affine.to(image.affine), atol=1e-4):
@@ -187,7 +187,13 @@ class TwoViewsd(Randomizable, Transform):  # type: ignore[misc]
                 "A view policy moved image and label differently, or dropped their affine: give every "
                 "spatial transform both keys, 'image' and 'label', and keep the MetaTensors."
             )
-        return {IMAGE: image, LABEL: label}
+        if any(tuple(view[key].shape[1:]) != self.patch_size for key in KEYS):
+            view = self._to_patch({key: view[key] for key in KEYS})
+        affine = affine_of(view[IMAGE])
+        view = {key: _plain(view[key]) for key in KEYS}
+        if stop is not None:  # the metadata of MetaTensors takes longer than many a change of intensity
+            view = policy(view, start=stop)
+        return _plain(view[IMAGE]), _plain(view[LABEL]), affine
 
 
 def _crop(volume: torch.Tensor, start: Sequence[int], size: Sequence[int], fill: float) -> torch.Tensor:
@@ -232,9 +238,22 @@ def moves_voxels(transform: Any) -> bool:
     A transform that leaves the label map alone cannot, or image and label would no longer match. Of the others,
     MONAI's spatial and cropping transforms do, and so may every transform that is not MONAI's.
     """
+    return _is_spatial(transform) and LABEL in getattr(transform, "keys", (LABEL,))
+
+
+def _is_spatial(transform: Any) -> bool:
     module = type(transform).__module__
-    may_move = not module.startswith("monai.") or module.startswith(SPATIAL_PACKAGES)
-    return may_move and LABEL in getattr(transform, "keys", (LABEL,))
+    if module.startswith("monai."):
+        return module.startswith(SPATIAL_PACKAGES)
+    return LABEL in getattr(transform, "keys", (LABEL,))
+
+
+def _last_spatial(policy: Any) -> int | None:
+    """How many of a policy's transforms come before those that only change intensities; None: it cannot be cut there."""
+    if type(policy) is not Compose or policy.lazy:
+        return None
+    moving = [i for i, part in enumerate(policy.transforms) if any(_is_spatial(leaf) for leaf in leaves(part))]
+    return max(moving, default=-1) + 1
 
 
 def has_untracked(policy: Any) -> bool:
@@ -247,15 +266,8 @@ def _is_tracked(transform: Any) -> bool:
     if isinstance(transform, RandAffined) and transform.prob < 1:
         # if chance leaves only the crop to spatial_size, MONAI 1.6 records an earlier draw's affine
         return transform.rand_affine.spatial_size is None
-    return type(transform).__module__.startswith("monai.") and isinstance(transform, InvertibleTransform)
-
-
-def affine_of(volume: torch.Tensor) -> torch.Tensor:
-    """Voxel to world of a (C, *spatial) volume, float64; the identity for a plain tensor."""
-    rank = volume.ndim - 1
-    if isinstance(volume, MetaTensor):
-        return torch.as_tensor(volume.affine).to(torch.float64)[: rank + 1, : rank + 1]
-    return torch.eye(rank + 1, dtype=torch.float64)
+    of_monai = type(transform).__module__.startswith("monai.") and isinstance(transform, InvertibleTransform)
+    return of_monai or isinstance(transform, AffinePatchd)
 
 
 def nearest_voxels(shape: Sequence[int], matrix: torch.Tensor) -> list[torch.Tensor]:
