@@ -131,7 +131,7 @@ def test_the_plan_has_an_output_and_a_volume_per_region(tmp_path, disk):
     found = fingerprint(dataset)
     plan = make_plan(found, dataset)
     validate_plan(plan)
-    assert plan["network_def"]["sequential"][1]["out_channels"] == 2
+    assert plan["network_def"]["out_channels"] == 2
     assert list(plan["segments"]) == ["kidney", "tumor"] == list(plan["fingerprint"]["volume_ml"])
     assert len(plan["class_weights"]) == 3
     counts = np.array([case.class_voxels for case in found.cases])

@@ -115,11 +115,11 @@ def test_two_plans_of_one_data_set_are_equal(
 def test_default_length_is_a_number_of_steps(phantoms: Path, tmp_path: Path) -> None:
     """Also if somebody sets the length of an epoch; --epochs counts the plan's epochs."""
     dataset = read_dataset(phantoms)
-    settings = [*TINY, ("plan::steps_per_epoch", 1500)]
+    settings = [*TINY, ("plan::steps_per_epoch", 750)]
     plan = prepare_run(dataset, split_cases(dataset), tmp_path / "a", settings=settings, device="cpu")
-    assert (plan["steps_per_epoch"], plan["epochs"]) == (1500, 5)
+    assert (plan["steps_per_epoch"], plan["epochs"]) == (750, 5)
     plan = prepare_run(dataset, split_cases(dataset), tmp_path / "b", settings=settings, epochs=7, device="cpu")
-    assert (plan["steps_per_epoch"], plan["epochs"]) == (1500, 7)
+    assert (plan["steps_per_epoch"], plan["epochs"]) == (750, 7)
 
 
 def test_minutes_fit_the_length_to_this_machine(
