@@ -188,7 +188,7 @@ def test_a_job_whose_time_is_up_is_requeued(tmp_path):
 
     def interrupt(text):
         number.append(int(text.split()[-1]))
-        wait_for(lambda: calls.exists())
+        wait_for(lambda: calls.exists() and calls.read_text())
         for child in psutil.Process(number[0]).children():
             child.send_signal(signal.SIGUSR2)
 
