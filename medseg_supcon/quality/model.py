@@ -204,10 +204,16 @@ class QualityModel:
 
     def __init__(self, reference: Reference, forest: Forest, residuals: Floats, facts: dict[str, Any]) -> None:
         self.reference, self.forest = reference, forest
-        self.residuals = residuals  # (5, n): predicted, residual, weight, unseen, clean
         self.scans, self.unseen, self.samples = (int(facts[key]) for key in ("scans", "unseen", "samples"))
         self.own = tuple(int(number) for number in facts["own"])  # columns, scans and unseen scans without other folds'
         self.good_from, self.usual_distance = float(facts["good_from"]), np.array(facts["usual_distance"], dtype=float)
+        self.rest_on(residuals)
+
+    def rest_on(self, residuals: Floats) -> None:
+        """Take these ``residuals`` (5, n): predicted Dice, residual, weight, unseen, clean."""
+        self.residuals = residuals
+        corrected = residuals[3] * self.correction(residuals[0])  # as the prediction for a new scan is
+        self.corrected = np.stack([residuals[0] + corrected, residuals[1] - corrected, residuals[2]])
 
     @classmethod
     def fit(cls, samples: Sequence[Sample]) -> QualityModel:
@@ -261,15 +267,15 @@ class QualityModel:
         own = [model.residuals[:, : model.own[0]] for model in models]
         for number, model in enumerate(models):
             others = [part[:, part[3] == 1] for index, part in enumerate(own) if index != number]
-            model.residuals = np.concatenate([own[number], *others], axis=1)
             model.unseen = sum(one.own[2] for one in models)
             model.scans = max(model.own[1], model.unseen)
+            model.rest_on(np.concatenate([own[number], *others], axis=1))
             model.good_from = model.usual_low()
 
     def usual_low(self) -> float:
         """The lower end of the interval from which on a mask is good (`good_from`)."""
         predicted, residual, _, unseen, _ = self.residuals[:, self.residuals[4] == 1]
-        lows = np.array([self.interval(p + self.correction(p))[0] for p in predicted])
+        lows = np.array([self.interval(p)[0] for p in predicted + self.correction(predicted)])
         new = unseen == 1  # the masks of the others are better than those of new scans
         enough = new.sum() >= 3
         usual = min(np.median(lows), np.median(lows[new])) if enough else np.median(lows)
@@ -278,26 +284,26 @@ class QualityModel:
         return float(max(usual, LOWEST_GOOD))
 
     def interval(self, predicted: float) -> tuple[float, float]:
-        """Where the mean Dice is with 90 % probability."""
-        at, residual, weight, *_ = self.residuals
+        """Where the mean Dice is with 90 % probability, for a corrected prediction."""
+        at, residual, weight = self.corrected
         weight = weight * np.exp(-((at - predicted) ** 2) / (2 * BANDWIDTH**2)) + 1e-12
         spread = np.sqrt(np.average(residual**2, weights=weight))
         scans = max(2.0, (self.scans + self.unseen) / 2)
         half = student.ppf((1 + COVERAGE) / 2, scans - 1) * np.sqrt(1 + 1 / scans) * spread
         return float(max(0.0, predicted - half)), float(min(1.0, predicted + half))
 
-    def correction(self, predicted: float) -> float:
-        """The mean residual of scans that the network was not trained on, if it is negative; shrunk if they are few."""
+    def correction(self, predicted: Floats) -> Floats:
+        """(n,) for each: the mean residual of scans that are new to the network, if negative; shrunk if they are few."""
         at, residual, _, unseen, _ = self.residuals
-        weight = unseen * np.exp(-((at - predicted) ** 2) / (2 * (2.5 * BANDWIDTH) ** 2)) + 1e-12 * unseen
-        mean = weight @ residual / max(weight.sum(), 1e-300)
-        return float(min(0.0, mean) * self.unseen / (self.unseen + 2))
+        weight = np.exp(-((at - predicted[:, None]) ** 2) / (2 * (2.5 * BANDWIDTH) ** 2)) + 1e-12
+        mean = weight @ (unseen * residual) / np.maximum(weight @ unseen, 1e-300)
+        return np.asarray(np.minimum(0.0, mean) * self.unseen / (self.unseen + 2))
 
     def estimate(self, evidence: Evidence) -> Estimate:
         """The probable Dice of a mask."""
         distances = self.reference.distances(evidence)
         dice = self.forest.predict(self.reference.table(evidence, distances))
-        dice = np.clip(dice + self.correction(float(dice.mean())), 0, 1)
+        dice = np.clip(dice + self.correction(dice[None].mean(axis=1)), 0, 1)
         mean = float(dice.mean())
         return Estimate(dice, mean, *self.interval(mean), distances[:, 0] / self.usual_distance)
 

@@ -35,12 +35,13 @@ def evidence(rng: np.random.Generator, quality: float, classes: int = 3) -> Evid
     )
 
 
-def samples(scans: int = 8, forms: int = 12) -> list[Sample]:
+def samples(scans: int = 8, forms: int = 12, worse: float = 0.0) -> list[Sample]:
+    """The first two scans are new to the network, and their masks worse by as much."""
     rng, made = np.random.default_rng(0), []
     for scan in range(scans):
         for form in range(forms):
             quality = 0.9 if form == 0 else rng.random() * 0.9
-            dice = np.clip(quality + rng.normal(0, 0.03, 2), 0, 1)
+            dice = np.clip(quality - worse * (scan < 2) + rng.normal(0, 0.03, 2), 0, 1)
             made.append(Sample(f"scan {scan}", evidence(rng, quality), dice, form == 0, scan < 2))
     return made
 
@@ -96,12 +97,37 @@ def test_predicts_the_dice_of_new_masks_within_its_intervals(model: QualityModel
     assert min(e.distance.min() for e in bad) > 1.5 > max(e.distance.max() for e in good)
 
 
-def test_the_interval_is_students_with_local_residuals(model: QualityModel) -> None:
-    at, residual, weight, *_ = model.residuals
-    w = [k * np.exp(-((a - 0.7) ** 2) / (2 * BANDWIDTH**2)) for a, k in zip(at, weight, strict=True)]
-    spread = (sum(k * r * r for k, r in zip(w, residual, strict=True)) / sum(w)) ** 0.5
-    half = stats.t(df=4).ppf(0.95) * (1 + 1 / 5) ** 0.5 * spread  # two unseen scans and six seen ones, counted half
+def half_width(rows: list[list[float]], unseen: int, scans: float, around: float) -> float:
+    """Of the interval around a corrected prediction: rows of predicted, residual, weight, unseen, clean."""
+
+    def near(a: float, b: float, width: float) -> float:
+        return float(np.exp(-((a - b) ** 2) / (2 * width**2)))
+
+    def correction(at: float) -> float:
+        new = [(near(row[0], at, 2.5 * BANDWIDTH), row[1]) for row in rows if row[3] == 1]
+        return min(0.0, sum(w * r for w, r in new) / sum(w for w, _ in new)) * unseen / (unseen + 2)
+
+    left = [(row[2], row[0], row[1], correction(row[0]) if row[3] == 1 else 0.0) for row in rows]
+    weights = [weight * near(at + change, around, BANDWIDTH) for weight, at, _, change in left]
+    squares = [(residual - change) ** 2 for _, _, residual, change in left]
+    spread = (sum(w * q for w, q in zip(weights, squares, strict=True)) / sum(weights)) ** 0.5
+    return float(stats.t(df=scans - 1).ppf(0.95) * (1 + 1 / scans) ** 0.5 * spread)
+
+
+@pytest.mark.parametrize("worse", [0.0, 0.2])
+def test_the_interval_is_students_with_local_residuals(worse: float) -> None:
+    model = QualityModel.fit(samples(worse=worse))
+    half = half_width(model.residuals.T.tolist(), 2, 5, 0.7)  # two unseen scans and six seen ones, counted half
     assert model.interval(0.7) == pytest.approx((0.7 - half, min(1.0, 0.7 + half)))
+
+
+def test_the_interval_is_about_the_corrected_prediction() -> None:
+    """A shift that the correction takes away does not widen it a second time."""
+    model = QualityModel.fit(samples(forms=40, worse=0.2))
+    shift = model.correction(np.array([0.7]))
+    about_the_raw_one = np.sqrt(np.mean(model.residuals[1] ** 2))
+    assert -0.15 < shift[0] < -0.04
+    assert np.sqrt(np.mean(model.corrected[1] ** 2)) < 0.85 * about_the_raw_one
 
 
 def test_few_scans_give_wider_intervals() -> None:
@@ -119,9 +145,7 @@ def test_folds_share_their_unseen_scans(tmp_path: Path) -> None:
     wider = models[1].residuals
     assert wider.T.tolist() == own[1] + [row for k in (0, 2) for row in own[k] if row[3] == 1]
     assert wider.shape[1] == 36 + 2 * 12 and (models[1].scans, models[1].unseen) == (6, 6)
-    w = [k * np.exp(-((a - 0.7) ** 2) / (2 * BANDWIDTH**2)) for a, _, k, *_ in wider.T]
-    spread = (sum(k * r * r for k, r in zip(w, wider[1], strict=True)) / sum(w)) ** 0.5
-    half = stats.t(df=5).ppf(0.95) * (1 + 1 / 6) ** 0.5 * spread
+    half = half_width(wider.T.tolist(), 6, 6, 0.7)
     assert models[1].interval(0.7) == pytest.approx((0.7 - half, min(1.0, 0.7 + half)))
     good_from = models[1].good_from
     (tmp_path / "models").mkdir()
