@@ -21,9 +21,11 @@ from scipy import ndimage
 from medseg_supcon.datasets import read_dataset, split_cases
 from medseg_supcon.errors import ConfigError
 from medseg_supcon.inference import Predictor, evaluate_dataset
+from medseg_supcon.networks import build_network
 from medseg_supcon.quality import model
-from medseg_supcon.training import fit_quality, prepare_run, train_run
+from medseg_supcon.training import fit_quality, load_initial, prepare_run, train_run
 from medseg_supcon.training import quality as fitting
+from medseg_supcon.training.prepare import inherit
 
 # Runs MONAI's bundle where medseg_supcon cannot be imported.
 STOCK = """
@@ -249,7 +251,39 @@ def test_other_recipes_train(data: Path, tmp_path: Path, recipe: str, more: list
     assert list(scores) == list(HELD)
 
 
-def test_fine_tuning_needs_as_many_regions(run: Path, phantoms: Path, tmp_path: Path) -> None:
-    dataset = read_dataset(phantoms)
-    with pytest.raises(ConfigError, match="--init"):
-        prepare_run(dataset, split_cases(dataset), tmp_path / "run", init=run, device="cpu")
+def test_fine_tuning_for_other_structures(data: Path, tmp_path: Path) -> None:
+    """From a network for three regions to one for a class: every layer but the last starts from its weights."""
+    regions, run, tuned = read_dataset(data), tmp_path / "run", tmp_path / "tuned"
+    small = [("plan::steps_per_epoch", 2), ("plan::patch_size", [16, 16, 16])]
+    prepare_run(regions, split_cases(regions), run, settings=small, device="cpu")
+    before = build_network(json.loads((run / "configs" / "plan.json").read_text())["network_def"]).state_dict()
+    (run / "models").mkdir(exist_ok=True)
+    torch.save(before, run / "models" / "model.pt")
+    shutil.copytree(data, tmp_path / "data")
+    description = tmp_path / "data" / "dataset.json"
+    content = json.loads(description.read_text())
+    content.pop("regions_class_order", None)
+    description.write_text(json.dumps(content | {"labels": {"background": 0, "any": 1}}))
+    for path in (tmp_path / "data" / "labelsTr").iterdir():
+        label = nibabel.load(path)
+        nibabel.save(nibabel.Nifti1Image((label.get_fdata() > 0).astype(np.uint8), label.affine), path)
+    dataset = read_dataset(tmp_path / "data")
+    prepare_run(dataset, split_cases(dataset), tuned, init=run, settings=small, device="cpu")
+    definition = json.loads((tuned / "configs" / "plan.json").read_text())["network_def"]
+    torch.manual_seed(7)
+    own = build_network(definition).state_dict()
+    torch.manual_seed(7)
+    after = load_initial(build_network(definition), run / "models" / "model.pt").state_dict()
+    last = [name for name in after if after[name].shape != before[name].shape]
+    assert {len(after[name]) for name in last} == {2} and len(last) == 2  # weight and bias
+    assert all(torch.equal(after[name], own[name] if name in last else before[name]) for name in after)
+
+
+def test_fine_tuning_needs_outputs_that_can_change(run: Path) -> None:
+    plan = json.loads((run / "configs" / "plan.json").read_text())
+    needed = plan | {"labels": {"background": 0, "any": 1}}
+    del needed["regions"], needed["regions_class_order"]
+    with pytest.raises(ConfigError, match=r'run has 3 outputs, this data set needs 2, and there is no "out_channels"'):
+        inherit(needed, run)
+    with pytest.raises(ConfigError, match=r"this data set has a, b\. Choose one with as many"):
+        inherit(needed | {"channels": ["a", "b"]}, run)

@@ -238,12 +238,19 @@ def inherit(plan: dict[str, Any], init: Path, trust: bool = False) -> None:
         raise RunError(f"--init {init}: not a trained run (configs/plan.json and models/model.pt are needed).")
     earlier = read_plan(init / "configs" / "plan.json")
     check_network_trusted(init / "configs" / "plan.json", earlier, trust)
-    for key, what in (("channels", "channels"), ("labels", "classes"), ("regions", "regions")):
-        if len(earlier.get(key, ())) != len(plan.get(key, ())):
-            had, has = (", ".join(one.get(key, ())) or "none" for one in (earlier, plan))
-            raise ConfigError(f"--init {init} has the {what} {had}; this data set has {has}. Choose one with as many.")
+    if len(earlier["channels"]) != len(plan["channels"]):
+        had, has = (", ".join(one["channels"]) for one in (earlier, plan))
+        raise ConfigError(f"--init {init} has the channels {had}; this data set has {has}. Choose one with as many.")
     load_tensors(init / "models" / "model.pt")  # damaged weights are refused before there is a run
-    plan.update({key: earlier[key] for key in FROM_INIT})
+    plan.update({key: copy.deepcopy(earlier[key]) for key in FROM_INIT})
+    outputs, network = output_channels(plan), plan["network_def"]
+    if output_channels(earlier) != outputs:  # then `load_initial` leaves the last layer as it is
+        if not isinstance(network, dict) or "out_channels" not in network:
+            raise ConfigError(
+                f"--init {init} has {output_channels(earlier)} outputs, this data set needs {outputs}, and there is no "
+                '"out_channels" in its network_def to change. Choose a run with as many outputs.'
+            )
+        network["out_channels"] = outputs
 
 
 def adapt_plan(plan: dict[str, Any]) -> None:
