@@ -85,7 +85,7 @@ With your own scans (NIfTI, with label maps for some):
     medseg check  DATASET                    report problems in them
     medseg train  DATASET --out RUN          train a network
     medseg predict RUN SCANS --out MASKS     write masks of new scans, and how far to trust each
-    medseg review MASKS --scans SCANS --out look.html
+    medseg review MASKS --scans SCANS --out review.html
     tensorboard --logdir {root}/run/logs
 
 Without labels of your own: the network for hippocampi that comes with medseg. A phantom is not one, and medseg says so:
