@@ -131,7 +131,7 @@ def curves_figure(history: Path, path: Path) -> None:
 
 # (name, the axis that the plane cuts, horizontal axis, vertical axis) of a scan turned to RAS+
 PLANES = (("axial", 2, 0, 1), ("coronal", 1, 0, 2), ("sagittal", 0, 1, 2))
-ENDS = (("L", "R"), ("P", "A"), ("I", "S"))
+HORIZONTAL, VERTICAL = (("R", "L"), ("A", "P")), {1: ("P", "A"), 2: ("I", "S")}  # radiological, as the review page
 PLACES = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.05), (0.5, 0.95))  # left, right, bottom, top
 NARROWEST = 0.25  # share of the whole width: a title needs room
 SHADE = {"facecolor": "black", "alpha": 0.45, "edgecolor": "none", "pad": 1.2}
@@ -142,7 +142,10 @@ ON_DARK: Any = {"frameon": True, "facecolor": "#555555", "edgecolor": "none", "l
 def overlay_figure(
     scan: Path | Volume, reference: Path | Volume | None, prediction: Path | Volume, path: Path, labels: Labels
 ) -> None:
-    """Draws the plane with most foreground along each axis, axes in mm: the reference above, the prediction below."""
+    """Draws the plane with most foreground along each axis, axes in mm: the reference above, the prediction below.
+
+    The display is radiological: the patient's right is on the left, and letters mark the ends of each axis.
+    """
     image, spacing = _canonical(scan)
     masks: dict[str, Array] = {}
     for title, file in (("reference", reference), ("prediction", prediction)):
@@ -173,9 +176,9 @@ def overlay_figure(
                 _outline(axis, is_in(plane(mask, cut), value), box, color_of(number), fill=True)
                 if title == "prediction" and "reference" in masks:
                     _outline(axis, is_in(plane(masks["reference"], cut), value), box, "white")
-            axis.set(xlim=box[:2], ylim=box[2:], anchor="N", facecolor="black")
+            axis.set(xlim=box[1::-1], ylim=box[2:], anchor="N", facecolor="black")  # x and y run to the left
             dress_image(axis, f"{title}, {name}")
-            for place, letter in zip(PLACES, ENDS[horizontal] + ENDS[vertical], strict=True):
+            for place, letter in zip(PLACES, HORIZONTAL[horizontal] + VERTICAL[vertical], strict=True):
                 axis.text(*place, letter, transform=axis.transAxes, **LETTER)
     drawn = {value for mask in masks.values() for cut in range(3) for value in np.unique(plane(mask, cut)).tolist()}
     shown = [(number, name) for number, (name, value) in enumerate(foreground) if drawn & {*values_of(value)}]

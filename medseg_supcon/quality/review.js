@@ -6,6 +6,11 @@ const RGB = voxels.map(({ color }) => [1, 3, 5].map((i) => parseInt(color.slice(
 const PLANES = ["sagittal", "coronal", "axial"]; // by the axis that they cut
 const ACROSS = [[1, 2], [0, 2], [0, 1]]; // their horizontal and vertical axis; the volume is in RAS+
 const ENDS = ["LR", "PA", "IS"];
+// Radiological: seen from the feet and from the front, the patient's right at the screen's left. The sagittal plane is seen
+// from the patient's left in both conventions, as in ITK-SNAP and 3D Slicer.
+const radiological = () => $("radiological").checked;
+const mirrored = (axis) => ACROSS[axis][0] === 1 || radiological(); // its horizontal axis runs to the screen's left
+const columnOf = (axis, n, size) => (mirrored(axis) ? size - 1 - n : n); // of a voxel; and the other way round
 const planes = [...document.querySelectorAll("[data-axis]")], axisOf = (canvas) => Number(canvas.dataset.axis);
 const judgements = new Map(); // mask -> {judgement, comment}
 let chosen = -1, volume = null, cursor = [0, 0, 0], lastAxis = 2, range = [0, 1], listed = [];
@@ -62,7 +67,7 @@ function slice(v, voxels, axis, index) {
   const out = new Uint8Array(v.shape[w] * v.shape[h]);
   for (let y = 0, o = 0; y < v.shape[h]; y++) {
     let i = index * strides[axis] + (v.shape[h] - 1 - y) * strides[h]; // the first row is at the top
-    for (let x = 0; x < v.shape[w]; x++, i += strides[w]) out[o++] = voxels[i];
+    for (let x = 0; x < v.shape[w]; x++) out[o++] = voxels[i + columnOf(axis, x, v.shape[w]) * strides[w]];
   }
   return out;
 }
@@ -98,7 +103,8 @@ function outline(context, labels, width, height, place, colorOf) {
 function placeOf(canvas, v, axis, zoom) { // where a plane is drawn; if it is zoomed, the focus is in the middle
   const [w, h] = ACROSS[axis], mm = [v.shape[w] * v.spacing[w], v.shape[h] * v.spacing[h]];
   const scale = zoom * Math.min(canvas.width / mm[0], canvas.height / mm[1]), width = mm[0] * scale, height = mm[1] * scale;
-  const [x, y] = zoom > 1 ? [(focus[w] + 0.5) / v.shape[w], 1 - (focus[h] + 0.5) / v.shape[h]] : [0.5, 0.5];
+  const column = columnOf(axis, focus[w], v.shape[w]);
+  const [x, y] = zoom > 1 ? [(column + 0.5) / v.shape[w], 1 - (focus[h] + 0.5) / v.shape[h]] : [0.5, 0.5];
   return { left: canvas.width / 2 - x * width, top: canvas.height / 2 - y * height, width, height };
 }
 
@@ -125,6 +131,15 @@ function drawPlane(canvas, v, axis, index, style) {
   return place;
 }
 
+function drawLetters(canvas, axis, scale) { // at the ends of both axes
+  const context = canvas.getContext("2d"), [w, h] = ACROSS[axis], { width, height } = canvas, edge = 10 * scale;
+  Object.assign(context, { fillStyle: "#e7ebf0", strokeStyle: "#000", lineWidth: 3, textAlign: "center", textBaseline: "middle" });
+  context.font = `${12 * scale}px system-ui, sans-serif`;
+  const places = [[edge, height / 2], [width - edge, height / 2], [width / 2, height - edge], [width / 2, edge]];
+  const letters = [...(mirrored(axis) ? [...ENDS[w]].reverse() : ENDS[w]), ...ENDS[h]];
+  for (const draw of ["strokeText", "fillText"]) letters.forEach((letter, i) => context[draw](letter, ...places[i]));
+}
+
 const style = () => ({
   range, zoom, opacity: Number($("opacity").value), outline: $("outline").checked, mask: $("mask").checked,
   reference: $("reference").checked, line: 1.5 * devicePixelRatio,
@@ -142,17 +157,13 @@ function drawPlanes() {
     const axis = axisOf(canvas), [w, h] = ACROSS[axis];
     const place = drawPlane(canvas, volume, axis, cursor[axis], style());
     const context = canvas.getContext("2d"), size = volume.shape;
-    const x = Math.round(place.left + (cursor[w] + 0.5) * place.width / size[w]) + 0.5;
+    const x = Math.round(place.left + (columnOf(axis, cursor[w], size[w]) + 0.5) * place.width / size[w]) + 0.5;
     const y = Math.round(place.top + (size[h] - cursor[h] - 0.5) * place.height / size[h]) + 0.5;
     Object.assign(context, { strokeStyle: "rgba(108, 178, 245, 0.45)", lineWidth: 1 }).beginPath();
     context.moveTo(x, place.top), context.lineTo(x, place.top + place.height);
     context.moveTo(place.left, y), context.lineTo(place.left + place.width, y);
     context.stroke();
-    Object.assign(context, { fillStyle: "#e7ebf0", strokeStyle: "#000", lineWidth: 3, textAlign: "center", textBaseline: "middle" });
-    context.font = `${12 * devicePixelRatio}px system-ui, sans-serif`;
-    const edge = 10 * devicePixelRatio, { width, height } = canvas;
-    const places = [[edge, height / 2], [width - edge, height / 2], [width / 2, height - edge], [width / 2, edge]];
-    for (const draw of ["strokeText", "fillText"]) [...ENDS[w], ...ENDS[h]].forEach((letter, i) => context[draw](letter, ...places[i]));
+    drawLetters(canvas, axis, devicePixelRatio);
     canvas.nextElementSibling.textContent = `${PLANES[axis]} ${cursor[axis] + 1} / ${size[axis]}`;
   }
   const here = cursor[0] + volume.shape[0] * (cursor[1] + volume.shape[1] * cursor[2]), label = volume.mask[here];
@@ -220,6 +231,7 @@ function surfaceOf(v) {
 
 const view = { turn: 0.6, tilt: 0.35, zoom: 1, count: 0, gl: null };
 const surfaceCaption = $("surface").nextElementSibling;
+const surfaceEnds = ["left", "right", "bottom", "top"].map((side) => make("b", "", side)); // letters
 function startSurface() {
   const gl = $("surface").getContext("webgl", { preserveDrawingBuffer: true });
   if (!gl) return void (surfaceCaption.textContent = "The 3-D view needs WebGL, which this browser does not have.");
@@ -240,21 +252,30 @@ function startSurface() {
     const where = gl.getAttribLocation(program, name);
     gl.enableVertexAttribArray(where), gl.vertexAttribPointer(where, 3, gl.FLOAT, false, 36, 12 * i);
   });
+  $("surface").parentElement.append(...surfaceEnds);
   Object.assign(view, { gl, turnAt: gl.getUniformLocation(program, "turn"), scaleAt: gl.getUniformLocation(program, "scale") });
 }
 
 function drawSurface() {
-  const { gl, turn, tilt, zoom } = view, canvas = $("surface");
+  const { gl, tilt, zoom } = view, canvas = $("surface");
+  const turn = view.turn + (radiological() ? Math.PI : 0); // turned to the other side: a mirrored body would be wrong
   if (!gl) return;
   fit(canvas);
   const [c, s, ct, st] = [Math.cos(turn), Math.sin(turn), Math.cos(tilt), Math.sin(tilt)];
   const smaller = Math.min(canvas.width, canvas.height) * 0.95 * zoom;
   gl.viewport(0, 0, canvas.width, canvas.height);
   gl.clearColor(0, 0, 0, 1), gl.clear(gl.COLOR_BUFFER_BIT | gl.DEPTH_BUFFER_BIT);
-  // by column; without turn and tilt as the coronal plane: x to the right, z up, y away from the viewer
+  // by column; without turn and tilt as the coronal plane, z up: from behind with x to the right, from the front to the left
   gl.uniformMatrix3fv(view.turnAt, false, [c, s * st, -s * ct, -s, c * st, -c * ct, 0, ct, st]);
   gl.uniform2f(view.scaleAt, smaller / canvas.width, smaller / canvas.height);
   gl.drawArrays(gl.TRIANGLES, 0, view.count);
+  const [right, up] = [[c, -s, 0], [s * st, c * st, ct]], opposite = (direction) => direction.map((n) => -n);
+  [opposite(right), right, opposite(up), up].forEach((direction, i) => { surfaceEnds[i].textContent = lettersOf(direction); });
+}
+
+function lettersOf(direction) { // the letters of the axes within 70 degrees of a direction, the nearest first
+  const size = (axis) => Math.abs(direction[axis]), near = [0, 1, 2].filter((axis) => size(axis) > 0.34);
+  return near.sort((a, b) => size(b) - size(a)).map((axis) => ENDS[axis][direction[axis] > 0 ? 1 : 0]).join("");
 }
 
 function showSurface() {
@@ -293,7 +314,7 @@ function makeList() {
   });
 }
 
-const thumbnails = [];
+const thumbnails = [], drawn = new Set();
 let drawing = false;
 async function drawThumbnails() { // one after the other, the last seen first
   if (drawing) return;
@@ -302,6 +323,8 @@ async function drawThumbnails() { // one after the other, the last seen first
     const item = thumbnails.pop(), v = await unpack(Number(item.dataset.number));
     const settings = { range: rows[v.number].window, zoom: 1, opacity: 0.5, outline: false, mask: true, reference: false };
     drawPlane(item.firstChild, v, 2, busiest(v)[2], settings);
+    drawLetters(item.firstChild, 2, 1.6);
+    drawn.add(item);
   }
   drawing = false;
 }
@@ -460,7 +483,8 @@ function listen() {
         return;
       }
       const place = placeOf(canvas, volume, axis, zoom), x = event.offsetX * devicePixelRatio, y = event.offsetY * devicePixelRatio;
-      cursor[w] = clamp(Math.floor((x - place.left) / place.width * volume.shape[w]), 0, volume.shape[w] - 1);
+      const column = clamp(Math.floor((x - place.left) / place.width * volume.shape[w]), 0, volume.shape[w] - 1);
+      cursor[w] = columnOf(axis, column, volume.shape[w]);
       cursor[h] = clamp(Math.floor((1 - (y - place.top) / place.height) * volume.shape[h]), 0, volume.shape[h] - 1);
       drawPlanes();
     };
@@ -478,6 +502,10 @@ function listen() {
     view.zoom = clamp(view.zoom * Math.exp(-event.deltaY / 600), 0.4, 8), drawSurface();
   }, { passive: false });
   for (const id of ["opacity", "outline", "mask", "reference"]) $(id).addEventListener("input", drawPlanes);
+  $("radiological").addEventListener("input", () => {
+    drawPlanes(), drawSurface();
+    thumbnails.push(...drawn), drawThumbnails();
+  });
   for (const id of ["level", "width"]) $(id).addEventListener("input", () => setWindow(Number($("level").value), Number($("width").value)));
   $("reset").addEventListener("click", resetWindow);
   for (const id of ["search", "filter"]) $(id).addEventListener("input", showJudgement);

@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 from medseg_supcon.errors import DataError, RunError
@@ -41,6 +42,30 @@ def test_overlay(tmp_path: Path, with_reference: bool) -> None:
     (tmp_path / "text.nii").write_text("no scan")
     with pytest.raises(DataError, match=r"text\.nii"):
         overlay_figure(tmp_path / "text.nii", None, files[2], out, LABELS)
+
+
+@pytest.mark.parametrize("to_left", [True, False])
+def test_pictures_are_radiological(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to_left: bool) -> None:
+    """What is at the patient's left, back and feet is drawn at the right and below, where L, P and I are."""
+    figures = []
+    monkeypatch.setattr(_figures, "save", lambda figure, path: figures.append(figure))
+    mask = np.zeros((20, 20, 20), np.uint8)
+    mask[slice(13, 18) if to_left else slice(2, 7), 2:7, 2:7] = 3
+    affine = np.diag([-1.0 if to_left else 1.0, 1, 1, 1])  # the first axis runs to the left, or to the right
+    files = [write(tmp_path / f"{name}.nii", array, affine) for name, array in (("s", mask * 0.0), ("m", mask))]
+    overlay_figure(files[0], None, files[1], tmp_path / "a.png", LABELS)
+    figure = figures[0]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = np.asarray(canvas.buffer_rgba())[::-1, :, :3].astype(int)  # from the bottom
+    for axis, ends in zip(figure.axes, ("RLPA", "RLIS", "APIS"), strict=True):
+        box = axis.get_window_extent()
+        part = picture[int(box.y0) + 2 : int(box.y1) - 1, int(box.x0) + 2 : int(box.x1) - 1]
+        y, x = np.nonzero(part[..., 0] > part[..., 2] + 40)  # orange on black
+        assert x.size > 100 and x.mean() > 0.6 * part.shape[1] and y.mean() < 0.4 * part.shape[0]
+        places = {text.get_text(): text.get_position() for text in axis.texts}
+        left, right, bottom, top = (places[letter] for letter in ends)
+        assert left[0] < 0.1 and right[0] > 0.9 and bottom[1] < 0.1 and top[1] > 0.9
 
 
 def test_a_label_map_with_a_scaling_is_drawn(tmp_path: Path) -> None:

@@ -129,9 +129,11 @@ class Browser:
         x, y = self.middle(selector)
         self.call("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=distance)
 
-    def drag(self, selector: str, by: tuple[int, int], button: str = "left") -> None:
-        """Drag from the middle of an element."""
-        x, y = self.middle(selector)
+    def drag(
+        self, selector: str, by: tuple[float, float], button: str = "left", start: tuple[float, float] = (0, 0)
+    ) -> None:
+        """Drag from the middle of an element, or from a place ``start`` pixels away from it."""
+        x, y = (a + b for a, b in zip(self.middle(selector), start, strict=True))
         mask = {"left": 1, "right": 2}[button]
         self.call("Input.dispatchMouseEvent", type="mousePressed", x=x, y=y, button=button, buttons=mask, clickCount=1)
         for part in (0.5, 1.0):

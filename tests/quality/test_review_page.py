@@ -236,37 +236,113 @@ def place_of_color(browser: Browser, pixels: str, red: bool) -> tuple[int, float
     script = f"""(() => {{ const [d, w, h] = {pixels}; let n = 0, x = 0, y = 0;
       for (let i = 0; i < w * h; i++) {{ const r = d[4 * i], b = d[4 * i + 2];
         if ({"r > b + 60" if red else "b > r + 60"}) n++, x += i % w / w, y += Math.floor(i / w) / h; }}
-      return [n, x / n, y / n]; }})()"""
+      return [n, n ? x / n : 0, n ? y / n : 0]; }})()"""
     n, x, y = browser.run(script)
     return n, x, y
 
 
-def test_left_is_left_in_planes_and_surface(browser: Browser, tmp_path: Path) -> None:
-    """Class 1 is at the patient's left, back and feet, class 2 at the other end of each axis."""
+PIXELS = "((c) => [c.getContext('2d').getImageData(0, 0, c.width, c.height).data, c.width, c.height])(CANVAS)"
+SURFACE = """(() => { const {gl} = view, w = gl.drawingBufferWidth, h = gl.drawingBufferHeight;
+  const d = new Uint8Array(4 * w * h);
+  gl.readPixels(0, 0, w, h, gl.RGBA, gl.UNSIGNED_BYTE, d); return [d, w, h]; })()"""  # from the bottom
+# Texts on canvases: the axis of the plane (-1: a thumbnail) -> what is at its left, right, bottom and top
+WATCH_LETTERS = """letters = {}, CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+  const { width, height, dataset } = this.canvas, [u, v] = [x / width - 0.5, y / height - 0.5];
+  const side = Math.abs(u) > Math.abs(v) ? (u < 0 ? 0 : 1) : (v > 0 ? 2 : 3);
+  (letters[dataset.axis || -1] ||= ["", "", "", ""])[side] = text; }, 0"""
+
+
+@pytest.fixture
+def left_box(browser: Browser, tmp_path: Path) -> np.ndarray:
+    """A page of a mask: class 1 is at the patient's left, back and feet, class 2 at the other end of each axis."""
     mask = np.zeros((30, 20, 20), np.uint8)
-    mask[20:28, 2:9, 2:9] = 1  # the first axis runs to the left
-    mask[2:10, 11:18, 11:18] = 2
+    mask[21:28, 2:9, 2:9] = 1  # the first axis runs to the left; the middle is 24, 5, 5
+    mask[2:9, 11:18, 11:18] = 2
     page, file = tmp_path / "page.html", volume(tmp_path, "m", mask)
-    scan = Scan("m", (volume(tmp_path, "s", mask.astype(np.int16)),))
-    write_page(page, [Entry("m", file, scan)], LABELS)
+    write_page(page, [Entry("m", file, Scan("m", (volume(tmp_path, "s", mask.astype(np.int16)),)))], LABELS)
     browser.open(page)
-    browser.wait(f"{SHOWN} === '0'")
-    browser.run("range = [1e6, 2e6]; $('opacity').value = 1")
-    for red, voxel in ((True, (5, 5, 5)), (False, (23, 14, 14))):  # in RAS
-        browser.run(f"cursor = {list(voxel)}; drawPlanes()")
-        for axis in range(3):
-            canvas = f"document.querySelector('[data-axis=\"{axis}\"]')"
-            pixels = (
-                f"((c) => [c.getContext('2d').getImageData(0, 0, c.width, c.height).data, c.width, c.height])({canvas})"
-            )
+    browser.wait(f"{SHOWN} === '0' && drawn.size === 1")
+    browser.run(WATCH_LETTERS)
+    return mask
+
+
+# axis that is cut -> letters at the left, right, bottom and top, and whether class 1 is in the left half
+RADIOLOGICAL = {2: ("RLPA", False), 1: ("RLIS", False), 0: ("APIS", False)}
+NEUROLOGICAL = {2: ("LRPA", True), 1: ("LRIS", True), 0: ("APIS", False)}
+
+
+@pytest.mark.parametrize("convention", ["radiological", "neurological"])
+def test_left_and_right(browser: Browser, left_box: np.ndarray, convention: str) -> None:
+    """In each convention: the half in which a class is drawn, the letters, the cross, clicking, dragging, zooming."""
+    assert browser.run("$('radiological').checked"), "the default"
+    for _ in range(2 if convention == "radiological" else 1):  # the switch draws everything again
+        browser.click("#radiological")
+    browser.wait("!drawing && !thumbnails.length")
+    expected = RADIOLOGICAL if convention == "radiological" else NEUROLOGICAL
+    letters = {int(axis): "".join(texts) for axis, texts in browser.run("letters").items()}
+    assert letters == {axis: text for axis, (text, _) in expected.items()} | {-1: expected[2][0]}
+    n, x, _ = place_of_color(browser, PIXELS.replace("CANVAS", "document.querySelector('#list canvas')"), True)
+    assert n > 300 and (x < 0.4) == expected[2][1] and abs(x - 0.5) > 0.1, "the thumbnail"
+    browser.run("range = [1e6, 2e6]; $('opacity').value = 1; drawPlanes()")
+    first, second = (5, 5, 5), (24, 14, 14)  # the middles of the classes, in RAS
+    for axis, (_, at_left) in expected.items():
+        canvas = f'[data-axis="{axis}"]'
+        pixels = PIXELS.replace("CANVAS", f"document.querySelector({json.dumps(canvas)})")
+        size = np.array(browser.run(pixels)[1:])
+        offsets = []
+        for voxel, red in ((second, False), (first, True)):
+            browser.run(f"cursor = {list(voxel)}; drawPlanes()")
             n, x, y = place_of_color(browser, pixels, red)
-            assert n > 500 and ((x < 0.45 and y > 0.55) if red else (x > 0.55 and y < 0.45)), (axis, red, x, y)
+            assert n > 500 and (x < 0.45 if red == at_left else x > 0.55) and (y > 0.55 if red else y < 0.45)
+            offsets.append(((x - 0.5) * size[0], (y - 0.5) * size[1]))
+        browser.run("$('mask').checked = false; drawPlanes()")  # black with the cross
+        data, width, height = browser.run(pixels)
+        blue = np.array([data[str(i)] for i in range(len(data))]).reshape(height, width, 4)[..., 2] > 60
+        cross = np.array([blue.sum(0).argmax(), blue.sum(1).argmax()])
+        assert np.abs(cross - size / 2 - offsets[1]).max() < 2, (axis, "the cross is in the middle of the class")
+        elsewhere = [voxel if k != axis else first[k] for k, voxel in enumerate(second)]
+        browser.run(f"$('mask').checked = true; cursor = {elsewhere}; drawPlanes()")
+        browser.drag(canvas, (0, 0), start=offsets[1])  # a click
+        assert browser.run("cursor") == list(first), axis
+        assert left_box[29 - first[0], first[1], first[2]] == 1 and "left <b>" in browser.run(
+            "planes[0].nextElementSibling.textContent"
+        )
+        by = np.subtract(offsets[0], offsets[1])
+        browser.drag(canvas, (by[0], by[1]), start=offsets[1])
+        assert browser.run("cursor") == [voxel if k != axis else first[k] for k, voxel in enumerate(second)]
+        browser.run(f"cursor = {list(first)}; drawPlanes()")
+        browser.press("+", "+", "+")
+        browser.drag(canvas, (0, 0), start=(1, 1))  # zoomed, the cross is in the middle
+        n, x, y = place_of_color(browser, pixels, True)
+        assert browser.run("cursor") == list(first) and abs(x - 0.5) < 0.02 and abs(y - 0.5) < 0.02
+        browser.press("-", "-", "-", "-", "-", "-")
+
+
+@pytest.mark.parametrize("convention", ["radiological", "neurological"])
+def test_left_and_right_of_the_surface(browser: Browser, left_box: np.ndarray, tmp_path: Path, convention: str) -> None:
+    """It is turned, never mirrored: the patient is seen from the front, or from behind."""
     if browser.run("view.gl === null"):
         pytest.skip("this browser has no WebGL")
-    browser.run("Object.assign(view, {turn: 0, tilt: 0}); showSurface()")
-    pixels = """(() => { const {gl} = view, w = gl.drawingBufferWidth, h = gl.drawingBufferHeight;
-      const d = new Uint8Array(4 * w * h);
-      gl.readPixels(0, 0, w, h, gl.RGBA, gl.UNSIGNED_BYTE, d); return [d, w, h]; })()"""  # from the bottom
+    radiological = convention == "radiological"
+    if not radiological:
+        browser.click("#radiological")
+    sides = "['left', 'right', 'bottom', 'top'].map((side) => document.querySelector('b.' + side).textContent)"
+    browser.run("Object.assign(view, {turn: 0, tilt: 0}); drawSurface()")
+    assert browser.run(sides) == ["R" if radiological else "L", "L" if radiological else "R", "I", "S"]
     for red in (True, False):
-        n, x, y = place_of_color(browser, pixels, red)
-        assert n > 500 and ((x < 0.45 and y < 0.45) if red else (x > 0.55 and y > 0.55)), (red, x, y)
+        n, x, y = place_of_color(browser, SURFACE, red)
+        assert n > 500 and (x < 0.45 if red != radiological else x > 0.55) and (y < 0.45 if red else y > 0.55)
+    browser.run("view.turn = Math.PI / 2; drawSurface()")  # from the right, or from the left
+    assert browser.run(sides) == (["P", "A", "I", "S"] if radiological else ["A", "P", "I", "S"])
+    n, x, _ = place_of_color(browser, SURFACE, True)  # at the back
+    assert n > 500 and (x < 0.45 if radiological else x > 0.55)
+    mask = np.zeros((20, 20, 20), np.uint8)
+    mask[5:15, 2:6, 5:15], mask[5:15, 14:18, 5:15] = 1, 2  # the second is in front of the first
+    write_page(tmp_path / "two.html", [Entry("two", volume(tmp_path, "two", mask))], LABELS)
+    browser.open(tmp_path / "two.html")
+    browser.wait(f"{SHOWN} === '0' && view.count > 0")
+    if not radiological:
+        browser.click("#radiological")
+    browser.run("Object.assign(view, {turn: 0, tilt: 0}); drawSurface()")
+    seen, hidden = (place_of_color(browser, SURFACE, red)[0] for red in (not radiological, radiological))
+    assert seen > 500 and hidden < seen / 20
