@@ -40,8 +40,6 @@ from medseg_supcon.training import is_complete
 
 # Options of `medseg train` in all parts, such as "--recipe", "dice_ce", "--set", "learning_rate=1e-3"; none: its defaults.
 RECIPE: tuple[str, ...] = ()
-# Epochs: the default of a CPU, then as many again, for which the learning rate rises to half and falls once more.
-LENGTHS = (80, 160)
 VERSION, CHANGE = "0.1.0", "first version, trained on all labelled scans of folds 1 to 4"
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "hippocampus"
@@ -105,11 +103,7 @@ def train(data: Path, folder: Path, training: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     listed = folder / "training.txt"
     listed.write_text("\n".join(training) + "\n")
-    run, history = folder / "run", folder / "run" / "logs" / "history.csv"
-    for epochs in LENGTHS:
-        done = len(history.read_text().splitlines()) - 1 if history.exists() else 0
-        if done < epochs or epochs == LENGTHS[-1]:  # the last may still have to be documented
-            medseg("train", data, "--out", run, "--cases", listed, *RECIPE, "--epochs", epochs, "--resume")
+    medseg("train", data, "--out", folder / "run", "--cases", listed, *RECIPE, "--resume")
 
 
 def recipe_of(run: Path) -> dict[str, Any]:
