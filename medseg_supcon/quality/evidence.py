@@ -19,6 +19,7 @@ PER_WINDOW, PER_CLASS = 128, 512  # voxels of a class whose features are kept
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
 QUANTILE_VOXELS = 100_000
 BLOCK_VOXELS = 2**22  # of all classes at a time
+COMPONENT_VOXELS = 2**21  # a larger part's components are those of its blocks
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class PassEvidence:
         return watched
 
     def _keep(self, outputs: Tensor, features: Tensor) -> None:
-        features = features.movedim(1, -1).flatten(0, -2)
+        features = features.flatten(2)
         if self.regions is not None:
             inside = _with_rest(outputs.movedim(1, 0) > (0.0 if self.softmax else THRESHOLD))
             places = {c: part.flatten().nonzero()[:, 0] for c, part in enumerate(inside) if part.any()}
@@ -95,7 +96,9 @@ class PassEvidence:
             present = index.bincount(minlength=self.classes).nonzero()[:, 0].tolist()
             places = {c: (index == c).nonzero()[:, 0] for c in present}
         for c, where in places.items():
-            self.features[c].append(features[_evenly(where, PER_WINDOW * len(outputs))].float().cpu())
+            where = _evenly(where, PER_WINDOW * len(outputs))
+            window, voxel = where // features.shape[2], where % features.shape[2]
+            self.features[c].append(features[window, :, voxel].float().cpu())
 
     def chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """The probabilities of the parts (K, rows, Y, Z) that make up the scan; of logits, in place."""
@@ -184,30 +187,51 @@ def mask_shape(
         spacing: mm per axis.
     """
     rows = np.full((classes, 4), np.nan)
-    faces = np.prod(spacing) / np.asarray(spacing)  # mm2 of a voxel's face across each axis
     if regions is None:
         boxes = ndimage.find_objects(mask, max_label=classes - 1)
+        surface, border = _faces(mask, classes, spacing)
     else:
-        boxes = [box for part in regions.masks(mask) for box in ndimage.find_objects(part.astype(np.uint8)) or [None]]
+        parts = [part.astype(np.uint8) for part in regions.masks(mask)]
+        boxes = [box for part in parts for box in ndimage.find_objects(part) or [None]]
+        pairs = [[areas[1] for areas in _faces(part, 2, spacing)] for part in parts]
+        surface, border = np.concatenate([np.zeros((1, 2)), pairs]).T
     for c, box in enumerate(boxes, start=1):
         if box is None:
             continue
-        part = np.pad(mask[box] == c if regions is None else regions.membership[c - 1][mask[box]], 1)
-        components, count = ndimage.label(part, structure=np.ones((3, 3, 3)))
-        sizes = np.bincount(components.ravel())[1:]
-        surface = sum(
-            faces[a] * np.count_nonzero(part.take(range(1, part.shape[a]), a) != part.take(range(part.shape[a] - 1), a))
-            for a in range(3)
-        )
-        border = sum(
-            faces[a] * np.count_nonzero(part.take(place, a))
-            for a in range(3)
-            for place, there in ((1, box[a].start == 0), (-2, box[a].stop == mask.shape[a]))
-            if there
-        )
+        count, sizes = _components(mask[box] == c if regions is None else parts[c - 1][box] == 1)
         scale = (sizes.sum() * np.prod(spacing)) ** (2 / 3)
-        rows[c] = sizes.max() / sizes.sum(), np.log10(count), surface / scale, border / scale
+        rows[c] = sizes.max() / sizes.sum(), np.log10(count), surface[c] / scale, border[c] / scale
     return rows
+
+
+def _faces(mask: npt.NDArray[Any], classes: int, spacing: Sequence[float] | Floats) -> tuple[Floats, Floats]:
+    """(K,) mm2 of each class's surface, and of the part of it that is the border of the scan."""
+
+    def counted(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        return np.bincount(values.ravel(), minlength=classes)[:classes]
+
+    inside, border = np.zeros((2, classes))
+    for axis, area in enumerate(np.prod(spacing) / np.asarray(spacing)):
+        along = np.moveaxis(mask, axis, 0)
+        change = along[1:] != along[:-1]
+        inside += area * (counted(along[1:][change]) + counted(along[:-1][change]))
+        border += area * (counted(along[0]) + counted(along[-1]))
+    return inside + border, border
+
+
+def _components(part: npt.NDArray[np.bool_]) -> tuple[int, npt.NDArray[Any]]:
+    """The number of connected components, and the voxels of each. In a large part, gaps of less than a block of
+    voxels do not count: blocks are connected.
+    """
+    edge = max(1, round((part.size / COMPONENT_VOXELS) ** (1 / 3)))
+    if edge > 1:
+        part = np.pad(part, [(0, -n % edge) for n in part.shape])
+        starts = np.ndindex(edge, edge, edge)
+        counts = sum(part[i::edge, j::edge, k::edge].astype(np.uint16) for i, j, k in starts)
+    else:
+        counts = part
+    components, count = ndimage.label(counts, structure=np.ones((3, 3, 3)))
+    return count, np.bincount(components.ravel(), weights=counts.ravel() if edge > 1 else None)[1:]
 
 
 def dice_per_class(

@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage
 
 from medseg_supcon.inference import windows
-from medseg_supcon.quality import PassEvidence, mask_shape
+from medseg_supcon.quality import PassEvidence, evidence, mask_shape
 
 PATCH, SPACING = (8, 8, 8), (1.5, 2.0, 0.5)
 
@@ -89,3 +89,16 @@ def test_shape_of_masks_that_can_be_counted_by_hand() -> None:
     assert surface == pytest.approx((2 * (12 + 1) * x + 2 * (8 + 1) * y + 2 * (6 + 1) * z) / scale)
     assert border == pytest.approx((12 * x + 1 * y) / scale)
     assert mask_shape(mask, 4, SPACING)[2, 0] == 1 and np.isnan(mask_shape(mask, 4, SPACING)[[0, 3]]).all()
+
+
+def test_components_of_a_large_mask_are_those_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.zeros((23, 21, 19), dtype=np.uint8)
+    mask[0:5, 0:5, 0:5] = 1
+    mask[6:9, 0:5, 0:5] = 1  # a gap of one voxel inside the third block of two
+    mask[20:23, 18:21, 16:19] = 1  # in blocks that reach over the end of the scan
+    voxels, exact = np.array([125 + 75, 27]), mask_shape(mask, 2, SPACING)[1]
+    assert exact[:2] == pytest.approx([125 / 227, np.log10(3)])
+    monkeypatch.setattr(evidence, "COMPONENT_VOXELS", mask.size // 8)
+    blocks = mask_shape(mask, 2, SPACING)[1]
+    assert blocks[:2] == pytest.approx([voxels[0] / voxels.sum(), np.log10(2)])
+    assert np.array_equal(blocks[2:], exact[2:])
