@@ -19,7 +19,7 @@ PER_WINDOW, PER_CLASS = 128, 512  # voxels of a class whose features are kept
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
 QUANTILE_VOXELS = 100_000
 BLOCK_VOXELS = 2**22  # of all classes at a time
-COMPONENT_VOXELS = 2**21  # a larger part's components are those of its blocks
+COMPONENT_VOXELS = 2**20  # a larger part's components are those of its blocks
 
 
 @dataclass(frozen=True)
