@@ -224,14 +224,12 @@ def _components(part: npt.NDArray[np.bool_]) -> tuple[int, npt.NDArray[Any]]:
     voxels do not count: blocks are connected.
     """
     edge = max(1, round((part.size / COMPONENT_VOXELS) ** (1 / 3)))
-    if edge > 1:
-        part = np.pad(part, [(0, -n % edge) for n in part.shape])
-        starts = np.ndindex(edge, edge, edge)
-        counts = sum(part[i::edge, j::edge, k::edge].astype(np.uint16) for i, j, k in starts)
-    else:
-        counts = part
+    part = np.pad(part, [(0, -n % edge) for n in part.shape])
+    counts = np.zeros([n // edge for n in part.shape], dtype=np.uint16)
+    for i, j, k in np.ndindex(edge, edge, edge):
+        counts += part[i::edge, j::edge, k::edge]
     components, count = ndimage.label(counts, structure=np.ones((3, 3, 3)))
-    return count, np.bincount(components.ravel(), weights=counts.ravel() if edge > 1 else None)[1:]
+    return count, np.bincount(components.ravel(), weights=counts.ravel())[1:]
 
 
 def dice_per_class(
