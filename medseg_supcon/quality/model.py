@@ -27,7 +27,7 @@ TREES, SMALLEST_LEAF = 200, 3
 COVERAGE = 0.9
 BANDWIDTH = 0.04  # of Dice: residuals of masks with about the same predicted Dice give the interval
 LOWEST_GOOD = 0.5  # Dice
-MOST_GAP = 0.1  # of Dice: how much fewer than three scans that are new to the network lower the threshold
+GAP = 0.1  # of Dice, from the masks of the training scans to those of new scans, where fewer than three scans show it
 EMPTY = -9.0  # the value of a score that a class without voxels does not have: below all others
 
 
@@ -201,7 +201,7 @@ class QualityModel:
             their clean and degraded forms, that the model rests on.
         good_from: a mask is good if the lower end of its interval is at least this (Dice): the 5th percentile of the
             validation scans' Dice or, if that is lower, two robust standard deviations below the usual lower end of the
-            validation scans as they are (of fewer than three: three, and at most `MOST_GAP` below all scans' usual).
+            validation scans as they are (of fewer than three: three below that of all scans, less `GAP`).
     """
 
     def __init__(self, reference: Reference, forest: Forest, residuals: Floats, facts: dict[str, Any]) -> None:
@@ -280,9 +280,8 @@ class QualityModel:
         lows = np.array([self.interval(p)[0] for p in predicted + self.correction(predicted)])
         new = unseen == 1  # the masks of the others are better than those of new scans
         enough = new.sum() >= 3
-        gap = max(0.0, np.median(lows) - np.median(lows[new])) if new.any() else 0.0
-        usual = np.median(lows) - (gap if enough else min(gap, MOST_GAP))  # one odd scan counts little
-        usual -= (2 if enough else 3) * median_abs_deviation(lows, scale="normal")
+        usual = min(np.median(lows), np.median(lows[new])) if enough else np.median(lows) - GAP
+        usual -= (2 if enough else 3) * median_abs_deviation(lows, scale="normal")  # one odd scan counts little
         usual = min(usual, np.percentile((predicted + residual)[new], 5)) if new.any() else usual
         return float(max(usual, LOWEST_GOOD))
 
