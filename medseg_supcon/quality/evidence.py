@@ -186,19 +186,15 @@ def mask_shape(
         classes: K.
         spacing: mm per axis.
     """
+    if regions is not None:
+        parts = [mask_shape(part.astype(np.uint8), 2, spacing)[1] for part in regions.masks(mask)]
+        return np.stack([np.full(4, np.nan), *parts])
     rows = np.full((classes, 4), np.nan)
-    if regions is None:
-        boxes = ndimage.find_objects(mask, max_label=classes - 1)
-        surface, border = _faces(mask, classes, spacing)
-    else:
-        parts = [part.astype(np.uint8) for part in regions.masks(mask)]
-        boxes = [box for part in parts for box in ndimage.find_objects(part) or [None]]
-        pairs = [[areas[1] for areas in _faces(part, 2, spacing)] for part in parts]
-        surface, border = np.concatenate([np.zeros((1, 2)), pairs]).T
-    for c, box in enumerate(boxes, start=1):
+    surface, border = _faces(mask, classes, spacing)
+    for c, box in enumerate(ndimage.find_objects(mask, max_label=classes - 1), start=1):
         if box is None:
             continue
-        count, sizes = _components(mask[box] == c if regions is None else parts[c - 1][box] == 1)
+        count, sizes = _components(mask[box] == c)
         scale = (sizes.sum() * np.prod(spacing)) ** (2 / 3)
         rows[c] = sizes.max() / sizes.sum(), np.log10(count), surface[c] / scale, border[c] / scale
     return rows

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from medseg_supcon.datasets import Regions
 from medseg_supcon.inference import windows
 from medseg_supcon.quality import PassEvidence, evidence, mask_shape
 
@@ -91,10 +92,26 @@ def test_shape_of_masks_that_can_be_counted_by_hand() -> None:
     assert mask_shape(mask, 4, SPACING)[2, 0] == 1 and np.isnan(mask_shape(mask, 4, SPACING)[[0, 3]]).all()
 
 
+def test_shape_of_a_region_is_that_of_all_its_classes() -> None:
+    mask = np.zeros((10, 9, 8), dtype=np.int16)
+    mask[0:2, 2:5, 2:6], mask[2:4, 2:5, 2:6] = 1, 2
+    mask[8, 8, 6] = 2
+    both = Regions(
+        ("both", "second", "none"), np.array([[False, True, True], [False, False, True], [False] * 3]), (1, 2)
+    )
+    background, whole, second, none = mask_shape(mask, 4, SPACING, both)
+    x, y, z = 2.0 * 0.5, 1.5 * 0.5, 1.5 * 2.0
+    assert whole[:2] == pytest.approx([48 / 49, np.log10(2)]) and second[:2] == pytest.approx([24 / 25, np.log10(2)])
+    surface = 2 * (12 + 1) * x + 2 * (16 + 1) * y + 2 * (12 + 1) * z
+    assert whole[2:] * (49 * 1.5) ** (2 / 3) == pytest.approx([surface, 12 * x + 1 * y])
+    assert second[3] * (25 * 1.5) ** (2 / 3) == pytest.approx(1 * y)
+    assert np.isnan([background, none]).all()
+
+
 def test_components_of_a_large_mask_are_those_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = np.zeros((23, 21, 19), dtype=np.uint8)
     mask[0:5, 0:5, 0:5] = 1
-    mask[6:9, 0:5, 0:5] = 1  # a gap of one voxel inside the third block of two
+    mask[6:9, 0:5, 0:5] = 1  # in the next block of 2 x 2 x 2 voxels, after a gap of one voxel
     mask[20:23, 18:21, 16:19] = 1  # in blocks that reach over the end of the scan
     voxels, exact = np.array([125 + 75, 27]), mask_shape(mask, 2, SPACING)[1]
     assert exact[:2] == pytest.approx([125 / 227, np.log10(3)])
