@@ -147,6 +147,6 @@ def print_metrics(path: Path) -> dict[str, Any]:
     if seen := {row["case"] for row in report["rows"] if row.get("trained_on")}:
         say(
             f"the run was trained on {len(seen)} of {counted(summary['cases'], 'case')} (trained_on in metrics.csv), "
-            "the scores of those say nothing about new scans. Choose other cases with --cases."
+            "and their scores say nothing about new scans. Choose other cases with --cases."
         )
     return report
